@@ -1,0 +1,215 @@
+"""Every error that kvik raises on purpose, in one tree.
+
+KvikError
+├── InvalidArgument           a value the caller gave is wrong
+│   └── ConfigError           a document is wrong (knows its line and path)
+│       └── ConfigUnsupported a document asks for what this hypervisor or host cannot do
+├── NotFound                  the named object does not exist
+│   ├── NoDomain, NoNetwork, NoStoragePool, NoStorageVolume, NoSnapshot,
+│   └── NoMetadata, NoDevice
+├── AlreadyExists             a name, UUID or address is taken
+├── OperationInvalid          the object is not in a state that allows this
+├── OperationUnsupported      nobody could do this here
+│   └── NoSupport             the procedure itself is unknown
+├── OperationFailed           it was tried and did not work
+├── OperationTimeout          it did not finish within its deadline
+├── ResourceBusy              somebody else holds it
+├── AccessDenied              the caller may not
+├── AuthenticationFailed      the caller is not who it says
+├── HostError                 the host refused (errno kept)
+├── HypervisorError           the VMM failed or answered nonsense
+│   ├── MonitorError          QMP returned an error
+│   └── AgentError            the guest agent is absent, silent or refused
+├── RpcError                  bytes on the wire are not what the protocol allows
+└── ConnectError              the daemon cannot be reached
+
+A message says what failed, on which object and why; `remedy` says what to do next. `code` is the number of
+libvirt's `virErrorNumber` (https://libvirt.org/html/libvirt-virterror.html) that clients of the wire
+protocol test for; `domain` is its `virErrorDomain`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AccessDenied",
+    "AgentError",
+    "AlreadyExists",
+    "AuthenticationFailed",
+    "ConfigError",
+    "ConfigUnsupported",
+    "ConnectError",
+    "HostError",
+    "HypervisorError",
+    "InvalidArgument",
+    "KvikError",
+    "MonitorError",
+    "NoDevice",
+    "NoDomain",
+    "NoMetadata",
+    "NoNetwork",
+    "NoSnapshot",
+    "NoStoragePool",
+    "NoStorageVolume",
+    "NoSupport",
+    "NotFound",
+    "OperationFailed",
+    "OperationInvalid",
+    "OperationTimeout",
+    "OperationUnsupported",
+    "ResourceBusy",
+    "RpcError",
+]
+
+
+class KvikError(Exception):
+    """Base of all deliberate errors.
+
+    `message` is one sentence: what failed, on which object, why. `remedy`, if known, is what the user can do
+    about it. `str(error)` joins the two.
+    """
+
+    code: int = 1  # VIR_ERR_INTERNAL_ERROR
+    domain: int = 10  # VIR_FROM_QEMU
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+
+class InvalidArgument(KvikError):
+    code = 8
+
+
+class ConfigError(InvalidArgument):
+    """A document is wrong. `line` counts from 1 (0: unknown); `path` is like `/domain/devices/disk[2]`."""
+
+    code = 27
+    domain = 20
+
+    def __init__(self, message: str, *, line: int = 0, path: str = "", remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.line = line
+        self.path = path
+
+    def __str__(self) -> str:
+        where = ", ".join(
+            part for part in (f"line {self.line}" if self.line else "", f"at {self.path}" if self.path else "") if part
+        )
+        text = f"{where}: {self.message}" if where else self.message
+        return f"{text}; {self.remedy}" if self.remedy else text
+
+
+class ConfigUnsupported(ConfigError):
+    code = 67
+
+
+class NotFound(KvikError):
+    code = 42
+
+
+class NoDomain(NotFound):
+    code = 42
+
+
+class NoNetwork(NotFound):
+    code = 43
+    domain = 19
+
+
+class NoStoragePool(NotFound):
+    code = 49
+    domain = 18
+
+
+class NoStorageVolume(NotFound):
+    code = 50
+    domain = 18
+
+
+class NoSnapshot(NotFound):
+    code = 72
+
+
+class NoMetadata(NotFound):
+    code = 80
+
+
+class NoDevice(NotFound):
+    code = 99
+
+
+class AlreadyExists(KvikError):
+    code = 9
+
+
+class OperationInvalid(KvikError):
+    code = 55
+
+
+class OperationUnsupported(KvikError):
+    code = 84
+
+
+class NoSupport(OperationUnsupported):
+    code = 3
+
+
+class OperationFailed(KvikError):
+    code = 9
+
+
+class OperationTimeout(KvikError):
+    code = 68
+
+
+class ResourceBusy(KvikError):
+    code = 87
+
+
+class AccessDenied(KvikError):
+    code = 88
+
+
+class AuthenticationFailed(KvikError):
+    code = 45
+    domain = 7
+
+
+class HostError(KvikError):
+    """The host's kernel or a host tool refused. `errno` is 0 when there is none."""
+
+    code = 38
+
+    def __init__(self, message: str, *, errno: int = 0, remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.errno = errno
+
+
+class HypervisorError(KvikError):
+    code = 1
+
+
+class MonitorError(HypervisorError):
+    """QMP answered with an error. `qmp_class` is its class, such as `GenericError` or `CommandNotFound`."""
+
+    def __init__(self, message: str, *, qmp_class: str = "GenericError", remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.qmp_class = qmp_class
+
+
+class AgentError(HypervisorError):
+    code = 86
+
+
+class RpcError(KvikError):
+    code = 39
+    domain = 7
+
+
+class ConnectError(KvikError):
+    code = 38
+    domain = 7
