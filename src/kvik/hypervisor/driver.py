@@ -157,7 +157,9 @@ class Driver(Protocol):
     async def start(self, request: StartRequest) -> Machine:
         """Run it. On any error nothing is left behind: no process, no file, no descriptor."""
 
-    async def attach(self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink) -> Machine | None:
+    async def attach(
+        self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink
+    ) -> Machine | None:
         """The machine that `handle` describes, or None if its process is gone (never another process with its pid)."""
 
     async def native(self, definition: Domain) -> str: ...  # the command line, for domxml-to-native
