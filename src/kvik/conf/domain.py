@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from kvik.conf import codec
+from kvik.conf import tree
 from kvik.conf.codec import CHILD, KIB, LIVE, ON_OFF, QEMU_NS, RAW, SIGNED, UUID, Element, Of, Text
 from kvik.conf.cpu import Cpu, Vcpu, Vcpus
 from kvik.conf.devices.chardev import Channel, Console, Parallel, Serial
@@ -46,6 +46,8 @@ from kvik.conf.tuning import (
     NumaTune,
     Resource,
 )
+from kvik.conf.xmlformat import format_element
+from kvik.conf.xmlparse import parse_element
 from kvik.errors import ConfigError
 
 LifecycleAction = Literal["destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart"]
@@ -160,10 +162,10 @@ class Domain(Element, kw_only=True):
 
     def warnings(self) -> list[str]:
         """One line for each thing that this document says and kvik does not understand."""
-        return codec.warnings(self, "/domain")
+        return tree.warnings(self, "/domain")
 
     def copy(self) -> Domain:
-        return codec.clone(self)
+        return tree.clone(self)
 
 
 def parse_domain(xml: str | bytes) -> Domain:
@@ -171,9 +173,9 @@ def parse_domain(xml: str | bytes) -> Domain:
     root = read_xml(xml, "domain document")
     if root.tag != "domain":
         raise ConfigError(f"a domain document starts with <domain>, not <{root.tag}>", path=f"/{root.tag}")
-    return codec.parse_element(root, Domain)
+    return parse_element(root, Domain)
 
 
 def format_domain(domain: Domain, secure: bool = False, inactive: bool = False) -> str:
     """libvirt's XML. `secure` includes passwords; `inactive` leaves out what is true of a running machine only."""
-    return codec.format_element(domain, "domain", secure=secure, inactive=inactive)
+    return format_element(domain, "domain", secure=secure, inactive=inactive)
