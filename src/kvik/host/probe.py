@@ -85,10 +85,7 @@ def virtualization(root: Path = _ROOT) -> Virtualization:
         paging = "EPT"
     elif module == "kvm_amd" and _flag(parameters / "npt"):
         paging = "NPT"
-    if container(root):
-        inside = "container"
-    else:
-        inside = "virtual machine" if "hypervisor" in cpu.flags else ""
+    inside = "container" if container(root) else "virtual machine" if "hypervisor" in cpu.flags else ""
     return Virtualization(
         vendor=cpu.vendor or cpu.vendor_id,
         extension=extension,
@@ -154,7 +151,7 @@ def explain_absence(root: Path = _ROOT) -> Verdict:
         where = " on the container's host" if engine else ""
         return absent(
             f"the CPU has {host.extension}, but the kernel module {module} is not loaded",
-            f"load it{where}: modprobe {module}; if that fails, enable virtualization in the firmware setup (see dmesg)",
+            f"load it{where}: modprobe {module}; if that fails, enable virtualization in the firmware setup",
         )
     if host.inside == "virtual machine" or "hypervisor" in node.cpu_model(root).flags:
         return absent(
