@@ -37,34 +37,35 @@ class Facility:
         return self.value > 0
 
 
-def _syscall(number: int, *arguments: int | ctypes.Array[ctypes.c_char] | None) -> Facility:
-    """Its result; the errno as words when it fails."""
+def _call(number: int, *arguments: int | ctypes.Array[ctypes.c_char] | None) -> tuple[int, str]:
+    """Its result, and why it failed if that is negative."""
     converted = [ctypes.c_long(part) if isinstance(part, int) else part for part in arguments]
     result = int(_libc.syscall(ctypes.c_long(number), *converted))
     if result >= 0:
-        return Facility(max(result, 1))
+        return result, ""
     code = ctypes.get_errno()
     if code == errno.ENOSYS:
-        return Facility(0, "the kernel was built without it")
+        return -code, "the kernel was built without it"
     if code == errno.EPERM:
-        return Facility(0, "it is switched off or filtered here (sysctl, seccomp of a container)")
-    return Facility(0, os.strerror(code))
+        return -code, "it is switched off or filtered here (sysctl, seccomp of a container)"
+    if code == errno.EOPNOTSUPP:
+        return -code, "it is not among the boot's security modules (lsm=)"
+    return -code, os.strerror(code)
 
 
-def _descriptor(facility: Facility) -> Facility:
-    """Close the descriptor that a probing system call returned."""
-    if facility:
-        os.close(facility.value)
-        return Facility(1)
-    return facility
+def _descriptor(number: int, *arguments: int | ctypes.Array[ctypes.c_char] | None) -> Facility:
+    """For a system call that returns a descriptor, which is closed."""
+    fd, why = _call(number, *arguments)
+    if fd < 0:
+        return Facility(0, why)
+    os.close(fd)
+    return Facility(1)
 
 
 def landlock() -> Facility:
     """`value` is the ABI version (landlock(7))."""
-    found = _syscall(_SYS_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION)
-    if not found and found.why == os.strerror(errno.EOPNOTSUPP):
-        return Facility(0, "it is not among the boot's security modules (lsm=)")
-    return found
+    version, why = _call(_SYS_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION)
+    return Facility(max(version, 0), why)
 
 
 def seccomp(root: Path = _ROOT) -> Facility:
@@ -76,11 +77,11 @@ def seccomp(root: Path = _ROOT) -> Facility:
 
 
 def io_uring() -> Facility:
-    return _descriptor(_syscall(_SYS_IO_URING_SETUP, 1, ctypes.create_string_buffer(120)))
+    return _descriptor(_SYS_IO_URING_SETUP, 1, ctypes.create_string_buffer(120))
 
 
 def userfaultfd() -> Facility:
-    return _descriptor(_syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | _UFFD_USER_MODE_ONLY))
+    return _descriptor(_SYS_USERFAULTFD, os.O_CLOEXEC | _UFFD_USER_MODE_ONLY)
 
 
 def namespaces(root: Path = _ROOT) -> Facility:
