@@ -76,6 +76,7 @@ class Status:
     document: str  # live document, secrets included; the definition as it was while `starting`
     starting: bool = False  # the driver has been asked, and has not answered yet
     pid: int = 0
+    pid_start: int = 0  # clock ticks since boot
     handle: dict[str, Any] = field(default_factory=dict)
     persistent: bool = True
     started: float = 0.0  # seconds since the epoch
@@ -89,6 +90,7 @@ class Status:
             "state": "starting" if self.starting else self.state,
             "reason": self.reason,
             "pid": self.pid,
+            "pid-start": self.pid_start,
             "boot": self.boot,
             "driver": self.driver,
             "directory": self.directory,
@@ -127,6 +129,7 @@ class Status:
                 document=etree.tostring(document, encoding="unicode"),
                 starting=starting,
                 pid=int(root.attrib["pid"]),
+                pid_start=int(root.attrib["pid-start"]),
                 handle=handle,
                 persistent=root.attrib["persistent"] == "yes",
                 started=float(root.attrib["started"]),
