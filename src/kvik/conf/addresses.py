@@ -109,11 +109,12 @@ def assign_virtio_serial(domain: Domain, *, grow: bool) -> None:
     used = {
         (device.address.controller or 0, device.address.port or 0)
         for device, _ in _virtio_serial(domain.devices)
-        if device.address is not None and device.address.type == "virtio-serial"
+        if device.address is not None and device.address.type == "virtio-serial" and device.address.port is not None
     }
     for device, console in _virtio_serial(domain.devices):
         address = device.address
-        if address is not None and address.type is not None and address.port:
+        # Port 0 of a channel means "any" in documents of old; of a console it is hvc0.
+        if address is not None and address.type is not None and (address.port or (console and address.port == 0)):
             continue
         controllers = sorted(
             (item.index or 0, item.ports or VIRTIO_SERIAL_PORTS)
