@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
+
 from kvik.conf import tree
 from kvik.conf.codec import CHILD, KIB, LIVE, ON_OFF, QEMU_NS, RAW, SIGNED, UUID, Element, Of, Text
 from kvik.conf.cpu import Cpu, Vcpu, Vcpus
@@ -156,7 +158,7 @@ class Domain(Element, kw_only=True):
     perf: Perf | None = None
     keywrap: KeyWrap | None = None
     launch_security: Annotated[LaunchSecurity | None, "launchSecurity"] = None
-    devices: Devices
+    devices: Devices = msgspec.field(default_factory=Devices)
     seclabels: Annotated[list[Seclabel], "seclabel"] = []
     qemu_commandline: Annotated[QemuCommandline | None, f"{{{QEMU_NS}}}commandline"] = None
 

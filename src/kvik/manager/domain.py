@@ -61,6 +61,7 @@ class Run:
 
     __slots__ = (
         "agent_error",
+        "asked",
         "autodestroy",
         "balloon_kib",
         "cpu_time",
@@ -72,6 +73,7 @@ class Run:
         "live",
         "live_text",
         "machine",
+        "overdue",
         "pause_cause",
         "pending",
         "pid",
@@ -104,6 +106,8 @@ class Run:
         self.uses: list[Use] = []
         self.figures: dict[str, int | str] = {}  # the last that the VMM told
         self.cpu_time = 0  # ns
+        self.asked: asyncio.Task[None] | None = None  # the question for figures under way
+        self.overdue = False  # its answer did not come in time
         self.balloon_kib = live.current_memory or live.memory
         self.removals: dict[str, asyncio.Future[bool]] = {}  # alias -> removed?
         self.tasks: set[asyncio.Task[None]] = set()
@@ -519,4 +523,3 @@ class DomainObject:
                 with contextlib.suppress(RuntimeError):
                     if task is not asyncio.current_task():
                         task.cancel()
-

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik import __version__
+from kvik.conf.domain import format_domain
 from kvik.conf.enums import DomainCreateFlags, DomainShutdownFlags, DomainState
 from kvik.errors import (
     AgentError,
@@ -29,8 +30,18 @@ from kvik.errors import (
 from kvik.host import process
 from kvik.hypervisor.driver import Feature, Machine, MachineEvent, StartRequest
 from kvik.manager import disks, reports
+from kvik.manager.definition import Definition
 from kvik.manager.stages import BootStages
-from kvik.manager.states import RESTART_LIMIT, RESTART_WINDOW, TRANSITIONS, Outcome, Trigger, advance, outcome, state_text
+from kvik.manager.states import (
+    RESTART_LIMIT,
+    RESTART_WINDOW,
+    TRANSITIONS,
+    Outcome,
+    Trigger,
+    advance,
+    outcome,
+    state_text,
+)
 from kvik.manager.store import Status
 
 if TYPE_CHECKING:
@@ -68,9 +79,16 @@ async def start(
 
 
 async def boot(
-    domain: DomainObject, paused: bool, files: Mapping[str, int], autodestroy: Hashable | None = None
+    domain: DomainObject,
+    paused: bool,
+    files: Mapping[str, int],
+    autodestroy: Hashable | None = None,
+    config: Definition | None = None,
 ) -> None:
-    """Run the definition; the job is the caller's. On an error the machine is off and nothing is left behind."""
+    """Run the definition (or `config`, for this once); the job is the caller's.
+
+    On an error the machine is off and nothing is left behind.
+    """
     from kvik.manager.domain import Run
 
     if domain.is_active or domain.starting:
@@ -78,7 +96,7 @@ async def boot(
     if domain.cleaning:
         await asyncio.shield(domain.cleaning)
     manager, driver, log = domain.manager, domain.driver, domain.log
-    definition = domain.config.parse()
+    definition = (config or domain.config).parse()
     run = Run(definition, Path(), BootStages(definition))
     uses = await manager.store.run(_look_at_files, definition, tuple(files))
     await driver.validate(definition)
@@ -139,7 +157,7 @@ def _look_at_files(definition: Any, given: tuple[str, ...]) -> list[disks.Use]:
 
 async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, files: Mapping[str, int]) -> Machine:
     """The intent on disk, then the driver. The status says "starting" until the caller replaces it."""
-    manager, log = domain.manager, domain.log
+    manager = domain.manager
     intent = Status(
         name=domain.name,
         id=number,
@@ -148,7 +166,7 @@ async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, file
         boot=manager.store.boot,
         driver=domain.driver.name,
         directory=str(run.directory),
-        document=domain.config.text,
+        document=format_domain(run.live, secure=True),
         starting=True,
         persistent=domain.persistent,
         started=run.started,
@@ -292,9 +310,9 @@ def _reset(domain: DomainObject, run: Run, event: MachineEvent) -> None:
 def _follow(domain: DomainObject, run: Run, wanted: Outcome, end: Trigger) -> None:
     if wanted is Outcome.END:
         run.pending = run.pending or end
-        domain.spawn(_end(domain, run))
+        domain.manager.spawn(_end(domain, run))
     elif wanted is Outcome.RESTART:
-        domain.spawn(_restart(domain, run, end))
+        domain.manager.spawn(_restart(domain, run, end))
     else:
         domain.spawn(_save(domain))
 
@@ -395,7 +413,7 @@ async def _kill(run: Run) -> None:
         if found is not None:
             found.kill()
             for _ in range(100):
-                if not found.alive():
+                if not found.alive:
                     break
                 await asyncio.sleep(0.01)
             found.close()
@@ -433,23 +451,19 @@ async def _restart(domain: DomainObject, run: Run, end: Trigger) -> None:
                 await _save(domain)
                 return
             run.pending = end
-            autodestroy, persistent = run.autodestroy, domain.persistent
-            domain.persistent = True  # for the moment: a transient machine must not be forgotten in between
+            persistent, domain.persistent = domain.persistent, True  # not to be forgotten in between
             try:
-                # Beside the run's own tasks, of which this is one: they end with it.
-                await asyncio.shield(domain.manager.spawn(_end_and_boot(domain, run, autodestroy)))
+                await _end(domain, run)
+                await boot(domain, False, {}, run.autodestroy)
             finally:
                 domain.persistent = persistent
+                if not persistent and not domain.is_active:
+                    domain.manager.forget(domain)
     except KvikError as error:
         domain.log.note(f"not restarted: {error}")
         logger.warning("machine %s was not restarted: %s", domain.name, error)
         run.pending = run.pending or end
         domain.manager.spawn(_end(domain, run))
-
-
-async def _end_and_boot(domain: DomainObject, run: Run, autodestroy: Hashable | None) -> None:
-    await _end(domain, run)
-    await boot(domain, False, {}, autodestroy)
 
 
 async def _save(domain: DomainObject) -> None:

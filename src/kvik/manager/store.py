@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import shutil
@@ -167,7 +168,7 @@ class Store:
         One thread: operations on files happen in the order they were asked for, and a cancelled caller does not
         leave one running beside the next.
         """
-        call = (lambda: function(*args, **kwargs)) if kwargs else (lambda: function(*args))
+        call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     def close(self) -> None:
