@@ -23,7 +23,7 @@ def _open(connection: Connection, domain: DomainObject, device: str | None, forc
     require_active(domain)
     consoles = connection.server.consoles
     fd = domain.open_console(device)
-    key = (domain.uuid, device or "")
+    key = (domain.uuid, _line(domain, device))
     holder = consoles.get(key)
     if holder is not None:
         if not force:
@@ -46,6 +46,23 @@ def _open(connection: Connection, domain: DomainObject, device: str | None, forc
         stream.close()
         raise
     consoles[key] = stream
+
+
+def _line(domain: DomainObject, device: str | None) -> str:
+    """One name for one line: no name means the first console, and a serial line's console is that serial line."""
+    live = domain.live
+    if live is None:
+        return device or ""
+    for console in live.devices.consoles:
+        name = console.alias.name if console.alias is not None else None
+        if device is None or name == device:
+            target = console.target
+            if target is not None and target.type == "serial":
+                return f"serial{target.port or 0}"
+            return name or ""
+    if device is None:
+        return next((serial.alias.name or "" for serial in live.devices.serials if serial.alias is not None), "")
+    return device
 
 
 def open_console(connection: Connection, args: Any, call: Any) -> None:
