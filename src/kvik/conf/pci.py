@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from kvik.conf.devices.common import Address, Device
 from kvik.conf.devices.controller import Controller, ControllerModelName, ControllerTarget
+from kvik.conf.devices_xml import path_of
 from kvik.conf.domain import Devices, Domain
 from kvik.conf.machine import I440FX, PCI, PCIE, Q35, family
 from kvik.errors import ConfigError
@@ -222,7 +223,9 @@ class _Map:
         """Find it a slot of the kind it needs, making one where that is allowed."""
         slot = self.find(need, device)
         if slot is None:
-            raise ConfigError(f"no free {need} PCI slot is left", remedy=_remedy(self.machine))
+            raise ConfigError(
+                f"no free {need} PCI slot is left", path=path_of(self.devices, device), remedy=_remedy(self.machine)
+            )
         self.put(device, slot, multifunction=_is_root_port(device) and slot[2] == 0)
         if isinstance(device, Controller) and device.model == "pcie-root-port" and not self.grow:
             port = slot[1] << 3 | slot[2]
