@@ -37,7 +37,7 @@ def test_sets_survive_a_round_trip(members: set[int]) -> None:
 
 
 @given(st.sampled_from(["<", ">", "&", "'", '"', "/", "=", "a", "domain", " ", "type", "<name>", "<os>", "</"]).flatmap(
-    lambda first: st.lists(st.sampled_from(["<", ">", "'", "domain", "<os>", "<type>", "/>", "x", "="]), max_size=12).map(
+    lambda first: st.lists(st.sampled_from(["<", ">", "'", "domain", "<os>", "<type>", "/>", "x", "="]), max_size=12).map(  # noqa: E501
         lambda rest: first + "".join(rest))))  # fmt: skip
 @settings(max_examples=200, deadline=None)
 def test_near_documents_never_raise_anything_else(text: str) -> None:

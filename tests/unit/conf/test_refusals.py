@@ -129,15 +129,15 @@ NIC = "<interface type='user'><mac address='{0}'/><model type='virtio'/>{1}</int
         ({"devices": NIC.format("52:54:00", "")}, "not a MAC"),
         ({"devices": NIC.format("52:54:00:00:00:01", "<target dev='averyveryverylongname'/>")}, "interface name"),
         ({"devices": "<interface type='bridge'/>"}, "needs a <source bridge"),
-        ({"devices": NIC.format("52:54:00:00:00:01", PCI.format(0, 3)) + NIC.format("52:54:00:00:00:02", PCI.format(0, 3))},
+        ({"devices": NIC.format("52:54:00:00:00:01", PCI.format(0, 3)) + NIC.format("52:54:00:00:00:02", PCI.format(0, 3))},  # noqa: E501
          "is already that of /domain/devices/interface[1]"),
         ({"devices": NIC.format("52:54:00:00:00:01", PCI.format(9, 0))}, "no PCI controller with index 9"),
-        ({"devices": NIC.format("52:54:00:00:00:01", "<boot order='1'/>"), "os": "<type>hvm</type><boot dev='hd'/>"}, "not both"),
+        ({"devices": NIC.format("52:54:00:00:00:01", "<boot order='1'/>"), "os": "<type>hvm</type><boot dev='hd'/>"}, "not both"),  # noqa: E501
         ({"devices": "<serial type='file'/>"}, "needs a <source path"),
         ({"devices": "<serial type='unix'><source mode='bind' path='/" + "a" * 120 + "'/></serial>"}, "at most 107"),
         ({"devices": "<graphics type='vnc' passwd='ninechars'/>"}, "at most 8"),
         ({"devices": "<vsock><cid address='2'/></vsock>"}, "guest CID 2"),
-        ({"devices": "<controller type='usb' model='none'/><input type='tablet' bus='usb'/>"}, "needs a USB controller"),
+        ({"devices": "<controller type='usb' model='none'/><input type='tablet' bus='usb'/>"}, "needs a USB controller"),  # noqa: E501
         ({"devices": "<rng model='virtio'><alias name='ua-x'/><backend model='builtin'/></rng>" * 2}, "alias 'ua-x'"),
     ],
 )  # fmt: skip
@@ -154,7 +154,7 @@ def test_sizes_and_units() -> None:
     assert parse_kib(1000, "KB") == 977
     assert parse_bytes("64K") == 65536
     assert parse_bytes("10 GiB") == 10 << 30
-    with pytest.raises(ValueError, match="2\\^63"):
+    with pytest.raises(ValueError, match=r"2\^63"):
         parse_kib(16, "EiB")
 
 
@@ -162,7 +162,7 @@ def test_sets_of_cpus() -> None:
     assert parse_cpuset("0-3,^2,7") == {0, 1, 3, 7}
     assert format_cpuset({0, 1, 3, 7}) == "0-1,3,7"
     for bad in ("", "a", "3-1", "0-99999999", "1-", "-1", "0,,1"):
-        with pytest.raises(ValueError, match="set|range"):
+        with pytest.raises(ValueError, match=r"set|range"):
             parse_cpuset(bad)
 
 
