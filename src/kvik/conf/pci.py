@@ -260,15 +260,15 @@ class _Map:
                         return bus, number, function
         return None
 
-    def make(self, need: str) -> Slot | None:
-        """A new controller with a free slot of this kind, and that slot."""
+    def make(self, need: str, index: int | None = None) -> Slot | None:
+        """A new controller with a free slot of this kind, and that slot; `index` if its number is already known."""
         if need == EXPRESS:
             model = "pcie-root-port"
         elif need == CONVENTIONAL:
             model = "pcie-to-pci-bridge" if self.root == "root" else "pci-bridge"
         else:
             return None
-        controller = Controller(type="pci", model=model, index=max(self.buses) + 1)
+        controller = Controller(type="pci", model=model, index=index or max(self.buses) + 1)
         bus = controller.index or 0
         if model == "pci-bridge":
             # It takes a slot of the root bus and offers 31 others. The root bus is full by now, so the count is kept
@@ -280,7 +280,7 @@ class _Map:
                 return None
             self.put(controller, upstream, multifunction=_is_root_port(controller) and upstream[2] == 0)
             # Finding the upstream slot may itself have made a controller.
-            controller.index = bus = max(self.buses) + 1
+            controller.index = bus = index or max(self.buses) + 1
         self.buses[bus] = model
         self.created.append(controller)
         return bus, BUSES[model][1], 0
@@ -327,6 +327,11 @@ def _add_missing(devices: Devices, machine: str, spare: int) -> None:
     before += [(item, item.address) for item in devices.controllers if item.type == "pci"]
     trial = _Map(devices, machine, grow=True)
     try:
+        # Buses that addresses already name come first, so that nothing new lands on them.
+        named = {bus for bus, _, _ in trial.used}
+        for index in range(1, max(named) + 1):
+            if index not in trial.buses:
+                trial.make(EXPRESS if trial.root == "root" else CONVENTIONAL, index)
         trial.fixed()
         for item in devices.controllers:
             if item.type == "pci" and item.model in BUSES and item.model not in ROOTS and _unplaced(item):

@@ -19,7 +19,7 @@ from kvik.errors import ConfigError
 
 DATA = Path(__file__).parents[2] / "data/conf"
 GOLDEN = DATA / "postparse"
-BARE = ["q35-min", "pc-min", "q35-full", "pc-full", "gfx", "direct-kernel", "installed-windows"]
+BARE = ["q35-min", "pc-min", "q35-full", "pc-full", "gfx", "direct-kernel", "installed-windows", "reference"]
 
 
 def defaults() -> MachineDefaults:

@@ -131,7 +131,7 @@ NIC = "<interface type='user'><mac address='{0}'/><model type='virtio'/>{1}</int
         ({"devices": "<interface type='bridge'/>"}, "needs a <source bridge"),
         ({"devices": NIC.format("52:54:00:00:00:01", PCI.format(0, 3)) + NIC.format("52:54:00:00:00:02", PCI.format(0, 3))},  # noqa: E501
          "is already that of /domain/devices/interface[1]"),
-        ({"devices": NIC.format("52:54:00:00:00:01", PCI.format(9, 0))}, "no PCI controller with index 9"),
+        ({"devices": NIC.format("52:54:00:00:00:01", PCI.format(0, 33))}, "is not a PCI address"),
         ({"devices": NIC.format("52:54:00:00:00:01", "<boot order='1'/>"), "os": "<type>hvm</type><boot dev='hd'/>"}, "not both"),  # noqa: E501
         ({"devices": "<serial type='file'/>"}, "needs a <source path"),
         ({"devices": "<serial type='unix'><source mode='bind' path='/" + "a" * 120 + "'/></serial>"}, "at most 107"),
