@@ -83,6 +83,7 @@ class Status:
     persistent: bool = True
     started: float = 0.0  # seconds since the epoch
     job: str = ""
+    stages: dict[str, float] = field(default_factory=dict)  # boot stages reached, seconds since the start
     reason_text: str = ""
 
     def to_xml(self) -> bytes:
@@ -103,6 +104,7 @@ class Status:
         return (
             f"<domstatus {head}>\n"
             f"<handle>{escape(json.dumps(self.handle))}</handle>\n"
+            f"<stages>{escape(json.dumps(self.stages))}</stages>\n"
             f"<job>{escape(self.job)}</job>\n"
             f"<why>{escape(self.reason_text)}</why>\n"
             f"{self.document}</domstatus>\n"
@@ -115,8 +117,14 @@ class Status:
         try:
             root = etree.fromstring(data, parser)
             handle = json.loads(root.findtext("handle") or "{}")
+            stages = json.loads(root.findtext("stages") or "{}")
             document = root.find("domain")
-            if root.tag != "domstatus" or document is None or not isinstance(handle, dict):
+            if (
+                root.tag != "domstatus"
+                or document is None
+                or not isinstance(handle, dict)
+                or not isinstance(stages, dict)
+            ):
                 raise ValueError("not a complete status document")
             document.tail = None
             starting = root.attrib["state"] == "starting"
@@ -136,6 +144,7 @@ class Status:
                 persistent=root.attrib["persistent"] == "yes",
                 started=float(root.attrib["started"]),
                 job=root.findtext("job") or "",
+                stages={str(name): float(seconds) for name, seconds in stages.items()},
                 reason_text=root.findtext("why") or "",
             )
         except (etree.XMLSyntaxError, KeyError, TypeError) as error:
