@@ -201,9 +201,7 @@ def hole_length(message: Message) -> int:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def frame(
-    number: int, procedure: int, kind: int, serial: int, status: int, payload: bytes, version: int = 1
-) -> bytes:
+def frame(number: int, procedure: int, kind: int, serial: int, status: int, payload: bytes, version: int = 1) -> bytes:
     """Header and payload of any message. RpcError if it is longer than the protocol allows."""
     length = HEADER_SIZE + len(payload)
     if length > LENGTH_MAX:
