@@ -230,7 +230,7 @@ class Connection:
         except NoSupport:
             return self._overview_from_libvirt(flags)
         return [
-            OverviewRow(name, uuid_text(uuid), *rest[:8], bool(ready), bool(persistent), bool(autostart), title)
+            OverviewRow._make((name, uuid_text(uuid), *rest, bool(ready), bool(persistent), bool(autostart), title))
             for name, uuid, *rest, ready, persistent, autostart, title in rows
         ]
 
@@ -242,7 +242,7 @@ class Connection:
         persistent = self.call_many("DOMAIN_IS_PERSISTENT", refs)
         return [
             OverviewRow(
-                domain.name, domain.uuid, domain.id, *state, "", info[3], info[2], info[4], None, False,
+                domain.name, domain.uuid, domain.id, state[0], state[1], "", info[3], info[2], info[4], None, False,
                 bool(kept[0]), False, None,
             )
             for domain, state, info, kept in zip(domains, states, infos, persistent, strict=True)

@@ -285,7 +285,8 @@ class Domain:
         """Each vCPU, with an affinity map for `host_cpus` CPUs (least significant bit first)."""
         length = (host_cpus + 7) // 8
         rows, maps = self._call("DOMAIN_GET_VCPUS", self.info().vcpus, length)
-        return [VcpuInfo(*row, maps[index * length : (index + 1) * length]) for index, row in enumerate(rows)]
+        cut = range(0, len(maps), length)
+        return [VcpuInfo._make((*row, maps[at : at + length])) for row, at in zip(rows, cut, strict=False)]
 
     def max_memory(self) -> int:
         """KiB."""

@@ -200,7 +200,7 @@ def _ssh(address: Address) -> Transport:
     ours, theirs = socket.socketpair()
     stderr = os.memfd_create("ssh-stderr")
     try:
-        process = subprocess.Popen(ssh_command(address), stdin=theirs, stdout=theirs, stderr=stderr)
+        process = subprocess.Popen(ssh_command(address), stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=stderr)
     except OSError as error:
         ours.close()
         os.close(stderr)

@@ -201,12 +201,12 @@ def hole_length(message: Message) -> int:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def frame(number: int, procedure: int, kind: int, serial: int, status: int, payload: bytes, version: int = 1) -> bytes:
+def frame(number: int, procedure: int, kind: int, serial: int, status: int, payload: bytes) -> bytes:
     """Header and payload of any message. RpcError if it is longer than the protocol allows."""
     length = HEADER_SIZE + len(payload)
     if length > LENGTH_MAX:
         raise RpcError(f"message of {length} bytes exceeds the protocol's limit of {LENGTH_MAX}")
-    return HEADER.pack(length, number, version, procedure, kind, serial, status) + payload
+    return HEADER.pack(length, number, VERSION, procedure, kind, serial, status) + payload
 
 
 def call(procedure: Procedure, serial: int, values: Sequence[Any] = (), fds: int = 0) -> bytes:

@@ -23,8 +23,8 @@ _STRUCTS: Final = {
 }
 CODEC: Final = Codec(
     "remote_error",
-    "code:int domain:int message:string? level:int dom:domain? str1:string? str2:string? str3:string? int1:int int2:int "
-    "net:network?",
+    "code:int domain:int message:string? level:int dom:domain? str1:string? str2:string? str3:string? "
+    "int1:int int2:int net:network?",
     _STRUCTS,
 )
 _CLASSES: Final[dict[str, type[KvikError]]] = {name: getattr(errors, name) for name in errors.__all__}

@@ -123,7 +123,7 @@ def encode(values: Mapping[str, Value]) -> Encoded:
     if not values:
         return Encoded(b"\0\0\0\0")
     names = tuple(values)
-    fields = list(values.values())
+    fields: list[Any] = list(values.values())
     key = (names, *map(type, fields))
     layout = _layouts.get(key)
     if layout is None:

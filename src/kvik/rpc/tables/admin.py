@@ -4,7 +4,6 @@ PROCEDURES: number -> (name, arguments or event body, result, flags); the notati
 Flags: h high priority, e event, r stream the client reads, w stream it writes, n newer than libvirt 9.0.
 """
 
-# ruff: noqa: E501
 # fmt: off
 
 NUMBER = 0x06900690
