@@ -139,7 +139,7 @@ class Connection:
         return self.link.call(kvik()[procedure], values, timeout=self.timeout if timeout is None else timeout)
 
     def call_many(self, procedure: str, arguments: Sequence[Sequence[Any]]) -> list[Record]:
-        """The same procedure for many arguments, all sent before the first answer is read. The first error is raised."""
+        """The same procedure for many arguments, sent ahead of the answers. The first error is raised."""
         one = remote()[procedure]
         results: list[Record] = []
         for start in range(0, len(arguments), 64):  # bounded: neither side's socket buffer may fill up both ways

@@ -1,7 +1,7 @@
 """One domain: libvirt's verbs in snake_case, each one call to the daemon.
 
-`flags` are libvirt's of the procedure; 0 means what virsh does without options. For settings, virDomainModificationImpact:
-0 current, 1 live, 2 config, 3 both.
+`flags` are libvirt's of the procedure; 0 means what virsh does without options. For settings they are
+virDomainModificationImpact: 0 current, 1 live, 2 config, 3 both.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class InterfaceAddress(NamedTuple):
 
 
 class VcpuInfo(NamedTuple):
-    """`state`: 0 offline, 1 running, 2 blocked; `cpu_time` ns; `cpu`: the host CPU, -1 when unknown; `affinity`: a map."""
+    """`state`: 0 offline, 1 running, 2 blocked; `cpu_time` in ns; `cpu`: the host's, -1 when unknown."""
 
     number: int
     state: int
@@ -123,7 +123,7 @@ class Readiness(NamedTuple):
 
 
 class ExecResult(NamedTuple):
-    """A command's end in the guest. `signal` 0: it exited by itself; `truncated`: output was cut at the agent's limit."""
+    """A command's end. `signal` 0: it exited by itself; `truncated`: output was cut at the agent's limit."""
 
     exitcode: int
     signal: int
@@ -341,7 +341,7 @@ class Domain:
         self._call("DOMAIN_INJECT_NMI", 0)
 
     def console(self, device: str | None = None, flags: int = 0) -> Stream:
-        """A serial console (`device`: its alias; the first one). Flags: 1 take it from whoever has it, 2 only safely."""
+        """A serial console (`device`: its alias; the first one). Flags: 1 take it from its user, 2 only safely."""
         link = self.connection.link
         key, _ = link.open_stream(remote()["DOMAIN_OPEN_CONSOLE"], (self.ref, device, flags), self.connection.timeout)
         return Stream(link, key)
@@ -446,7 +446,7 @@ class Domain:
         return ExecResult(exitcode, signal, stdout, stderr, bool(truncated))
 
     def wait_ready(self, timeout: float | None = None) -> Readiness:
-        """Wait until the machine is booted, its address known and its agent answers; or until `timeout` s have passed."""
+        """Wait until the machine is booted, its address known, its agent answers; or `timeout` s have passed."""
         milliseconds = 0 if timeout is None else max(1, int(timeout * 1000))
         ready, stages = self.connection.call_kvik(
             "DOMAIN_WAIT_READY", self.ref, milliseconds, timeout=None if timeout is None else timeout + _REPLY_SLACK

@@ -140,7 +140,7 @@ class Stream:
     # --- a terminal at this end ---
 
     def pump(self, stdin_fd: int, stdout_fd: int, escape: bytes = ESCAPE) -> PumpEnd:
-        """Carry bytes both ways until the user types `escape` ("escape"), the stream ends ("end") or stdin does ("eof").
+        """Carry bytes both ways until `escape` is typed ("escape"), the stream ends ("end") or stdin does ("eof").
 
         The terminal's mode is the caller's (`raw_terminal`). `escape` b"" means that nothing leaves.
         """
@@ -183,7 +183,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 @contextmanager
 def raw_terminal(fd: int) -> Iterator[None]:
-    """Keys go to the guest one by one, Ctrl-C included; the old mode comes back whatever happens. No-op off a terminal."""
+    """Keys go to the guest one by one, Ctrl-C included; the old mode comes back in any case. No-op off a terminal."""
     if not os.isatty(fd):
         yield
         return
