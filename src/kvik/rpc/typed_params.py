@@ -160,7 +160,7 @@ def _encode_slowly(values: Mapping[str, Value]) -> Encoded:
     for name, value in values.items():
         kind = parameter_type(name, value)
         if kind in (INT, UINT, ULLONG) and isinstance(value, int) and not _fits(kind, value):
-            kind = LLONG
+            kind = LLONG if value < 2**63 else ULLONG
         try:
             params.append(encode_typed_param((name, kind, value)))
         except struct.error as error:
