@@ -159,7 +159,7 @@ def _encode_slowly(values: Mapping[str, Value]) -> Encoded:
     params = []
     for name, value in values.items():
         kind = parameter_type(name, value)
-        if kind in (INT, UINT, ULLONG) and isinstance(value, int) and not _fits(kind, value):
+        if kind in (INT, UINT, LLONG, ULLONG) and isinstance(value, int) and not _fits(kind, value):
             kind = LLONG if value < 2**63 else ULLONG
         try:
             params.append(encode_typed_param((name, kind, value)))
@@ -169,5 +169,10 @@ def _encode_slowly(values: Mapping[str, Value]) -> Encoded:
 
 
 def _fits(kind: int, value: int) -> bool:
-    low, high = {INT: (-(2**31), 2**31), UINT: (0, 2**32), ULLONG: (0, 2**64)}[kind]
+    low, high = {
+        INT: (-(2**31), 2**31),
+        UINT: (0, 2**32),
+        LLONG: (-(2**63), 2**63),
+        ULLONG: (0, 2**64),
+    }[kind]
     return low <= value < high

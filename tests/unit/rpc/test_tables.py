@@ -49,11 +49,11 @@ def test_programs_are_found_by_number() -> None:
 
 
 def test_unknown_ones_say_so_in_the_words_that_clients_look_for() -> None:
-    with pytest.raises(NoSupport, match="^unknown procedure: 9999"):
+    with pytest.raises(NoSupport, match=r"^unknown procedure: 9999"):
         remote()[9999]
-    with pytest.raises(NoSupport, match="^unknown procedure: NO_SUCH"):
+    with pytest.raises(NoSupport, match=r"^unknown procedure: NO_SUCH"):
         remote()["NO_SUCH"]
-    with pytest.raises(NoSupport, match="^unknown program"):
+    with pytest.raises(NoSupport, match=r"^unknown program"):
         program(0x12345678)
     assert 1 in remote()
     assert 9999 not in remote()

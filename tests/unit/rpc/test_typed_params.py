@@ -86,7 +86,7 @@ def test_a_figure_that_leaves_its_first_type_finds_another() -> None:
 
 
 def test_what_fits_no_type_is_an_error() -> None:
-    with pytest.raises(RpcError, match="cpu.time"):
+    with pytest.raises(RpcError, match=r"cpu.time"):
         tp.encode({"cpu.time": 2**64})
 
 
