@@ -327,17 +327,9 @@ SIMPLE: list[tuple[Callable[[Domain], Any], str, tuple[Any, ...], Any, tuple[Any
 ]
 
 
-@pytest.mark.parametrize(
-    ("method", "procedure", "answer", "result", "arguments"), SIMPLE, ids=lambda x: x if isinstance(x, str) else ""
-)
-def test_each_verb_is_one_call(
-    daemon: Make,
-    method: Callable[[Domain], Any],
-    procedure: str,
-    answer: tuple[Any, ...],
-    result: Any,
-    arguments: tuple[Any, ...],
-) -> None:
+@pytest.mark.parametrize("case", SIMPLE, ids=lambda case: case[1])
+def test_each_verb_is_one_call(daemon: Make, case: Any) -> None:
+    method, procedure, answer, result, arguments = case
     fake = daemon(**{procedure: answer})
     with fake.connect() as connection:
         assert method(Domain(connection, *DOM)) == result

@@ -68,9 +68,13 @@ def test_the_daemon_s_abort_says_why(daemon: Make) -> None:
         fake.wire.open_stream(call.key)
         fake.send(m.reply(call) + fake.wire.abort_stream(call.key, OperationFailed("the machine ended")))
 
-    with daemon(DOMAIN_OPEN_CONSOLE=answer).connect() as connection:
-        with pytest.raises(OperationFailed, match="the machine ended"), Domain(connection, *DOM).console() as stream:
-            stream.recv(5)
+    ended = pytest.raises(OperationFailed, match="the machine ended")
+    with (
+        daemon(DOMAIN_OPEN_CONSOLE=answer).connect() as connection,
+        ended,
+        Domain(connection, *DOM).console() as stream,
+    ):
+        stream.recv(5)
 
 
 def test_holes_are_zeros(daemon: Make) -> None:
@@ -121,8 +125,8 @@ def test_pump_ends_with_the_input(daemon: Make) -> None:
     stdin, typing = os.pipe()
     os.write(typing, b"halt\n")
     os.close(typing)
-    with fake.connect() as connection, Domain(connection, *DOM).console() as stream, open(os.devnull, "wb") as null:
-        assert stream.pump(stdin, null.fileno(), escape=b"") == "eof"
+    with fake.connect() as connection, Domain(connection, *DOM).console() as stream:
+        assert stream.pump(stdin, 2, escape=b"") == "eof"
         fake.wait_for(lambda: received(fake) == b"halt\n")
     os.close(stdin)
 
