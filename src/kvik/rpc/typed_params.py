@@ -130,7 +130,10 @@ def encode(values: Mapping[str, Value]) -> Encoded:
         if len(_layouts) >= _LAYOUTS_MAX:
             _layouts.clear()
             _string_packers.clear()
-        layout = _Layout(names, tuple(map(parameter_type, names, fields)))
+        # A layout's types depend on names only, not on the value that happened to come first: what then does not
+        # fit (a negative one, say) takes the slow way below.
+        samples = [0 if type(value) is int else value for value in fields]
+        layout = _Layout(names, tuple(map(parameter_type, names, samples)))
         _layouts[key] = layout
     pack = layout.pack
     if pack is None:

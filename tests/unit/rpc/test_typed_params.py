@@ -82,6 +82,8 @@ def test_it_stands_where_a_list_is_wanted() -> None:
 def test_a_figure_that_leaves_its_first_type_finds_another() -> None:
     assert decode(tp.encode({"x": 1})) == [("x", tp.ULLONG, 1)]
     assert decode(tp.encode({"x": -1})) == [("x", tp.LLONG, -1)]
+    assert decode(tp.encode({"y": -1})) == [("y", tp.LLONG, -1)]
+    assert decode(tp.encode({"y": 2**63})) == [("y", tp.ULLONG, 2**63)]
     assert decode(tp.encode({"state.state": 2**40})) == [("state.state", tp.LLONG, 2**40)]
 
 
