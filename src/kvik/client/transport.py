@@ -148,7 +148,10 @@ def _spawn_daemon(paths: Paths, deadline: float) -> socket.socket:
             raise ConnectError(f"cannot start the daemon: {error}") from error
         while True:
             try:
-                return _connect(paths.socket, started=True)
+                sock = _connect(paths.socket, started=True)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)  # it has nothing left to do but exit
+                return sock
             except ConnectError as error:
                 status = process.poll()  # --detach: 0 as soon as the daemon has left for the background
                 said = _read_stderr(stderr)
@@ -197,7 +200,7 @@ def _ssh(address: Address) -> Transport:
     ours, theirs = socket.socketpair()
     stderr = os.memfd_create("ssh-stderr")
     try:
-        process = subprocess.Popen(ssh_command(address), stdin=theirs, stdout=theirs, stderr=stderr)
+        process = subprocess.Popen(ssh_command(address), stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=stderr)
     except OSError as error:
         ours.close()
         os.close(stderr)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvik.errors import InvalidArgument
 
@@ -25,8 +25,7 @@ EXAMPLES = "write it like kvik:///system, kvik:///session or kvik+ssh://user@hos
 _IGNORED_PARAMETERS = ("mode", "no_verify", "no_tty", "no_sanity")  # of libvirt's, without meaning here
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """A parsed URI. `socket` is "" for the scope's default one; `name` is what CONNECT_OPEN is told."""
 
     scheme: str

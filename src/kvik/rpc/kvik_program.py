@@ -38,7 +38,8 @@ PROCEDURES: dict[int, tuple[str, str, str, str]] = {
     4: (
         "DAEMON_STATUS",
         "",
-        "version:string pid:int scope:string uptime:double machines:uint running:uint clients:uint hypervisors:string<16>",
+        "version:string pid:int scope:string uptime:double machines:uint running:uint clients:uint "
+        "hypervisors:string<16>",
         "h",
     ),
     5: ("DOMAIN_OVERVIEW", "flags:uint", "rows:overview_row<16384>", "h"),

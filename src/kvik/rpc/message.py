@@ -201,22 +201,22 @@ def hole_length(message: Message) -> int:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def frame(
-    number: int, procedure: int, kind: int, serial: int, status: int, payload: bytes, version: int = 1
-) -> bytes:
+Key = tuple[int, int, int]  # (program, procedure, serial): a call, and the stream that it opened
+
+
+def frame(key: Key, kind: int, status: int, payload: bytes = b"") -> bytes:
     """Header and payload of any message. RpcError if it is longer than the protocol allows."""
     length = HEADER_SIZE + len(payload)
     if length > LENGTH_MAX:
         raise RpcError(f"message of {length} bytes exceeds the protocol's limit of {LENGTH_MAX}")
-    return HEADER.pack(length, number, version, procedure, kind, serial, status) + payload
+    return HEADER.pack(length, key[0], VERSION, key[1], kind, key[2], status) + payload
 
 
 def call(procedure: Procedure, serial: int, values: Sequence[Any] = (), fds: int = 0) -> bytes:
     """A call; with `fds` > 0 the caller sends as many dummy bytes, each with one descriptor, after it."""
+    key = (procedure.program.number, procedure.number, serial)
     payload = procedure.args.encode(values)
-    if fds:
-        return frame(procedure.program.number, procedure.number, CALL_WITH_FDS, serial, OK, _count(fds) + payload)
-    return frame(procedure.program.number, procedure.number, CALL, serial, OK, payload)
+    return frame(key, CALL_WITH_FDS, OK, _count(fds) + payload) if fds else frame(key, CALL, OK, payload)
 
 
 def _count(fds: int) -> bytes:
@@ -233,49 +233,47 @@ def reply(request: Message, values: Sequence[Any] = (), fds: int = 0) -> bytes:
 def reply_payload(request: Message, payload: bytes, fds: int = 0) -> bytes:
     """An answer whose result is encoded already: for cached results."""
     if fds:
-        return frame(request[0], request[2], REPLY_WITH_FDS, request[4], OK, _count(fds) + payload)
+        return frame(request.key, REPLY_WITH_FDS, OK, _count(fds) + payload)
     length = HEADER_SIZE + len(payload)
     if length > LENGTH_MAX:
         raise RpcError(f"reply of {length} bytes exceeds the protocol's limit of {LENGTH_MAX}")
-    return HEADER.pack(length, request[0], 1, request[2], REPLY, request[4], OK) + payload
+    return HEADER.pack(length, request[0], VERSION, request[2], REPLY, request[4], OK) + payload
 
 
 def reply_error(request: Message, error: BaseException) -> bytes:
     """The failed answer to a call, or to a stream's packet (then it aborts the stream). Never raises."""
     kind = REPLY if request[3] in (CALL, CALL_WITH_FDS) else STREAM
-    return frame(request[0], request[2], kind, request[4], ERROR, encode_error(error))
+    return frame(request.key, kind, ERROR, encode_error(error))
 
 
 def event(procedure: Procedure, values: Sequence[Any]) -> bytes:
-    return frame(procedure.program.number, procedure.number, MESSAGE, EVENT_SERIAL, OK, procedure.args.encode(values))
-
-
-Key = tuple[int, int, int]
+    key = (procedure.program.number, procedure.number, EVENT_SERIAL)
+    return frame(key, MESSAGE, OK, procedure.args.encode(values))
 
 
 def stream_data(key: Key, data: bytes) -> bytes:
     """One packet of at most STREAM_DATA_MAX bytes; no data at all means the end of this direction."""
     if len(data) > STREAM_DATA_MAX:
         raise RpcError(f"stream packet of {len(data)} bytes: the limit is {STREAM_DATA_MAX}")
-    return frame(key[0], key[1], STREAM, key[2], CONTINUE, data)
+    return frame(key, STREAM, CONTINUE, data)
 
 
 def stream_end(key: Key) -> bytes:
-    return frame(key[0], key[1], STREAM, key[2], CONTINUE, b"")
+    return frame(key, STREAM, CONTINUE)
 
 
 def stream_finish(key: Key) -> bytes:
-    return frame(key[0], key[1], STREAM, key[2], OK, b"")
+    return frame(key, STREAM, OK)
 
 
 def stream_abort(key: Key, error: BaseException | None = None) -> bytes:
     """With `error` (servers) it says why; clients send none."""
-    return frame(key[0], key[1], STREAM, key[2], ERROR, encode_error(error) if error is not None else b"")
+    return frame(key, STREAM, ERROR, encode_error(error) if error is not None else b"")
 
 
 def stream_hole(key: Key, length: int) -> bytes:
-    return frame(key[0], key[1], STREAM_HOLE, key[2], CONTINUE, _HOLE.pack(length, 0))
+    return frame(key, STREAM_HOLE, CONTINUE, _HOLE.pack(length, 0))
 
 
-PING_BYTES: Final = frame(KEEPALIVE_NUMBER, 1, MESSAGE, 0, OK, b"")
-PONG_BYTES: Final = frame(KEEPALIVE_NUMBER, 2, MESSAGE, 0, OK, b"")
+PING_BYTES: Final = frame((KEEPALIVE_NUMBER, 1, 0), MESSAGE, OK)
+PONG_BYTES: Final = frame((KEEPALIVE_NUMBER, 2, 0), MESSAGE, OK)
