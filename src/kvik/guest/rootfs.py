@@ -21,11 +21,10 @@ INSTALLED = {  # name in overlay/: path in the guest
     "rc": "etc/rc",
     "rc.agent": "etc/rc.agent",
     "rc.network": "etc/rc.network",
-    "rc.shutdown": "etc/rc.shutdown",
     "udhcpc.script": "etc/udhcpc.script",
     "autologin": "etc/autologin",
     "profile": "etc/profile",
-    "shutdown": "sbin/shutdown",
+    "poweroff": "sbin/poweroff",
 }
 TEXTS = {
     "etc/hostname": "tiny\n",
@@ -35,7 +34,7 @@ TEXTS = {
     "etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
     "etc/resolv.conf": "",
     "etc/issue": "",
-    # acpid's event for the power button, and what it starts (busybox networking of names: evt_tab in acpid.c)
+    # acpid's event for the power button, and what it starts
     "etc/acpid.conf": "PWRF power\n",
     "etc/os-release": 'NAME="kvik tiny"\nID=kvik-tiny\nID_LIKE=debian\nPRETTY_NAME="kvik tiny image"\n',
 }
@@ -47,7 +46,7 @@ MODULES = (
 ).split()
 
 # The applets scripts call by path; the rest are found by the shell, which is the same program.
-SBIN = {"init", "getty", "poweroff", "reboot", "halt", "modprobe", "insmod", "udhcpc", "acpid", "ip", "mdev"}
+SBIN = {"init", "getty", "poweroff", "reboot", "halt", "modprobe", "insmod", "acpid", "mdev"}
 LIBRARY_DIRECTORIES = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
 AGENT = "usr/sbin/qemu-ga"
 BUSYBOX = re.compile(r"(usr/)?bin/busybox")
@@ -111,6 +110,8 @@ class Rootfs:
                 archive.file(path, text.encode())
             for path, text in SCRIPTS.items():
                 archive.file(path, text.encode(), 0o755)
+            for name in ("reboot", "halt", "shutdown"):
+                archive.symlink(f"sbin/{name}", "poweroff")
             self._write_busybox(archive)
             archive.file(AGENT, self._agent, 0o755)
             self._write_libraries(archive)
