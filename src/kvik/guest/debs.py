@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,13 +16,17 @@ from pathlib import Path, PurePosixPath
 from threading import Thread
 
 from kvik.errors import HostError, ImageError, NotFound
+from kvik.host import process
 from kvik.image.compression import decompress, detect
 
-__all__ = ["Apt", "Member", "Package", "deb_members"]
+__all__ = ["Apt", "Member", "Package", "deb_members", "run_apt"]
 
 MAX_MEMBER = 256 << 20  # one file in a package
 MAX_UNPACKED = 1 << 30  # one package, when it must be unpacked at once
 SYSTEM_LISTS = Path("/var/lib/apt/lists")
+TIMEOUT = 900.0  # seconds for one apt command: 30 MB over a slow line
+OUTPUT_LIMIT = 16 << 20
+PASSED_ON = ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "APT_CONFIG")  # what reaching an archive may need
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ def deb_members(deb: bytes, wanted: Callable[[str], bool] = lambda path: True) -
     name, data = _ar_member(deb, "data.tar")
     kind = detect(data)
     if kind in ("xz", "lzma"):
-        stream: io.BufferedIOBase | lzma.LZMAFile = lzma.LZMAFile(io.BytesIO(data))  # unpacked as it is read
+        stream: io.BufferedIOBase | lzma.LZMAFile = lzma.LZMAFile(io.BytesIO(data))  # noqa: SIM115 - read as it goes
     elif name == "data.tar":
         stream = io.BytesIO(data)
     else:
@@ -105,10 +110,18 @@ def _clean(name: str) -> str:
     return "/".join(part for part in path.parts if part != ".")
 
 
-class Apt:
-    """apt with its state below `directory`. `run(argv, cwd)` starts a program, waits, and returns its output."""
+def run_apt(argv: list[str], directory: Path) -> str:
+    """Run an apt program in `directory` and return its output; raises `HostError` with apt's own words."""
+    environment = {**process.BASE_ENVIRONMENT, **{key: os.environ[key] for key in PASSED_ON if key in os.environ}}
+    return process.run(argv, env=environment, timeout=TIMEOUT, limit=OUTPUT_LIMIT, cwd=str(directory)).text
 
-    def __init__(self, directory: Path, run: Callable[[list[str], Path], str], lists: Path = SYSTEM_LISTS) -> None:
+
+class Apt:
+    """apt with its state below `directory`. `run` is replaced in tests."""
+
+    def __init__(
+        self, directory: Path, *, run: Callable[[list[str], Path], str] = run_apt, lists: Path = SYSTEM_LISTS
+    ) -> None:
         self._directory = directory
         self._run = run
         self._private = directory / "lists"

@@ -40,10 +40,11 @@ TEXTS = {
 }
 SCRIPTS = {"etc/acpi/power": "#!/bin/sh\nexec /sbin/poweroff\n"}
 
-MODULES = (
-    "virtio_pci virtio_console virtio_net virtio_blk virtio_scsi virtio-rng virtio_balloon virtio_input virtiofs "
-    "vmw_vsock_virtio_transport sd_mod sr_mod isofs nls_utf8 overlay button evdev pvpanic-pci qemu_fw_cfg"
-).split()
+MODULES = [
+    *("virtio_pci", "virtio_console", "virtio_net", "virtio_blk", "virtio_scsi", "virtio-rng", "virtio_balloon"),
+    *("virtio_input", "virtiofs", "vmw_vsock_virtio_transport", "sd_mod", "sr_mod", "isofs", "nls_utf8", "overlay"),
+    *("button", "evdev", "pvpanic-pci", "qemu_fw_cfg"),
+]
 
 # The applets scripts call by path; the rest are found by the shell, which is the same program.
 SBIN = {"init", "getty", "poweroff", "reboot", "halt", "modprobe", "insmod", "acpid", "mdev"}

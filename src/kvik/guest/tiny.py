@@ -70,9 +70,9 @@ class TinyImage:
         return str(self.manifest.get("kernel", ""))
 
 
-def tiny(paths: Paths, run: Callable[[list[str], Path], str], progress: Progress | None = None) -> TinyImage:
+def tiny(paths: Paths, progress: Progress | None = None) -> TinyImage:
     """The cached image, or a new one. What `kvik run` calls."""
-    return cached_tiny(paths) or build_tiny(paths, run, progress)
+    return cached_tiny(paths) or build_tiny(paths, progress)
 
 
 def cached_tiny(paths: Paths) -> TinyImage | None:
@@ -90,7 +90,7 @@ def cached_tiny(paths: Paths) -> TinyImage | None:
 
 
 def build_tiny(
-    paths: Paths, run: Callable[[list[str], Path], str], progress: Progress | None = None, *, refresh: bool = False
+    paths: Paths, progress: Progress | None = None, *, refresh: bool = False, apt: Apt | None = None
 ) -> TinyImage:
     """Make the image from current packages, and make it the current one. `refresh` fetches the package lists first.
 
@@ -106,7 +106,7 @@ def build_tiny(
         for leftover in root.glob(".new-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         started = time.monotonic()
-        packages, files = _fetch(Apt(paths.cache / "apt", run), report, refresh)
+        packages, files = _fetch(apt or Apt(paths.cache / "apt"), report, refresh)
         report("image", 0, 3)
         rootfs = Rootfs()
         for package, file in zip(packages, files, strict=True):
