@@ -1,0 +1,120 @@
+"""What the daemon tells unasked, typed: `for event in connection.events(): print(event.kind, event.domain.name)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kvik.rpc.message import Event
+from kvik.rpc.program import KVIK_NUMBER, QEMU_NUMBER, REMOTE_NUMBER
+from kvik.rpc.xdr import Record
+
+# virDomainEventID -> (kind, procedure). Kinds are virsh's names for them.
+DOMAIN_EVENTS: Final[dict[int, tuple[str, str]]] = {
+    0: ("lifecycle", "DOMAIN_EVENT_CALLBACK_LIFECYCLE"),
+    1: ("reboot", "DOMAIN_EVENT_CALLBACK_REBOOT"),
+    2: ("rtc-change", "DOMAIN_EVENT_CALLBACK_RTC_CHANGE"),
+    3: ("watchdog", "DOMAIN_EVENT_CALLBACK_WATCHDOG"),
+    4: ("io-error", "DOMAIN_EVENT_CALLBACK_IO_ERROR"),
+    5: ("graphics", "DOMAIN_EVENT_CALLBACK_GRAPHICS"),
+    6: ("io-error-reason", "DOMAIN_EVENT_CALLBACK_IO_ERROR_REASON"),
+    7: ("control-error", "DOMAIN_EVENT_CALLBACK_CONTROL_ERROR"),
+    8: ("block-job", "DOMAIN_EVENT_CALLBACK_BLOCK_JOB"),
+    9: ("disk-change", "DOMAIN_EVENT_CALLBACK_DISK_CHANGE"),
+    10: ("tray-change", "DOMAIN_EVENT_CALLBACK_TRAY_CHANGE"),
+    11: ("pm-wakeup", "DOMAIN_EVENT_CALLBACK_PMWAKEUP"),
+    12: ("pm-suspend", "DOMAIN_EVENT_CALLBACK_PMSUSPEND"),
+    13: ("balloon-change", "DOMAIN_EVENT_CALLBACK_BALLOON_CHANGE"),
+    14: ("pm-suspend-disk", "DOMAIN_EVENT_CALLBACK_PMSUSPEND_DISK"),
+    15: ("device-removed", "DOMAIN_EVENT_CALLBACK_DEVICE_REMOVED"),
+    16: ("block-job-2", "DOMAIN_EVENT_BLOCK_JOB_2"),
+    17: ("tunable", "DOMAIN_EVENT_CALLBACK_TUNABLE"),
+    18: ("agent-lifecycle", "DOMAIN_EVENT_CALLBACK_AGENT_LIFECYCLE"),
+    19: ("device-added", "DOMAIN_EVENT_CALLBACK_DEVICE_ADDED"),
+    20: ("migration-iteration", "DOMAIN_EVENT_CALLBACK_MIGRATION_ITERATION"),
+    21: ("job-completed", "DOMAIN_EVENT_CALLBACK_JOB_COMPLETED"),
+    22: ("device-removal-failed", "DOMAIN_EVENT_CALLBACK_DEVICE_REMOVAL_FAILED"),
+    23: ("metadata-change", "DOMAIN_EVENT_CALLBACK_METADATA_CHANGE"),
+    24: ("block-threshold", "DOMAIN_EVENT_BLOCK_THRESHOLD"),
+    25: ("memory-failure", "DOMAIN_EVENT_MEMORY_FAILURE"),
+    26: ("memory-device-size-change", "DOMAIN_EVENT_MEMORY_DEVICE_SIZE_CHANGE"),
+}
+EVENT_IDS: Final = {kind: number for number, (kind, _) in DOMAIN_EVENTS.items()}
+_KINDS: Final = {procedure: kind for kind, procedure in DOMAIN_EVENTS.values()}
+
+# virDomainEventType -> (name, names of its details). Source: libvirt-domain.h, the names virsh prints.
+LIFECYCLE: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
+    ("Defined", ("Added", "Updated", "Renamed", "Snapshot")),
+    ("Undefined", ("Removed", "Renamed")),
+    ("Started", ("Booted", "Migrated", "Restored", "Snapshot", "Event wakeup", "Recovered")),
+    ("Suspended", ("Paused", "Migrated", "I/O Error", "Watchdog", "Restored", "Snapshot", "API error", "Post-copy",
+                   "Post-copy Error")),
+    ("Resumed", ("Unpaused", "Migrated", "Snapshot", "Post-copy", "Post-copy Error")),
+    ("Stopped", ("Shutdown", "Destroyed", "Crashed", "Migrated", "Saved", "Failed", "Snapshot")),
+    ("Shutdown", ("Finished", "Finished after guest request", "Finished after host request")),
+    ("PMSuspended", ("Memory", "Disk")),
+    ("Crashed", ("Panicked", "Crashloaded")),
+)  # fmt: skip
+
+
+def lifecycle_text(event: int, detail: int) -> tuple[str, str]:
+    """Names of a life-cycle event and its detail; numbers nobody knows yet stay numbers."""
+    if not 0 <= event < len(LIFECYCLE):
+        return f"event {event}", f"detail {detail}"
+    name, details = LIFECYCLE[event]
+    return name, details[detail] if 0 <= detail < len(details) else f"detail {detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class DomainRef:
+    name: str
+    uuid: bytes
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class DomainEvent:
+    """`kind` as in DOMAIN_EVENTS (also "stage" and "monitor"); `fields` are the procedure's, without the domain."""
+
+    kind: str
+    domain: DomainRef
+    callback: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.kind == "lifecycle":
+            name, detail = lifecycle_text(self.fields["event"], self.fields["detail"])
+            return f"{name} {detail}"
+        return " ".join(f"{key}={value}" for key, value in self.fields.items())
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionClosed:
+    """The daemon says goodbye; `reason` is virConnectCloseReason."""
+
+    reason: int
+
+
+def decode_event(message: Event) -> DomainEvent | ConnectionClosed | None:
+    """An event message -> typed; None for what this client has no use for (networks, pools, ...)."""
+    procedure = message.lookup()
+    record = message.decode()
+    if procedure.name == "CONNECT_EVENT_CONNECTION_CLOSED":
+        return ConnectionClosed(record[0])
+    if message.program == KVIK_NUMBER:
+        kind = "stage"
+    elif message.program == QEMU_NUMBER:
+        kind = "monitor"
+    elif message.program == REMOTE_NUMBER and procedure.name in _KINDS:
+        kind = _KINDS[procedure.name]
+    else:
+        return None
+    values = record.asdict()
+    callback = int(values.pop("callbackID", -1))
+    inner = values.pop("msg", None)
+    if isinstance(inner, Record):
+        values |= inner.asdict()
+    name, uuid, number = values.pop("dom")
+    values = {key: value.asdict() if isinstance(value, Record) else value for key, value in values.items()}
+    return DomainEvent(kind, DomainRef(name, uuid, number), callback, values)

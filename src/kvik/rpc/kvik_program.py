@@ -1,0 +1,48 @@
+"""Our own program, for what libvirt has no call for: same framing, same notation (see `kvik.rpc.xdr`).
+
+Numbers are never reused; a new field means a new procedure. From 100 on: events.
+
+- DOMAIN_WAIT_READY: waits until the machine is ready (booted, address known, agent answering) or `timeout` ms passed
+  (0: the daemon's own limit); result: the stages so far and whether it is ready.
+- DOMAIN_EXEC: runs a command in the guest through its agent. `signal` is 0 if the command exited by itself.
+- DOMAIN_OVERVIEW: everything that `list`, `ps` and `top` show, in one call. Flags are virConnectListAllDomainsFlags.
+- A stage is {name, seconds since the start, state}: state is 0 waiting, 1 done, 2 stalled, 3 not expected.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+NUMBER: Final = 0x6B76696B  # "kvik"
+VERSION: Final = 1
+
+STRUCTS: dict[str, str] = {
+    "domain": "name:string uuid:opaque[16] id:int",
+    "stage": "name:string seconds:double state:int detail:string",
+    "overview_row": (
+        "name:string uuid:opaque[16] id:int state:int reason:int accelerator:string vcpus:uint mem_kib:uhyper "
+        "cpu_time:uhyper address:string? ready:int persistent:int autostart:int title:string?"
+    ),
+    "exec_result": "exitcode:int signal:int stdout:opaque<16777216> stderr:opaque<8388608> truncated:int",
+}
+
+PROCEDURES: dict[int, tuple[str, str, str, str]] = {
+    1: ("DOMAIN_WAIT_READY", "dom:domain timeout:uint", "ready:int stages:stage<64>", ""),
+    2: (
+        "DOMAIN_EXEC",
+        "dom:domain argv:string<4096> environment:string<4096> stdin:opaque<8388608> timeout:uint",
+        "result:exec_result",
+        "",
+    ),
+    3: ("DOMAIN_STAGES", "dom:domain", "ready:int stages:stage<64>", "h"),
+    4: (
+        "DAEMON_STATUS",
+        "",
+        "version:string pid:int scope:string uptime:double machines:uint running:uint clients:uint "
+        "hypervisors:string<16>",
+        "h",
+    ),
+    5: ("DOMAIN_OVERVIEW", "flags:uint", "rows:overview_row<16384>", "h"),
+    6: ("DAEMON_SHUTDOWN", "", "", "h"),
+    100: ("DOMAIN_EVENT_STAGE", "dom:domain stage:stage", "", "e"),
+}

@@ -1,0 +1,1 @@
+"""Generated procedure tables, one module per program."""
