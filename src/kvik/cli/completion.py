@@ -170,9 +170,7 @@ def _values(option: Option, current: str, used: dict[str, str], source: Source) 
 def _matching(candidates: Iterable[tuple[str, str]], current: str) -> list[tuple[str, str]]:
     from kvik.cli.term import neutralise
 
-    return [
-        (name, neutralise(text)) for name, text in candidates if name.startswith(current) and name.isprintable()
-    ]
+    return [(name, neutralise(text)) for name, text in candidates if name.startswith(current) and name.isprintable()]
 
 
 class Source:
@@ -239,9 +237,9 @@ def _keys(source: Source, used: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def _events(source: Source, used: dict[str, str]) -> list[tuple[str, str]]:
-    from kvik.cli.event_names import EVENTS
+    from kvik.client.events import EVENT_IDS
 
-    return [(name, "") for name in EVENTS]
+    return [(name, "") for name in EVENT_IDS]
 
 
 COMPLETERS: dict[str, Callable[[Source, dict[str, str]], list[tuple[str, str]]]] = {

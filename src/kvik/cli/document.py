@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from kvik.errors import ConfigError
 
 Element = ElementTree.Element
+SubElement = ElementTree.SubElement
 
 
 class Disk:
@@ -93,15 +94,19 @@ def interfaces(root: Element) -> list[Interface]:
 def escape(text: str) -> str:
     """`text` for an attribute in single quotes or for content."""
     return (
-        text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("'", "&apos;").replace('"', "&quot;")
+        text.replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace("'", "&apos;")
+        .replace('"', "&quot;")
     )
 
 
-def tag(name: str, **attributes: str | None) -> str:
+def tag(element: str, /, **attributes: str | None) -> str:
     """An empty element; attributes that are None are left out, an underscore at the end of a name is dropped."""
     parts = "".join(f" {key.rstrip('_')}='{escape(value)}'" for key, value in attributes.items() if value is not None)
-    return f"<{name}{parts}/>"
+    return f"<{element}{parts}/>"
 
 
-def open_tag(name: str, **attributes: str | None) -> str:
-    return tag(name, **attributes)[:-2] + ">"
+def open_tag(element: str, /, **attributes: str | None) -> str:
+    return tag(element, **attributes)[:-2] + ">"

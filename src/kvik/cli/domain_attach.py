@@ -166,7 +166,9 @@ def interface_xml(options: Options) -> str:
     if options.text("alias"):
         lines.append("  " + tag("alias", name=options.text("alias")))
     limits = [
-        f"    {bandwidth_tag(name, text)}" for name in ("inbound", "outbound") if (text := options.text(name)) is not None
+        f"    {bandwidth_tag(name, text)}"
+        for name in ("inbound", "outbound")
+        if (text := options.text(name)) is not None
     ]
     if limits:
         lines += ["  <bandwidth>", *limits, "  </bandwidth>"]
@@ -212,7 +214,7 @@ def change_media(ctx: Context, options: Options) -> int:
     if old is not None:
         disk.element.remove(old)
     if source is not None:
-        new = document.ElementTree.Element("source", {"dev" if block else "file": source})
+        new = document.Element("source", {"dev" if block else "file": source})
         disk.element.insert(next((i for i, e in enumerate(disk.element) if e.tag == "target"), 0), new)
         disk.element.set("type", "block" if block else "file")
     xml = document.text_of(disk.element)

@@ -76,7 +76,7 @@ def domblkstat(ctx: Context, options: Options) -> int:
     ctx.doing = f"Failed to get block stats for domain '{domain.name}' device '{device}'"
     if domain.id <= 0:
         raise OperationInvalid("Requested operation is not valid: domain is not running")
-    disks = device_stats(stats_of(ctx, domain, "block"), "block")
+    disks = device_stats(stats_of(domain, "block"), "block")
     paths = {str(fields.get("path")): name for name, fields in disks.items() if fields.get("path")}
     name = paths.get(device, device)
     if device and name not in disks:
@@ -91,17 +91,19 @@ def domblkstat(ctx: Context, options: Options) -> int:
         return 0
     if human:
         ctx.line(f"Device: {name}")
-    words = {label: text for label, text in BLOCK_FIELDS.values()}
+    words = dict(BLOCK_FIELDS.values())
     for label, value in figures.items():
         ctx.line(f" {words[label]:<31} {value}" if human else f"{name} {label} {value}".lstrip())
     return 0
 
 
+MAX_DISK_ERRORS = 256  # REMOTE_DOMAIN_DISK_ERRORS_MAX
 DISK_ERRORS = ("no error", "unspecified error", "no space")
 
 
 def domblkerror(ctx: Context, options: Options) -> int:
-    errors = ctx.domain(options.data("domain")).disk_errors()
+    domain = ctx.domain(options.data("domain"))
+    errors = ctx.connection.call("DOMAIN_GET_DISK_ERRORS", domain.ref, MAX_DISK_ERRORS, 0)[0]
     named = {disk: DISK_ERRORS[code] if 0 <= code < len(DISK_ERRORS) else "unknown error" for disk, code in errors}
     if ctx.put(named):
         return 0

@@ -25,9 +25,7 @@ UNDEFINE_FLAGS = {
 def define(ctx: Context, options: Options) -> int:
     path = options.data("file")
     ctx.doing = f"Failed to define domain from {path}"
-    domain = ctx.connection.define(
-        ctx.read_file(path), flags=flags.DEFINE_VALIDATE if options.flag("validate") else 0
-    )
+    domain = ctx.connection.define(ctx.read_file(path), flags=flags.DEFINE_VALIDATE if options.flag("validate") else 0)
     ctx.say(f"Domain '{domain.name}' defined from {path}")
     return 0
 

@@ -118,7 +118,7 @@ def domif_setlink(ctx: Context, options: Options) -> int:
     element = find_interface(root, options.data("interface")).element
     link = element.find("link")
     if link is None:
-        link = document.ElementTree.SubElement(element, "link")
+        link = document.SubElement(element, "link")
     link.set("state", state)
     xml = document.text_of(element)
     if options.flag("print-xml"):

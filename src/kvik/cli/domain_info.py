@@ -6,7 +6,6 @@ from kvik.cli import flags, term
 from kvik.cli.common import DOMAIN
 from kvik.cli.domain_list import acceleration
 from kvik.cli.options import FLAG, Option, Verb
-from kvik.errors import OperationUnsupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,10 +18,7 @@ def accelerator(ctx: Context, domain: Domain) -> str:
     """How a running machine is accelerated ("kvm", "emulation"), or "" where the daemon does not say."""
     if domain.id <= 0:
         return ""
-    try:
-        rows = ctx.connection.overview(flags.LIST_ACTIVE)
-    except OperationUnsupported:  # a libvirt daemon
-        return ""
+    rows = ctx.connection.overview(flags.LIST_ACTIVE)
     return next((acceleration(row.accelerator) for row in rows if row.uuid == domain.uuid), "")
 
 
@@ -39,7 +35,7 @@ def dominfo(ctx: Context, options: Options) -> int:
     ]
     if info.cpu_time:
         pairs.append(("CPU time", f"{info.cpu_time / 1e9:.1f}s"))
-    pairs.append(("Max memory", f"{info.max_mem} KiB"))
+    pairs.append(("Max memory", f"{info.max_memory} KiB"))
     pairs.append(("Used memory", f"{info.memory} KiB"))
     pairs.append(("Persistent", "yes" if domain.is_persistent() else "no"))
     pairs.append(("Autostart", "enable" if domain.autostart() else "disable"))
@@ -67,7 +63,8 @@ CONTROL_STATES = ("ok", "background job", "occupied", "error")
 
 def domcontrol(ctx: Context, options: Options) -> int:
     domain = ctx.domain(options.data("domain"))
-    state, seconds = domain.control_info()
+    state, _, milliseconds = domain.control_info()
+    seconds = milliseconds / 1000
     name = CONTROL_STATES[state] if 0 <= state < len(CONTROL_STATES) else "unknown"
     if not ctx.put({"control": name, "seconds": seconds}):
         ctx.line(name if state in (0, 3) else f"{name} ({seconds:.3f}s)")

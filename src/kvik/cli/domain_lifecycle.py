@@ -19,20 +19,11 @@ START_FLAGS = {
 }
 
 
-def descriptors(options: Options) -> list[int]:
-    """The numbers of `--pass-fds N,M`."""
-    text = options.text("pass-fds")
-    try:
-        return [int(part) for part in text.split(",")] if text else []
-    except ValueError:
-        raise UsageError(f"Unable to parse FD number in '{text}'") from None
-
-
 def create(ctx: Context, options: Options) -> int:
     path = options.data("file")
     ctx.doing = f"Failed to create domain from {path}"
     bits = chosen(options, {**START_FLAGS, "validate": flags.START_VALIDATE})
-    domain = ctx.connection.create(ctx.read_file(path), flags=bits, files=descriptors(options))
+    domain = ctx.connection.create(ctx.read_file(path), bits)
     ctx.say(f"Domain '{domain.name}' created from {path}")
     if options.flag("console"):
         from kvik.cli.console import attach
@@ -47,7 +38,7 @@ def start(ctx: Context, options: Options) -> int:
         raise OperationInvalid("Domain is already active", remedy=f"'kvik console {domain.name}' connects to it")
     ctx.doing = f"Failed to start domain '{domain.name}'"
     table = {**START_FLAGS, "bypass-cache": flags.START_BYPASS_CACHE, "force-boot": flags.START_FORCE_BOOT}
-    domain.start(flags=chosen(options, table), files=descriptors(options))
+    domain.start(chosen(options, table))
     ctx.say(f"Domain '{domain.name}' started")
     if options.flag("console"):
         from kvik.cli.console import attach
@@ -124,7 +115,6 @@ def resume(ctx: Context, options: Options) -> int:
 CONSOLE = Option("console", FLAG, "attach to console after creation")
 PAUSED = Option("paused", FLAG, "leave the guest paused after creation")
 AUTODESTROY = Option("autodestroy", FLAG, "automatically destroy the guest when kvik disconnects")
-PASS_FDS = Option("pass-fds", TEXT, "pass file descriptors N,M,... to the guest", named_only=True)
 RESET_NVRAM = Option("reset-nvram", FLAG, "re-initialize NVRAM from its pristine template")
 MODE = Option("mode", TEXT, "shutdown mode: acpi|agent|initctl|signal|paravirt", complete=tuple(flags.POWER_MODES))
 
@@ -136,20 +126,18 @@ COMMANDS = {
         CONSOLE,
         PAUSED,
         AUTODESTROY,
-        PASS_FDS,
         Option("validate", FLAG, "validate the XML against the schema"),
         RESET_NVRAM,
     ),
     "start": Verb(
         start,
-        "Start a domain, either from the last managedsave\nstate, or via a fresh boot if no managedsave state\nis present.",
+        "Start a domain, either from the last managedsave state,\nor via a fresh boot if no managedsave state is present.",
         INACTIVE,
         CONSOLE,
         PAUSED,
         AUTODESTROY,
         Option("bypass-cache", FLAG, "avoid file system cache when loading"),
         Option("force-boot", FLAG, "force fresh boot by discarding any managed save"),
-        PASS_FDS,
         RESET_NVRAM,
     ),
     "shutdown": Verb(shutdown, "Run shutdown in the target domain.", ACTIVE, MODE),

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from kvik.cli import document, flags
 from kvik.cli.common import ACTIVE, DOMAIN, choice
-from kvik.cli.domain_stats import device_stats, stats_of
 from kvik.cli.options import DATA, FLAG, TEXT, Option, Verb
 from kvik.cli.table import Table
-from kvik.errors import InvalidArgument, KvikError, NoDevice
+from kvik.errors import KvikError, NoDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from kvik.cli.context import Context
     from kvik.cli.options import Options
     from kvik.client import Domain
+    from kvik.client.domain import InterfaceAddress
 
 
 def domiflist(ctx: Context, options: Options) -> int:
@@ -32,9 +30,7 @@ def find_interface(root: document.Element, key: str) -> document.Interface:
     """The interface whose MAC address or target name is `key`."""
     by_mac = ":" in key
     found = [
-        nic
-        for nic in document.interfaces(root)
-        if (nic.mac.lower() == key.lower() if by_mac else nic.target == key)
+        nic for nic in document.interfaces(root) if (nic.mac.lower() == key.lower() if by_mac else nic.target == key)
     ]
     what = "MAC" if by_mac else "dev"
     if len(found) != 1:
@@ -52,55 +48,31 @@ def domif_getlink(ctx: Context, options: Options) -> int:
     return 0
 
 
-# domstats' field: virsh's name
-NET_FIELDS = {
-    "rx.bytes": "rx_bytes",
-    "rx.pkts": "rx_packets",
-    "rx.errs": "rx_errs",
-    "rx.drop": "rx_drop",
-    "tx.bytes": "tx_bytes",
-    "tx.pkts": "tx_packets",
-    "tx.errs": "tx_errs",
-    "tx.drop": "tx_drop",
-}
-
-
 def domifstat(ctx: Context, options: Options) -> int:
     key = options.data("interface")
     domain = ctx.domain(options.data("domain"))
     ctx.doing = f"Failed to get interface stats {domain.name} {key}"
-    name = key
-    if ":" in key:
-        name = find_interface(document.parse(domain.xml()), key).target
-    cards = device_stats(stats_of(ctx, domain, "interface"), "net")
-    if name not in cards:
-        raise InvalidArgument(
-            f"invalid argument: '{key}' is not a known interface",
-            remedy=f"'kvik domiflist {domain.name}' shows its interfaces; only a running machine has figures",
-        )
-    figures = {label: int(cards[name][field]) for field, label in NET_FIELDS.items() if field in cards[name]}
-    if ctx.put({"interface": key, **figures}):
+    figures = domain.interface_stats(key)
+    if ctx.put({"interface": key, **figures._asdict()}):
         return 0
-    for label, value in figures.items():
-        ctx.line(f"{key} {label} {value}")
+    for label, value in figures._asdict().items():
+        if value >= 0:  # -1: the hypervisor does not count it
+            ctx.line(f"{key} {label} {value}")
     return 0
 
 
-PROTOCOLS = ("ipv4", "ipv6")
-
-
-def addresses(domain: Domain, source: str | None) -> list[Any]:
-    """Interfaces with their addresses from `source`; without one, from the first that knows any."""
+def addresses(domain: Domain, source: str | None) -> list[InterfaceAddress]:
+    """Addresses from `source`; without one, from the first of lease, agent and ARP table that knows any."""
     if source is not None:
-        return list(domain.interface_addresses(choice(source, flags.ADDRESSES, "address source")))
+        return domain.interface_addresses(choice(source, flags.ADDRESSES, "address source"))
     first: KvikError | None = None
     for number in flags.ADDRESSES.values():
         try:
-            found = list(domain.interface_addresses(number))
+            found = domain.interface_addresses(number)
         except KvikError as error:
             first = first or error
             continue
-        if any(nic.addrs for nic in found):
+        if found:
             return found
     if first is not None:
         raise first
@@ -111,31 +83,17 @@ def domifaddr(ctx: Context, options: Options) -> int:
     only, full = options.text("interface"), options.flag("full")
     domain = ctx.domain(options.data("domain"))
     ctx.doing = "Failed to query for interfaces addresses"
-    found = [nic for nic in addresses(domain, options.text("source")) if only in (None, nic.name)]
-    if ctx.put(
-        [
-            {
-                "name": nic.name,
-                "mac": nic.hwaddr,
-                "addresses": [
-                    {"protocol": PROTOCOLS[a.type] if 0 <= a.type < 2 else "?", "address": a.addr, "prefix": a.prefix}
-                    for a in nic.addrs
-                ],
-            }
-            for nic in found
-        ]
-    ):
+    found = [address for address in addresses(domain, options.text("source")) if only in (None, address.interface)]
+    if ctx.put([address._asdict() for address in found]):
         return 0
-    ctx.extra(f" {'Name':<10} {'MAC address':<20} {'Protocol':<8}     Address\n".rstrip("\n"))
+    ctx.extra(f" {'Name':<10} {'MAC address':<20} {'Protocol':<8}     Address")
     ctx.extra("-" * 79)
-    for nic in found:
-        mac = nic.hwaddr or ""
-        if not nic.addrs:
-            ctx.line(f" {nic.name:<10} {mac or 'N/A':<17}    {'N/A':<12} N/A")
-        for index, address in enumerate(nic.addrs):
-            protocol = PROTOCOLS[address.type] if 0 <= address.type < 2 else "?"
-            name, shown = (nic.name, mac) if full or index == 0 else ("-", "-")
-            ctx.line(f" {name:<10} {shown:<17}    {protocol:<12} {address.addr}/{address.prefix}")
+    before = ""
+    for address in found:
+        again = address.interface == before and not full
+        name, mac = ("-", "-") if again else (address.interface, address.mac or "N/A")
+        before = address.interface
+        ctx.line(f" {name:<10} {mac:<17}    {address.family:<12} {address.address}/{address.prefix}")
     return 0
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from kvik.cli import document, flags
+from kvik.cli import flags
 from kvik.cli.common import ACTIVE, CONFIG, CURRENT, DOMAIN, LIVE, exclusive, impact, scaled
-from kvik.cli.domain_stats import stats_of
 from kvik.cli.options import COUNT, DATA, FLAG, NUMBER, WORDS, Option, UsageError, Verb
-from kvik.errors import OperationInvalid, OperationUnsupported
+from kvik.errors import OperationInvalid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.cli.context import Context
     from kvik.cli.options import Options
-    from kvik.client import Domain
 
 
 def vcpucount(ctx: Context, options: Options) -> int:
@@ -26,7 +24,7 @@ def vcpucount(ctx: Context, options: Options) -> int:
     if any((maximum, active, live, config, current, guest)):
         bits = (flags.AFFECT_LIVE if live else 0) | (flags.AFFECT_CONFIG if config else 0)
         bits |= (flags.VCPU_MAXIMUM if maximum else 0) | (flags.VCPU_GUEST if guest else 0)
-        count = domain.vcpu_count(bits)
+        count = domain.vcpus(bits)
         if not ctx.put({"vcpus": count}):
             ctx.line(str(count))
         return 0
@@ -35,7 +33,7 @@ def vcpucount(ctx: Context, options: Options) -> int:
         for where, bit in (("config", flags.AFFECT_CONFIG), ("live", flags.AFFECT_LIVE)):
             if (where == "live" and domain.id <= 0) or (where == "config" and not domain.is_persistent()):
                 continue
-            rows.append((what, where, domain.vcpu_count(bit | extra)))
+            rows.append((what, where, domain.vcpus(bit | extra)))
     if ctx.put([{"kind": what, "of": where, "vcpus": count} for what, where, count in rows]):
         return 0
     for what, where, count in rows:
@@ -50,21 +48,25 @@ def vcpuinfo(ctx: Context, options: Options) -> int:
     pretty = options.flag("pretty")
     domain = ctx.domain(options.data("domain"))
     host_cpus = ctx.connection.node_info().cpus
+    vcpus: list[dict[str, object]]
     if domain.id <= 0:
-        vcpus = [
-            {"vcpu": n, "cpu": None, "state": "no state", "affinity": list(range(host_cpus))}
-            for n in range(domain.vcpu_count(flags.AFFECT_CONFIG))
-        ]
+        every = list(range(host_cpus))
+        count = domain.vcpus(flags.AFFECT_CONFIG)
+        vcpus = [{"vcpu": n, "cpu": None, "state": "no state", "affinity": every} for n in range(count)]
     else:
         vcpus = [
             {
-                "vcpu": info.number,
-                "cpu": info.cpu,
-                "state": VCPU_STATES[info.state] if 0 <= info.state < 3 else "no state",
-                "cpu_time_ns": info.cpu_time,
-                "affinity": [n for n in range(host_cpus) if n // 8 < len(cpumap) and cpumap[n // 8] >> n % 8 & 1],
+                "vcpu": vcpu.number,
+                "cpu": vcpu.cpu if vcpu.cpu >= 0 else None,
+                "state": VCPU_STATES[vcpu.state] if 0 <= vcpu.state < len(VCPU_STATES) else "no state",
+                "cpu_time_ns": vcpu.cpu_time,
+                "affinity": [
+                    n
+                    for n in range(host_cpus)
+                    if vcpu.affinity[n // 8 : n // 8 + 1] and vcpu.affinity[n // 8] >> n % 8 & 1
+                ],
             }
-            for info, cpumap in domain.vcpus()
+            for vcpu in domain.vcpu_info(host_cpus)
         ]
     if ctx.put(vcpus):
         return 0
@@ -75,7 +77,7 @@ def vcpuinfo(ctx: Context, options: Options) -> int:
         assert isinstance(allowed, list)
         cpu = vcpu["cpu"]
         ctx.line(f"{'VCPU:':<15} {vcpu['vcpu']}")
-        ctx.line(f"{'CPU:':<15} {'N/A' if cpu is None or (isinstance(cpu, int) and cpu < 0) else cpu}")
+        ctx.line(f"{'CPU:':<15} {'N/A' if cpu is None else cpu}")
         ctx.line(f"{'State:':<15} {vcpu['state']}")
         nanoseconds = vcpu.get("cpu_time_ns")
         if isinstance(nanoseconds, int):
@@ -134,24 +136,6 @@ def set_memory(ctx: Context, options: Options, extra: int) -> int:
     return 0
 
 
-# domstats' field: virsh's name, in virsh's order
-MEMORY_FIELDS = {
-    "balloon.current": "actual",
-    "balloon.swap_in": "swap_in",
-    "balloon.swap_out": "swap_out",
-    "balloon.major_fault": "major_fault",
-    "balloon.minor_fault": "minor_fault",
-    "balloon.unused": "unused",
-    "balloon.available": "available",
-    "balloon.usable": "usable",
-    "balloon.last-update": "last_update",
-    "balloon.disk_caches": "disk_caches",
-    "balloon.hugetlb_pgalloc": "hugetlb_pgalloc",
-    "balloon.hugetlb_pgfail": "hugetlb_pgfail",
-    "balloon.rss": "rss",
-}
-
-
 def dommemstat(ctx: Context, options: Options) -> int:
     period = options.number("period")
     bits = impact(options)
@@ -160,13 +144,12 @@ def dommemstat(ctx: Context, options: Options) -> int:
         if period < 0:
             raise UsageError(f"Invalid collection period value '{period}'")
         ctx.doing = "Unable to change balloon collection period."
-        domain.set_memory_stats_period(period, bits)
+        ctx.connection.call("DOMAIN_SET_MEMORY_STATS_PERIOD", domain.ref, period, bits)
         return 0
     if domain.id <= 0:
         ctx.doing = f"Failed to get memory statistics for domain '{domain.name}'"
         raise OperationInvalid("Requested operation is not valid: domain is not running")
-    stats = stats_of(ctx, domain, "balloon")
-    figures = {label: stats[field] for field, label in MEMORY_FIELDS.items() if field in stats}
+    figures = domain.memory_stats()
     if ctx.put(figures):
         return 0
     for label, value in figures.items():
@@ -175,41 +158,28 @@ def dommemstat(ctx: Context, options: Options) -> int:
 
 
 def schedinfo(ctx: Context, options: Options) -> int:
-    """Shows the scheduler's figures; `--set` and its kin are refused by name, for nothing would come of them yet."""
-    exclusive(options, ("current", "live"), ("current", "config"))
-    changes = [*options.words("set"), *(f"{n}={options.number(n)}" for n in ("weight", "cap") if options.number(n))]
-    if changes:
-        raise OperationUnsupported(
-            f"setting scheduler parameters ({', '.join(changes)}) is not supported",
-            remedy="'kvik edit' changes <cputune> for the next start",
-        )
+    bits = impact(options)
+    changes: dict[str, int] = {}
+    for text in options.words("set"):
+        name, _, value = text.partition("=")
+        try:
+            changes[name] = int(value, 0)
+        except ValueError:
+            raise UsageError(f"invalid scheduler option: '{text}'", remedy="write parameter=number") from None
+    for name in ("weight", "cap"):
+        number = options.number(name)
+        if number is not None:
+            changes[name] = number
     domain = ctx.domain(options.data("domain"))
-    figures: dict[str, object] = {"Scheduler": "posix"}
-    figures.update(tuning(domain, flags.XML_INACTIVE if options.flag("config") else 0))
-    if ctx.put({name.lower(): value for name, value in figures.items()}):
+    if changes:
+        domain.set_scheduler_parameters(changes, bits)
+    kind = str(ctx.connection.call("DOMAIN_GET_SCHEDULER_TYPE", domain.ref)[0])
+    figures: dict[str, object] = {"Scheduler": kind, **domain.scheduler_parameters(bits)}
+    if ctx.put({label.lower(): figure for label, figure in figures.items()}):
         return 0
-    for name, value in figures.items():
-        ctx.line(f"{name:<15}: {value}")
+    for label, figure in figures.items():
+        ctx.line(f"{label:<15}: {figure}")
     return 0
-
-
-def tuning(domain: Domain, bits: int) -> dict[str, object]:
-    """<cputune>'s figures, with libvirt's values for what is not set."""
-    found = document.parse(domain.xml(bits)).find("cputune")
-    names = (
-        ("cpu_shares", "shares", 1024),
-        ("vcpu_period", "period", 100000),
-        ("vcpu_quota", "quota", 17592186044415),
-        ("emulator_period", "emulator_period", 100000),
-        ("emulator_quota", "emulator_quota", 17592186044415),
-        ("global_period", "global_period", 100000),
-        ("global_quota", "global_quota", 17592186044415),
-        ("iothread_period", "iothread_period", 100000),
-        ("iothread_quota", "iothread_quota", 17592186044415),
-    )
-    return {
-        label: int((found.findtext(name) if found is not None else None) or default) for label, name, default in names
-    }
 
 
 SIZE = Option("size", DATA, "new memory size, as scaled integer (default KiB)", metavar="number")
@@ -248,7 +218,13 @@ COMMANDS = {
         setmem, "Change the current memory allocation in the guest domain.", DOMAIN, SIZE, CONFIG, LIVE, CURRENT
     ),
     "setmaxmem": Verb(
-        setmaxmem, "Change the maximum memory allocation limit in the guest domain.", DOMAIN, SIZE, CONFIG, LIVE, CURRENT
+        setmaxmem,
+        "Change the maximum memory allocation limit in the guest domain.",
+        DOMAIN,
+        SIZE,
+        CONFIG,
+        LIVE,
+        CURRENT,
     ),
     "dommemstat": Verb(
         dommemstat,

@@ -33,9 +33,9 @@ def domstats(ctx: Context, options: Options) -> int:
         },
     )
     names = options.words("domain")
-    domains = [ctx.domain(name) for name in names] if names else None
+    domains = [ctx.domain(name) for name in names]
     raw = options.flag("raw")
-    records = ctx.connection.all_stats(groups, flags=bits, domains=domains)
+    records = ctx.connection.all_stats(domains, groups, bits)
     if ctx.put([{"domain": domain.name, "uuid": domain.uuid, "stats": dict(stats)} for domain, stats in records]):
         return 0
     for domain, stats in records:
@@ -46,14 +46,12 @@ def domstats(ctx: Context, options: Options) -> int:
     return 0
 
 
-def stats_of(ctx: Context, domain: Domain, *groups: str) -> dict[str, Value]:
+def stats_of(domain: Domain, *groups: str) -> dict[str, Value]:
     """The named groups' figures of one machine."""
     bits = 0
     for group in groups:
         bits |= flags.STATS[group]
-    for _, stats in ctx.connection.all_stats(bits, domains=[domain]):
-        return dict(stats)
-    return {}
+    return domain.stats(bits)
 
 
 def device_stats(stats: Mapping[str, Value], group: str) -> dict[str, dict[str, Value]]:

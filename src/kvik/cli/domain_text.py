@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.cli.context import Context
     from kvik.cli.options import Options
+    from kvik.client import Domain
 
 
 def edited(text: str, suffix: str) -> str:
@@ -49,9 +50,9 @@ def desc(ctx: Context, options: Options) -> int:
     return 0
 
 
-def _metadata(domain: object, kind: int, bits: int) -> str:
+def _metadata(domain: Domain, kind: int, bits: int) -> str:
     try:
-        return str(domain.metadata(kind, None, bits))  # type: ignore[attr-defined]
+        return domain.metadata(kind, None, bits)
     except NoMetadata:
         return ""
 

@@ -56,9 +56,9 @@ def select(text: str, expression: str) -> list[str]:
         if isinstance(node, etree._Element):
             nodes.append(etree.tostring(node, encoding="unicode", with_tail=False))
         elif getattr(node, "is_attribute", False):
-            nodes.append(f'{node.attrname}="{node}"')
+            nodes.append(f'{getattr(node, "attrname", "")}="{node!s}"')
         else:
-            nodes.append(str(node))
+            nodes.append(f"{node!s}")
     return nodes
 
 
@@ -129,7 +129,7 @@ def domxml_to_native(ctx: Context, options: Options) -> int:
         raise UsageError("need either domain or domain XML", remedy="give --domain NAME or --xml FILE")
     text = ctx.domain(name).xml(flags.XML_SECURE) if name is not None else ctx.read_file(path or "")
     ctx.doing = "Failed to convert the document"
-    native = ctx.connection.xml_to_native(kind, text)
+    native = ctx.connection.domxml_to_native(text, kind)
     if not ctx.put({"format": kind, "native": native}):
         ctx.document(native)
     return 0

@@ -44,7 +44,7 @@ def version(*, long: bool) -> str:
 
     return (
         f"kvik {__version__}, the KVM virtualization stack in Python\n"
-        f"Running on Python {platform.python_version()}, {platform.system()} {platform.release()} {platform.machine()}\n"
+        f"Running on Python {platform.python_version()}, Linux {platform.release()} {platform.machine()}\n"
         "\n"
         "Hypervisors: QEMU (KVM and software emulation), Test\n"
         "Protocol: libvirt RPC (remote program, version 1) over Unix sockets and ssh\n"

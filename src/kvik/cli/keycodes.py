@@ -23,8 +23,5 @@ _NAMES = """
 """
 
 LINUX: dict[str, int] = {
-    f"KEY_{name}": code
-    for code, names in enumerate(_NAMES.split())
-    if names != "-"
-    for name in names.split("/")
+    f"KEY_{name}": code for code, names in enumerate(_NAMES.split()) if names != "-" for name in names.split("/")
 }

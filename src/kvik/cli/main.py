@@ -98,7 +98,7 @@ def parse_globals(arguments: list[str], context: Context) -> tuple[list[str], in
             break
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            found = [(name, value if equals else None)]
+            found: list[tuple[str, str | None]] = [(name, value if equals else None)]
         else:
             found = []
             for at, letter in enumerate(word[1:], 2):
@@ -172,7 +172,8 @@ def load(name: str) -> Verb:
 
         near = nearest(name, VERBS)
         raise UsageError(
-            f"unknown command: '{name}'", remedy=f"did you mean '{near}'?" if near else "'kvik help' lists every command"
+            f"unknown command: '{name}'",
+            remedy=f"did you mean '{near}'?" if near else "'kvik help' lists every command",
         )
     module = __import__(f"kvik.cli.{entry[0]}", fromlist=["COMMANDS"])
     verb: Verb = module.COMMANDS[name]
@@ -207,7 +208,7 @@ def run_verb(context: Context, words: Sequence[str]) -> int:
             context.finish()
         except KvikError as error:
             context.error(error)
-            code = 1
+            code = int(getattr(error, "exit_code", 1))
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -224,7 +225,7 @@ def run_verb(context: Context, words: Sequence[str]) -> int:
 
 
 # Verbs whose output is not followed by virsh's blank line: it would be part of somebody else's data.
-PLAIN = frozenset({"run", "exec", "ps", "top", "doctor", "completion", "quit", "exit", "help"})
+PLAIN = frozenset({"run", "exec", "ps", "top", "doctor", "completion", "proxy", "quit", "exit", "help"})
 
 
 def _now() -> float:

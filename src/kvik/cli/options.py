@@ -190,10 +190,10 @@ def parse(name: str, verb: Verb, words: Sequence[str]) -> Options:
             continue
         option, value = (None, None) if data_only else _named(name, verb, word)
         if option is None:
-            option = next((o for o in positions if o.kind in (WORDS, SOME) or o.name not in values), None)
-            if option is None:
+            free = next((o for o in positions if o.kind in (WORDS, SOME) or o.name not in values), None)
+            if free is None:
                 raise UsageError(f"unexpected data '{word}'")
-            value = word
+            option, value = free, word
         elif option.kind == FLAG:
             if value is not None:
                 raise UsageError(f"invalid '=' after option --{option.name}")
@@ -208,9 +208,7 @@ def parse(name: str, verb: Verb, words: Sequence[str]) -> Options:
     if "help" not in values:
         for option in verb.options:
             if option.required and option.name not in values:
-                raise UsageError(
-                    f"command '{name}' requires <{option.name}> option", remedy=f"see 'kvik help {name}'"
-                )
+                raise UsageError(f"command '{name}' requires <{option.name}> option", remedy=f"see 'kvik help {name}'")
     return Options(verb, values)
 
 

@@ -110,6 +110,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "echo": ("shell_verbs", "kvik", "echo arguments"),
     "exit": ("shell_verbs", "kvik", "quit this interactive terminal"),
     "help": ("help", "kvik", "print help"),
+    "proxy": ("proxy", "kvik", "carry the daemon's protocol over standard input and output"),
     "pwd": ("shell_verbs", "kvik", "print the current directory"),
     "quit": ("shell_verbs", "kvik", "quit this interactive terminal"),
 }
