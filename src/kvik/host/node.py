@@ -420,6 +420,10 @@ def cells(root: Path = _ROOT) -> list[Cell]:
         base = root / f"sys/devices/system/node/node{cell}"
         memory = _meminfo(read_text(base / "meminfo"))
         total, free = memory.get("MemTotal", 0), memory.get("MemFree", 0)
+        if len(ids) == 1:
+            # All of it, whatever the cell counts: memory that the kernel initialises later is missing there.
+            stats = memory_stats(root)
+            total, free = stats.total_kib, stats.free_kib
         values = [int(word) for word in read_text(base / "distance").split() if word.isdigit()]
         found.append(
             Cell(
