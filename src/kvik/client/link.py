@@ -101,6 +101,7 @@ class Link:
 
     def drop_stream(self, key: Key) -> None:
         self.streams.pop(key, None)
+        self.wire.forget_stream(key)
 
     # --- bytes ---
 

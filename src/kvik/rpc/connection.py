@@ -228,6 +228,10 @@ class Connection:
         else:
             self._streams.pop(key, None)
 
+    def forget_stream(self, key: Key) -> None:
+        """The call failed after all, or nobody wants the rest: late packets are dropped."""
+        self._streams.pop(key, None)
+
     @property
     def streams(self) -> list[Key]:
         return list(self._streams)

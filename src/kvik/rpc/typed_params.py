@@ -130,7 +130,10 @@ def encode(values: Mapping[str, Value]) -> Encoded:
         if len(_layouts) >= _LAYOUTS_MAX:
             _layouts.clear()
             _string_packers.clear()
-        layout = _Layout(names, tuple(map(parameter_type, names, fields)))
+        # A layout's types depend on names only, not on the value that happened to come first: what then does not
+        # fit (a negative one, say) takes the slow way below.
+        samples = [0 if type(value) is int else value for value in fields]
+        layout = _Layout(names, tuple(map(parameter_type, names, samples)))
         _layouts[key] = layout
     pack = layout.pack
     if pack is None:
@@ -159,8 +162,8 @@ def _encode_slowly(values: Mapping[str, Value]) -> Encoded:
     params = []
     for name, value in values.items():
         kind = parameter_type(name, value)
-        if kind in (INT, UINT, ULLONG) and isinstance(value, int) and not _fits(kind, value):
-            kind = LLONG
+        if kind in (INT, UINT, LLONG, ULLONG) and isinstance(value, int) and not _fits(kind, value):
+            kind = LLONG if value < 2**63 else ULLONG
         try:
             params.append(encode_typed_param((name, kind, value)))
         except struct.error as error:
@@ -169,5 +172,10 @@ def _encode_slowly(values: Mapping[str, Value]) -> Encoded:
 
 
 def _fits(kind: int, value: int) -> bool:
-    low, high = {INT: (-(2**31), 2**31), UINT: (0, 2**32), ULLONG: (0, 2**64)}[kind]
+    low, high = {
+        INT: (-(2**31), 2**31),
+        UINT: (0, 2**32),
+        LLONG: (-(2**63), 2**63),
+        ULLONG: (0, 2**64),
+    }[kind]
     return low <= value < high
