@@ -131,7 +131,7 @@ COMMANDS = {
     ),
     "start": Verb(
         start,
-        "Start a domain, either from the last managedsave state,\nor via a fresh boot if no managedsave state is present.",
+        "Start a domain, either from the last managedsave state,\nor via a fresh boot if there is none.",
         INACTIVE,
         CONSOLE,
         PAUSED,

@@ -81,8 +81,8 @@ def event(ctx: Context, options: Options) -> int:
 
     if options.flag("list"):
         if not ctx.put(list(EVENT_IDS)):
-            for name in EVENT_IDS:
-                ctx.line(name)
+            for known in EVENT_IDS:
+                ctx.line(known)
         return 0
     kind, every, loop = options.text("event"), options.flag("all"), options.flag("loop")
     if every == (kind is not None):

@@ -71,9 +71,7 @@ def exec_verb(ctx: Context, options: Options) -> int:
             raise InvalidArgument(f"standard input is larger than {STDIN_MAX >> 20} MiB")
     domain = ctx.domain(options.data("domain"))
     if domain.id <= 0:
-        raise OperationInvalid(
-            f"domain '{domain.name}' is not running", remedy=f"'kvik start {domain.name}' starts it"
-        )
+        raise OperationInvalid(f"domain '{domain.name}' is not running", remedy=f"'kvik start {domain.name}' starts it")
     ctx.doing = f"Failed to run '{argv[0]}' in domain '{domain.name}'"
     return run_in(ctx, domain, argv, timeout=timeout, stdin=data)
 

@@ -89,6 +89,8 @@ def parse_globals(arguments: list[str], context: Context) -> tuple[list[str], in
     """Global options into `context`; what is left, and the exit code if nothing more is to be done."""
     shorts = {short: name for name, (short, _, _) in GLOBALS.items() if short} | {"V": "version"}
     index = 0
+    value: str | None
+    found: list[tuple[str, str | None]]
     while index < len(arguments):
         word = arguments[index]
         if not word.startswith("-") or word == "-":
@@ -97,8 +99,8 @@ def parse_globals(arguments: list[str], context: Context) -> tuple[list[str], in
         if word == "--":
             break
         if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            found: list[tuple[str, str | None]] = [(name, value if equals else None)]
+            name, equals, text = word[2:].partition("=")
+            found = [(name, text if equals else None)]
         else:
             found = []
             for at, letter in enumerate(word[1:], 2):

@@ -188,6 +188,8 @@ def parse(name: str, verb: Verb, words: Sequence[str]) -> Options:
                 break
             data_only = True
             continue
+        option: Option | None
+        value: str | None
         option, value = (None, None) if data_only else _named(name, verb, word)
         if option is None:
             free = next((o for o in positions if o.kind in (WORDS, SOME) or o.name not in values), None)
@@ -206,9 +208,9 @@ def parse(name: str, verb: Verb, words: Sequence[str]) -> Options:
             index += 1
         _store(option, value or "", values)
     if "help" not in values:
-        for option in verb.options:
-            if option.required and option.name not in values:
-                raise UsageError(f"command '{name}' requires <{option.name}> option", remedy=f"see 'kvik help {name}'")
+        for needed in verb.options:
+            if needed.required and needed.name not in values:
+                raise UsageError(f"command '{name}' requires <{needed.name}> option", remedy=f"see 'kvik help {name}'")
     return Options(verb, values)
 
 

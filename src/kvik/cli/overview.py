@@ -138,7 +138,7 @@ def top(ctx: Context, options: Options) -> int:
         frames = 1
     before, since = ctx.connection.overview(bits), time.monotonic()
     if live:
-        return watch(ctx, bits, before, sort, delay, frames)
+        return watch(ctx, bits, before, sort=sort, delay=delay, frames=frames)
     for number in range(frames or 1):
         time.sleep(delay if number else SAMPLE)
         rows, shares = measure(ctx, bits, before, since)
@@ -159,7 +159,7 @@ KEYS = {"c": "cpu", "m": "memory", "n": "name", "i": "id"}
 LEAVE = ("q", "Q", "\x1b", "\x03", "\x04")
 
 
-def watch(ctx: Context, bits: int, before: list[OverviewRow], sort: str, delay: float, frames: int | None) -> int:
+def watch(ctx: Context, bits: int, before: list[OverviewRow], *, sort: str, delay: float, frames: int | None) -> int:
     """Draw until a key says to leave or `frames` pictures were drawn."""
     from kvik.cli.screen import Screen
 
@@ -172,7 +172,9 @@ def watch(ctx: Context, bits: int, before: list[OverviewRow], sort: str, delay: 
                 rows, shares = measure(ctx, bits, rows, since)
                 since = time.monotonic()
                 frames = frames - 1 if frames is not None else None
-            screen.draw(frame(ctx, ranked(rows, shares, sort), sort) + "\nq quits; sort by c CPU, m memory, n name, i id\n")
+            screen.draw(
+                frame(ctx, ranked(rows, shares, sort), sort) + "\nq quits; sort by c CPU, m memory, n name, i id\n"
+            )
             if frames == 0:
                 break
             key = screen.wait(delay)

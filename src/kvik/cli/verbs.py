@@ -21,7 +21,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "exec": ("guest_exec", "machine", "run a command in a machine"),
     "ps": ("overview", "machine", "machines at a glance: acceleration, memory, address, uptime"),
     "top": ("overview", "machine", "machines by their use of the host, refreshed"),
-    "doctor": ("doctor", "machine", "check this host and name the fix for what is missing"),
+    "doctor": ("doctor_verb", "machine", "check this host and name the fix for what is missing"),
     "attach-device": ("domain_devices", "domain", "attach device from an XML file"),
     "attach-disk": ("domain_attach", "domain", "attach disk device"),
     "attach-interface": ("domain_attach", "domain", "attach network interface"),
