@@ -12,6 +12,7 @@ KvikError
 ├── OperationUnsupported      nobody could do this here
 │   └── NoSupport             the procedure itself is unknown
 ├── OperationFailed           it was tried and did not work
+│   └── ImageError            a kernel, disk or package file is damaged, or of a kind that is not read
 ├── OperationTimeout          it did not finish within its deadline
 ├── ResourceBusy              somebody else holds it
 ├── AccessDenied              the caller may not
@@ -40,6 +41,7 @@ __all__ = [
     "ConnectError",
     "HostError",
     "HypervisorError",
+    "ImageError",
     "InvalidArgument",
     "KvikError",
     "MonitorError",
@@ -160,6 +162,10 @@ class NoSupport(OperationUnsupported):
 
 class OperationFailed(KvikError):
     code = 9
+
+
+class ImageError(OperationFailed):
+    """A kernel, disk or package file is damaged, hostile, or of a kind that is not read here."""
 
 
 class OperationTimeout(KvikError):
