@@ -515,7 +515,12 @@ class _Tool:
                     os.killpg(child.pid, signal.SIGKILL)
                 except ProcessLookupError:
                     pass
-                child.wait()
+                try:
+                    child.wait(1.0)
+                except subprocess.TimeoutExpired:
+                    # Stuck in the kernel (state D) on broken hardware or a dead file server: our caller is not.
+                    with _abandoned_lock:
+                        _abandoned.append(child)
             with self._wake_lock:
                 if self._wake >= 0:
                     os.close(self._wake)
