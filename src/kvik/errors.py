@@ -18,6 +18,7 @@ KvikError
 ├── AccessDenied              the caller may not
 ├── AuthenticationFailed      the caller is not who it says
 ├── HostError                 the host refused (errno kept)
+│   └── MissingPackages       software of the distribution is missing (knows the command that installs it)
 ├── HypervisorError           the VMM failed or answered nonsense
 │   ├── MonitorError          QMP returned an error
 │   └── AgentError            the guest agent is absent, silent or refused
@@ -44,6 +45,7 @@ __all__ = [
     "ImageError",
     "InvalidArgument",
     "KvikError",
+    "MissingPackages",
     "MonitorError",
     "NoDevice",
     "NoDomain",
@@ -193,6 +195,20 @@ class HostError(KvikError):
     def __init__(self, message: str, *, errno: int = 0, remedy: str = "") -> None:
         super().__init__(message, remedy=remedy)
         self.errno = errno
+
+
+class MissingPackages(HostError):
+    """Packages of the distribution are missing and were not installed.
+
+    `packages` are their names; `command` installs them when root runs it. A command line ends with `exit_code`.
+    """
+
+    exit_code = 77
+
+    def __init__(self, message: str, *, packages: tuple[str, ...], command: str) -> None:
+        super().__init__(message, remedy=f"run: {command}" if command else "")
+        self.packages = packages
+        self.command = command
 
 
 class HypervisorError(KvikError):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
 import os
 import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kvik.errors import HostError, ImageError, NotFound, OperationUnsupported
 from kvik.image.compression import decompress, detect
@@ -46,7 +46,7 @@ class BzImage:
     payload_length: int
 
 
-def parse_bzimage(data: bytes | memoryview | mmap.mmap) -> BzImage | None:
+def parse_bzimage(data: bytes | memoryview) -> BzImage | None:
     """The header of a bzImage, or None when the file is none. Raises `ImageError` for one that is damaged."""
     if len(data) < 0x250 or data[HEADER_MAGIC : HEADER_MAGIC + 4] != b"HdrS":
         return None
@@ -64,7 +64,7 @@ def parse_bzimage(data: bytes | memoryview | mmap.mmap) -> BzImage | None:
     return BzImage(protocol, _version_text(data, setup), setup + offset, length)
 
 
-def _version_text(data: bytes | memoryview | mmap.mmap, setup: int) -> str:
+def _version_text(data: bytes | memoryview, setup: int) -> str:
     (pointer,) = struct.unpack_from("<H", data, KERNEL_VERSION)
     if pointer == 0 or pointer + 0x200 >= min(setup, len(data)):
         return ""
@@ -72,22 +72,19 @@ def _version_text(data: bytes | memoryview | mmap.mmap, setup: int) -> str:
     return text.decode("ascii", "replace").partition(" ")[0]
 
 
-def unpack_bzimage(data: bytes | memoryview | mmap.mmap, *, limit: int = MAX_UNPACKED) -> bytes:
+def unpack_bzimage(data: bytes | memoryview, *, limit: int = MAX_UNPACKED) -> bytes:
     """The ELF kernel inside a bzImage."""
     header = parse_bzimage(data)
     if header is None:
         raise ImageError("not a bzImage")
     payload = memoryview(data)[header.payload_offset : header.payload_offset + header.payload_length]
-    try:
-        if payload[:4] == b"\x7fELF":  # CONFIG_KERNEL_UNCOMPRESSED
-            return bytes(payload)
-        if not detect(payload):
-            raise ImageError(f"the kernel's payload has an unknown compression ({bytes(payload[:6]).hex()})")
-        # The build appends the unpacked size to every compressed payload (scripts/Makefile.lib, size_append).
-        size = struct.unpack_from("<I", payload, len(payload) - 4)[0] if len(payload) >= 4 else None
-        return decompress(payload, limit=limit, size=size)
-    finally:
-        payload.release()
+    if bytes(payload[:4]) == b"\x7fELF":  # CONFIG_KERNEL_UNCOMPRESSED
+        return bytes(payload)
+    if not detect(payload):
+        raise ImageError(f"the kernel's payload has an unknown compression ({bytes(payload[:6]).hex()})")
+    # The build appends the unpacked size to every compressed payload (scripts/Makefile.lib, size_append).
+    size = struct.unpack_from("<I", payload, len(payload) - 4)[0] if len(payload) >= 4 else None
+    return decompress(payload, limit=limit, size=size)
 
 
 def has_pvh_entry(kernel: bytes | memoryview) -> bool:
@@ -115,17 +112,19 @@ def uncompressed_kernel(path: str | Path, cache_dir: str | Path) -> Path | None:
                 f"{value:x}"
                 for value in (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             )
-            known = _lookup(cache, identity)
+            known = _lookup(cache, identity, path)
             if known is not None:
                 return known or None
             if not 0x250 <= status.st_size <= MAX_FILE:
                 return None
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                if data[:4] == b"\x7fELF":
-                    return path if _pvh_in(data) else None
-                if parse_bzimage(data) is None:
-                    return None
-                return _unpack_into(cache, identity, data)
+            data = stream.read(MAX_FILE + 1)
+        if data[:4] == b"\x7fELF":
+            direct = has_pvh_entry(data)
+            _write(cache / "index" / identity, b"self" if direct else b"none")
+            return path if direct else None
+        if parse_bzimage(data) is None:
+            return None
+        return _unpack_into(cache, identity, data)
     except FileNotFoundError as error:
         raise NotFound(f"the kernel {str(path)!r} does not exist") from error
     except OperationUnsupported:
@@ -136,22 +135,16 @@ def uncompressed_kernel(path: str | Path, cache_dir: str | Path) -> Path | None:
         ) from error
 
 
-def _pvh_in(data: mmap.mmap) -> bool:
-    view = memoryview(data)
-    try:
-        return has_pvh_entry(view)
-    finally:
-        view.release()
-
-
-def _lookup(cache: Path, identity: str) -> Path | bool | None:
-    """The cached kernel; False for "known to have no PVH entry"; None for "not known"."""
+def _lookup(cache: Path, identity: str, path: Path) -> Path | Literal[False] | None:
+    """The cached kernel (or `path` itself); False for "known to have no PVH entry"; None for "not known"."""
     try:
         digest = (cache / "index" / identity).read_text("ascii")
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
         return None
     if digest == "none":
         return False
+    if digest == "self":
+        return path
     kernel = cache / f"{digest}.vmlinux"
     try:
         os.utime(kernel)  # what was used last stays longest
@@ -160,7 +153,7 @@ def _lookup(cache: Path, identity: str) -> Path | bool | None:
     return kernel
 
 
-def _unpack_into(cache: Path, identity: str, data: mmap.mmap) -> Path | None:
+def _unpack_into(cache: Path, identity: str, data: bytes) -> Path | None:
     digest = hashlib.sha256(data).hexdigest()
     kernel = cache / f"{digest}.vmlinux"
     if not kernel.exists():
