@@ -131,5 +131,3 @@ def check_reply(value: Any, kind: type, command: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise AgentError(f"the guest agent's reply to {command} is not of type {kind.__name__}")
     return value
-
-

@@ -66,7 +66,9 @@ def _parse(body: dict[str, Any]) -> Firmware | None:
         code_format=str(mapping["executable"]["format"]),
         nvram_template=str(mapping["nvram-template"]["filename"]),
         nvram_format=str(mapping["nvram-template"]["format"]),
-        targets=tuple((target["architecture"], machine) for target in body["targets"] for machine in target["machines"]),
+        targets=tuple(
+            (target["architecture"], machine) for target in body["targets"] for machine in target["machines"]
+        ),
         features=frozenset(map(str, body["features"])),
     )
 

@@ -27,9 +27,7 @@ _ROWS: tuple[tuple[int, str], ...] = (
     (226, "mediaselect"),
 )
 
-QCODES = {
-    first + index: name for first, names in _ROWS for index, name in enumerate(names.split()) if name != "-"
-}
+QCODES = {first + index: name for first, names in _ROWS for index, name in enumerate(names.split()) if name != "-"}
 
 
 def qcodes(keycodes: Sequence[int]) -> list[dict[str, str]]:

@@ -11,11 +11,22 @@ from dataclasses import dataclass
 
 from kvik.conf.devices.disk import BackingStore, Disk, DiskSource, Encryption, Host
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, alias_of, node_name, on_off, virtio_options
+from kvik.hypervisor.qemu.argv.options import (
+    Chardev,
+    Context,
+    Parts,
+    Props,
+    alias_of,
+    node_name,
+    on_off,
+    virtio_options,
+)
 
 __all__ = ["Layer", "block_nodes", "disk_parts", "file_name", "layers", "top_node"]
 
-FORMATS = frozenset({"raw", "qcow2", "qcow", "vmdk", "vdi", "vpc", "vhdx", "qed", "luks", "bochs", "cloop", "dmg", "parallels"})
+FORMATS = frozenset(
+    {"raw", "qcow2", "qcow", "vmdk", "vdi", "vpc", "vhdx", "qed", "luks", "bochs", "cloop", "dmg", "parallels"}
+)
 # cache mode -> (direct, no-flush, the guest's view of a write cache)
 CACHE: dict[str, tuple[bool, bool, bool]] = {
     "none": (True, False, True),

@@ -83,11 +83,8 @@ def _spice(context: Context, device: Graphics) -> str:
     elif path == "none":
         options |= {"port": 0}
     else:
-        if device.port is None or device.port < 0:
-            port = context.files.fds.get(f"port:spice:{context.domain.devices.graphics.index(device)}", 0)
-        else:
-            port = device.port
-        options |= {"port": port, "addr": address}
+        # SPICE cannot choose a free port itself: the driver has put one into the live document.
+        options |= {"port": device.port if device.port and device.port > 0 else 0, "addr": address}
     if device.passwd is None:
         options["disable-ticketing"] = True
     for setting, name in (

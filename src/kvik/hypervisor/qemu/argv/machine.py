@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from kvik.conf.domain import Domain
 from kvik.conf.os import Sysinfo
 from kvik.errors import ConfigUnsupported
@@ -27,7 +29,7 @@ def machine(context: Context, memory_backend: str | None) -> list[str]:
     else:
         # ACPI lets the guest power off; PCIe carries what has no mmio form.
         options |= {"rtc": True, "pcie": True}
-    if _timer(domain, "pit") is False and not (context.domain.type == "qemu"):
+    if _timer(domain, "pit") is False and context.domain.type != "qemu":
         options["pit"] = False
     options["acpi"] = None if features is None or features.acpi or context.is_microvm else False
     if features is not None:
@@ -92,7 +94,9 @@ def firmware(context: Context) -> list[str]:
     argv: list[str] = []
     loader = os.loader
     if loader is not None and loader.value and loader.type == "pflash":
-        argv += _flash("pflash0", files.path("loader", loader.value), loader.format or "raw", loader.readonly is not False)
+        argv += _flash(
+            "pflash0", files.path("loader", loader.value), loader.format or "raw", loader.readonly is not False
+        )
         nvram = os.nvram
         if nvram is not None:
             path = (nvram.source.location if nvram.source else None) or nvram.value
@@ -189,7 +193,9 @@ def clock(domain: Domain) -> list[str]:
             options["base"] = _date(described.start)
         for timer in described.timers:
             if timer.name == "rtc":
-                options["clock"] = {"guest": "vm", "wall": "host", "boot": "host", "realtime": "rt"}.get(timer.track or "")
+                options["clock"] = {"guest": "vm", "wall": "host", "boot": "host", "realtime": "rt"}.get(
+                    timer.track or ""
+                )
                 options["driftfix"] = {"catchup": "slew", "delay": "none"}.get(timer.tickpolicy or "")
     argv = ["-rtc", keyval("", options)]
     for timer in described.timers if described else []:
@@ -206,8 +212,6 @@ def clock(domain: Domain) -> list[str]:
 
 
 def _date(seconds: int) -> str:
-    from datetime import UTC, datetime
-
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     except (ValueError, OverflowError, OSError) as error:
@@ -256,5 +260,3 @@ def _firmware_config(info: Sysinfo) -> list[str]:
         if entry.name:
             argv += ["-fw_cfg", keyval("", {"name": entry.name, "file": entry.file, "string": entry.value})]
     return argv
-
-

@@ -19,7 +19,18 @@ from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
 
-__all__ = ["Chardev", "Context", "Files", "Parts", "alias_of", "json_text", "keyval", "node_name", "on_off", "virtio_options"]
+__all__ = [
+    "Chardev",
+    "Context",
+    "Files",
+    "Parts",
+    "alias_of",
+    "json_text",
+    "keyval",
+    "node_name",
+    "on_off",
+    "virtio_options",
+]
 
 Props = dict[str, Any]
 
@@ -69,7 +80,7 @@ def alias_of(device: Device) -> str:
 
 @dataclass(slots=True)
 class Chardev:
-    """A character device's host side: `backend` and `data` as in QAPI's ChardevBackend; both renderings come from it."""
+    """A character device's host side: `backend` and `data` as in QAPI's ChardevBackend, `options` as in -chardev."""
 
     id: str
     backend: str
@@ -118,11 +129,12 @@ class Files:
         """What QEMU calls a descriptor that it uses as such (a tap, a socket); None if it is not passed."""
         if name not in self.fds:
             return None
-        return name if self.hotplug else str(self.fds[name])
+        # QEMU splits lists of descriptor names at colons.
+        return name.replace(":", "-") if self.hotplug else str(self.fds[name])
 
     def numbered(self, prefix: str) -> list[str]:
         """Descriptors `prefix:0`, `prefix:1`, ... as `fd` gives them."""
-        found = []
+        found: list[str] = []
         while (value := self.fd(f"{prefix}:{len(found)}")) is not None:
             found.append(value)
         return found
@@ -217,9 +229,7 @@ class Context:
     def require(self, driver: str) -> str:
         """`driver` if this QEMU has it. Raises `ConfigUnsupported`."""
         if self.capabilities.devices and not self.capabilities.has(driver):
-            raise ConfigUnsupported(
-                f"{self.capabilities.binary} has no device {driver}", path="/domain/devices"
-            )
+            raise ConfigUnsupported(f"{self.capabilities.binary} has no device {driver}", path="/domain/devices")
         return driver
 
 

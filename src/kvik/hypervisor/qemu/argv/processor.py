@@ -77,7 +77,8 @@ def _default(context: Context) -> str:
 
 
 _HYPERV = (
-    "relaxed", "vapic", "vpindex", "runtime", "synic", "reset", "frequencies", "reenlightenment", "ipi", "evmcs", "avic",
+    "relaxed", "vapic", "vpindex", "runtime", "synic", "reset", "frequencies", "reenlightenment", "ipi", "evmcs",
+    "avic",
 )  # fmt: skip
 
 

@@ -85,7 +85,9 @@ def tpm_parts(context: Context, device: Tpm) -> Parts:
     chardevs: list[Chardev] = []
     options: Props = {"id": f"tpm-{alias}"}
     if source.type == "passthrough":
-        options["path"] = context.files.path(f"tpm:{alias}", (source.device.path if source.device else None) or "/dev/tpm0")
+        options["path"] = context.files.path(
+            f"tpm:{alias}", (source.device.path if source.device else None) or "/dev/tpm0"
+        )
         options["cancel-path"] = context.files.path(f"tpm-cancel:{alias}", "/dev/null")
         arguments = ["-tpmdev", keyval("passthrough", options)]
     else:
