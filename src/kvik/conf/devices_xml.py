@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvik.conf import codec
-from kvik.conf.codec import Element
+from kvik.conf.codec import Element, plan_of
 from kvik.conf.devices.common import Device
 from kvik.conf.domain import Devices
 from kvik.conf.reader import read_xml
+from kvik.conf.xmlformat import format_element
+from kvik.conf.xmlparse import parse_element
 from kvik.errors import ConfigError
 
 # kind (the element's name) -> (field of Devices, whether that is a list)
@@ -49,7 +50,7 @@ _KINDS: dict[type[Element], str] = {}
 
 def _models() -> dict[str, type[Element]]:
     if not _MODELS:
-        for kind, child in codec.plan_of(Devices).children.items():
+        for kind, child in plan_of(Devices).children.items():
             if kind in FIELDS:
                 _MODELS[kind] = child.model
                 _KINDS[child.model] = kind
@@ -69,11 +70,11 @@ def parse_device(xml: str | bytes) -> tuple[str, Element]:
     model = _models().get(kind)
     if model is None:
         raise ConfigError(f"<{kind}> is not a device; known are {', '.join(FIELDS)}", line=1, path=f"/{kind}")
-    return kind, codec.parse_element(root, model)
+    return kind, parse_element(root, model)
 
 
 def format_device(device: Element, *, secure: bool = False, inactive: bool = False) -> str:
-    return codec.format_element(device, kind_of(device), secure=secure, inactive=inactive)
+    return format_element(device, kind_of(device), secure=secure, inactive=inactive)
 
 
 def devices_of(devices: Devices) -> Iterator[tuple[str, Element]]:

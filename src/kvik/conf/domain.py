@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from kvik.conf import codec
+import msgspec
+
+from kvik.conf import tree
 from kvik.conf.codec import CHILD, KIB, LIVE, ON_OFF, QEMU_NS, RAW, SIGNED, UUID, Element, Of, Text
 from kvik.conf.cpu import Cpu, Vcpu, Vcpus
 from kvik.conf.devices.chardev import Channel, Console, Parallel, Serial
@@ -46,6 +48,8 @@ from kvik.conf.tuning import (
     NumaTune,
     Resource,
 )
+from kvik.conf.xmlformat import format_element
+from kvik.conf.xmlparse import parse_element
 from kvik.errors import ConfigError
 
 LifecycleAction = Literal["destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart"]
@@ -154,16 +158,16 @@ class Domain(Element, kw_only=True):
     perf: Perf | None = None
     keywrap: KeyWrap | None = None
     launch_security: Annotated[LaunchSecurity | None, "launchSecurity"] = None
-    devices: Devices
+    devices: Devices = msgspec.field(default_factory=Devices)
     seclabels: Annotated[list[Seclabel], "seclabel"] = []
     qemu_commandline: Annotated[QemuCommandline | None, f"{{{QEMU_NS}}}commandline"] = None
 
     def warnings(self) -> list[str]:
         """One line for each thing that this document says and kvik does not understand."""
-        return codec.warnings(self, "/domain")
+        return tree.warnings(self, "/domain")
 
     def copy(self) -> Domain:
-        return codec.clone(self)
+        return tree.clone(self)
 
 
 def parse_domain(xml: str | bytes) -> Domain:
@@ -171,9 +175,9 @@ def parse_domain(xml: str | bytes) -> Domain:
     root = read_xml(xml, "domain document")
     if root.tag != "domain":
         raise ConfigError(f"a domain document starts with <domain>, not <{root.tag}>", path=f"/{root.tag}")
-    return codec.parse_element(root, Domain)
+    return parse_element(root, Domain)
 
 
 def format_domain(domain: Domain, secure: bool = False, inactive: bool = False) -> str:
     """libvirt's XML. `secure` includes passwords; `inactive` leaves out what is true of a running machine only."""
-    return codec.format_element(domain, "domain", secure=secure, inactive=inactive)
+    return format_element(domain, "domain", secure=secure, inactive=inactive)

@@ -20,8 +20,8 @@ class Adapter(Element):
 
 
 class HostdevSource(Element):
-    """`address` (pci, usb, mdev, scsi unit); `vendor` and `product` (usb); `adapter` (scsi); `protocol`, `name`, `hosts`
-    (iscsi, vhost-scsi with `wwpn`)."""
+    """`address` (pci, usb, mdev, scsi unit); `vendor` and `product` (usb); `adapter` (scsi); `protocol`, `name`,
+    `hosts` (iscsi, vhost-scsi with `wwpn`)."""
 
     startup_policy: Annotated[Literal["mandatory", "requisite", "optional"] | None, "startupPolicy"] = None
     guest_reset: Annotated[Literal["on", "off", "uninitialized"] | None, "guestReset"] = None
