@@ -68,7 +68,7 @@ class Virtualization:
     paravirtual: bool  # KVM without the hardware extension (KVM-PVM)
     nested: bool | None  # may guests of this host run KVM themselves; None: not told
     iommu: bool  # devices can be given to machines
-    inside: str  # what this host is itself: "virtual machine", "container" or ""
+    inside: str  # what this host is itself: "virtual machine", "container", "container in a virtual machine" or ""
 
 
 def virtualization(root: Path = _ROOT) -> Virtualization:
@@ -85,7 +85,8 @@ def virtualization(root: Path = _ROOT) -> Virtualization:
         paging = "EPT"
     elif module == "kvm_amd" and _flag(parameters / "npt"):
         paging = "NPT"
-    inside = "container" if container(root) else "virtual machine" if "hypervisor" in cpu.flags else ""
+    around = ("container" if container(root) else "", "virtual machine" if "hypervisor" in cpu.flags else "")
+    inside = " in a ".join(part for part in around if part)
     return Virtualization(
         vendor=cpu.vendor or cpu.vendor_id,
         extension=extension,
@@ -153,7 +154,7 @@ def explain_absence(root: Path = _ROOT) -> Verdict:
             f"the CPU has {host.extension}, but the kernel module {module} is not loaded",
             f"load it{where}: modprobe {module}; if that fails, enable virtualization in the firmware setup",
         )
-    if host.inside == "virtual machine" or "hypervisor" in node.cpu_model(root).flags:
+    if host.inside.endswith("virtual machine"):
         return absent(
             "this host is itself a virtual machine, and its hypervisor does not hand on VMX or SVM",
             "enable nested virtualization for it (libvirt: <cpu mode='host-passthrough'/> and the module option "
@@ -255,7 +256,7 @@ def judge(result: dict[str, Any], host: Virtualization) -> Verdict:
         "machine with nested virtualization"
     )
     if speed > FAST:
-        what = f"runs guest code by emulation ({speed:.0f} ns an instruction; {name}): a kernel's boot would take hours"
+        what = f"runs guest code by emulation ({speed:.0f} ns an instruction; {name}): no stock kernel boots like this"
         return unusable(what, outside)
     if error:
         code = int(number("errno"))
