@@ -33,6 +33,12 @@ TEXTS = {
     "etc/shells": "/bin/sh\n",
     "etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
     "etc/resolv.conf": "",
+    # One `mount -a` is one process where three mounts were three: 0.1 s under emulation.
+    "etc/fstab": (
+        "proc /proc proc nosuid,nodev,noexec 0 0\n"
+        "sysfs /sys sysfs nosuid,nodev,noexec 0 0\n"
+        "devtmpfs /dev devtmpfs nosuid,mode=0755 0 0\n"
+    ),
     "etc/issue": "",
     # acpid's event for the power button, and what it starts
     "etc/acpid.conf": "PWRF power\n",
