@@ -127,7 +127,7 @@ def _move(element: etree._Element, old: str | None, new: str | None, prefix: str
         name = etree.QName(node)
         tag = etree.QName(new, name.localname) if name.namespace == old else name
         fresh = (
-            etree.Element(tag, nsmap=nsmap) if parent is None else etree.SubElement(parent, tag, nsmap=dict(node.nsmap))
+            etree.Element(tag, nsmap=nsmap) if parent is None else etree.SubElement(parent, tag, nsmap=inherited)
         )
         fresh.text = node.text
         for attribute, value in node.attrib.items():
