@@ -51,7 +51,8 @@ _BY_CODE: Final[dict[int, type[KvikError]]] = {
     88: errors.AccessDenied,
     99: errors.NoDevice,
 }
-UNKNOWN_PROCEDURE: Final = "unknown procedure"
+# How daemons say that they lack a program or procedure: ours (the first is libvirt's too), and libvirt's.
+UNKNOWN: Final = ("unknown procedure", "unknown program", "Cannot find program")
 
 
 def _text(value: str) -> str:
@@ -65,7 +66,7 @@ def encode_error(error: BaseException) -> bytes:
         message = f"internal error: {type(error).__name__}: {error}"
         return CODEC.encode((1, 7, _text(message), LEVEL_ERROR, None, _text(message), None, None, 0, 0, None))
     code, domain, kind, number = error.code, error.domain, type(error).__name__, 0
-    if isinstance(error, NoSupport) and error.message.startswith(UNKNOWN_PROCEDURE):
+    if isinstance(error, NoSupport) and error.message.startswith(UNKNOWN):
         # What libvirt's daemon answers, and what its clients turn into "not supported": any other code or domain
         # makes even their opening sequence fail.
         code, domain = RpcError.code, RpcError.domain
@@ -98,7 +99,7 @@ def decode_error(payload: bytes) -> KvikError:
     cls = _CLASSES.get(name)
     if cls is None:
         cls, part, remedy, number, path = _BY_CODE.get(code, KvikError), message, "", 0, ""
-        if code == RpcError.code and (message or "").startswith(UNKNOWN_PROCEDURE):
+        if code == RpcError.code and (message or "").startswith(UNKNOWN):
             cls = NoSupport
     extra: dict[str, Any] = {}
     if issubclass(cls, ConfigError):

@@ -130,6 +130,11 @@ def test_errors_of_libvirts_daemon_are_told_apart_by_code(code: int, cls: type[K
     assert (back.message, back.remedy, back.code, str(back)) == ("Domain not found", "", code, "Domain not found")
 
 
+@pytest.mark.parametrize("text", ["unknown procedure: 9", "Cannot find program 1802922347 version 1"])
+def test_a_daemon_that_lacks_something_is_understood(text: str) -> None:
+    assert type(decode_error(CODEC.encode((39, 7, text, 2, None, None, None, None, 0, 0, None)))) is NoSupport
+
+
 def test_hostile_text_in_an_error_is_always_encodable() -> None:
     back = decode_error(encode_error(KvikError("nul \0 surrogate \udc80 " + "x" * 10_000_000)))
     assert back.message.startswith("nul \\0 surrogate \\udc80 xxx")
