@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvik.conf.aliases import assign_aliases
 from kvik.conf.domain import Domain, format_domain
 from kvik.errors import ConfigUnsupported, HypervisorError
 from kvik.hypervisor.driver import EventKind, EventSink, Feature, HostVerdict, MachineEvent, StartRequest
@@ -76,6 +77,7 @@ class TestDriver:
             os.write(request.log_fd, f"{behaviour.fail_start}\n".encode())
             raise HypervisorError(f"cannot start {name!r}: {behaviour.fail_start}")
         sink = request.sink
+        assign_aliases(definition)
         machine = TestMachine(next(self._pids), definition, str(request.directory), behaviour, sink)
         machine.sink = self._watch(name, machine, sink)
         self.machines[name] = machine
