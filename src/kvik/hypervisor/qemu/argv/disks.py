@@ -100,7 +100,8 @@ def block_nodes(context: Context, disk: Disk) -> list[Props]:
         node = {
             **_storage(context, disk, layer),
             "node-name": storage,
-            "auto-read-only": True if layer.type in ("block", "network") or not layer.read_only else None,
+            # Some protocols can only tell by trying whether they may write; a passed descriptor knows.
+            "auto-read-only": True if layer.type == "network" else None,
             "read-only": layer.read_only,
             "cache": cache,
             "discard": discard,
@@ -118,11 +119,10 @@ def block_nodes(context: Context, disk: Disk) -> list[Props]:
         if layer.source.slices is not None and layer.format == "raw" and layer.source.slices.slices:
             piece = layer.source.slices.slices[0]
             node |= {"offset": piece.offset, "size": piece.size}
-        if layer.format == "qcow2":
-            if disk.driver is not None and layer.number == 0:
-                node["discard-no-unref"] = disk.driver.discard_no_unref
-                if disk.driver.metadata_cache is not None:
-                    node["cache-size"] = disk.driver.metadata_cache.max_size
+        if layer.format == "qcow2" and disk.driver is not None and layer.number == 0:
+            node["discard-no-unref"] = disk.driver.discard_no_unref
+            if disk.driver.metadata_cache is not None:
+                node["cache-size"] = disk.driver.metadata_cache.max_size
         if layer.format in ("qcow2", "qcow", "qed", "vmdk"):
             node["backing"] = below
             node["__backing__"] = True  # null is meaningful here: it ends the chain
@@ -204,7 +204,7 @@ def _host(host: Host, protocol: str) -> tuple[str, str]:
     return host.name, host.port or _PORTS.get(protocol, "")
 
 
-def _network(disk: Disk, source: DiskSource) -> Props:  # noqa: C901
+def _network(disk: Disk, source: DiskSource) -> Props:
     protocol = source.protocol or ""
     name = source.name or ""
     hosts = source.hosts
