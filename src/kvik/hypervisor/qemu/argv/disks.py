@@ -281,7 +281,12 @@ def disk_parts(context: Context, disk: Disk) -> Parts:
     if disk.type == "vhostuser":
         return _vhost_user(context, disk)
     nodes = block_nodes(context, disk)
-    return Parts(blockdevs=nodes, devices=[_drive(context, disk, bool(nodes))])
+    boot = context.boot(disk)
+    arguments = []
+    if disk.target.bus == "fdc" and boot is not None:  # the boot order of a floppy is its controller's
+        drive = "AB"[min((disk.address.unit if disk.address else 0) or 0, 1)]
+        arguments = ["-global", f"isa-fdc.bootindex{drive}={boot}"]
+    return Parts(blockdevs=nodes, arguments=arguments, devices=[_drive(context, disk, bool(nodes))])
 
 
 def _vhost_user(context: Context, disk: Disk) -> Parts:
@@ -336,8 +341,7 @@ def _drive(context: Context, disk: Disk, medium: bool) -> Props:
         return {"driver": "usb-storage", **context.address(disk), "removable": removable, **common}
     if bus == "fdc":
         unit = disk.address.unit if disk.address else None
-        return {"driver": "floppy", "unit": unit or 0, "drive": common["drive"], "id": common["id"],
-                "bootindex": common["bootindex"]}  # fmt: skip
+        return {"driver": "floppy", "unit": unit or 0, "drive": common["drive"], "id": common["id"]}
     raise ConfigUnsupported(f"disk {disk.target.dev}: QEMU has no disk bus {bus!r}")
 
 

@@ -67,6 +67,10 @@ def cpu(context: Context) -> list[str]:
             options["hv-time"] = True
         elif timer.name == "tsc" and timer.frequency is not None:
             options["tsc-frequency"] = timer.frequency
+    for word in (name, *options, *options.values()):
+        if isinstance(word, str) and ("," in word or "=" in word):
+            # Unlike every other option, -cpu knows no escape for a comma (x86_cpu_parse_featurestr).
+            raise ConfigUnsupported(f"{word!r} cannot be part of a CPU description", path="/domain/cpu")
     return ["-cpu", keyval(name, options)]
 
 
