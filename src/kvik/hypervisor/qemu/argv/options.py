@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kvik.conf.devices.common import Address, Device, VirtioOptions
+from kvik.conf.devices.common import Address, BootableDevice, Device, VirtioOptions
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
@@ -207,9 +207,10 @@ class Context:
         if device is not None:
             if device.acpi is not None:
                 props["acpi-index"] = device.acpi.index
-            if device.rom is not None:
-                props["rombar"] = None if device.rom.bar is None else int(device.rom.bar)
-                props["romfile"] = "" if device.rom.enabled is False else device.rom.file
+            rom = device.rom if isinstance(device, BootableDevice) else None
+            if rom is not None:
+                props["rombar"] = None if rom.bar is None else int(rom.bar)
+                props["romfile"] = "" if rom.enabled is False else rom.file
         return props
 
     def virtio_name(self, kind: str, model: str | None = None) -> str:
