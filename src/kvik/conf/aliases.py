@@ -6,7 +6,7 @@ A user's own alias begins with `ua-` and survives; all others are made here, and
 from __future__ import annotations
 
 from kvik.conf.addresses import target_index
-from kvik.conf.devices.common import Alias, Device
+from kvik.conf.devices.common import Address, Alias, Device
 from kvik.conf.devices.controller import Controller
 from kvik.conf.devices.disk import Disk
 from kvik.conf.devices_xml import FIELDS, device_list, kind_of
@@ -103,19 +103,12 @@ def _assign(domain: Domain, kind: str, device: Device, taken: set[str]) -> None:
 
 def _fixed_name(domain: Domain, kind: str, device: Device) -> str:
     devices: Devices = domain.devices
-    if kind == "disk":
-        if isinstance(device, Disk):
-            disk = device
-            address = disk.address
-            place = (
-                (address.controller or 0, address.bus or 0, address.target or 0, address.unit or 0)
-                if address
-                else (0,) * 4
-            )
-            return disk_alias(disk.target.bus or "virtio", disk.target.dev or "", place)
-    if kind == "controller":
-        if isinstance(device, Controller):
-            return controller_alias(domain, device.type, device.index or 0, device.model or "")
+    if isinstance(device, Disk):
+        address = device.address or Address()
+        place = (address.controller or 0, address.bus or 0, address.target or 0, address.unit or 0)
+        return disk_alias(device.target.bus or "virtio", device.target.dev or "", place)
+    if isinstance(device, Controller):
+        return controller_alias(domain, device.type, device.index or 0, device.model or "")
     if kind == "console" and devices.consoles and device is devices.consoles[0] and devices.serials:
         target = devices.consoles[0].target
         serial = devices.serials[0].alias
