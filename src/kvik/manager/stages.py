@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from kvik.conf.domain import Domain
@@ -71,6 +72,14 @@ class BootStages:
         self._reached[name] = seconds
         self._tell()
         return seconds
+
+    @property
+    def reached(self) -> dict[str, float]:
+        return dict(self._reached)
+
+    def restore(self, reached: Mapping[str, float]) -> None:
+        """What an earlier daemon saw; whether the agent is still there must be asked anew."""
+        self._reached |= {name: reached[name] for name in NAMES[:4] if name in reached}
 
     def lose(self, *names: str) -> None:
         """The guest rebooted, or its agent went away."""
