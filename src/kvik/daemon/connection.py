@@ -238,8 +238,11 @@ class Connection:
             self.transport.write(m.reply_error(call, client_error(error, entry.name)))
             raise
         except Exception as error:
-            self.transport.write(m.reply_error(call, client_error(error, entry.name)))
             _close_files(files)
+            known = client_error(error, entry.name)
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%r: %s: %s", self, entry.name, known)
+            self.transport.write(m.reply_error(call, known))
         else:
             if files:
                 self.transport.write_files(reply, files)

@@ -104,7 +104,13 @@ async def test_a_body_that_does_not_decode_is_an_error_not_an_end() -> None:
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"GET / HTTP/1.0\r\n\r\n", b"\0" * 28, b"\xff" * 64, m.frame(REMOTE, 1, 1, 0, 0, b""), m.frame(REMOTE, 1, 9, 0, 0, b"")],
+    [
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"\0" * 28,
+        b"\xff" * 64,
+        m.frame(REMOTE, 1, 1, 0, 0, b""),
+        m.frame(REMOTE, 1, 9, 0, 0, b""),
+    ],
 )
 async def test_bytes_that_are_no_protocol_end_the_connection_and_only_that(garbage: bytes) -> None:
     async with running(FakeManager()) as daemon:
@@ -296,7 +302,7 @@ async def test_nothing_is_left_of_a_client_that_went() -> None:
             await client.call("CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 0, None)
             await client.call("CONNECT_DOMAIN_EVENT_REGISTER_ANY", 1)
             await client.call("DOMAIN_OPEN_CONSOLE", domain, None, 1)
-            manager.all[0].console.close()
+            manager.all[0].consoles.pop().close()
             client.start("DOMAIN_WAIT_READY", domain, 60000, program="kvik")
             await client.close()
         daemon.clients.clear()
