@@ -1,0 +1,1 @@
+"""The device elements of a domain document, one module per family."""

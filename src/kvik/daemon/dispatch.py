@@ -1,0 +1,335 @@
+"""Which function answers which procedure, and who may call it: the one table of the daemon.
+
+A handler that is a coroutine function waits and gets a task; any other answers at once from memory. Handlers take
+`(connection, arguments)` or `(connection, arguments, call)`, the latter when they need the call's descriptors or open
+a stream on it; they return the result's fields as a tuple, `None` for none, or `Files` to send descriptors.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+from kvik.rpc import program as programs
+from kvik.rpc.program import Procedure, Program
+
+__all__ = ["Access", "Entry", "Files", "table"]
+
+Handler = Callable[..., Any]
+
+
+class Access(enum.IntEnum):
+    """What a connection may do; each level includes those before it."""
+
+    ANYONE = 0  # before CONNECT_OPEN
+    READ = 1
+    WRITE = 2
+    ADMIN = 3
+
+
+class Files(NamedTuple):
+    """A result that is followed by descriptors; they are closed once sent."""
+
+    values: tuple[Any, ...] | None
+    files: tuple[int, ...]
+
+
+class Entry:
+    """One row of the table, ready for use."""
+
+    __slots__ = ("abandonable", "access", "args", "handler", "name", "quick", "result", "with_call")
+
+    def __init__(self, procedure: Procedure, access: Access, handler: Handler) -> None:
+        self.name = procedure.name
+        self.args = procedure.args
+        self.result = procedure.result
+        self.access = access
+        self.handler = handler
+        self.quick = not inspect.iscoroutinefunction(handler)
+        self.with_call = len(inspect.signature(handler).parameters) == 3
+        # Given up when the client hangs up: what only looks, and what only waits.
+        self.abandonable = not self.quick and (access <= Access.READ or self.name in WAITS)
+
+
+# Calls above READ that nobody but the caller needs.
+WAITS = frozenset({"DOMAIN_EXEC", "DOMAIN_AGENT_COMMAND", "DOMAIN_GET_GUEST_INFO", "DOMAIN_GET_FSINFO"})
+
+ANYONE, READ, WRITE, ADMIN = Access.ANYONE, Access.READ, Access.WRITE, Access.ADMIN
+Rows = Mapping[str, tuple[Access, Handler]]
+
+
+@cache
+def table() -> dict[int, dict[int, Entry]]:
+    """Program number -> procedure number -> entry."""
+    return {
+        program.number: {program[name].number: Entry(program[name], *row) for name, row in rows.items()}
+        for program, rows in _programs()
+    }
+
+
+def _programs() -> list[tuple[Program, Rows]]:
+    return [(programs.remote(), _remote()), (programs.qemu(), _qemu()), (programs.kvik(), _kvik())]
+
+
+def _remote() -> Rows:
+    from kvik.daemon.handlers import (
+        connect,
+        console,
+        domain,
+        domain_config,
+        domain_stats,
+        events,
+        guest,
+        node,
+        others,
+        volumes,
+    )
+
+    return {
+        # connection
+        "AUTH_LIST": (ANYONE, connect.auth_list),
+        "AUTH_SASL_INIT": (ANYONE, connect.auth_unavailable),
+        "AUTH_SASL_START": (ANYONE, connect.auth_unavailable),
+        "AUTH_SASL_STEP": (ANYONE, connect.auth_unavailable),
+        "AUTH_POLKIT": (ANYONE, connect.auth_unavailable),
+        "CONNECT_OPEN": (ANYONE, connect.open_connection),
+        "CONNECT_CLOSE": (ANYONE, connect.close_connection),
+        "CONNECT_SUPPORTS_FEATURE": (ANYONE, connect.supports_feature),
+        "CONNECT_GET_TYPE": (READ, connect.get_type),
+        "CONNECT_GET_VERSION": (READ, connect.get_version),
+        "CONNECT_GET_LIB_VERSION": (READ, connect.get_library_version),
+        "CONNECT_GET_HOSTNAME": (READ, connect.get_hostname),
+        "CONNECT_GET_URI": (READ, connect.get_uri),
+        "CONNECT_GET_SYSINFO": (READ, connect.get_sysinfo),
+        "CONNECT_GET_MAX_VCPUS": (READ, connect.get_max_vcpus),
+        "CONNECT_GET_CAPABILITIES": (READ, connect.get_capabilities),
+        # It names a program that the daemon may run: not for those who may only look (CVE-2019-10167).
+        "CONNECT_GET_DOMAIN_CAPABILITIES": (WRITE, connect.get_domain_capabilities),
+        "CONNECT_GET_CPU_MODEL_NAMES": (READ, connect.get_cpu_model_names),
+        "CONNECT_COMPARE_CPU": (READ, connect.compare_cpu),
+        "CONNECT_COMPARE_HYPERVISOR_CPU": (WRITE, connect.compare_hypervisor_cpu),
+        "CONNECT_BASELINE_CPU": (READ, connect.baseline_cpu),
+        "CONNECT_BASELINE_HYPERVISOR_CPU": (WRITE, connect.baseline_hypervisor_cpu),
+        "CONNECT_IS_SECURE": (READ, connect.is_secure),
+        "CONNECT_DOMAIN_XML_TO_NATIVE": (WRITE, connect.domain_xml_to_native),
+        "CONNECT_REGISTER_CLOSE_CALLBACK": (READ, connect.register_close_callback),
+        "CONNECT_UNREGISTER_CLOSE_CALLBACK": (READ, connect.unregister_close_callback),
+        # events
+        "CONNECT_DOMAIN_EVENT_REGISTER": (READ, events.register_legacy),
+        "CONNECT_DOMAIN_EVENT_DEREGISTER": (READ, events.deregister_legacy),
+        "CONNECT_DOMAIN_EVENT_REGISTER_ANY": (READ, events.register_any_legacy),
+        "CONNECT_DOMAIN_EVENT_DEREGISTER_ANY": (READ, events.deregister_any_legacy),
+        "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY": (READ, events.register),
+        "CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY": (READ, events.deregister),
+        "CONNECT_NETWORK_EVENT_REGISTER_ANY": (READ, others.register),
+        "CONNECT_NETWORK_EVENT_DEREGISTER_ANY": (READ, others.deregister),
+        "CONNECT_STORAGE_POOL_EVENT_REGISTER_ANY": (READ, others.register),
+        "CONNECT_STORAGE_POOL_EVENT_DEREGISTER_ANY": (READ, others.deregister),
+        "CONNECT_NODE_DEVICE_EVENT_REGISTER_ANY": (READ, others.register),
+        "CONNECT_NODE_DEVICE_EVENT_DEREGISTER_ANY": (READ, others.deregister),
+        "CONNECT_SECRET_EVENT_REGISTER_ANY": (READ, others.register),
+        "CONNECT_SECRET_EVENT_DEREGISTER_ANY": (READ, others.deregister),
+        # the host
+        "NODE_GET_INFO": (READ, node.get_info),
+        "NODE_GET_CPU_STATS": (READ, node.get_cpu_stats),
+        "NODE_GET_MEMORY_STATS": (READ, node.get_memory_stats),
+        "NODE_GET_FREE_MEMORY": (READ, node.get_free_memory),
+        "NODE_GET_CELLS_FREE_MEMORY": (READ, node.get_cells_free_memory),
+        "NODE_GET_CPU_MAP": (READ, node.get_cpu_map),
+        "NODE_GET_FREE_PAGES": (READ, node.get_free_pages),
+        "NODE_GET_SECURITY_MODEL": (READ, node.get_security_model),
+        "NODE_GET_MEMORY_PARAMETERS": (READ, node.get_memory_parameters),
+        "NODE_GET_SEV_INFO": (READ, node.get_sev_info),
+        "NODE_SUSPEND_FOR_DURATION": (WRITE, node.suspend_for_duration),
+        # machines: finding and looking
+        "DOMAIN_LOOKUP_BY_NAME": (READ, domain.lookup_by_name),
+        "DOMAIN_LOOKUP_BY_UUID": (READ, domain.lookup_by_uuid),
+        "DOMAIN_LOOKUP_BY_ID": (READ, domain.lookup_by_id),
+        "CONNECT_LIST_ALL_DOMAINS": (READ, domain.list_all_domains),
+        "CONNECT_LIST_DOMAINS": (READ, domain.list_domains),
+        "CONNECT_LIST_DEFINED_DOMAINS": (READ, domain.list_defined_domains),
+        "CONNECT_NUM_OF_DOMAINS": (READ, domain.num_of_domains),
+        "CONNECT_NUM_OF_DEFINED_DOMAINS": (READ, domain.num_of_defined_domains),
+        "DOMAIN_IS_ACTIVE": (READ, domain.is_active),
+        "DOMAIN_IS_PERSISTENT": (READ, domain.is_persistent),
+        "DOMAIN_IS_UPDATED": (READ, domain.is_updated),
+        "DOMAIN_GET_INFO": (READ, domain.get_info),
+        "DOMAIN_GET_STATE": (READ, domain.get_state),
+        "DOMAIN_GET_XML_DESC": (READ, domain.get_xml),
+        "DOMAIN_GET_OS_TYPE": (READ, domain.get_os_type),
+        "DOMAIN_GET_AUTOSTART": (READ, domain.get_autostart),
+        "DOMAIN_GET_MAX_MEMORY": (READ, domain.get_max_memory),
+        "DOMAIN_GET_CONTROL_INFO": (READ, domain.get_control_info),
+        "DOMAIN_GET_MESSAGES": (READ, domain.get_messages),
+        "DOMAIN_GET_JOB_INFO": (READ, domain.get_job_info),
+        "DOMAIN_GET_JOB_STATS": (READ, domain.get_job_stats),
+        "DOMAIN_ABORT_JOB": (WRITE, domain.abort_job),
+        "DOMAIN_ABORT_JOB_FLAGS": (WRITE, domain.abort_job),
+        "DOMAIN_GET_SECURITY_LABEL": (READ, domain.get_security_label),
+        "DOMAIN_GET_SECURITY_LABEL_LIST": (READ, domain.get_security_label_list),
+        "DOMAIN_GET_LAUNCH_SECURITY_INFO": (READ, domain.get_launch_security_info),
+        # machines: life cycle
+        "DOMAIN_DEFINE_XML": (WRITE, domain.define_xml),
+        "DOMAIN_DEFINE_XML_FLAGS": (WRITE, domain.define_xml_flags),
+        "DOMAIN_UNDEFINE": (WRITE, domain.undefine),
+        "DOMAIN_UNDEFINE_FLAGS": (WRITE, domain.undefine_flags),
+        "DOMAIN_CREATE": (WRITE, domain.create),
+        "DOMAIN_CREATE_WITH_FLAGS": (WRITE, domain.create_with_flags),
+        "DOMAIN_CREATE_WITH_FILES": (WRITE, domain.create_with_files),
+        "DOMAIN_CREATE_XML": (WRITE, domain.create_xml),
+        "DOMAIN_CREATE_XML_WITH_FILES": (WRITE, domain.create_xml_with_files),
+        "DOMAIN_FD_ASSOCIATE": (WRITE, domain.fd_associate),
+        "DOMAIN_DESTROY": (WRITE, domain.destroy),
+        "DOMAIN_DESTROY_FLAGS": (WRITE, domain.destroy_flags),
+        "DOMAIN_SHUTDOWN": (WRITE, domain.shutdown),
+        "DOMAIN_SHUTDOWN_FLAGS": (WRITE, domain.shutdown_flags),
+        "DOMAIN_REBOOT": (WRITE, domain.reboot),
+        "DOMAIN_RESET": (WRITE, domain.reset),
+        "DOMAIN_SUSPEND": (WRITE, domain.suspend),
+        "DOMAIN_RESUME": (WRITE, domain.resume),
+        "DOMAIN_RENAME": (WRITE, domain.rename),
+        "DOMAIN_SET_AUTOSTART": (WRITE, domain.set_autostart),
+        "DOMAIN_INJECT_NMI": (WRITE, domain.inject_nmi),
+        "DOMAIN_SEND_KEY": (WRITE, domain.send_key),
+        # machines: configuration
+        "DOMAIN_SET_MEMORY": (WRITE, domain_config.set_memory),
+        "DOMAIN_SET_MAX_MEMORY": (WRITE, domain_config.set_max_memory),
+        "DOMAIN_SET_MEMORY_FLAGS": (WRITE, domain_config.set_memory_flags),
+        "DOMAIN_SET_MEMORY_STATS_PERIOD": (WRITE, domain_config.set_memory_stats_period),
+        "DOMAIN_SET_VCPUS": (WRITE, domain_config.set_vcpus),
+        "DOMAIN_SET_VCPUS_FLAGS": (WRITE, domain_config.set_vcpus_flags),
+        "DOMAIN_GET_VCPUS_FLAGS": (READ, domain_config.get_vcpus_flags),
+        "DOMAIN_GET_MAX_VCPUS": (READ, domain_config.get_max_vcpus),
+        "DOMAIN_GET_VCPUS": (READ, domain_config.get_vcpus),
+        "DOMAIN_GET_VCPU_PIN_INFO": (READ, domain_config.get_vcpu_pin_info),
+        "DOMAIN_GET_EMULATOR_PIN_INFO": (READ, domain_config.get_emulator_pin_info),
+        "DOMAIN_GET_IOTHREAD_INFO": (READ, domain_config.get_iothread_info),
+        "DOMAIN_GET_SCHEDULER_TYPE": (READ, domain_config.get_scheduler_type),
+        "DOMAIN_GET_SCHEDULER_PARAMETERS": (READ, domain_config.get_scheduler_parameters),
+        "DOMAIN_GET_SCHEDULER_PARAMETERS_FLAGS": (READ, domain_config.get_scheduler_parameters_flags),
+        "DOMAIN_GET_MEMORY_PARAMETERS": (READ, domain_config.get_memory_parameters),
+        "DOMAIN_GET_BLKIO_PARAMETERS": (READ, domain_config.get_blkio_parameters),
+        "DOMAIN_GET_NUMA_PARAMETERS": (READ, domain_config.get_numa_parameters),
+        "DOMAIN_ATTACH_DEVICE": (WRITE, domain_config.attach_device),
+        "DOMAIN_ATTACH_DEVICE_FLAGS": (WRITE, domain_config.attach_device_flags),
+        "DOMAIN_DETACH_DEVICE": (WRITE, domain_config.detach_device),
+        "DOMAIN_DETACH_DEVICE_FLAGS": (WRITE, domain_config.detach_device_flags),
+        "DOMAIN_DETACH_DEVICE_ALIAS": (WRITE, domain_config.detach_device_alias),
+        "DOMAIN_UPDATE_DEVICE_FLAGS": (WRITE, domain_config.update_device_flags),
+        "DOMAIN_GET_METADATA": (READ, domain_config.get_metadata),
+        "DOMAIN_SET_METADATA": (WRITE, domain_config.set_metadata),
+        # machines: figures
+        "CONNECT_GET_ALL_DOMAIN_STATS": (READ, domain_stats.get_all_domain_stats),
+        "DOMAIN_BLOCK_STATS": (READ, domain_stats.block_stats),
+        "DOMAIN_BLOCK_STATS_FLAGS": (READ, domain_stats.block_stats_flags),
+        "DOMAIN_GET_BLOCK_INFO": (READ, domain_stats.get_block_info),
+        "DOMAIN_INTERFACE_STATS": (READ, domain_stats.interface_stats),
+        "DOMAIN_INTERFACE_ADDRESSES": (READ, domain_stats.interface_addresses),
+        "DOMAIN_MEMORY_STATS": (READ, domain_stats.memory_stats),
+        "DOMAIN_GET_CPU_STATS": (READ, domain_stats.get_cpu_stats),
+        "DOMAIN_GET_DISK_ERRORS": (READ, domain_stats.get_disk_errors),
+        # machines: through the guest's agent. Asking it is acting on the guest (CVE-2019-3886).
+        "DOMAIN_GET_TIME": (WRITE, guest.get_time),
+        "DOMAIN_SET_TIME": (WRITE, guest.set_time),
+        "DOMAIN_GET_HOSTNAME": (WRITE, guest.get_hostname),
+        "DOMAIN_GET_FSINFO": (WRITE, guest.get_fsinfo),
+        "DOMAIN_GET_GUEST_INFO": (WRITE, guest.get_guest_info),
+        "DOMAIN_FSFREEZE": (WRITE, guest.freeze),
+        "DOMAIN_FSTHAW": (WRITE, guest.thaw),
+        "DOMAIN_FSTRIM": (WRITE, guest.trim),
+        "DOMAIN_SET_USER_PASSWORD": (WRITE, guest.set_user_password),
+        # machines: streams and descriptors
+        "DOMAIN_OPEN_CONSOLE": (WRITE, console.open_console),
+        "DOMAIN_OPEN_CHANNEL": (WRITE, console.open_channel),
+        "DOMAIN_OPEN_GRAPHICS_FD": (WRITE, console.open_graphics_fd),
+        "DOMAIN_SCREENSHOT": (WRITE, console.screenshot),
+        # machines: saved states, snapshots, checkpoints: none yet
+        "DOMAIN_HAS_MANAGED_SAVE_IMAGE": (READ, domain.has_managed_save),
+        "DOMAIN_SNAPSHOT_NUM": (READ, domain.none_of_domain),
+        "DOMAIN_SNAPSHOT_LIST_NAMES": (READ, domain.no_names_of_domain),
+        "DOMAIN_LIST_ALL_SNAPSHOTS": (READ, domain.empty_list_of_domain),
+        "DOMAIN_HAS_CURRENT_SNAPSHOT": (READ, domain.none_of_domain),
+        "DOMAIN_SNAPSHOT_CURRENT": (READ, domain.no_current_snapshot),
+        "DOMAIN_SNAPSHOT_LOOKUP_BY_NAME": (READ, domain.no_snapshot),
+        "DOMAIN_LIST_ALL_CHECKPOINTS": (READ, domain.empty_list_of_domain),
+        "DOMAIN_CHECKPOINT_LOOKUP_BY_NAME": (READ, domain.no_checkpoint),
+        # networks, pools, interfaces, secrets, filters, host devices: none yet
+        "CONNECT_NUM_OF_NETWORKS": (READ, others.none),
+        "CONNECT_LIST_NETWORKS": (READ, others.no_names),
+        "CONNECT_NUM_OF_DEFINED_NETWORKS": (READ, others.none),
+        "CONNECT_LIST_DEFINED_NETWORKS": (READ, others.no_names),
+        "CONNECT_LIST_ALL_NETWORKS": (READ, others.empty_list),
+        "NETWORK_LOOKUP_BY_NAME": (READ, others.no_network),
+        "NETWORK_LOOKUP_BY_UUID": (READ, others.no_network),
+        "NETWORK_GET_XML_DESC": (READ, others.no_network),
+        "NETWORK_IS_ACTIVE": (READ, others.no_network),
+        "NETWORK_GET_DHCP_LEASES": (READ, others.no_network),
+        "CONNECT_NUM_OF_STORAGE_POOLS": (READ, others.none),
+        "CONNECT_LIST_STORAGE_POOLS": (READ, others.no_names),
+        "CONNECT_NUM_OF_DEFINED_STORAGE_POOLS": (READ, others.none),
+        "CONNECT_LIST_DEFINED_STORAGE_POOLS": (READ, others.no_names),
+        "CONNECT_LIST_ALL_STORAGE_POOLS": (READ, others.empty_list),
+        "STORAGE_POOL_LOOKUP_BY_NAME": (READ, others.no_pool),
+        "STORAGE_POOL_LOOKUP_BY_UUID": (READ, others.no_pool),
+        "STORAGE_POOL_LOOKUP_BY_TARGET_PATH": (READ, others.no_pool),
+        "STORAGE_VOL_LOOKUP_BY_KEY": (READ, others.no_volume),
+        # disk images where they lie: enough of pools for virt-install to take a path
+        "STORAGE_VOL_LOOKUP_BY_PATH": (WRITE, volumes.lookup_by_path),
+        "STORAGE_VOL_GET_INFO": (WRITE, volumes.get_info),
+        "STORAGE_VOL_GET_PATH": (WRITE, volumes.get_path),
+        "STORAGE_VOL_GET_XML_DESC": (WRITE, volumes.get_xml),
+        "STORAGE_POOL_LOOKUP_BY_VOLUME": (WRITE, volumes.lookup_pool),
+        "STORAGE_POOL_GET_XML_DESC": (WRITE, volumes.get_pool_xml),
+        "STORAGE_POOL_GET_INFO": (WRITE, volumes.get_pool_info),
+        "STORAGE_POOL_IS_ACTIVE": (WRITE, volumes.pool_is_active),
+        "STORAGE_POOL_REFRESH": (WRITE, volumes.refresh_pool),
+        "CONNECT_NUM_OF_INTERFACES": (READ, others.none),
+        "CONNECT_LIST_INTERFACES": (READ, others.no_names),
+        "CONNECT_NUM_OF_DEFINED_INTERFACES": (READ, others.none),
+        "CONNECT_LIST_DEFINED_INTERFACES": (READ, others.no_names),
+        "CONNECT_LIST_ALL_INTERFACES": (READ, others.empty_list),
+        "INTERFACE_LOOKUP_BY_NAME": (READ, others.no_interface),
+        "INTERFACE_LOOKUP_BY_MAC_STRING": (READ, others.no_interface),
+        "CONNECT_NUM_OF_SECRETS": (READ, others.none),
+        "CONNECT_LIST_SECRETS": (READ, others.no_names),
+        "CONNECT_LIST_ALL_SECRETS": (READ, others.empty_list),
+        "SECRET_LOOKUP_BY_UUID": (READ, others.no_secret),
+        "SECRET_LOOKUP_BY_USAGE": (READ, others.no_secret),
+        "CONNECT_NUM_OF_NWFILTERS": (READ, others.none),
+        "CONNECT_LIST_NWFILTERS": (READ, others.no_names),
+        "CONNECT_LIST_ALL_NWFILTERS": (READ, others.empty_list),
+        "CONNECT_LIST_ALL_NWFILTER_BINDINGS": (READ, others.empty_list),
+        "NWFILTER_LOOKUP_BY_NAME": (READ, others.no_filter),
+        "NWFILTER_LOOKUP_BY_UUID": (READ, others.no_filter),
+        "NODE_NUM_OF_DEVICES": (READ, others.none),
+        "NODE_LIST_DEVICES": (READ, others.no_names),
+        "CONNECT_LIST_ALL_NODE_DEVICES": (READ, others.empty_list),
+        "NODE_DEVICE_LOOKUP_BY_NAME": (READ, others.no_node_device),
+    }
+
+
+def _qemu() -> Rows:
+    from kvik.daemon.handlers import events, qemu
+
+    return {
+        "DOMAIN_MONITOR_COMMAND": (WRITE, qemu.monitor_command),
+        "DOMAIN_AGENT_COMMAND": (WRITE, qemu.agent_command),
+        "CONNECT_DOMAIN_MONITOR_EVENT_REGISTER": (WRITE, events.register_monitor),
+        "CONNECT_DOMAIN_MONITOR_EVENT_DEREGISTER": (WRITE, events.deregister_monitor),
+    }
+
+
+def _kvik() -> Rows:
+    from kvik.daemon.handlers import kvik
+
+    return {
+        "DOMAIN_WAIT_READY": (READ, kvik.wait_ready),
+        "DOMAIN_EXEC": (WRITE, kvik.execute),
+        "DOMAIN_STAGES": (READ, kvik.stages),
+        "DAEMON_STATUS": (READ, kvik.status),
+        "DOMAIN_OVERVIEW": (READ, kvik.overview),
+        "DAEMON_SHUTDOWN": (ADMIN, kvik.shutdown),
+    }

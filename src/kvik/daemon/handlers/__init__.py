@@ -1,0 +1,1 @@
+"""What answers each procedure, one module per group; `kvik.daemon.dispatch` is the table over them."""

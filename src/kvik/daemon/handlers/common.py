@@ -1,0 +1,55 @@
+"""What several groups of handlers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from kvik.errors import InvalidArgument, OperationInvalid
+from kvik.rpc.xdr import TypedParam
+
+if TYPE_CHECKING:
+    from kvik.manager.domain import DomainObject
+
+__all__ = ["LIST_MAX", "bitmap", "check_flags", "params", "reference", "require_active", "take_params"]
+
+LIST_MAX = 16384  # REMOTE_DOMAIN_LIST_MAX: beyond it clients cannot decode a list
+
+INT, UINT, LLONG, ULLONG, DOUBLE, BOOLEAN, STRING = range(1, 8)
+
+
+def reference(domain: DomainObject) -> tuple[str, bytes, int]:
+    """How the wire names a machine."""
+    return (domain.name, domain.uuid, domain.id)
+
+
+def check_flags(flags: int, known: int, what: str) -> None:
+    """Refuse flags we do not know: ignoring one could do the opposite of what the caller relies on."""
+    if flags & ~known:
+        raise InvalidArgument(f"unsupported flags (0x{flags & ~known:x}) in {what}")
+
+
+def require_active(domain: DomainObject) -> None:
+    if domain.id < 0:
+        raise OperationInvalid(f"machine '{domain.name}' is not running")
+
+
+def params(*rows: tuple[str, int, Any]) -> list[TypedParam]:
+    """Typed parameters from (name, virTypedParameterType, value)."""
+    return [TypedParam(*row) for row in rows]
+
+
+def take_params(values: list[TypedParam], wanted: int) -> tuple[list[TypedParam], int]:
+    """(parameters, count) as the calls with `nparams` answer: a client that asks for 0 wants the count only."""
+    if wanted < 0:
+        raise InvalidArgument(f"a negative number of parameters ({wanted}) was asked for")
+    return ([], len(values)) if wanted == 0 else (values[:wanted], 0)
+
+
+def bitmap(numbers: Iterable[int], size: int) -> bytes:
+    """CPU numbers -> libvirt's map of `size` bytes, least significant bit first; what does not fit is left out."""
+    bits = 0
+    for number in numbers:
+        if number < size * 8:
+            bits |= 1 << number
+    return bits.to_bytes(size, "little")

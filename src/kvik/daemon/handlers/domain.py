@@ -1,0 +1,416 @@
+"""Machines: finding, listing, looking at them, and their life cycle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvik.conf.enums import ConnectListAllDomainsFlags as ListFlags
+from kvik.conf.enums import (
+    DomainCreateFlags,
+    DomainDefineFlags,
+    DomainDestroyFlags,
+    DomainState,
+    DomainUndefineFlags,
+    DomainXMLFlags,
+)
+from kvik.daemon.dispatch import Access
+from kvik.daemon.errors import NoCheckpoint, OperationDenied
+from kvik.daemon.handlers.common import LIST_MAX, check_flags, reference, require_active
+from kvik.errors import InvalidArgument, NoSnapshot, OperationInvalid, OperationUnsupported
+
+if TYPE_CHECKING:
+    from kvik.daemon.connection import Connection
+    from kvik.manager.domain import DomainObject
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+
+
+def lookup_by_name(connection: Connection, args: Any) -> tuple[Any]:
+    return (reference(connection.manager.lookup_name(args[0])),)
+
+
+def lookup_by_uuid(connection: Connection, args: Any) -> tuple[Any]:
+    return (reference(connection.manager.lookup_uuid(args[0])),)
+
+
+def lookup_by_id(connection: Connection, args: Any) -> tuple[Any]:
+    return (reference(connection.manager.lookup_id(args[0])),)
+
+
+def _filter(flags: int) -> Any:
+    """virConnectListAllDomainsFlags -> whether a machine is wanted. Within a group any, between groups all."""
+    tests = []
+    for yes, no, value in (
+        (ListFlags.ACTIVE, ListFlags.INACTIVE, lambda domain: domain.id >= 0),
+        (ListFlags.PERSISTENT, ListFlags.TRANSIENT, lambda domain: domain.persistent),
+        (ListFlags.AUTOSTART, ListFlags.NO_AUTOSTART, lambda domain: domain.autostart),
+        (ListFlags.MANAGEDSAVE, ListFlags.NO_MANAGEDSAVE, lambda domain: domain.has_managed_save),
+        (ListFlags.HAS_SNAPSHOT, ListFlags.NO_SNAPSHOT, lambda domain: False),
+        (ListFlags.HAS_CHECKPOINT, ListFlags.NO_CHECKPOINT, lambda domain: False),
+    ):
+        chosen = flags & (yes | no)
+        if chosen == yes:
+            tests.append(value)
+        elif chosen == no:
+            tests.append(lambda domain, value=value: not value(domain))
+    states = flags & (ListFlags.RUNNING | ListFlags.PAUSED | ListFlags.SHUTOFF | ListFlags.OTHER)
+    if states:
+        named = {
+            DomainState.RUNNING: ListFlags.RUNNING,
+            DomainState.PAUSED: ListFlags.PAUSED,
+            DomainState.SHUTOFF: ListFlags.SHUTOFF,
+        }
+        tests.append(lambda domain: bool(named.get(domain.state, ListFlags.OTHER) & states))
+    return tests
+
+
+def select(domains: list[DomainObject], flags: int) -> list[DomainObject]:
+    """The machines that `flags` (virConnectListAllDomainsFlags) ask for."""
+    for test in _filter(flags):
+        domains = [domain for domain in domains if test(domain)]
+    return domains
+
+
+def list_all_domains(connection: Connection, args: Any) -> tuple[list[Any], int]:
+    need_results, flags = args
+    check_flags(flags, ListFlags.mask(), "list of domains")
+    domains = select(connection.manager.domains(), flags)
+    if not need_results:
+        return ([], len(domains))
+    if len(domains) > LIST_MAX:
+        raise OperationUnsupported(f"{len(domains)} machines do not fit into one answer (at most {LIST_MAX})")
+    return ([(domain.name, domain.uuid, domain.id) for domain in domains], len(domains))
+
+
+def list_domains(connection: Connection, args: Any) -> tuple[list[int]]:
+    ids = [domain.id for domain in connection.manager.domains() if domain.id >= 0]
+    return (ids[: _limit(args[0])],)
+
+
+def list_defined_domains(connection: Connection, args: Any) -> tuple[list[str]]:
+    names = [domain.name for domain in connection.manager.domains() if domain.id < 0]
+    return (names[: _limit(args[0])],)
+
+
+def _limit(wanted: int) -> int:
+    if wanted < 0:
+        raise InvalidArgument(f"a negative number of entries ({wanted}) was asked for")
+    return min(wanted, LIST_MAX)
+
+
+def num_of_domains(connection: Connection, args: Any) -> tuple[int]:
+    return (sum(domain.id >= 0 for domain in connection.manager.domains()),)
+
+
+def num_of_defined_domains(connection: Connection, args: Any) -> tuple[int]:
+    return (sum(domain.id < 0 for domain in connection.manager.domains()),)
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+def is_active(connection: Connection, args: Any) -> tuple[int]:
+    return (int(connection.domain(args[0]).id >= 0),)
+
+
+def is_persistent(connection: Connection, args: Any) -> tuple[int]:
+    return (int(connection.domain(args[0]).persistent),)
+
+
+def is_updated(connection: Connection, args: Any) -> tuple[int]:
+    return (int(connection.domain(args[0]).updated),)
+
+
+def get_info(connection: Connection, args: Any) -> tuple[int, int, int, int, int]:
+    return tuple(connection.domain(args[0]).info())
+
+
+def get_state(connection: Connection, args: Any) -> tuple[int, int]:
+    check_flags(args[1], 0, "domain state")
+    domain = connection.domain(args[0])
+    return (domain.state, domain.reason)
+
+
+def get_xml(connection: Connection, args: Any) -> tuple[str]:
+    flags = args[1]
+    check_flags(flags, DomainXMLFlags.mask(), "domain document")
+    if flags & (DomainXMLFlags.SECURE | DomainXMLFlags.MIGRATABLE) and connection.access < Access.WRITE:
+        raise OperationDenied("a read-only connection may not see passwords")
+    return (connection.domain(args[0]).xml(flags),)
+
+
+def get_os_type(connection: Connection, args: Any) -> tuple[str]:
+    return (connection.domain(args[0]).os_type,)
+
+
+def get_autostart(connection: Connection, args: Any) -> tuple[int]:
+    return (int(connection.domain(args[0]).autostart),)
+
+
+def get_max_memory(connection: Connection, args: Any) -> tuple[int]:
+    return (connection.domain(args[0]).info().max_mem_kib,)
+
+
+def get_control_info(connection: Connection, args: Any) -> tuple[int, int, int]:
+    check_flags(args[1], 0, "domain control")
+    domain = connection.domain(args[0])
+    require_active(domain)
+    job = domain.job_info()
+    busy = bool(job.get("type"))
+    return (int(busy), 0, int(job.get("elapsed_ms", 0)) if busy else 0)  # virDomainControlState OK or JOB
+
+
+def get_messages(connection: Connection, args: Any) -> tuple[list[str]]:
+    """What a user should know: why the machine is in the state it is in, and what its document warns of."""
+    domain = connection.domain(args[0])
+    check_flags(args[1], 3, "domain messages")
+    return ([domain.reason_text] if domain.reason_text else [],)
+
+
+# --- life cycle -------------------------------------------------------------------------------------------------------
+
+CREATE_FLAGS = DomainCreateFlags.mask()
+
+
+async def define_xml(connection: Connection, args: Any) -> tuple[Any]:
+    return (reference(await connection.manager.define(args[0])),)
+
+
+async def define_xml_flags(connection: Connection, args: Any) -> tuple[Any]:
+    xml, flags = args
+    check_flags(flags, DomainDefineFlags.mask(), "define")
+    return (reference(await connection.manager.define(xml, validate=bool(flags & DomainDefineFlags.VALIDATE))),)
+
+
+async def undefine(connection: Connection, args: Any) -> None:
+    await connection.domain(args[0]).undefine()
+
+
+async def undefine_flags(connection: Connection, args: Any) -> None:
+    check_flags(args[1], DomainUndefineFlags.mask(), "undefine")
+    await connection.domain(args[0]).undefine(args[1])
+
+
+async def _start(connection: Connection, domain: DomainObject, flags: int, files: tuple[int, ...]) -> None:
+    check_flags(flags, CREATE_FLAGS, "start")
+    passed = {str(index): fd for index, fd in enumerate(files)}
+    names = [key for key in connection.associated if key[0] == domain.uuid]
+    for key in names:
+        group = connection.associated[key]
+        passed[key[1]] = group[0]
+        passed.update({f"{key[1]}:{index}": fd for index, fd in enumerate(group) if index})
+    owner = None
+    if flags & DomainCreateFlags.START_AUTODESTROY:
+        owner = connection
+        connection.owns_machines = True
+    await domain.start(
+        paused=bool(flags & DomainCreateFlags.START_PAUSED), flags=flags, files=passed or None, autodestroy=owner
+    )
+    if connection.closed and owner is not None:  # it left while the machine started
+        await connection.manager.client_gone(connection)
+
+
+async def create(connection: Connection, args: Any) -> None:
+    await _start(connection, connection.domain(args[0]), 0, ())
+
+
+async def create_with_flags(connection: Connection, args: Any) -> tuple[Any]:
+    domain = connection.domain(args[0])
+    await _start(connection, domain, args[1], ())
+    return (reference(domain),)
+
+
+async def create_with_files(connection: Connection, args: Any, call: Any) -> tuple[Any]:
+    domain = connection.domain(args[0])
+    await _start(connection, domain, args[1], call.fds)
+    return (reference(domain),)
+
+
+async def _create_xml(connection: Connection, xml: str, flags: int, files: tuple[int, ...]) -> tuple[Any]:
+    check_flags(flags, CREATE_FLAGS, "create")
+    owner = None
+    if flags & DomainCreateFlags.START_AUTODESTROY:
+        owner = connection
+        connection.owns_machines = True
+    domain = await connection.manager.create_xml(
+        xml,
+        paused=bool(flags & DomainCreateFlags.START_PAUSED),
+        validate=bool(flags & DomainCreateFlags.START_VALIDATE),
+        files={str(index): fd for index, fd in enumerate(files)} or None,
+        autodestroy=owner,
+    )
+    if connection.closed and owner is not None:
+        await connection.manager.client_gone(connection)
+    return (reference(domain),)
+
+
+async def create_xml(connection: Connection, args: Any) -> tuple[Any]:
+    return await _create_xml(connection, args[0], args[1], ())
+
+
+async def create_xml_with_files(connection: Connection, args: Any, call: Any) -> tuple[Any]:
+    return await _create_xml(connection, args[0], args[1], call.fds)
+
+
+def fd_associate(connection: Connection, args: Any, call: Any) -> None:
+    """Descriptors that the machine's next starts may use by `name`; kept while the client is connected."""
+    import os
+
+    reference_, name, flags = args
+    check_flags(flags, 3, "descriptor association")
+    domain = connection.domain(reference_)
+    if not call.fds:
+        raise InvalidArgument("no descriptors came with the call")
+    key = (domain.uuid, name)
+    if key not in connection.associated and len(connection.associated) >= 256:
+        raise InvalidArgument("too many associated descriptor groups (at most 256)")
+    for old in connection.associated.pop(key, ()):
+        os.close(old)
+    connection.associated[key] = tuple(os.dup(fd) for fd in call.fds)
+
+
+async def destroy(connection: Connection, args: Any) -> None:
+    await connection.domain(args[0]).destroy()
+
+
+async def destroy_flags(connection: Connection, args: Any) -> None:
+    check_flags(args[1], DomainDestroyFlags.mask(), "destroy")
+    await connection.domain(args[0]).destroy(graceful=bool(args[1] & DomainDestroyFlags.GRACEFUL))
+
+
+async def shutdown(connection: Connection, args: Any) -> None:
+    await connection.domain(args[0]).shutdown()
+
+
+async def shutdown_flags(connection: Connection, args: Any) -> None:
+    await connection.domain(args[0]).shutdown(args[1])
+
+
+async def reboot(connection: Connection, args: Any) -> None:
+    await connection.domain(args[0]).reboot(args[1])
+
+
+async def reset(connection: Connection, args: Any) -> None:
+    check_flags(args[1], 0, "reset")
+    await connection.domain(args[0]).reset()
+
+
+async def suspend(connection: Connection, args: Any) -> None:
+    await connection.domain(args[0]).suspend()
+
+
+async def resume(connection: Connection, args: Any) -> None:
+    await connection.domain(args[0]).resume()
+
+
+async def rename(connection: Connection, args: Any) -> tuple[int]:
+    reference_, new, flags = args
+    check_flags(flags, 0, "rename")
+    if not new:
+        raise InvalidArgument("a machine needs a name")
+    await connection.domain(reference_).rename(new)
+    return (0,)
+
+
+async def set_autostart(connection: Connection, args: Any) -> None:
+    await connection.domain(args[0]).set_autostart(bool(args[1]))
+
+
+async def inject_nmi(connection: Connection, args: Any) -> None:
+    check_flags(args[1], 0, "NMI")
+    await connection.domain(args[0]).inject_nmi()
+
+
+async def send_key(connection: Connection, args: Any) -> None:
+    reference_, codeset, hold, keycodes, flags = args
+    check_flags(flags, 0, "send-key")
+    await connection.domain(reference_).send_key(codeset, hold, keycodes)
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def get_job_info(connection: Connection, args: Any) -> tuple[int, ...]:
+    job = connection.domain(args[0]).job_info()
+    kind = int(job.get("type", 0))
+    elapsed = int(job.get("elapsed_ms", 0)) if kind else 0
+    return (kind, elapsed, *[0] * 10)
+
+
+def get_job_stats(connection: Connection, args: Any) -> tuple[int, list[Any]]:
+    from kvik.daemon.handlers.common import INT, ULLONG, params
+
+    check_flags(args[1], 3, "job statistics")
+    job = connection.domain(args[0]).job_info()
+    kind = int(job.get("type", 0))
+    if not kind or args[1] & 1:  # nothing about jobs that are over is kept
+        return (0, [])
+    return (
+        kind,
+        params(
+            ("operation", INT, int(job.get("operation", 0))), ("time_elapsed", ULLONG, int(job.get("elapsed_ms", 0)))
+        ),
+    )
+
+
+async def abort_job(connection: Connection, args: Any) -> None:
+    domain = connection.domain(args[0])
+    require_active(domain)
+    job = domain.job_info()
+    if not job.get("type"):
+        raise OperationInvalid(f"no job is active on machine '{domain.name}'")
+    raise OperationUnsupported(f"the job '{job.get('name', '')}' of machine '{domain.name}' cannot be given up")
+
+
+# --- what there is none of yet ----------------------------------------------------------------------------------------
+
+
+def has_managed_save(connection: Connection, args: Any) -> tuple[int]:
+    return (int(connection.domain(args[0]).has_managed_save),)
+
+
+def none_of_domain(connection: Connection, args: Any) -> tuple[int]:
+    """Zero, for a machine that exists."""
+    connection.domain(args[0])
+    return (0,)
+
+
+def no_names_of_domain(connection: Connection, args: Any) -> tuple[list[str]]:
+    connection.domain(args[0])
+    return ([],)
+
+
+def empty_list_of_domain(connection: Connection, args: Any) -> tuple[list[Any], int]:
+    connection.domain(args[0])
+    return ([], 0)
+
+
+def no_snapshot(connection: Connection, args: Any) -> None:
+    domain = connection.domain(args[0])
+    raise NoSnapshot(f"machine '{domain.name}' has no snapshot '{args[1]}'")
+
+
+def no_current_snapshot(connection: Connection, args: Any) -> None:
+    domain = connection.domain(args[0])
+    raise NoSnapshot(f"machine '{domain.name}' has no current snapshot")
+
+
+def no_checkpoint(connection: Connection, args: Any) -> None:
+    domain = connection.domain(args[0])
+    raise NoCheckpoint(f"machine '{domain.name}' has no checkpoint '{args[1]}'")
+
+
+def get_launch_security_info(connection: Connection, args: Any) -> tuple[list[Any]]:
+    check_flags(args[1], 0, "launch security")
+    connection.domain(args[0])
+    return ([],)
+
+
+def get_security_label(connection: Connection, args: Any) -> tuple[list[int], int]:
+    connection.domain(args[0])
+    return ([0], 0)  # an empty C string: no label
+
+
+def get_security_label_list(connection: Connection, args: Any) -> tuple[list[Any], int]:
+    connection.domain(args[0])
+    return ([], 0)

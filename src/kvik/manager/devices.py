@@ -1,0 +1,317 @@
+"""Attach, detach and change devices: in the definition, in the running machine, or in both.
+
+A device comes as a lone element. It is put into a copy of the document, which is completed and checked as a whole;
+what the copy gave it (address, alias) is what the VMM is told. Detaching is the guest's to grant: the answer is an
+event, and the call returns after a few seconds whether it came or not, as libvirt's does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from kvik.conf.codec import Element
+from kvik.conf.devices.common import Device
+from kvik.conf.devices.disk import Disk
+from kvik.conf.devices.hostdev import Hostdev
+from kvik.conf.devices.interface import Interface
+from kvik.conf.devices_xml import (
+    add_device,
+    device_list,
+    format_device,
+    guest_devices,
+    kind_of,
+    parse_device,
+    remove_device,
+)
+from kvik.conf.domain import Domain
+from kvik.errors import (
+    AlreadyExists,
+    ConfigUnsupported,
+    InvalidArgument,
+    NoDevice,
+    OperationFailed,
+    OperationUnsupported,
+)
+from kvik.hypervisor.driver import Feature
+from kvik.manager import disks, prepare
+
+if TYPE_CHECKING:
+    from kvik.manager.domain import DomainObject, Run
+
+LIVE, CONFIG, FORCE = 1, 2, 4
+REMOVAL_WAIT = 5.0  # seconds; libvirt's own figure
+
+
+# Finding --------------------------------------------------------------------------------------------------------
+
+
+def find(document: Domain, kind: str, given: Element) -> Element:
+    """The device of the document that `given` means: by alias, target, MAC or address, else by being the same."""
+    candidates = device_list(document.devices, kind)
+    found = [device for device in candidates if _means(given, device)]
+    if len(found) == 1:
+        return found[0]
+    what = _describe(kind, given)
+    if not found:
+        raise NoDevice(f"machine {document.name!r} has no {what}")
+    raise OperationFailed(f"machine {document.name!r} has {len(found)} devices like {what}", remedy="give the alias")
+
+
+def _means(given: Any, device: Any) -> bool:
+    if isinstance(given, Device) and given.alias and given.alias.name:
+        return isinstance(device, Device) and device.alias is not None and device.alias.name == given.alias.name
+    if isinstance(given, Disk):
+        return isinstance(device, Disk) and given.target.dev == device.target.dev
+    if isinstance(given, Interface) and isinstance(device, Interface):
+        if given.mac is not None:
+            same = device.mac is not None and given.mac.address.lower() == device.mac.address.lower()
+            return same and (given.address is None or _same_address(given, device))
+        return given.address is not None and _same_address(given, device)
+    if isinstance(given, Hostdev) and isinstance(device, Hostdev):
+        return given.mode == device.mode and given.type == device.type and given.source == device.source
+    if isinstance(given, Device) and isinstance(device, Device) and given.address is not None:
+        return _same_address(given, device)
+    return _bare(given) == _bare(device)
+
+
+def _same_address(one: Device, other: Device) -> bool:
+    if one.address is None or other.address is None or one.address.type != other.address.type:
+        return False
+    if one.address.type == "pci":
+        return one.address.pci == other.address.pci
+    return one.address == other.address
+
+
+def _bare(device: Element) -> str:
+    """The device's text without what the manager added."""
+    _, copy = parse_device(format_device(device, secure=True))
+    if isinstance(copy, Device):
+        copy.alias = None
+        copy.address = None
+    return format_device(copy, secure=True, inactive=True)
+
+
+def _describe(kind: str, given: Any) -> str:
+    if isinstance(given, Device) and given.alias and given.alias.name:
+        return f"{kind} with alias {given.alias.name!r}"
+    if isinstance(given, Disk):
+        return f"disk {given.target.dev!r}"
+    if isinstance(given, Interface) and given.mac:
+        return f"interface with MAC {given.mac.address}"
+    return f"such {kind}"
+
+
+def by_alias(document: Domain, alias: str) -> Device:
+    for _, device in guest_devices(document.devices):
+        if device.alias and device.alias.name == alias:
+            return device
+    raise NoDevice(f"machine {document.name!r} has no device with alias {alias!r}")
+
+
+def _check_new(document: Domain, kind: str, given: Any) -> None:
+    if isinstance(given, Disk) and any(given.target.dev == disk.target.dev for disk in document.devices.disks):
+        raise AlreadyExists(f"machine {document.name!r} already has a disk {given.target.dev!r}")
+    if isinstance(given, Interface) and given.mac:
+        for other in document.devices.interfaces:
+            if other.mac and other.mac.address.lower() == given.mac.address.lower():
+                raise AlreadyExists(f"machine {document.name!r} already has an interface with MAC {given.mac.address}")
+
+
+# Attaching ------------------------------------------------------------------------------------------------------
+
+
+async def attach(domain: DomainObject, xml: str, flags: int) -> None:
+    impact = domain.impact(flags)
+    kind, given = parse_device(xml)
+    if impact & LIVE:
+        _check_hotplug(domain)
+    if not impact & CONFIG:
+        await _attach_live(domain, kind, given)
+        return
+    async with domain.manager.editing(domain) as document:
+        _check_new(document, kind, given)
+        add_device(document.devices, given)
+        prepare.fill(document)
+        if isinstance(given, Device):
+            given.alias = None if not (given.alias and given.alias.name.startswith("ua-")) else given.alias
+        if impact & LIVE:
+            # The same MAC and address in both, where the definition had to choose them.
+            _, same = parse_device(format_device(given, secure=True, inactive=True))
+            await _attach_live(domain, kind, same)
+
+
+def _check_hotplug(domain: DomainObject) -> None:
+    domain.require_machine()
+    if Feature.DEVICE_HOTPLUG not in domain.driver.features():
+        raise OperationUnsupported(f"the VMM of machine {domain.name!r} takes no devices while it runs")
+
+
+async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
+    machine = domain.require_machine()
+    run = domain.run
+    assert run is not None
+    _check_new(run.live, kind, given)
+    trial = run.live.copy()
+    add_device(trial.devices, given)
+    prepare.fill(trial)
+    prepare.name_devices(trial)
+    await domain.driver.validate(trial)
+    known = {device.alias.name for _, device in guest_devices(run.live.devices) if device.alias}
+    fresh = [device for _, device in guest_devices(trial.devices) if device.alias and device.alias.name not in known]
+    use = None
+    if isinstance(given, Disk):
+        await domain.manager.store.run(disks.check_disk, given, domain.name)
+        use = await domain.manager.store.run(disks.use_of, given)
+        if use is not None:
+            disks.check_unused([use], domain.manager.disk_uses(domain))
+            run.uses.append(use)  # before the VMM opens it: nobody else gets it meanwhile
+    try:
+        # What the device needs (a controller that was not there) goes first.
+        for device in sorted(fresh, key=lambda item: item is given):
+            if device is not given and kind_of(device) == "controller" and getattr(device, "type", "") == "pci":
+                raise ConfigUnsupported(
+                    f"machine {domain.name!r} has no free PCI slot for another {kind}",
+                    remedy="add PCI root ports to the definition and start the machine again",
+                )
+            await machine.attach_device(device, {})
+            if domain.run is run:
+                add_device(run.live.devices, device)
+                if device.alias:
+                    domain.emit("device-added", dev_alias=device.alias.name)
+    except BaseException:
+        if use is not None:
+            run.uses.remove(use)
+        raise
+    finally:
+        domain.live_changed()
+    await domain.save_status()
+
+
+# Detaching ------------------------------------------------------------------------------------------------------
+
+
+async def detach(domain: DomainObject, xml: str, flags: int) -> None:
+    kind, given = parse_device(xml)
+    await _detach(domain, flags, kind, given)
+
+
+async def detach_alias(domain: DomainObject, alias: str, flags: int) -> None:
+    if not alias:
+        raise InvalidArgument("an alias is needed")
+    document = domain.document(flags)
+    device = by_alias(document, alias)
+    await _detach(domain, flags, kind_of(device), device)
+
+
+async def _detach(domain: DomainObject, flags: int, kind: str, given: Element) -> None:
+    impact = domain.impact(flags)
+    if impact & LIVE:
+        _check_hotplug(domain)
+    if not impact & CONFIG:
+        await _detach_live(domain, kind, given)
+        return
+    async with domain.manager.editing(domain) as document:
+        if not impact & LIVE or not _only_alias(given):
+            remove_device(document.devices, find(document, kind, given))
+        if impact & LIVE:
+            await _detach_live(domain, kind, given)
+
+
+def _only_alias(given: Any) -> bool:
+    """Live aliases are not kept in definitions: a device named by one is looked for in the live document only."""
+    return isinstance(given, Device) and given.alias is not None and not given.alias.name.startswith("ua-")
+
+
+async def _detach_live(domain: DomainObject, kind: str, given: Element) -> None:
+    machine = domain.require_machine()
+    run = domain.run
+    assert run is not None
+    device = find(run.live, kind, given)
+    if not isinstance(device, Device) or device.alias is None:
+        raise ConfigUnsupported(f"a {kind} cannot be detached from a running machine")
+    alias = device.alias.name
+    waiting = run.removals.get(alias)
+    if waiting is None:
+        waiting = run.removals[alias] = asyncio.get_running_loop().create_future()
+    try:
+        await machine.detach_device(device)
+        done, _ = await asyncio.wait({waiting}, timeout=REMOVAL_WAIT)
+        if done and not waiting.result():
+            raise OperationFailed(f"the guest of machine {domain.name!r} refused to let go of {alias}")
+    finally:
+        run.removals.pop(alias, None)
+
+
+def removed(domain: DomainObject, run: Run, alias: str) -> None:
+    """The VMM says that a device is gone, asked or not."""
+    for _, device in list(guest_devices(run.live.devices)):
+        if device.alias and device.alias.name == alias:
+            remove_device(run.live.devices, device)
+            if isinstance(device, Disk):
+                use = disks.use_of(device)
+                run.uses = [other for other in run.uses if use is None or other.path != use.path]
+            break
+    domain.live_changed()
+    waiting = run.removals.get(alias)
+    if waiting and not waiting.done():
+        waiting.set_result(True)
+    domain.emit("device-removed", dev_alias=alias)
+    domain.spawn(_save(domain))
+
+
+async def _save(domain: DomainObject) -> None:
+    await domain.save_status()
+
+
+# Changing -------------------------------------------------------------------------------------------------------
+
+
+async def update(domain: DomainObject, xml: str, flags: int) -> None:
+    impact = domain.impact(flags)
+    kind, given = parse_device(xml)
+    if not impact & CONFIG:
+        await _update_live(domain, kind, given)
+        return
+    async with domain.manager.editing(domain) as document:
+        old = find(document, kind, given)
+        _, new = parse_device(format_device(given, secure=True))
+        _replace(document, kind, old, new)
+        prepare.fill(document)
+        if impact & LIVE:
+            await _update_live(domain, kind, given)
+
+
+async def _update_live(domain: DomainObject, kind: str, given: Element) -> None:
+    machine = domain.require_machine()
+    run = domain.run
+    assert run is not None
+    old = find(run.live, kind, given)
+    if isinstance(given, Disk) and isinstance(old, Disk):
+        await domain.manager.store.run(disks.check_disk, given, domain.name)
+        use = await domain.manager.store.run(disks.use_of, given)
+        if use is not None:
+            disks.check_unused([use], domain.manager.disk_uses(domain))
+    if isinstance(given, Device) and isinstance(old, Device):
+        given.alias = old.alias
+        given.address = given.address or old.address
+    await machine.update_device(old, given)
+    if domain.run is run:
+        _replace(run.live, kind, old, given)
+        run.uses = await domain.manager.store.run(disks.uses, run.live)
+        domain.live_changed()
+        await domain.save_status()
+
+
+def _replace(document: Domain, kind: str, old: Element, new: Element) -> None:
+    if isinstance(new, Device) and isinstance(old, Device):
+        new.address = new.address or old.address
+        new.alias = new.alias or old.alias
+    from kvik.conf.devices_xml import FIELDS
+
+    field, many = FIELDS[kind]
+    if many:
+        items = getattr(document.devices, field)
+        items[items.index(old)] = new
+    else:
+        setattr(document.devices, field, new)

@@ -1,0 +1,114 @@
+"""Before anything is started: the files a machine needs exist, and no other running machine uses them.
+
+Two machines that write to one image destroy it. They may share it only if both say so (<shareable/>) or if neither
+writes (<readonly/>, CD-ROMs). Identity is the file's, not its name's: links to one image are that image.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from kvik.conf.devices.disk import Disk
+from kvik.conf.domain import Domain
+from kvik.errors import HostError, ResourceBusy
+
+Identity = tuple[int, int]
+
+
+class Use(NamedTuple):
+    """One image in use: what it is on the host, and how it may be shared."""
+
+    identity: Identity
+    path: str
+    shareable: bool
+    readonly: bool
+
+    def clashes(self, other: Use) -> bool:
+        if self.identity != other.identity:
+            return False
+        return not ((self.readonly and other.readonly) or (self.shareable and other.shareable))
+
+
+def identify(path: str) -> Identity | None:
+    """A block device by its number, anything else by its inode; None if it cannot be looked at."""
+    try:
+        info = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return None
+    return (0, info.st_rdev) if stat.S_ISBLK(info.st_mode) else (info.st_dev, info.st_ino)
+
+
+def use_of(disk: Disk) -> Use | None:
+    if disk.type not in ("file", "block") or disk.source is None or not disk.source.location:
+        return None
+    identity = identify(disk.source.location)
+    if identity is None:
+        return None
+    return Use(identity, disk.source.location, disk.shareable, disk.readonly or disk.device == "cdrom")
+
+
+def uses(definition: Domain) -> list[Use]:
+    return [use for disk in definition.devices.disks if (use := use_of(disk))]
+
+
+def check_disk(disk: Disk, name: str) -> None:
+    """`HostError` if the disk's file is missing or cannot be read."""
+    source = disk.source
+    if disk.type not in ("file", "block") or source is None or not source.location or source.fdgroup:
+        return
+    if source.startup_policy in ("optional", "requisite") and not Path(source.location).exists():
+        return
+    what = f"{disk.device} {disk.target.dev} of machine {name!r}"
+    _check_file(source.location, what, writable=not disk.readonly and disk.device != "cdrom")
+
+
+def check_files(definition: Domain, given: Iterable[str] = ()) -> None:
+    """`HostError` naming the first path that is missing. `given`: names of files the caller passed as descriptors."""
+    passed = set(given)
+    for what, path in _boot_files(definition):
+        if path not in passed:
+            _check_file(path, f"{what} of machine {definition.name!r}", writable=False)
+    for disk in definition.devices.disks:
+        if not (disk.source and disk.source.location in passed):
+            check_disk(disk, definition.name)
+
+
+def _boot_files(definition: Domain) -> Iterator[tuple[str, str]]:
+    loader = definition.os.loader
+    for what, path in (
+        ("kernel", definition.os.kernel),
+        ("initrd", definition.os.initrd),
+        ("dtb", definition.os.dtb),
+        ("loader", loader.value if loader else None),
+    ):
+        if path:
+            yield what, path
+
+
+def _check_file(path: str, what: str, *, writable: bool) -> None:
+    try:
+        info = os.stat(path)  # noqa: PTH116
+    except OSError as error:
+        raise HostError(f"{what}: {path}: {error.strerror}", errno=error.errno or 0) from error
+    if stat.S_ISDIR(info.st_mode):
+        raise HostError(f"{what}: {path} is a directory")
+    if not os.access(path, os.R_OK | (os.W_OK if writable else 0)):
+        need = "read and written" if writable else "read"
+        raise HostError(f"{what}: {path} cannot be {need}: permission denied", errno=13)
+
+
+def check_unused(definition_uses: Iterable[Use], others: Iterable[tuple[str, Iterable[Use]]]) -> None:
+    """`ResourceBusy` naming the machine (of `others`: name, its uses) that has one of the images."""
+    mine = list(definition_uses)
+    for name, theirs in others:
+        for use in theirs:
+            for own in mine:
+                if own.clashes(use):
+                    raise ResourceBusy(
+                        f"{own.path} is in use by machine {name!r}",
+                        remedy="shut that machine down, or give both <shareable/> if the guests can share a disk",
+                    )

@@ -1,0 +1,525 @@
+"""One machine: its definition, its live state, and everything that can be asked of it.
+
+Reads are plain functions that answer from memory, whatever the VMM is doing. What changes a machine is a coroutine
+that holds the machine's one job; the work is in the modules named like it: `lifecycle`, `tuning`, `devices`, `guest`,
+`figures`. Attributes without an underscore that are not documented here belong to those modules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid as uuids
+from collections.abc import Coroutine, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvik.conf.domain import Domain, format_domain
+from kvik.conf.enums import (
+    DomainJobOperation,
+    DomainJobType,
+    DomainModificationImpact,
+    DomainShutoffReason,
+    DomainState,
+    DomainVcpuFlags,
+    DomainXMLFlags,
+)
+from kvik.errors import NoDevice, OperationFailed, OperationInvalid
+from kvik.hypervisor.driver import Driver, Machine
+from kvik.manager import devices, exec, figures, guest, lifecycle, tuning
+from kvik.manager.definition import Definition
+from kvik.manager.disks import Use
+from kvik.manager.events import DomainRef
+from kvik.manager.exec import ExecResult
+from kvik.manager.guest import InterfaceAddress
+from kvik.manager.jobs import JobSlot
+from kvik.manager.keycodes import to_linux
+from kvik.manager.log import MachineLog
+from kvik.manager.stages import BootStages, Stage
+from kvik.manager.states import Trigger, state_text
+from kvik.manager.store import Status
+
+if TYPE_CHECKING:
+    from kvik.manager.manager import Manager
+
+LIVE, CONFIG = DomainModificationImpact.LIVE, DomainModificationImpact.CONFIG
+
+__all__ = ["DomainInfo", "DomainObject", "ExecResult", "InterfaceAddress", "Stage"]
+
+
+class DomainInfo(NamedTuple):
+    state: int
+    max_mem_kib: int
+    mem_kib: int
+    vcpus: int
+    cpu_time_ns: int
+
+
+class Run:
+    """What exists only while a machine is on; one object per start, so that nothing of an old run can leak in."""
+
+    __slots__ = (
+        "agent_error",
+        "asked",
+        "autodestroy",
+        "balloon_kib",
+        "cpu_time",
+        "directory",
+        "early",
+        "ended",
+        "figures",
+        "interfaces",
+        "live",
+        "live_text",
+        "machine",
+        "overdue",
+        "pause_cause",
+        "pending",
+        "pid",
+        "pid_start",
+        "reboot_wanted",
+        "removals",
+        "stages",
+        "started",
+        "tasks",
+        "uses",
+    )
+
+    def __init__(self, live: Domain, directory: Path, stages: BootStages) -> None:
+        self.live = live
+        self.live_text: dict[int, str] = {}  # flags -> text
+        self.directory = directory
+        self.stages = stages
+        self.machine: Machine | None = None  # None while starting, or while a found VMM does not answer
+        self.pid = 0
+        self.pid_start = 0  # clock ticks since boot; tells the process from a later one with its pid
+        self.started = time.time()
+        self.early: list[Any] | None = []  # events that came before the machine was ours; then None
+        self.ended = asyncio.Event()
+        self.pending: Trigger | None = None  # how the coming end is to be understood
+        self.pause_cause = ""  # why the next pause happens
+        self.reboot_wanted = False  # the coming power-off is to be a reboot
+        self.autodestroy: Hashable | None = None
+        self.interfaces: list[InterfaceAddress] = []
+        self.agent_error = ""
+        self.uses: list[Use] = []
+        self.figures: dict[str, int | str] = {}  # the last that the VMM told
+        self.cpu_time = 0  # ns
+        self.asked: asyncio.Task[None] | None = None  # the question for figures under way
+        self.overdue = False  # its answer did not come in time
+        self.balloon_kib = live.current_memory or live.memory
+        self.removals: dict[str, asyncio.Future[bool]] = {}  # alias -> removed?
+        self.tasks: set[asyncio.Task[None]] = set()
+
+
+class DomainObject:
+    """`state` and `reason` are virDomainState and its reason; `id` is -1 while the machine is off."""
+
+    __slots__ = (
+        "autostart",
+        "cleaning",
+        "config",
+        "crashes",
+        "has_managed_save",
+        "id",
+        "jobs",
+        "manager",
+        "name",
+        "persistent",
+        "reason",
+        "reason_text",
+        "run",
+        "starting",
+        "state",
+        "updated",
+        "uuid",
+    )
+
+    def __init__(self, manager: Manager, config: Definition, *, persistent: bool) -> None:
+        self.manager = manager
+        self.config = config  # the inactive definition; of a transient machine what it was created from
+        self.name = config.name
+        self.uuid = config.uuid
+        self.id = -1
+        self.state: int = DomainState.SHUTOFF
+        self.reason: int = DomainShutoffReason.UNKNOWN
+        self.reason_text = ""  # why it ended or paused, in words, if there is more to say than the reason
+        self.persistent = persistent
+        self.autostart = False
+        self.updated = False  # the definition was changed since the machine was started
+        self.has_managed_save = False
+        self.run: Run | None = None
+        self.starting: asyncio.Task[Machine] | None = None
+        self.cleaning: asyncio.Task[None] | None = None
+        self.crashes: list[float] = []
+        self.jobs = JobSlot(self.name)
+
+    # reads
+
+    @property
+    def uuid_text(self) -> str:
+        return str(uuids.UUID(bytes=self.uuid))
+
+    @property
+    def ref(self) -> DomainRef:
+        return DomainRef(self.name, self.uuid, self.id)
+
+    @property
+    def is_active(self) -> bool:
+        return self.id >= 0
+
+    @property
+    def definition(self) -> Domain:
+        """The inactive document, parsed for the caller (0.3 ms)."""
+        return self.config.parse()
+
+    @property
+    def live(self) -> Domain | None:
+        """The live document itself: look, do not touch."""
+        return self.run.live if self.run and self.is_active else None
+
+    @property
+    def driver(self) -> Driver:
+        return self.manager.driver_for(self.config.type)
+
+    @property
+    def log(self) -> MachineLog:
+        return MachineLog(self.manager.paths.domain_logs, self.name)
+
+    @property
+    def accelerator(self) -> str:
+        """ "kvm", "tcg", ... while it runs, else ""."""
+        return self.run.machine.accelerator if self.run and self.run.machine else ""
+
+    @property
+    def stages(self) -> list[Stage]:
+        return self.run.stages.table() if self.run else []
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.run and self.is_active and self.run.stages.ready)
+
+    @property
+    def address(self) -> str:
+        """The guest's first address, IPv4 before IPv6; "" if none is known."""
+        known = [address for interface in self.run.interfaces for address in interface.addresses] if self.run else []
+        return min(known, default=(0, "", 0))[1]
+
+    @property
+    def addresses(self) -> list[InterfaceAddress]:
+        return self.run.interfaces if self.run else []
+
+    @property
+    def os_type(self) -> str:
+        return self.config.os_type
+
+    @property
+    def title(self) -> str:
+        return (self.live.title or "") if self.live else self.config.title
+
+    @property
+    def pid(self) -> int:
+        return self.run.pid if self.run and self.is_active else 0
+
+    @property
+    def started(self) -> float:
+        """Seconds since the epoch, 0.0 while it is off."""
+        return self.run.started if self.run and self.is_active else 0.0
+
+    @property
+    def max_vcpus(self) -> int:
+        live = self.live
+        return (live.vcpu.value if live.vcpu else 1) if live else self.config.max_vcpus
+
+    @property
+    def console_path(self) -> str | None:
+        """The host path of the first console or serial line, if it has one."""
+        if self.live is None:
+            return None
+        for device in (*self.live.devices.consoles, *self.live.devices.serials):
+            if device.source and device.source.path:
+                return device.source.path
+        return None
+
+    def xml(self, flags: int = 0) -> str:
+        run = self.run
+        if run is None or not self.is_active or flags & (DomainXMLFlags.INACTIVE | DomainXMLFlags.MIGRATABLE):
+            return self.config.xml(flags)
+        secure = flags & DomainXMLFlags.SECURE
+        text = run.live_text.get(secure)
+        if text is None:
+            text = run.live_text[secure] = format_domain(run.live, secure=bool(secure))
+        return text
+
+    def info(self) -> DomainInfo:
+        run = self.run
+        if run is None or not self.is_active:
+            config = self.config
+            return DomainInfo(self.state, config.memory, config.current_memory, config.vcpus, 0)
+        live = run.live
+        vcpus = (live.vcpu.current or live.vcpu.value) if live.vcpu else 1
+        return DomainInfo(self.state, live.memory, run.balloon_kib, vcpus, figures.cpu_time(run))
+
+    def metadata(self, type: int, uri: str | None, flags: int = 0) -> str:
+        """Title, description, or the element with this namespace. `NoMetadata` if there is none."""
+        return tuning.metadata(self, type, uri, flags)
+
+    def vcpu_count(self, flags: int = 0) -> int:
+        document = self.document(flags)
+        vcpu = document.vcpu
+        if vcpu is None:
+            return 1
+        return vcpu.value if flags & DomainVcpuFlags.MAXIMUM else vcpu.current or vcpu.value
+
+    def job_info(self) -> dict[str, Any]:
+        """`type` and `operation` are virDomainJobType and virDomainJobOperation."""
+        job = self.jobs.current
+        if job is None:
+            return {"type": DomainJobType.NONE, "operation": DomainJobOperation.UNKNOWN, "elapsed_ms": 0, "name": ""}
+        operation = DomainJobOperation.START if job.name == "start" else DomainJobOperation.UNKNOWN
+        return {
+            "type": DomainJobType.UNBOUNDED,
+            "operation": operation,
+            "elapsed_ms": int(job.elapsed * 1000),
+            "name": job.name,
+        }
+
+    def open_console(self, device: str | None = None) -> int:
+        """A descriptor for both directions of a console, serial line or channel by alias; the first if None."""
+        machine = self.require_machine()
+        assert self.run is not None
+        candidates = [*self.run.live.devices.consoles, *self.run.live.devices.serials]
+        if device is not None:
+            candidates = [
+                item
+                for item in (*candidates, *self.run.live.devices.parallels, *self.run.live.devices.channels)
+                if item.alias and item.alias.name == device
+            ]
+        for item in candidates:
+            if item.alias and item.alias.name:
+                return machine.open_console(item.alias.name)
+        what = f"device {device!r}" if device else "console"
+        raise NoDevice(f"machine {self.name!r} has no {what}")
+
+    # what the modules share
+
+    def document(self, flags: int) -> Domain:
+        """The document that `flags` (virDomainModificationImpact) names, for reading."""
+        if self.impact(flags) & LIVE:
+            assert self.run is not None
+            return self.run.live
+        return self.config.parse()
+
+    def impact(self, flags: int) -> int:
+        """`CURRENT` resolved, and refused where it cannot be: LIVE of a machine that is off, CONFIG of a transient."""
+        wanted = flags & (LIVE | CONFIG)
+        if not wanted:
+            return LIVE if self.is_active else CONFIG
+        if wanted & LIVE and not self.is_active:
+            raise OperationInvalid(f"machine {self.name!r} is not running")
+        if wanted & CONFIG and not self.persistent:
+            raise OperationInvalid(
+                f"machine {self.name!r} is transient: it has no persistent configuration", remedy="define it first"
+            )
+        return wanted
+
+    def require_machine(self) -> Machine:
+        if not self.is_active or self.run is None:
+            raise OperationInvalid(f"machine {self.name!r} is not running", remedy="start it first")
+        if self.run.machine is None:
+            raise OperationFailed(
+                f"the VMM of machine {self.name!r} (process {self.run.pid}) does not answer",
+                remedy="it is tried again every few seconds; destroying the machine kills it",
+            )
+        return self.run.machine
+
+    def require_running(self) -> Machine:
+        machine = self.require_machine()
+        if self.state != DomainState.RUNNING:
+            raise OperationInvalid(f"machine {self.name!r} is {state_text(self.state)}, not running")
+        return machine
+
+    def live_changed(self) -> None:
+        if self.run:
+            self.run.live_text.clear()
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        self.manager.events.emit(self.ref, kind, **fields)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run beside everything else; ends with the run it belongs to, or with the manager."""
+        return self.manager.spawn(work, self.run.tasks if self.run else None)
+
+    def status(self) -> Status:
+        """What the next daemon must know of this run."""
+        run = self.run
+        assert run is not None
+        job = self.jobs.current
+        return Status(
+            name=self.name,
+            id=self.id,
+            state=self.state,
+            reason=self.reason,
+            boot=self.manager.store.boot,
+            driver=self.driver.name,
+            directory=str(run.directory),
+            document=format_domain(run.live, secure=True),
+            pid=run.pid,
+            pid_start=run.pid_start,
+            handle=run.machine.handle() if run.machine else {},
+            persistent=self.persistent,
+            started=run.started,
+            job=job.name if job else "",
+            reason_text=self.reason_text,
+        )
+
+    async def save_status(self) -> None:
+        """`HostError` if it cannot be written."""
+        if self.run and self.is_active and self.run.machine:
+            await self.manager.store.save_status(self.status())
+
+    async def save_config(self, domain: Domain) -> None:
+        """Make `domain` the definition, on disk first."""
+        config = Definition(domain)
+        if self.persistent:
+            await self.manager.store.save_definition(self.name, config.text)
+        self.config = config
+        self.updated = self.updated or self.is_active
+
+    # life cycle
+
+    async def start(
+        self,
+        paused: bool = False,
+        flags: int = 0,
+        files: Mapping[str, int] | None = None,
+        autodestroy: Hashable | None = None,
+    ) -> None:
+        """`flags` are virDomainCreateFlags."""
+        await lifecycle.start(self, paused, flags, files or {}, autodestroy)
+
+    async def shutdown(self, mode: int = 0) -> None:
+        """Ask the guest to power off (virDomainShutdownFlags; 0: by its agent if connected, else by ACPI)."""
+        await lifecycle.shutdown(self, mode)
+
+    async def reboot(self, mode: int = 0) -> None:
+        await lifecycle.reboot(self, mode)
+
+    async def reset(self) -> None:
+        await lifecycle.reset(self)
+
+    async def suspend(self) -> None:
+        await lifecycle.suspend(self)
+
+    async def resume(self) -> None:
+        await lifecycle.resume(self)
+
+    async def destroy(self, graceful: bool = False) -> None:
+        """End the VMM at once, whatever else is going on. Waits for no job."""
+        await lifecycle.destroy(self, graceful)
+
+    async def undefine(self, flags: int = 0) -> None:
+        await self.manager.undefine(self, flags)
+
+    async def rename(self, new: str) -> None:
+        await self.manager.rename(self, new)
+
+    async def set_autostart(self, on: bool) -> None:
+        if not self.persistent:
+            raise OperationInvalid(f"machine {self.name!r} is transient: it cannot be started automatically")
+        async with self.jobs.hold("set-autostart"):
+            if on != self.autostart:
+                await self.manager.store.set_autostart(self.name, on)
+                self.autostart = on
+
+    # configuration
+
+    async def set_metadata(
+        self, type: int, text: str | None, key: str | None = None, uri: str | None = None, flags: int = 0
+    ) -> None:
+        """`text` None removes. `key` is the prefix for the element's namespace `uri`."""
+        async with self.jobs.hold("set-metadata"):
+            await tuning.set_metadata(self, type, text, key, uri, flags)
+
+    async def set_vcpus(self, count: int, flags: int = 0) -> None:
+        async with self.jobs.hold("set-vcpus"):
+            await tuning.set_vcpus(self, count, flags)
+
+    async def set_memory(self, kib: int, flags: int = 0) -> None:
+        async with self.jobs.hold("set-memory"):
+            await tuning.set_memory(self, kib, flags)
+
+    async def attach_device(self, xml: str, flags: int = 0) -> None:
+        async with self.jobs.hold("attach-device"):
+            await devices.attach(self, xml, flags)
+
+    async def detach_device(self, xml: str, flags: int = 0) -> None:
+        async with self.jobs.hold("detach-device"):
+            await devices.detach(self, xml, flags)
+
+    async def detach_device_alias(self, alias: str, flags: int = 0) -> None:
+        async with self.jobs.hold("detach-device"):
+            await devices.detach_alias(self, alias, flags)
+
+    async def update_device(self, xml: str, flags: int = 0) -> None:
+        async with self.jobs.hold("update-device"):
+            await devices.update(self, xml, flags)
+
+    # interaction
+
+    async def screenshot(self, screen: int = 0) -> tuple[str, bytes]:
+        """MIME type and image."""
+        async with self.jobs.hold("screenshot"):
+            return await self.require_machine().screenshot(screen)
+
+    async def send_key(self, codeset: int, holdtime: int, keycodes: Sequence[int]) -> None:
+        """`codeset` is a virKeycodeSet, `holdtime` in ms."""
+        keys = to_linux(codeset, keycodes)
+        async with self.jobs.hold("send-key"):
+            await self.require_machine().send_key(keys, holdtime)
+
+    async def inject_nmi(self) -> None:
+        async with self.jobs.hold("inject-nmi"):
+            await self.require_machine().inject_nmi()
+
+    async def monitor_command(self, text: str, hmp: bool = False) -> str:
+        """HMP text, or a QMP command as JSON; the answer as QMP would give it."""
+        async with self.jobs.hold("monitor-command"):
+            return await guest.monitor_command(self, text, hmp)
+
+    # figures
+
+    async def stats(self, groups: frozenset[str] = frozenset(), nowait: bool = False) -> dict[str, int | str]:
+        """Flat, as libvirt's domstats. A VMM that does not answer soon is told of by what was known last."""
+        return await figures.stats(self, groups, nowait)
+
+    async def memory_stats(self) -> dict[int, int]:
+        """virDomainMemoryStatTags -> KiB (counts for swap and faults)."""
+        return await figures.memory_stats(self)
+
+    # the guest, by its agent: no job, so that a slow guest blocks nobody
+
+    async def agent_command(self, text: str, timeout: float = 5.0) -> str:
+        """`text` is {"execute": ..., "arguments": ...}; the answer is {"return": ...}, both JSON."""
+        return await guest.agent_command(self, text, timeout)
+
+    async def agent_exec(
+        self, argv: Sequence[str], stdin: bytes = b"", timeout: float = 30.0, env: Sequence[str] = ()
+    ) -> ExecResult:
+        return await exec.run(self.require_machine().agent, argv, stdin, timeout, env)
+
+    async def interface_addresses(self, source: int = 1) -> list[InterfaceAddress]:
+        """`source` is a virDomainInterfaceAddressesSource: so far the agent's only."""
+        return await guest.interface_addresses(self, source)
+
+    async def wait_ready(self, timeout: float) -> list[Stage]:
+        """The stages when the machine is ready, has ended, or `timeout` seconds are over; a stalled one says why."""
+        return await guest.wait_ready(self, timeout)
+
+    def forget_tasks(self) -> None:
+        if self.run:
+            for task in list(self.run.tasks):
+                with contextlib.suppress(RuntimeError):
+                    if task is not asyncio.current_task():
+                        task.cancel()

@@ -1,0 +1,360 @@
+"""All machines of one scope: who they are, where they are kept, and how they come back after the daemon was away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Coroutine, Hashable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from kvik.conf.domain import Domain
+from kvik.conf.enums import (
+    DomainEventDefinedDetailType,
+    DomainEventType,
+    DomainEventUndefinedDetailType,
+    DomainUndefineFlags,
+)
+from kvik.errors import (
+    AlreadyExists,
+    ConfigUnsupported,
+    KvikError,
+    NoDomain,
+    OperationInvalid,
+    OperationUnsupported,
+)
+from kvik.hypervisor.driver import Driver
+from kvik.manager import figures, lifecycle, prepare, recover
+from kvik.manager.definition import Definition
+from kvik.manager.disks import Use
+from kvik.manager.domain import DomainObject
+from kvik.manager.events import EventHub
+from kvik.manager.store import Store, check_name
+from kvik.paths import Paths
+
+logger = logging.getLogger(__name__)
+
+LOG_INTERVAL = 5.0  # seconds between looks at the size of running machines' logs
+CLOSE_WAIT = 5.0  # seconds for the last files to be written
+_KEEPS_NOTHING = (
+    DomainUndefineFlags.MANAGED_SAVE
+    | DomainUndefineFlags.SNAPSHOTS_METADATA
+    | DomainUndefineFlags.CHECKPOINTS_METADATA
+    | DomainUndefineFlags.TPM
+    | DomainUndefineFlags.KEEP_TPM
+)
+_NVRAM = DomainUndefineFlags.NVRAM | DomainUndefineFlags.KEEP_NVRAM
+
+
+class Manager:
+    """`drivers` are named by domain type ("test") or VMM ("qemu", which serves every other type)."""
+
+    def __init__(self, paths: Paths, drivers: Mapping[str, Driver]) -> None:
+        self.paths = paths
+        self.drivers = drivers
+        self.events = EventHub()
+        self.store = Store(paths)
+        self.warnings: list[str] = []  # what `open` had to put right or set aside
+        self.autostarting: asyncio.Task[None] | None = None
+        self._names: dict[str, DomainObject] = {}
+        self._uuids: dict[bytes, DomainObject] = {}
+        self._ids: dict[int, DomainObject] = {}
+        self._last_id = 0
+        self._claims: dict[str | bytes, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Load definitions, find running machines again, then start (beside all else) what starts with the host.
+
+        `HostError` if the state directories cannot be had; anything smaller is put right or set aside and warned of.
+        """
+        await recover.recover(self)
+        self.autostarting = self.spawn(recover.autostart(self))
+        self.spawn(self._watch_logs())
+
+    async def close(self) -> None:
+        """Let go. Machines go on."""
+        cleaning = [domain.cleaning for domain in self._names.values() if domain.cleaning]
+        if cleaning:
+            await asyncio.wait(cleaning, timeout=CLOSE_WAIT)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=CLOSE_WAIT)
+        self.store.close()
+
+    # looking up
+
+    def lookup_name(self, name: str) -> DomainObject:
+        try:
+            return self._names[name]
+        except KeyError:
+            raise NoDomain(f"no machine with name {name!r}") from None
+
+    def lookup_uuid(self, uuid: bytes) -> DomainObject:
+        try:
+            return self._uuids[uuid]
+        except KeyError:
+            text = str(UUID(bytes=uuid)) if len(uuid) == 16 else repr(uuid)
+            raise NoDomain(f"no machine with UUID {text}") from None
+
+    def lookup_id(self, id: int) -> DomainObject:
+        try:
+            return self._ids[id]
+        except KeyError:
+            raise NoDomain(f"no running machine with id {id}") from None
+
+    def domains(self) -> list[DomainObject]:
+        return list(self._names.values())
+
+    def active_ids(self) -> list[int]:
+        return list(self._ids)
+
+    @property
+    def running(self) -> int:
+        return len(self._ids)
+
+    def driver_for(self, type_: str) -> Driver:
+        driver = self.drivers.get(type_) or self.drivers.get("qemu")
+        if driver is None and len(self.drivers) == 1:
+            driver = next(iter(self.drivers.values()))
+        if driver is None:
+            raise ConfigUnsupported(f"no hypervisor driver for domain type {type_!r}", path="/domain/@type")
+        return driver
+
+    # what domains tell of themselves
+
+    def next_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def skip_ids(self, id_: int) -> None:
+        """Ids below a running machine's are not given again."""
+        self._last_id = max(self._last_id, id_)
+
+    def known_uuid(self, uuid: bytes) -> DomainObject | None:
+        return self._uuids.get(uuid)
+
+    def activated(self, domain: DomainObject) -> None:
+        self._ids[domain.id] = domain
+
+    def deactivated(self, domain: DomainObject, id_: int) -> None:
+        if self._ids.get(id_) is domain:
+            del self._ids[id_]
+
+    def add(self, domain: DomainObject) -> None:
+        self._names[domain.name] = domain
+        self._uuids[domain.uuid] = domain
+
+    def forget(self, domain: DomainObject) -> None:
+        if self._names.get(domain.name) is domain:
+            del self._names[domain.name]
+        if self._uuids.get(domain.uuid) is domain:
+            del self._uuids[domain.uuid]
+
+    def disk_uses(self, besides: DomainObject) -> Iterator[tuple[str, Sequence[Use]]]:
+        """Images in use by machines that run or are about to, but for one of them."""
+        for domain in self._names.values():
+            if domain.run is not None and domain is not besides and domain.run.uses:
+                yield domain.name, domain.run.uses
+
+    def spawn(
+        self, work: Coroutine[Any, Any, None], group: set[asyncio.Task[None]] | None = None
+    ) -> asyncio.Task[None]:
+        """Run beside everything else; cancelled by `close`. `group` lets the caller end it earlier."""
+        task = asyncio.get_running_loop().create_task(work)
+        for tasks in (self._tasks, group):
+            if tasks is not None:
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+        task.add_done_callback(_report)
+        return task
+
+    # defining
+
+    @asynccontextmanager
+    async def _claim(self, *keys: str | bytes) -> AsyncIterator[None]:
+        """Sole right to change what is defined under these names and UUIDs; held for file operations only."""
+        while taken := [key for key in keys if key in self._claims]:
+            await self._claims[taken[0]].wait()
+        freed = asyncio.Event()
+        for key in keys:
+            self._claims[key] = freed
+        try:
+            yield
+        finally:
+            for key in keys:
+                del self._claims[key]
+            freed.set()
+
+    @asynccontextmanager
+    async def editing(self, domain: DomainObject) -> AsyncIterator[Domain]:
+        """Change the definition in the block; at its end it is checked and written, on an error it stays as it was."""
+        async with self._claim(domain.name, domain.uuid):
+            document = domain.config.parse()
+            yield document
+            prepare.fill(document)
+            await domain.driver.validate(document)
+            await domain.save_config(document)
+
+    async def _prepare(self, xml: str) -> tuple[Domain, Definition]:
+        document = prepare.parse(xml)
+        known = self._names.get(document.name)
+        if known and document.uuid is None:
+            document.uuid = known.uuid_text  # a redefinition keeps its UUID
+        await prepare.complete(document, self.driver_for(document.type))
+        return document, Definition(document)
+
+    def _check_unique(self, config: Definition) -> DomainObject | None:
+        """The machine that this would redefine. `AlreadyExists` if name or UUID belong to another."""
+        by_uuid, by_name = self._uuids.get(config.uuid), self._names.get(config.name)
+        if by_uuid is not None and by_uuid.name != config.name:
+            raise AlreadyExists(f"machine {by_uuid.name!r} is already defined with UUID {by_uuid.uuid_text}")
+        if by_name is not None and by_name.uuid != config.uuid:
+            raise AlreadyExists(f"machine {config.name!r} already exists with UUID {by_name.uuid_text}")
+        return by_uuid
+
+    async def define(self, xml: str, *, validate: bool = False) -> DomainObject:
+        """Keep a definition, new or in place of one with the same name and UUID. Durable when this returns."""
+        document, config = await self._prepare(xml)
+        if validate:
+            _refuse_unknown(document)
+        async with self._claim(config.name, config.uuid):
+            domain = self._check_unique(config)
+            await self.store.save_definition(config.name, config.text)
+            if domain is None:
+                domain = DomainObject(self, config, persistent=True)
+                self.add(domain)
+                detail = DomainEventDefinedDetailType.ADDED
+            else:
+                detail = (
+                    DomainEventDefinedDetailType.UPDATED if domain.persistent else DomainEventDefinedDetailType.ADDED
+                )
+                domain.config = config
+                domain.persistent = True
+                domain.updated = domain.is_active
+                with contextlib.suppress(KvikError):  # a status that says "transient" only costs a definition's link
+                    await domain.save_status()
+            domain.emit("lifecycle", event=DomainEventType.DEFINED, detail=detail)
+            return domain
+
+    async def create_xml(
+        self,
+        xml: str,
+        *,
+        paused: bool = False,
+        validate: bool = False,
+        files: Mapping[str, int] | None = None,
+        autodestroy: Hashable | None = None,
+    ) -> DomainObject:
+        """Start a machine that is forgotten when it ends; or run a defined one for once by this document."""
+        document, config = await self._prepare(xml)
+        if validate:
+            _refuse_unknown(document)
+        async with self._claim(config.name, config.uuid):
+            domain = self._check_unique(config)
+            if domain is None:
+                domain = DomainObject(self, config, persistent=False)
+                self.add(domain)
+            elif domain.is_active or domain.starting:
+                raise OperationInvalid(f"machine {domain.name!r} is already running")
+        try:
+            async with domain.jobs.hold("start"):
+                await lifecycle.boot(domain, paused, files or {}, autodestroy, config)
+        except BaseException:
+            if not domain.persistent and not domain.is_active:
+                self.forget(domain)
+            raise
+        return domain
+
+    async def undefine(self, domain: DomainObject, flags: int) -> None:
+        """Forget the definition; a machine that runs goes on as a transient one."""
+        if flags & ~(_KEEPS_NOTHING | _NVRAM):
+            raise OperationUnsupported(f"undefine flags 0x{flags:x} are not supported")
+        if flags & _NVRAM == _NVRAM:
+            raise OperationInvalid("NVRAM cannot be both kept and removed")
+        async with self._claim(domain.name, domain.uuid):
+            if not domain.persistent:
+                raise OperationInvalid(f"machine {domain.name!r} is transient: there is nothing to undefine")
+            nvram = domain.definition.os.nvram
+            path = Path(nvram.value) if nvram and nvram.value else None
+            if path is not None and not flags & _NVRAM and await self.store.run(path.exists):
+                raise OperationInvalid(
+                    f"machine {domain.name!r} has firmware variables in {path}",
+                    remedy="undefine with --nvram to remove or --keep-nvram to keep them",
+                )
+            await self.store.remove_definition(domain.name)
+            if path is not None and flags & DomainUndefineFlags.NVRAM:
+                with contextlib.suppress(OSError):
+                    await self.store.run(path.unlink, missing_ok=True)
+            domain.autostart = False
+            domain.persistent = False
+            domain.updated = False
+            if domain.run is None:
+                self.forget(domain)
+            else:
+                with contextlib.suppress(KvikError):
+                    await domain.save_status()
+            domain.emit("lifecycle", event=DomainEventType.UNDEFINED, detail=DomainEventUndefinedDetailType.REMOVED)
+
+    async def rename(self, domain: DomainObject, new: str) -> None:
+        check_name(new)
+        async with domain.jobs.hold("rename"), self._claim(domain.name, domain.uuid, new):
+            if not domain.persistent:
+                raise OperationInvalid(f"machine {domain.name!r} is transient and cannot be renamed")
+            if domain.run is not None:
+                raise OperationInvalid(f"machine {domain.name!r} is running", remedy="shut it down first")
+            if domain.cleaning:
+                await asyncio.shield(domain.cleaning)
+            if new == domain.name:
+                raise AlreadyExists(f"machine {new!r} has this name already")
+            if new in self._names:
+                raise AlreadyExists(f"there is a machine {new!r} already")
+            document = domain.definition
+            document.name = new
+            config = Definition(document)
+            log = domain.log
+            await self.store.rename_definition(domain.name, new, config.text, autostart=domain.autostart)
+            domain.emit("lifecycle", event=DomainEventType.UNDEFINED, detail=DomainEventUndefinedDetailType.RENAMED)
+            del self._names[domain.name]
+            domain.name = domain.jobs.owner = new
+            domain.config = config
+            self._names[new] = domain
+            await self.store.run(log.rename, new)
+            domain.emit("lifecycle", event=DomainEventType.DEFINED, detail=DomainEventDefinedDetailType.RENAMED)
+
+    # everything at once
+
+    async def client_gone(self, client: Hashable) -> None:
+        """End the machines that were started with `autodestroy=client`."""
+        mine = [domain for domain in self._ids.values() if domain.run and domain.run.autodestroy == client]
+        for result in await asyncio.gather(*(domain.destroy() for domain in mine), return_exceptions=True):
+            if isinstance(result, Exception) and not isinstance(result, OperationInvalid):
+                logger.warning("a machine of a client that is gone was not ended: %s", result)
+
+    async def all_stats(
+        self, domains: Sequence[DomainObject], groups: frozenset[str] = frozenset(), *, nowait: bool = False
+    ) -> list[dict[str, int | str]]:
+        """In the order given. Stuck machines are answered for from memory, within one short deadline for all."""
+        return await figures.all_stats(domains, groups, nowait)
+
+    async def _watch_logs(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_INTERVAL)
+            for domain in list(self._ids.values()):
+                await self.store.run(domain.log.rotate)
+
+
+def _refuse_unknown(document: Domain) -> None:
+    """Strict validation: nothing in the document may be left unread."""
+    warnings = document.warnings()
+    if warnings:
+        raise ConfigUnsupported("; ".join(warnings[:5]))
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a background task failed: %s", error, exc_info=error)

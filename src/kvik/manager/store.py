@@ -1,0 +1,356 @@
+"""Machines on disk: definitions, autostart links, live status. The daemon may be killed between any two steps.
+
+    <config>/qemu/NAME.xml            the definition; written to a temporary name, fsynced, renamed, directory fsynced
+    <config>/qemu/autostart/NAME.xml  link to it
+    <run>/qemu/NAME.xml               live status: <domstatus> with how to find the VMM again and the live document
+    <run>/qemu/ID-NAME/               the machine's runtime directory (sockets, pid files: the driver's)
+    <run>/autostarted                 this boot's id and the UUIDs that autostart has dealt with
+
+Order of steps, so that a kill leaves only what `load` puts right: the status is written as "starting" before anything
+is spawned and removed after the VMM is gone; a rename first moves the file, whose name then rules over the <name>
+inside; an autostart link is made before and removed after its definition moves, and one that points nowhere is
+dropped. What cannot be read is set aside under another name, with a warning, and never stops the daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+from xml.sax.saxutils import escape, quoteattr
+
+from lxml import etree
+
+from kvik.errors import HostError, InvalidArgument, KvikError
+from kvik.host import files
+from kvik.host.process import boot_id
+from kvik.paths import Paths
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SUFFIX = ".xml"
+NAME_LIMIT = 200  # bytes in UTF-8: file systems take 255, and the name gets prefixes and suffixes
+DOCUMENT_LIMIT = 4 << 20  # bytes; the wire's limit for one string
+STATUS_LIMIT = 16 << 20
+
+
+def check_name(name: str) -> str:
+    """The name if it is fit to be a file's name in our directories, else `InvalidArgument`."""
+    if not name:
+        raise InvalidArgument("a machine needs a name that is not empty")
+    if name[0] in "-." or "/" in name or not name.isprintable() or name != name.strip():
+        raise InvalidArgument(
+            f"machine name {name!r} is not allowed",
+            remedy="leave out '/', control characters, spaces at the ends, and '-' or '.' at the start",
+        )
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"machine name {name!r} is not valid text") from error
+    if size > NAME_LIMIT:
+        raise InvalidArgument(f"machine name {name[:20]!r}... has {size} bytes: at most {NAME_LIMIT} are allowed")
+    return name
+
+
+@dataclass(slots=True)
+class Status:
+    """A running machine as the next daemon must know it."""
+
+    name: str
+    id: int
+    state: int
+    reason: int
+    boot: str  # this boot's id: a pid from another boot means nothing
+    driver: str
+    directory: str
+    document: str  # live document, secrets included; the definition as it was while `starting`
+    starting: bool = False  # the driver has been asked, and has not answered yet
+    pid: int = 0
+    pid_start: int = 0  # clock ticks since boot
+    handle: dict[str, Any] = field(default_factory=dict)
+    persistent: bool = True
+    started: float = 0.0  # seconds since the epoch
+    job: str = ""
+    reason_text: str = ""
+
+    def to_xml(self) -> bytes:
+        attributes = {
+            "name": self.name,
+            "id": self.id,
+            "state": "starting" if self.starting else self.state,
+            "reason": self.reason,
+            "pid": self.pid,
+            "pid-start": self.pid_start,
+            "boot": self.boot,
+            "driver": self.driver,
+            "directory": self.directory,
+            "persistent": "yes" if self.persistent else "no",
+            "started": f"{self.started:.3f}",
+        }
+        head = " ".join(f"{key}={quoteattr(str(value))}" for key, value in attributes.items())
+        return (
+            f"<domstatus {head}>\n"
+            f"<handle>{escape(json.dumps(self.handle))}</handle>\n"
+            f"<job>{escape(self.job)}</job>\n"
+            f"<why>{escape(self.reason_text)}</why>\n"
+            f"{self.document}</domstatus>\n"
+        ).encode()
+
+    @classmethod
+    def from_xml(cls, data: bytes) -> Status:
+        """`ValueError` for anything that `to_xml` would not write."""
+        parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, remove_blank_text=False)
+        try:
+            root = etree.fromstring(data, parser)
+            handle = json.loads(root.findtext("handle") or "{}")
+            document = root.find("domain")
+            if root.tag != "domstatus" or document is None or not isinstance(handle, dict):
+                raise ValueError("not a complete status document")
+            document.tail = None
+            starting = root.attrib["state"] == "starting"
+            return cls(
+                name=str(root.attrib["name"]),
+                id=int(root.attrib["id"]),
+                state=0 if starting else int(root.attrib["state"]),
+                reason=int(root.attrib["reason"]),
+                boot=str(root.attrib["boot"]),
+                driver=str(root.attrib["driver"]),
+                directory=str(root.attrib["directory"]),
+                document=etree.tostring(document, encoding="unicode"),
+                starting=starting,
+                pid=int(root.attrib["pid"]),
+                pid_start=int(root.attrib["pid-start"]),
+                handle=handle,
+                persistent=root.attrib["persistent"] == "yes",
+                started=float(root.attrib["started"]),
+                job=root.findtext("job") or "",
+                reason_text=root.findtext("why") or "",
+            )
+        except (etree.XMLSyntaxError, KeyError, TypeError) as error:
+            raise ValueError(f"not a status document: {error}") from error
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What `load` found."""
+
+    documents: list[tuple[str, str]] = field(default_factory=list)  # (name by the file, text)
+    autostart: set[str] = field(default_factory=set)
+    statuses: list[Status] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Store:
+    """All file operations of the manager. Coroutines run in a thread of our own: an fsync may take long."""
+
+    def __init__(self, paths: Paths, boot: Callable[[], str] = boot_id) -> None:
+        self.domains = paths.domains
+        self.links = paths.domains / "autostart"
+        self.status = paths.status
+        self.marker = paths.run / "autostarted"
+        self.boot = boot()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvik-store")
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a blocking function in the store's thread.
+
+        One thread: operations on files happen in the order they were asked for, and a cancelled caller does not
+        leave one running beside the next.
+        """
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
+
+    # loading (blocking; before the daemon answers anybody)
+
+    def load(self) -> Loaded:
+        """Read everything and put right what a kill left behind. `HostError` only if the directories cannot be had."""
+        loaded = Loaded()
+        for directory in (self.domains, self.links, self.status):
+            files.ensure_directory(directory)
+            with contextlib.suppress(HostError):
+                files.remove_temporaries(directory, older_than=0)
+        for name, data in self._read_all(self.domains, DOCUMENT_LIMIT, loaded):
+            try:
+                loaded.documents.append((name, data.decode()))
+            except UnicodeDecodeError as error:
+                loaded.warnings.append(self.set_aside(self.domains / f"{name}{SUFFIX}", f"not UTF-8: {error}"))
+        for name, data in self._read_all(self.status, STATUS_LIMIT, loaded):
+            path = self.status / f"{name}{SUFFIX}"
+            try:
+                status = Status.from_xml(data)
+                check_name(status.name)
+                if not self._is_runtime_directory(Path(status.directory)):
+                    raise ValueError(f"{status.directory!r} is no runtime directory of ours")
+            except (ValueError, InvalidArgument) as error:
+                loaded.warnings.append(self.set_aside(path, str(error)))
+                continue
+            if status.name != name:  # killed within a rename: the file's name rules
+                status.name = name
+            loaded.statuses.append(status)
+        loaded.autostart = self._load_links({name for name, _ in loaded.documents}, loaded)
+        return loaded
+
+    def _read_all(self, directory: Path, limit: int, loaded: Loaded) -> Iterable[tuple[str, bytes]]:
+        for path in sorted(directory.glob(f"*{SUFFIX}")):
+            name = path.name.removesuffix(SUFFIX)
+            try:
+                check_name(name)
+                yield name, files.read_file(path, limit=limit)
+            except KvikError as error:
+                loaded.warnings.append(self.set_aside(path, str(error)))
+
+    def _load_links(self, defined: set[str], loaded: Loaded) -> set[str]:
+        names = set()
+        for link in self.links.glob(f"*{SUFFIX}"):
+            name = link.name.removesuffix(SUFFIX)
+            if name in defined:
+                names.add(name)
+                continue
+            try:
+                link.unlink()
+            except OSError as error:
+                loaded.warnings.append(f"cannot remove the stale autostart link {link}: {error.strerror}")
+        return names
+
+    def set_aside(self, path: Path, why: str) -> str:
+        """Give a file that is of no use another name, so that nothing is lost; return (and log) the warning."""
+        number = 0
+        while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+            number += 1
+        try:
+            path.rename(aside)
+            text = f"{path} was set aside as {aside.name}: {why}"
+        except OSError as error:
+            text = f"{path} is ignored: {why} (and it cannot be renamed: {error.strerror})"
+        logger.warning("%s", text)
+        return text
+
+    # definitions
+
+    def _definition(self, name: str) -> Path:
+        return self.domains / f"{check_name(name)}{SUFFIX}"
+
+    def _link(self, name: str) -> Path:
+        return self.links / f"{check_name(name)}{SUFFIX}"
+
+    async def save_definition(self, name: str, text: str) -> None:
+        await self.run(files.atomic_write, self._definition(name), text.encode())
+
+    async def remove_definition(self, name: str) -> None:
+        def remove() -> None:
+            files.remove_file(self._definition(name))
+            files.remove_file(self._link(name))
+
+        await self.run(remove)
+
+    async def rename_definition(self, old: str, new: str, text: str, *, autostart: bool) -> None:
+        """`text` is the document with the new name in it. On an error the old name is back."""
+
+        def rename() -> None:
+            source, target = self._definition(old), self._definition(new)
+            if autostart:
+                files.atomic_symlink(target, self._link(new))
+            try:
+                source.rename(target)
+            except OSError as error:
+                files.remove_file(self._link(new))
+                raise files.host_error("rename", source, error) from error
+            try:
+                files.atomic_write(target, text.encode())
+            except BaseException:
+                with contextlib.suppress(OSError, HostError):
+                    target.rename(source)
+                    files.remove_file(self._link(new))
+                raise
+            files.remove_file(self._link(old))
+
+        await self.run(rename)
+
+    async def set_autostart(self, name: str, on: bool) -> None:
+        if on:
+            await self.run(files.atomic_symlink, self._definition(name), self._link(name))
+        else:
+            await self.run(files.remove_file, self._link(name))
+
+    # live status: must outlive the daemon, not the host, so nothing is fsynced
+
+    def _status(self, name: str) -> Path:
+        return self.status / f"{check_name(name)}{SUFFIX}"
+
+    async def save_status(self, status: Status) -> None:
+        data = status.to_xml()
+        await self.run(files.atomic_write, self._status(status.name), data, durable=False)
+
+    async def remove_status(self, name: str, directory: Path | None = None) -> None:
+        """Forget a machine that ended: its runtime directory first, so that the status still tells what to clean."""
+
+        def remove() -> None:
+            if directory is not None:
+                self.remove_runtime_directory(directory)
+            files.remove_file(self._status(name), durable=False)
+
+        await self.run(remove)
+
+    async def rename_status(self, old: str, status: Status) -> None:
+        def rename() -> None:
+            self._status(old).rename(self._status(status.name))
+            files.atomic_write(self._status(status.name), status.to_xml(), durable=False)
+
+        await self.run(rename)
+
+    # runtime directories
+
+    def runtime_directory(self, id_: int, name: str) -> Path:
+        """Short, because sockets below it must fit into 108 bytes; never more than 20 characters of the name."""
+        short = "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "_" for char in name[:20])
+        return self.status / f"{id_}-{short}"
+
+    def _is_runtime_directory(self, path: Path) -> bool:
+        return path.parent == self.status and path.name.split("-", 1)[0].isdigit()
+
+    async def make_runtime_directory(self, path: Path) -> None:
+        """Exists afterwards, mode 0700 and empty. `HostError` if not."""
+
+        def make() -> None:
+            self.remove_runtime_directory(path)
+            try:
+                path.mkdir(0o700)
+            except OSError as error:
+                raise files.host_error("make directory", path, error) from error
+
+        await self.run(make)
+
+    def remove_runtime_directory(self, path: Path) -> None:
+        if self._is_runtime_directory(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def runtime_directories(self) -> list[Path]:
+        return [path for path in self.status.iterdir() if self._is_runtime_directory(path) and path.is_dir()]
+
+    # autostart, once per boot
+
+    def autostarted(self) -> set[str]:
+        """UUIDs that autostart dealt with since the host booted."""
+        with contextlib.suppress(HostError, UnicodeDecodeError):
+            boot, *uuids = (files.try_read_file(self.marker) or b"\n").decode().splitlines()
+            if boot == self.boot:
+                return set(uuids)
+        return set()
+
+    async def mark_autostarted(self, uuids: Iterable[str]) -> None:
+        text = "\n".join([self.boot, *sorted(uuids)]) + "\n"
+        await self.run(files.atomic_write, self.marker, text.encode(), durable=False)

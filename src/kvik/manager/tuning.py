@@ -1,0 +1,234 @@
+"""What can be changed without attaching anything: metadata, vCPUs, memory. Live, in the definition, or both.
+
+Both means: the new definition is worked out and checked first, then the VMM is asked, then the definition is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from lxml import etree
+
+from kvik.conf.domain import Domain
+from kvik.conf.enums import DomainMemoryModFlags, DomainMetadataType, DomainVcpuFlags
+from kvik.errors import InvalidArgument, NoMetadata, OperationUnsupported
+from kvik.hypervisor.driver import Feature
+from kvik.manager import prepare
+
+if TYPE_CHECKING:
+    from kvik.manager.domain import DomainObject
+
+LIVE, CONFIG = 1, 2
+_KINDS = {
+    DomainMetadataType.DESCRIPTION: "description",
+    DomainMetadataType.TITLE: "title",
+    DomainMetadataType.ELEMENT: "metadata",
+}
+METADATA_LIMIT = 1 << 20  # bytes of one element
+VCPU_LIMIT = 1 << 16
+_PARSER = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, remove_pis=True)
+
+# Metadata -------------------------------------------------------------------------------------------------------
+
+
+def metadata(domain: DomainObject, type_: int, uri: str | None, flags: int) -> str:
+    document = domain.document(flags)
+    if type_ not in _KINDS:
+        raise InvalidArgument(f"there is no metadata type {type_}")
+    if type_ == DomainMetadataType.ELEMENT:
+        if not uri:
+            raise InvalidArgument("a metadata element is named by its namespace")
+        for raw in document.metadata:
+            element = etree.fromstring(raw, _PARSER)
+            if etree.QName(element).namespace == uri:
+                return _without_namespace(element, uri)
+        raise NoMetadata(f"machine {domain.name!r} has no metadata of {uri}")
+    text = document.title if type_ == DomainMetadataType.TITLE else document.description
+    if not text:
+        raise NoMetadata(f"machine {domain.name!r} has no {_KINDS[type_]}")
+    return text
+
+
+async def set_metadata(  # noqa: PLR0917
+    domain: DomainObject, type_: int, text: str | None, key: str | None, uri: str | None, flags: int
+) -> None:
+    impact = domain.impact(flags)
+    change = _metadata_change(type_, text, key, uri)
+    if impact & CONFIG:
+        async with domain.manager.editing(domain) as document:
+            change(document)
+    if impact & LIVE:
+        assert domain.run is not None
+        change(domain.run.live)
+        domain.live_changed()
+        await domain.save_status()
+    domain.emit("metadata-change", type=type_, uri=uri if type_ == DomainMetadataType.ELEMENT else None)
+
+
+class _metadata_change:
+    """The change to one document, checked before the first is touched."""
+
+    def __init__(self, type_: int, text: str | None, key: str | None, uri: str | None) -> None:
+        if type_ not in _KINDS:
+            raise InvalidArgument(f"there is no metadata type {type_}")
+        if text is not None and len(text) > METADATA_LIMIT:
+            raise InvalidArgument(f"metadata of {len(text)} characters is too long: at most {METADATA_LIMIT}")
+        if type_ == DomainMetadataType.TITLE and text and "\n" in text:
+            raise InvalidArgument("a title is one line")
+        if type_ == DomainMetadataType.ELEMENT and not uri:
+            raise InvalidArgument("a metadata element is named by its namespace")
+        self.type, self.text, self.uri = type_, text or None, uri or ""
+        self.raw = _with_namespace(text, key, self.uri) if type_ == DomainMetadataType.ELEMENT and text else None
+
+    def __call__(self, document: Domain) -> None:
+        if self.type == DomainMetadataType.TITLE:
+            document.title = self.text
+        elif self.type == DomainMetadataType.DESCRIPTION:
+            document.description = self.text
+        else:
+            others = [
+                raw for raw in document.metadata if etree.QName(etree.fromstring(raw, _PARSER)).namespace != self.uri
+            ]
+            document.metadata = [*others, self.raw] if self.raw is not None else others
+
+
+def _with_namespace(text: str, key: str | None, uri: str) -> bytes:
+    if not key:
+        raise InvalidArgument("a metadata element needs a prefix (key) for its namespace")
+    try:
+        element = etree.fromstring(text, _PARSER)
+        root = _move(element, None, uri, key)
+    except (etree.XMLSyntaxError, ValueError) as error:
+        raise InvalidArgument(f"the metadata is not one well-formed element: {error}") from error
+    if "<!DOCTYPE" in text:
+        raise InvalidArgument("a document type declaration in metadata is refused")
+    return etree.tostring(root)
+
+
+def _without_namespace(element: etree._Element, uri: str) -> str:
+    root = _move(element, uri, None, None)
+    etree.cleanup_namespaces(root)
+    return etree.tostring(root, encoding="unicode").strip()
+
+
+def _move(element: etree._Element, old: str | None, new: str | None, prefix: str | None) -> etree._Element:
+    """A copy of the tree whose elements in namespace `old` are in `new`."""
+    nsmap: Any = {name: uri for name, uri in element.nsmap.items() if uri != old}
+    if prefix and new:
+        nsmap[prefix] = new
+
+    def copy_of(node: etree._Element, parent: etree._Element | None) -> etree._Element:
+        if not isinstance(node.tag, str):
+            fresh = copy.deepcopy(node)
+            if parent is not None:
+                parent.append(fresh)
+            return fresh
+        name = etree.QName(node)
+        tag = etree.QName(new, name.localname) if name.namespace == old else name
+        fresh = (
+            etree.Element(tag, nsmap=nsmap) if parent is None else etree.SubElement(parent, tag, nsmap=inherited)
+        )
+        fresh.text = node.text
+        for attribute, value in node.attrib.items():
+            fresh.set(attribute, value)
+        for child in node:
+            copy_of(child, fresh).tail = child.tail
+        return fresh
+
+    return copy_of(element, None)
+
+
+# vCPUs ----------------------------------------------------------------------------------------------------------
+
+
+async def set_vcpus(domain: DomainObject, count: int, flags: int) -> None:
+    """virDomainVcpuFlags. MAXIMUM is of the definition only."""
+    if not 0 < count <= VCPU_LIMIT:
+        raise InvalidArgument(f"{count} vCPUs are not possible")
+    if flags & (DomainVcpuFlags.GUEST | DomainVcpuFlags.HOTPLUGGABLE):
+        raise OperationUnsupported("vCPUs cannot be changed through the guest, or made hot-pluggable one by one, yet")
+    impact = domain.impact(flags)
+    maximum = bool(flags & DomainVcpuFlags.MAXIMUM)
+    if maximum and impact & LIVE:
+        raise InvalidArgument(
+            f"the most vCPUs of machine {domain.name!r} cannot change while it runs", remedy="change the definition"
+        )
+
+    def check(most: int) -> None:
+        if count > most and not maximum:
+            raise InvalidArgument(f"{count} vCPUs are more than the {most} that machine {domain.name!r} can have")
+
+    async def live() -> None:
+        machine = domain.require_machine()
+        assert domain.run is not None
+        vcpu = domain.run.live.vcpu
+        check(vcpu.value if vcpu else 1)
+        if Feature.VCPU_HOTPLUG not in domain.driver.features():
+            raise OperationUnsupported(f"the VMM of machine {domain.name!r} cannot plug vCPUs while it runs")
+        await machine.set_vcpus(count)
+        if vcpu is not None:
+            vcpu.current = count
+        domain.live_changed()
+        domain.emit("tunable", params={"cputune.vcpus": count})
+        await domain.save_status()
+
+    if not impact & CONFIG:
+        await live()
+        return
+    async with domain.manager.editing(domain) as document:
+        vcpu = document.vcpu
+        if vcpu is None:
+            vcpu = document.vcpu = prepare.default_vcpu()
+        check(vcpu.value)
+        if maximum:
+            vcpu.value = count
+            if vcpu.current is not None and vcpu.current >= count:
+                vcpu.current = None
+        else:
+            vcpu.current = count if count != vcpu.value else None
+        document.vcpus = None  # which of them are there is no longer said one by one
+        if impact & LIVE:
+            await live()
+
+
+# Memory ---------------------------------------------------------------------------------------------------------
+
+
+async def set_memory(domain: DomainObject, kib: int, flags: int) -> None:
+    """virDomainMemoryModFlags. MAXIMUM is of the definition only."""
+    if not 0 < kib < 1 << 54:
+        raise InvalidArgument(f"{kib} KiB of memory are not possible")
+    impact = domain.impact(flags)
+    maximum = bool(flags & DomainMemoryModFlags.MAXIMUM)
+    if maximum and impact & LIVE:
+        raise InvalidArgument(
+            f"the most memory of machine {domain.name!r} cannot change while it runs", remedy="change the definition"
+        )
+
+    def check(most: int) -> None:
+        if kib > most and not maximum:
+            raise InvalidArgument(f"{kib} KiB are more than the {most} KiB that machine {domain.name!r} can have")
+
+    async def live() -> None:
+        machine = domain.require_machine()
+        run = domain.run
+        assert run is not None
+        check(run.live.memory)
+        if Feature.BALLOON not in domain.driver.features():
+            raise OperationUnsupported(f"the VMM of machine {domain.name!r} cannot change its memory while it runs")
+        await machine.set_balloon(kib * 1024)
+
+    if not impact & CONFIG:
+        await live()
+        return
+    async with domain.manager.editing(domain) as document:
+        check(document.memory)
+        if maximum:
+            document.memory = kib
+            if document.current_memory is not None:
+                document.current_memory = min(document.current_memory, kib)
+        else:
+            document.current_memory = kib
+        if impact & LIVE:
+            await live()
