@@ -256,7 +256,7 @@ def judge(result: dict[str, Any], host: Virtualization) -> Verdict:
         "machine with nested virtualization"
     )
     if speed > FAST:
-        what = f"runs guest code by emulation ({speed:.0f} ns an instruction; {name}): a kernel's boot would take hours"
+        what = f"runs guest code by emulation ({speed:.0f} ns an instruction; {name}): no stock kernel boots like this"
         return unusable(what, outside)
     if error:
         code = int(number("errno"))

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from kvik.host import kvm_probe
 from kvik.host import probe as p
 from kvik.host.kvm_probe import FAST, STAGES, fill_memory, guest_code
 from kvik.host.probe import DeviceNode, State, Verdict, Virtualization
+from kvik.kvm.exits import IoExit
 
 INTEL = Virtualization("Intel", "VMX", "EPT", "kvm_intel", False, True, True, "")
 AMD = Virtualization("AMD", "SVM", "NPT", "kvm_amd", False, False, False, "")
@@ -384,3 +386,33 @@ def test_the_guests_memory_holds_its_tables_and_code() -> None:
     handler = int.from_bytes(memory[0x8000 + 3 * 16 : 0x8000 + 3 * 16 + 2], "little")
     assert memory[handler : handler + 2] == b"\x48\xcf"  # iretq
     assert guest_code().count(bytes((0xE6, 0xE9))) == len(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "entry", "hiccups", "fast"),
+    [
+        (0.3, 2_000, [], True),
+        (2.2, 3_500_000, [], True),  # KVM nested in an emulator: milliseconds for each entry
+        (0.3, 2_000, [9_000_000, 9_000_000], True),  # the host was busy elsewhere, twice
+        (580.0, 30_000, [], False),
+    ],
+)
+def test_the_speed_is_the_slope_without_entry_costs_and_hiccups(
+    monkeypatch: pytest.MonkeyPatch, instruction: float, entry: int, hiccups: list[int], fast: bool
+) -> None:
+    """A made-up vCPU: so many ns an instruction, so many for each entry, delays on the first long runs."""
+    started: list[int] = []
+    delays = list(hiccups)
+
+    def timed(vcpu: object) -> tuple[object, int]:
+        late = delays.pop(0) if delays and started[-1] >= kvm_probe.LONG_RUN else 0
+        data = memoryview(bytes([0x10]))
+        return IoExit(True, kvm_probe.PORT, 1, 1, data), int(2 * started[-1] * instruction) + entry + late
+
+    monkeypatch.setattr(kvm_probe, "_start", lambda vcpu, iterations: started.append(iterations))
+    monkeypatch.setattr(kvm_probe, "_timed", timed)
+    result: dict[str, Any] = {}
+    assert kvm_probe._measure_speed(None, result)  # type: ignore[arg-type]
+    assert result["instruction_ns"] == pytest.approx(instruction, rel=0.1)
+    assert (result["instruction_ns"] <= FAST) == fast
+    assert (kvm_probe.PRECISE_RUN in started) == fast
