@@ -217,7 +217,9 @@ def run_verb(context: Context, words: Sequence[str]) -> int:
             context.error(error)
             code = 1
         if context.timing:
-            context.extra(f"\n(Time: {(_now() - before) * 1000:.3f} ms)\n")
+            context.extra()
+            context.extra(f"(Time: {(_now() - before) * 1000:.3f} ms)")
+            context.extra()
         elif name not in PLAIN and context.blank:
             context.extra()
         context.stdout.flush()
