@@ -201,6 +201,8 @@ async def _attach(domain: DomainObject, run: Run, status: Status, wait: float) -
         lifecycle.finish(
             domain, run, Trigger.LOST, "its VMM ended while the daemon was away; see the log for its words"
         )
+        if domain.cleaning:
+            await asyncio.shield(domain.cleaning)  # the files are right before anybody is answered
         return True
     run.machine = machine
     run.pid = machine.pid

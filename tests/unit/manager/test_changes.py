@@ -278,3 +278,14 @@ async def test_figures_move_and_groups_choose(bench: Bench) -> None:
     assert figures["net.count"] == 1 and all(key.startswith("net.") for key in figures)
     await until(lambda: domain.info().cpu_time_ns > 0)
     assert (await domain.memory_stats())[6] == 262144
+
+
+async def test_a_disk_attached_live_is_in_use_until_it_is_detached(bench: Bench, image: Path) -> None:
+    one = await bench.manager.define(document("a"))
+    two = await bench.manager.define(document("b", devices=disk(image)))
+    await one.start()
+    await one.attach_device(disk(image), LIVE)
+    with pytest.raises(ResourceBusy, match="'a'"):
+        await two.start()
+    await one.detach_device(disk(image), LIVE)
+    await two.start()
