@@ -7,8 +7,8 @@ import os
 import socket
 
 import pytest
+from daemon_harness import Client, running
 from fake_manager import FakeManager
-from harness import Client, running
 
 from kvik.daemon.server import Limits
 from kvik.errors import InvalidArgument, KvikError, NoDomain

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from daemon_harness import running
 from fake_manager import FakeManager
-from harness import running
 
 from kvik.daemon.eventing import KINDS
 from kvik.errors import KvikError

@@ -9,8 +9,8 @@ import stat
 from pathlib import Path
 
 import pytest
+from daemon_harness import running
 from fake_manager import FakeManager
-from harness import running
 
 from kvik.daemon.server import Identity, Limits, Server
 from kvik.errors import KvikError, ResourceBusy

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
+from daemon_harness import Client, running
 from fake_manager import FakeManager
-from harness import Client, running
 
 from kvik.errors import KvikError
 from kvik.rpc import message as m
@@ -125,7 +125,7 @@ async def test_input_waits_for_a_guest_that_does_not_take_it_and_is_then_whole()
         key = await console(client)
         (connection,) = daemon.server.connections
         block = bytes(range(256)) * 512
-        sending = asyncio.create_task(
+        sending = asyncio.create_task(  # noqa: RUF006  # awaited below
             asyncio.to_thread(lambda: [client.send(m.stream_data(key, block)) for _ in range(20)])
         )
         async with asyncio.timeout(5):
