@@ -7,8 +7,8 @@ import os
 import socket
 
 import pytest
+from daemon_harness import Client, running
 from fake_manager import FakeManager
-from harness import Client, running
 
 from kvik.daemon.server import Limits
 from kvik.errors import InvalidArgument, KvikError, NoDomain
@@ -302,7 +302,7 @@ async def test_nothing_is_left_of_a_client_that_went() -> None:
             await client.call("CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 0, None)
             await client.call("CONNECT_DOMAIN_EVENT_REGISTER_ANY", 1)
             await client.call("DOMAIN_OPEN_CONSOLE", domain, None, 1)
-            manager.all[0].console.close()
+            manager.all[0].consoles.pop().close()
             client.start("DOMAIN_WAIT_READY", domain, 60000, program="kvik")
             await client.close()
         daemon.clients.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 
 from kvik.daemon.dispatch import Access, Entry, table

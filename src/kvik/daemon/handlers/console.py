@@ -22,18 +22,16 @@ def _open(connection: Connection, domain: DomainObject, device: str | None, forc
     """Attach a stream to a console or channel. One client at a time; `force` takes it from whoever has it."""
     require_active(domain)
     consoles = connection.server.consoles
-    fd = domain.open_console(device)
     key = (domain.uuid, _line(domain, device))
     holder = consoles.get(key)
     if holder is not None:
         if not force:
-            import os
-
-            os.close(fd)
             raise ResourceBusy(
                 f"the console of machine '{domain.name}' is in use by another client", remedy="use --force to take it"
             )
         holder.connection.abort_stream(holder.key, ResourceBusy("another client took this console"))
+    # Only now: a hypervisor's socket may take one peer at a time.
+    fd = domain.open_console(device)
 
     def released() -> None:
         if consoles.get(key) is stream:

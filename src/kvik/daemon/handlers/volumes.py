@@ -1,7 +1,7 @@
 """Disk images where they lie: any existing file is a volume of the directory it is in.
 
-There are no storage pools yet, but virt-install turns every `--disk PATH` into a volume of a pool before it goes on. So a
-file that exists is found as a volume, and its directory answers as that volume's pool; nothing can be made or
+There are no storage pools yet, but virt-install turns every `--disk PATH` into a volume of a pool before it goes on.
+So a file that exists is found as a volume, and its directory answers as that volume's pool; nothing can be made or
 changed through them, and none is listed.
 """
 
