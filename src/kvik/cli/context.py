@@ -59,6 +59,8 @@ class Context:
         self.doing = ""
         self._connector = connector
         self._connection: Connection | None = None
+        # virsh ends a command with a blank line, but for those whose data ends with it.
+        self.blank = True
         self._printed_json = False
         self._said: list[str] = []
 
@@ -106,11 +108,16 @@ class Context:
         """One line of data, control characters shown as escapes."""
         self.stdout.write(term.neutralise(text, keep="\t") + "\n")
 
+    def last(self, text: str) -> None:
+        """A line of data, or several, that no blank line follows."""
+        self.document(text)
+        self.blank = False
+
     def document(self, text: str) -> None:
         """A document: untouched into a file or pipe; on a terminal its lines cannot drive it."""
         if term.is_terminal(self.stdout):
             text = term.neutralise(text, keep="\n\t")
-        self.stdout.write(text if text.endswith("\n") else text + "\n")
+        self.stdout.write(text if text.endswith("\n") or not text else text + "\n")
 
     def say(self, text: str) -> None:
         """What was done, for people: silent with `--quiet`; the `message` with `--json`."""

@@ -55,11 +55,12 @@ def parse(text: str) -> Element:
         raise ConfigError(f"not well-formed XML: {error}", line=error.position[0]) from error
 
 
-def text_of(element: Element, indent: str = "") -> str:
+def text_of(element: Element) -> str:
     """`element` as XML, without what follows it in its document."""
     tail, element.tail = element.tail, None
     try:
-        return indent + ElementTree.tostring(element, encoding="unicode")
+        # Its serialiser escapes every ">" in text and attributes, so this is only ever the end of an empty element.
+        return ElementTree.tostring(element, encoding="unicode").replace(" />", "/>")
     finally:
         element.tail = tail
 

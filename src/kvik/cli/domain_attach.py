@@ -58,8 +58,6 @@ def address_tag(text: str, *, multifunction: bool = False) -> str:
         name: f"0x{number:0{widths.get(name, 2)}x}" if base == 16 else str(number)
         for name, number in zip(names, numbers, strict=True)
     }
-    if kind in ("scsi", "ide", "sata"):
-        values["target"] = "0"
     if multifunction:
         values["multifunction"] = "on"
     return tag("address", type="drive" if kind in ("scsi", "ide", "sata") else kind, **values)
@@ -90,9 +88,9 @@ def disk_xml(options: Options) -> str:
         "driver",
         name=options.text("driver"),
         type=options.text("subdriver"),
+        iothread=options.text("iothread"),
         cache=options.text("cache"),
         io=options.text("io"),
-        iothread=options.text("iothread"),
     )
     if driver != "<driver/>":
         lines.append(f"  {driver}")
@@ -109,14 +107,14 @@ def disk_xml(options: Options) -> str:
         else:
             lines.append("  " + tag("source", **{"dev" if kind == "block" else "file": source}))
     lines.append("  " + tag("target", dev=target, bus=options.text("targetbus")))
+    if options.text("alias"):
+        lines.append("  " + tag("alias", name=options.text("alias")))
     if mode:
         lines.append(f"  <{mode}/>")
     for name in ("serial", "wwn"):
         value = options.text(name)
         if value is not None:
             lines.append(f"  <{name}>{escape(value)}</{name}>")
-    if options.text("alias"):
-        lines.append("  " + tag("alias", name=options.text("alias")))
     place = options.text("address")
     multifunction = options.flag("multifunction")
     if place:
@@ -220,7 +218,7 @@ def change_media(ctx: Context, options: Options) -> int:
     xml = document.text_of(disk.element)
     if options.flag("print-xml"):
         if not ctx.put({"xml": xml}):
-            ctx.document(xml)
+            ctx.last(xml)
         return 0
     verb, done = ("eject", "ejected") if eject else ("insert", "inserted") if insert else ("update", "updated")
     ctx.doing = f"Failed to complete action {verb} on media"

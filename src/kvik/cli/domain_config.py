@@ -53,7 +53,6 @@ def autostart(ctx: Context, options: Options) -> int:
 
 def domrename(ctx: Context, options: Options) -> int:
     domain = ctx.domain(options.data("domain"))
-    ctx.doing = f"Failed to rename domain '{domain.name}'"
     domain.rename(options.data("new-name"))
     ctx.say("Domain successfully renamed")
     return 0

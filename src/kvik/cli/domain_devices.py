@@ -78,7 +78,7 @@ def detach_disk(ctx: Context, options: Options) -> int:
     xml = document.text_of(disk.element)
     if options.flag("print-xml"):
         if not ctx.put({"xml": xml}):
-            ctx.document(xml)
+            ctx.last(xml)
         return 0
     ctx.doing = "Failed to detach disk"
     domain.detach_device(xml, bits)
@@ -102,7 +102,7 @@ def detach_interface(ctx: Context, options: Options) -> int:
     xml = document.text_of(found[0].element)
     if options.flag("print-xml"):
         if not ctx.put({"xml": xml}):
-            ctx.document(xml)
+            ctx.last(xml)
         return 0
     domain.detach_device(xml, bits)
     ctx.say("Interface detached successfully")
@@ -123,7 +123,7 @@ def domif_setlink(ctx: Context, options: Options) -> int:
     xml = document.text_of(element)
     if options.flag("print-xml"):
         if not ctx.put({"xml": xml}):
-            ctx.document(xml)
+            ctx.last(xml)
         return 0
     ctx.doing = "Failed to update interface link state"
     domain.update_device(xml, flags.AFFECT_CONFIG if config else flags.AFFECT_CURRENT)

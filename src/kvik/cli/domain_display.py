@@ -28,7 +28,9 @@ def ttyconsole(ctx: Context, options: Options) -> int:
     path = ""
     for element in (*document.devices(root, "console"), *document.devices(root, "serial")):
         path = path or element.get("tty", "") or document.attribute(element, "source", "path")
-    if not ctx.put({"tty": path or None}) and path:
+    if not path:
+        raise NoDevice("the domain has no TTY console", remedy="only a running machine with a pty has one")
+    if not ctx.put({"tty": path}):
         ctx.line(path)
     return 0
 

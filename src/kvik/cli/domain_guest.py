@@ -78,9 +78,9 @@ def domtime(ctx: Context, options: Options) -> int:
     if options.flag("pretty"):
         from time import gmtime, strftime
 
-        ctx.line(f"Time: {strftime('%Y-%m-%d %H:%M:%S', gmtime(now))}")
+        ctx.last(f"Time: {strftime('%Y-%m-%d %H:%M:%S', gmtime(now))}")
     else:
-        ctx.line(f"Time: {now}")
+        ctx.last(f"Time: {now}")
     return 0
 
 

@@ -6,6 +6,7 @@ from kvik.cli import flags, term
 from kvik.cli.common import DOMAIN
 from kvik.cli.domain_list import acceleration
 from kvik.cli.options import FLAG, Option, Verb
+from kvik.errors import OperationUnsupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +20,31 @@ def accelerator(ctx: Context, domain: Domain) -> str:
     if domain.id <= 0:
         return ""
     rows = ctx.connection.overview(flags.LIST_ACTIVE)
-    return next((acceleration(row.accelerator) for row in rows if row.uuid == domain.uuid), "")
+    found = next((row.accelerator for row in rows if row.uuid == domain.uuid), "")
+    return acceleration(found) if found else ""
+
+
+def security(ctx: Context, domain: Domain) -> list[tuple[str, object]]:
+    """The confinement's model and this machine's label; nothing where the daemon has none."""
+    try:
+        model, doi = (text_of(chars) for chars in ctx.connection.call("NODE_GET_SECURITY_MODEL"))
+        if not model:
+            return []
+        found: list[tuple[str, object]] = [("Security model", model), ("Security DOI", doi)]
+        if domain.id > 0:
+            label, enforcing = ctx.connection.call("DOMAIN_GET_SECURITY_LABEL", domain.ref)
+            if text_of(label):
+                mode = "enforcing" if enforcing else "permissive"
+                found.append(("Security label", f"{text_of(label)} ({mode})"))
+        return found
+    except OperationUnsupported:
+        return []
+
+
+def text_of(chars: object) -> str:
+    """A fixed array of C chars, as the protocol has some, up to its NUL."""
+    assert isinstance(chars, list | tuple)
+    return bytes(char & 0xFF for char in chars).split(b"\0")[0].decode(errors="replace")
 
 
 def dominfo(ctx: Context, options: Options) -> int:
@@ -40,6 +65,7 @@ def dominfo(ctx: Context, options: Options) -> int:
     pairs.append(("Persistent", "yes" if domain.is_persistent() else "no"))
     pairs.append(("Autostart", "enable" if domain.autostart() else "disable"))
     pairs.append(("Managed save", "yes" if domain.has_managed_save() else "no"))
+    pairs += security(ctx, domain)
     how = accelerator(ctx, domain)
     if how:
         pairs.append(("Acceleration", how))

@@ -44,7 +44,7 @@ def domif_getlink(ctx: Context, options: Options) -> int:
     bits = flags.XML_INACTIVE if options.flag("config") else 0
     nic = find_interface(document.parse(ctx.domain(options.data("domain")).xml(bits)), key)
     if not ctx.put({"interface": key, "link": nic.link}):
-        ctx.line(f"{key} {nic.link}")
+        ctx.last(f"{key} {nic.link}")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvik.cli import flags
 from kvik.cli.common import ACTIVE, CONFIG, CURRENT, DOMAIN, LIVE, exclusive, impact, scaled
 from kvik.cli.options import COUNT, DATA, FLAG, NUMBER, WORDS, Option, UsageError, Verb
-from kvik.errors import OperationInvalid
+from kvik.errors import OperationInvalid, OperationUnsupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ VCPU_STATES = ("offline", "running", "blocked")
 def vcpuinfo(ctx: Context, options: Options) -> int:
     pretty = options.flag("pretty")
     domain = ctx.domain(options.data("domain"))
-    host_cpus = ctx.connection.node_info().cpus
+    host_cpus = host_cpu_count(ctx)
     vcpus: list[dict[str, object]]
     if domain.id <= 0:
         every = list(range(host_cpus))
@@ -88,6 +88,14 @@ def vcpuinfo(ctx: Context, options: Options) -> int:
             letters = "".join("y" if n in allowed else "-" for n in range(host_cpus))
             ctx.line(f"{'CPU Affinity:':<15} {letters}")
     return 0
+
+
+def host_cpu_count(ctx: Context) -> int:
+    """CPUs that the host could have, online or not: the length of an affinity map."""
+    try:
+        return int(ctx.connection.call("NODE_GET_CPU_MAP", 0, 0, 0)[2])
+    except OperationUnsupported:
+        return ctx.connection.node_info().cpus
 
 
 def ranges(numbers: list[int]) -> str:

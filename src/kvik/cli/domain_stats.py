@@ -38,11 +38,12 @@ def domstats(ctx: Context, options: Options) -> int:
     records = ctx.connection.all_stats(domains, groups, bits)
     if ctx.put([{"domain": domain.name, "uuid": domain.uuid, "stats": dict(stats)} for domain, stats in records]):
         return 0
-    for domain, stats in records:
+    for number, (domain, stats) in enumerate(records):
+        if number:
+            ctx.line()
         ctx.line(f"Domain: '{domain.name}'")
         for name, value in stats.items():
             ctx.line(f"  {name}={value if raw else shown(value)}")
-        ctx.line()
     return 0
 
 

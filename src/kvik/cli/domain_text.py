@@ -39,14 +39,12 @@ def desc(ctx: Context, options: Options) -> int:
         ctx.doing = f"Failed to set new domain {what}"
         domain.set_metadata(kind, new or None, None, None, bits)
         ctx.say(f"Domain {what} updated successfully")
+        ctx.blank = False
         return 0
     text = _metadata(domain, kind, bits)
     if ctx.put({what: text or None}):
         return 0
-    if text:
-        ctx.document(text)
-    else:
-        ctx.line(f"No {what} for domain: {domain.name}")
+    ctx.last(text or f"No {what} for domain: {domain.name}")
     return 0
 
 

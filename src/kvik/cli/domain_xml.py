@@ -37,7 +37,7 @@ def dumpxml(ctx: Context, options: Options) -> int:
         indented = "".join("  " + "\n  ".join(node.splitlines()) + "\n" for node in found)
         ctx.document(f"<nodes>\n{indented}</nodes>\n")
     else:
-        ctx.document("\n".join(found) + "\n" if found else "\n")
+        ctx.document("\n".join(found) + "\n" if found else "")
     return 0
 
 
@@ -56,7 +56,7 @@ def select(text: str, expression: str) -> list[str]:
         if isinstance(node, etree._Element):
             nodes.append(etree.tostring(node, encoding="unicode", with_tail=False))
         elif getattr(node, "is_attribute", False):
-            nodes.append(f'{getattr(node, "attrname", "")}="{node!s}"')
+            nodes.append(f' {getattr(node, "attrname", "")}="{node!s}"')
         else:
             nodes.append(f"{node!s}")
     return nodes
@@ -128,7 +128,6 @@ def domxml_to_native(ctx: Context, options: Options) -> int:
     if (name is None) == (path is None):
         raise UsageError("need either domain or domain XML", remedy="give --domain NAME or --xml FILE")
     text = ctx.domain(name).xml(flags.XML_SECURE) if name is not None else ctx.read_file(path or "")
-    ctx.doing = "Failed to convert the document"
     native = ctx.connection.domxml_to_native(text, kind)
     if not ctx.put({"format": kind, "native": native}):
         ctx.document(native)

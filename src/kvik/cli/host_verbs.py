@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from kvik.cli.options import Options
 
 
-def show_xml(ctx: Context, text: str) -> int:
+def show_xml(ctx: Context, text: str, end: str = "") -> int:
     if not ctx.put({"xml": text}):
-        ctx.document(text)
+        ctx.document(text + end)
     return 0
 
 
 def capabilities(ctx: Context, options: Options) -> int:
     ctx.doing = "failed to get capabilities"
-    return show_xml(ctx, ctx.connection.capabilities())
+    return show_xml(ctx, ctx.connection.capabilities(), "\n")
 
 
 def domcapabilities(ctx: Context, options: Options) -> int:
@@ -28,6 +28,7 @@ def domcapabilities(ctx: Context, options: Options) -> int:
         ctx.connection.domain_capabilities(
             options.text("emulatorbin"), options.text("arch"), options.text("machine"), options.text("virttype")
         ),
+        "\n",
     )
 
 

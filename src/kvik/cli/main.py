@@ -188,7 +188,7 @@ def run_verb(context: Context, words: Sequence[str]) -> int:
     from kvik.errors import KvikError
 
     name = words[0]
-    context.doing = ""
+    context.doing, context.blank = "", True
     before = _now() if context.timing else 0.0
     json, colour = context.json, context.colour
     try:
@@ -218,7 +218,7 @@ def run_verb(context: Context, words: Sequence[str]) -> int:
             code = 1
         if context.timing:
             context.extra(f"\n(Time: {(_now() - before) * 1000:.3f} ms)\n")
-        elif name not in PLAIN:
+        elif name not in PLAIN and context.blank:
             context.extra()
         context.stdout.flush()
         return code

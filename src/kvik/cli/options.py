@@ -217,12 +217,12 @@ def parse(name: str, verb: Verb, words: Sequence[str]) -> Options:
 def _named(name: str, verb: Verb, word: str) -> tuple[Option | None, str | None]:
     """The option that `word` names and the value after its `=`; (None, None) if it is data."""
     if len(word) == 2 and word[0] == "-" and word[1].isalpha():
-        for option in verb.options:
-            if option.short == word[1]:
-                return option, None
+        for short in verb.options:
+            if short.short == word[1]:
+                return short, None
         if word == "-h":
             return verb.find("help"), None
-        if any(option.short for option in verb.options):
+        if any(known.short for known in verb.options):
             raise UsageError(f"command '{name}' doesn't support option {word}")
         return None, None
     if not (len(word) > 2 and word.startswith("--") and word[2].isalnum()):

@@ -49,7 +49,7 @@ def echo(ctx: Context, options: Options) -> int:
     if options.flag("err"):
         ctx.warn(text)
     elif not ctx.put({"text": text}):
-        ctx.line(text)
+        ctx.last(text)
     return 0
 
 

@@ -132,11 +132,10 @@ class Connection:
                 for late in list(messages)[position:]:
                     _close_files(late.fds)
                 return
-            if transport.congested or self._running or self._stalled_streams:
-                if self._blocked():
-                    self._held.extend(list(messages)[position:])
-                    transport.pause_reading()
-                    return
+            if (transport.congested or self._running or self._stalled_streams) and self._blocked():
+                self._held.extend(list(messages)[position:])
+                transport.pause_reading()
+                return
 
     def _blocked(self) -> bool:
         limits = self.server.limits

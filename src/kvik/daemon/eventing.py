@@ -249,9 +249,7 @@ class EventRouter:
             wanted = callback.event
             if wanted is not None and wanted != name and not (callback.ignore_case and wanted.lower() == name.lower()):
                 continue
-            callback.connection.send_event(
-                m.event(procedure, (callback.id, domain, name, seconds, micros, details))
-            )
+            callback.connection.send_event(m.event(procedure, (callback.id, domain, name, seconds, micros, details)))
 
 
 def _event(procedure: Procedure, payload: bytes) -> bytes:

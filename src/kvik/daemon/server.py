@@ -22,14 +22,16 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvik.daemon.connection import Connection
 from kvik.daemon.eventing import EventRouter
 from kvik.daemon.instance import InstanceLock, bind_socket, private_directory
 from kvik.daemon.streams import Stream
-from kvik.manager.manager import Manager
 from kvik.paths import Paths
+
+if TYPE_CHECKING:
+    from kvik.manager.manager import Manager
 
 __all__ = ["Identity", "Limits", "Server"]
 

@@ -37,8 +37,9 @@ def received_files(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
 class Transport:
     """A non-blocking socket on the event loop.
 
-    `on_data` gets what was read with the descriptors that came with it (they are its own), `on_drained` is called when the output fell below `low_water` after it had risen
-    above `high_water` (`congested`), `on_closed` exactly once with the reason. All three are called from the loop.
+    `on_data` gets what was read and the descriptors that came with it (they are its own from then on); `on_drained`
+    is called when the output fell below `low_water` after it had risen above `high_water` (`congested`); `on_closed`
+    exactly once, with the reason. All three are called from the loop.
     """
 
     __slots__ = (

@@ -133,8 +133,6 @@ async def attach(domain: DomainObject, xml: str, flags: int) -> None:
         _check_new(document, kind, given)
         add_device(document.devices, given)
         prepare.fill(document)
-        if isinstance(given, Device):
-            given.alias = None if not (given.alias and given.alias.name.startswith("ua-")) else given.alias
         if impact & LIVE:
             # The same MAC and address in both, where the definition had to choose them.
             _, same = parse_device(format_device(given, secure=True, inactive=True))
@@ -154,8 +152,7 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
     _check_new(run.live, kind, given)
     trial = run.live.copy()
     add_device(trial.devices, given)
-    prepare.fill(trial)
-    prepare.name_devices(trial)
+    prepare.fill_live(trial)
     await domain.driver.validate(trial)
     known = {device.alias.name for _, device in guest_devices(run.live.devices) if device.alias}
     fresh = [device for _, device in guest_devices(trial.devices) if device.alias and device.alias.name not in known]

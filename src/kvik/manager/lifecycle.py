@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik import __version__
+from kvik.conf.aliases import assign_aliases
 from kvik.conf.domain import format_domain
 from kvik.conf.enums import DomainCreateFlags, DomainShutdownFlags, DomainState
 from kvik.errors import (
@@ -97,6 +98,7 @@ async def boot(
         await asyncio.shield(domain.cleaning)
     manager, driver, log = domain.manager, domain.driver, domain.log
     definition = (config or domain.config).parse()
+    assign_aliases(definition)
     run = Run(definition, Path(), BootStages(definition))
     uses = await manager.store.run(_look_at_files, definition, tuple(files))
     await driver.validate(definition)

@@ -94,6 +94,7 @@ class QmpConnection:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._out: deque[tuple[memoryview, Sequence[int]]] = deque()
         self._queued = 0
+        self._received = 0  # bytes
         self._closed = False
         self._ended = False
         self._failure: HypervisorError | None = None
@@ -176,6 +177,14 @@ class QmpConnection:
         self._on_disconnect = None
         self._shut(None)
 
+    def drain(self) -> None:
+        """Handle what has already arrived, now: a peer that ended may have said why."""
+        while not self._closed:
+            before = self._received
+            self._readable()
+            if self._received == before:
+                return
+
     # -- below: called by the loop
 
     def _send(self, data: bytes, fds: Sequence[int] = ()) -> None:
@@ -217,6 +226,7 @@ class QmpConnection:
                 return
             self._shut(HypervisorError(f"{self.name}: the monitor cannot be read: {error.strerror}"))
             return
+        self._received += len(data)
         try:
             messages = self._client.receive(data)
         except HypervisorError as error:

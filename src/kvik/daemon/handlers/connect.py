@@ -96,8 +96,8 @@ def get_sysinfo(connection: Connection, args: Any) -> tuple[str]:
     return (connection.server.node.sysinfo(),)
 
 
-def get_max_vcpus(connection: Connection, args: Any) -> tuple[int]:
-    return (connection.server.node.max_vcpus(args[0] or "qemu"),)
+async def get_max_vcpus(connection: Connection, args: Any) -> tuple[int]:
+    return (await connection.server.node.max_vcpus(args[0] or "qemu"),)
 
 
 async def get_capabilities(connection: Connection, args: Any) -> tuple[str]:
@@ -112,10 +112,10 @@ async def get_domain_capabilities(connection: Connection, args: Any) -> tuple[st
     )
 
 
-def get_cpu_model_names(connection: Connection, args: Any) -> tuple[list[str], int]:
+async def get_cpu_model_names(connection: Connection, args: Any) -> tuple[list[str], int]:
     arch, need_results, flags = args
     check_flags(flags, 0, "CPU model names")
-    models = connection.server.node.cpu_models(arch)[:CPU_MODELS_MAX]
+    models = (await connection.server.node.cpu_models(arch))[:CPU_MODELS_MAX]
     return (models if need_results else [], len(models))
 
 

@@ -73,7 +73,6 @@ def overview(connection: Connection, args: Any) -> tuple[list[Any]]:
     rows = []
     for domain in domains:
         state, _, memory, vcpus, cpu_time = domain.info()
-        document = domain.live or domain.definition
         rows.append(
             (
                 domain.name,
@@ -89,7 +88,7 @@ def overview(connection: Connection, args: Any) -> tuple[list[Any]]:
                 int(domain.ready),
                 int(domain.persistent),
                 int(domain.autostart),
-                document.title,
+                domain.title or None,
             )
         )
     return (rows,)

@@ -70,7 +70,9 @@ def get_cells_free_memory(connection: Connection, args: Any) -> tuple[list[int]]
     start, count = args
     cells = connection.server.node.cells()
     if start < 0 or start >= len(cells) or not 0 < count <= CELLS_MAX:
-        raise InvalidArgument(f"NUMA cells {start} to {start + count - 1} are not those of this host (0 to {len(cells) - 1})")
+        raise InvalidArgument(
+            f"NUMA cells {start} to {start + count - 1} are not those of this host (0 to {len(cells) - 1})"
+        )
     return ([cell.free_kib * 1024 for cell in cells[start : start + count]],)
 
 
@@ -123,5 +125,3 @@ def get_sev_info(connection: Connection, args: Any) -> None:
 
 def suspend_for_duration(connection: Connection, args: Any) -> None:
     raise OperationUnsupported("suspending the host is left to the host", remedy="use systemctl suspend")
-
-

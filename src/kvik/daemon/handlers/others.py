@@ -15,6 +15,7 @@ from kvik.errors import InvalidArgument, NoNetwork, NoStoragePool, NoStorageVolu
 if TYPE_CHECKING:
     from kvik.daemon.connection import Connection
 
+
 def none(connection: Connection, args: Any) -> tuple[int]:
     """NUM_OF_...: zero."""
     return (0,)

@@ -56,7 +56,11 @@ def qcow2_backing(fd: int, image: str) -> Backing | None:
             f"{image} does not say which format its backing file {name} has",
             remedy=f"say it: qemu-img rebase -u -b {name} -F FORMAT {image}",
         )
-    if name.startswith("json:") or "://" in name or (":" in name.split("/", maxsplit=1)[0] and not name.startswith(".")):
+    if (
+        name.startswith("json:")
+        or "://" in name
+        or (":" in name.split("/", maxsplit=1)[0] and not name.startswith("."))
+    ):
         raise ConfigUnsupported(
             f"{image} sits on {name}, which is no plain file", remedy="describe the chain in <backingStore>"
         )

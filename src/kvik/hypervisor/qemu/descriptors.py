@@ -64,6 +64,11 @@ class Opened:
         self.fds[name] = fd
         self.close.callback(os.close, fd)
 
+    def drop_output(self) -> None:
+        if self.output is not None:
+            os.close(self.output)
+            self.output = None
+
     def open(self, name: str, path: str, flags: int) -> int:
         try:
             fd = os.open(path, flags | os.O_CLOEXEC)
@@ -78,6 +83,7 @@ def open_all(
     directory: Path,
     passed: Mapping[str, int],
     kernel: str | None,
+    *,
     close: ExitStack,
     undo: ExitStack,
 ) -> Opened:
@@ -92,7 +98,7 @@ def open_all(
         os.set_blocking(writer, True)
         opened.add(chardevs.log_name(alias_of(first)), writer)
         opened.output = reader
-        undo.callback(os.close, reader)
+        undo.callback(opened.drop_output)
     for disk in domain.devices.disks:
         open_disk(opened, disk)
     _open_boot(opened, domain, kernel)
@@ -103,10 +109,11 @@ def open_all(
 
 
 def character_devices(domain: Domain) -> Iterator[Chardev]:
+    """Those with a host side of their own: a console of type serial is the first serial line under another name."""
     devices = domain.devices
     yield from devices.serials
     yield from devices.parallels
-    yield from devices.consoles
+    yield from (item for item in devices.consoles if item.target is not None and item.target.type == "virtio")
     yield from devices.channels
 
 

@@ -15,11 +15,11 @@ import socket
 import termios
 import time
 import tty
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvik.conf.devices.chardev import Channel
 from kvik.conf.domain import Domain
 from kvik.errors import (
     AgentError,
@@ -90,9 +90,7 @@ class QemuMachine:
         self._quitting = False
         self._output_fd = -1
         self._output_seen = 0
-        self._tail: deque[bytes] = deque()
         self._reconnecting: asyncio.Task[None] | None = None
-        self._log_fd = -1
         self._loop = asyncio.get_running_loop()
         self._stop_watching = process.on_exit(self._process_ended, self._loop)
 
@@ -138,11 +136,10 @@ class QemuMachine:
             filename = item.get("filename")
             if device.type == "pty" and isinstance(filename, str) and filename.startswith("pty:/dev/pts/"):
                 hotplug.set_pty(device, filename.removeprefix("pty:"))
-            target = getattr(device, "target", None)
-            if getattr(target, "name", None) and device in self.domain.devices.channels:
+            if isinstance(device, Channel) and device.target is not None and device.target.name:
                 is_open = item.get("frontend-open") is True
-                target.state = "connected" if is_open else "disconnected"
-                if target.name == AGENT_CHANNEL and self._agent is not None:
+                device.target.state = "connected" if is_open else "disconnected"
+                if device.target.name == AGENT_CHANNEL and self._agent is not None:
                     self._agent.set_connected(is_open)
         serials = self.domain.devices.serials
         if serials and serials[0].type == "pty":
@@ -191,6 +188,10 @@ class QemuMachine:
 
     # -- what happens unasked
 
+    def mute(self) -> None:
+        """No more events: a start that failed has none."""
+        self._sink = lambda event: None
+
     def _emit(self, event: MachineEvent) -> None:
         self._sink(event)
 
@@ -234,9 +235,12 @@ class QemuMachine:
         return event
 
     def _why_paused(self) -> str:
-        return {"io-error": "io-error", "watchdog": "watchdog", "guest-panicked": "crashed", "shutdown": "shutdown"}.get(
-            self.run_state, "user"
-        )
+        return {
+            "io-error": "io-error",
+            "watchdog": "watchdog",
+            "guest-panicked": "crashed",
+            "shutdown": "shutdown",
+        }.get(self.run_state, "user")
 
     def _channel_changed(self, event: MachineEvent) -> MachineEvent:
         is_open = event.data.get("open") is True
@@ -289,7 +293,9 @@ class QemuMachine:
         for path in self.directory.glob("*.sock"):
             path.unlink(missing_ok=True)
         expected = self._quitting or bool(self._reason and code in (0, None))
-        reason = self._reason or ("it was destroyed" if self._quitting else f"QEMU ended unasked: {describe_exit(code)}")
+        reason = self._reason or (
+            "it was destroyed" if self._quitting else f"QEMU ended unasked: {describe_exit(code)}"
+        )
         self.run_state = "ended"
         self._emit(MachineEvent(EventKind.ENDED, reason, {"code": code, "expected": expected}, time.time()))
         self.process.close()
@@ -352,9 +358,9 @@ class QemuMachine:
         await self.execute("system_reset")
 
     async def quit(self, grace: float = 1.0) -> None:
-        self._quitting = True
         if self._ended.is_set():
             return
+        self._quitting = True
         if grace > 0 and self._connection is not None and not self._connection.closed:
             with contextlib.suppress(KvikError):
                 async with asyncio.timeout(grace):

@@ -37,8 +37,10 @@ async def screenshot(machine: QemuMachine, screen: int) -> tuple[str, bytes]:
 
 async def _dump(machine: QemuMachine, arguments: dict[str, object]) -> bytes:
     image = os.memfd_create("kvik-screenshot", os.MFD_CLOEXEC)
+    # QEMU takes from an fdset only a descriptor opened exactly as it means to open it: for writing.
+    writer = os.open(f"/proc/self/fd/{image}", os.O_WRONLY | os.O_CLOEXEC)
     try:
-        added = await machine.execute("add-fd", fds=[image])
+        added = await machine.execute("add-fd", fds=[writer])
         number = added.get("fdset-id") if isinstance(added, dict) else None
         if not isinstance(number, int):
             raise HypervisorError(f"{machine.name}: the reply to add-fd is malformed")
@@ -51,4 +53,5 @@ async def _dump(machine: QemuMachine, arguments: dict[str, object]) -> bytes:
             raise HypervisorError(f"{machine.name}: QEMU drew a picture of {size} bytes")
         return os.pread(image, size, 0)
     finally:
+        os.close(writer)
         os.close(image)

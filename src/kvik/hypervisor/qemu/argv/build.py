@@ -229,11 +229,20 @@ def _all_parts(context: Context) -> Iterator[Parts]:
 
 
 def _iommus_and_controllers(context: Context) -> Iterator[object]:
-    """The IOMMU before every device that it translates for; PCI bridges by index, as each sits on one of the former;
-    then the rest, companions after their EHCI."""
+    """The IOMMU before every device that it translates for; each PCI bridge after the one it sits on; then the rest,
+    companions after their EHCI. Raises `ConfigUnsupported` for bridges that sit on each other in a circle."""
     devices = context.domain.devices
     if devices.iommu is not None:
         yield devices.iommu
-    yield from sorted((item for item in devices.controllers if item.type == "pci"), key=lambda item: item.index or 0)
+    waiting = sorted((item for item in devices.controllers if item.type == "pci"), key=lambda item: item.index or 0)
+    present = {0}
+    while waiting:
+        ready = [item for item in waiting if item.address is None or (item.address.bus or 0) in present]
+        if not ready:
+            stuck = ", ".join(str(item.index) for item in waiting)
+            raise ConfigUnsupported(f"PCI controllers {stuck} sit on buses that do not exist", path="/domain/devices")
+        yield from ready
+        present |= {item.index or 0 for item in ready}
+        waiting = [item for item in waiting if item not in ready]
     others = (item for item in devices.controllers if item.type != "pci")
     yield from sorted(others, key=lambda item: item.master is not None)

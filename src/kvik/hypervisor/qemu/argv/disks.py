@@ -100,7 +100,8 @@ def block_nodes(context: Context, disk: Disk) -> list[Props]:
         node = {
             **_storage(context, disk, layer),
             "node-name": storage,
-            "auto-read-only": True if layer.type in ("block", "network") or not layer.read_only else None,
+            # Some protocols can only tell by trying whether they may write; a passed descriptor knows.
+            "auto-read-only": True if layer.type == "network" else None,
             "read-only": layer.read_only,
             "cache": cache,
             "discard": discard,
@@ -118,11 +119,10 @@ def block_nodes(context: Context, disk: Disk) -> list[Props]:
         if layer.source.slices is not None and layer.format == "raw" and layer.source.slices.slices:
             piece = layer.source.slices.slices[0]
             node |= {"offset": piece.offset, "size": piece.size}
-        if layer.format == "qcow2":
-            if disk.driver is not None and layer.number == 0:
-                node["discard-no-unref"] = disk.driver.discard_no_unref
-                if disk.driver.metadata_cache is not None:
-                    node["cache-size"] = disk.driver.metadata_cache.max_size
+        if layer.format == "qcow2" and disk.driver is not None and layer.number == 0:
+            node["discard-no-unref"] = disk.driver.discard_no_unref
+            if disk.driver.metadata_cache is not None:
+                node["cache-size"] = disk.driver.metadata_cache.max_size
         if layer.format in ("qcow2", "qcow", "qed", "vmdk"):
             node["backing"] = below
             node["__backing__"] = True  # null is meaningful here: it ends the chain
@@ -204,7 +204,7 @@ def _host(host: Host, protocol: str) -> tuple[str, str]:
     return host.name, host.port or _PORTS.get(protocol, "")
 
 
-def _network(disk: Disk, source: DiskSource) -> Props:  # noqa: C901
+def _network(disk: Disk, source: DiskSource) -> Props:
     protocol = source.protocol or ""
     name = source.name or ""
     hosts = source.hosts
@@ -281,7 +281,12 @@ def disk_parts(context: Context, disk: Disk) -> Parts:
     if disk.type == "vhostuser":
         return _vhost_user(context, disk)
     nodes = block_nodes(context, disk)
-    return Parts(blockdevs=nodes, devices=[_drive(context, disk, bool(nodes))])
+    boot = context.boot(disk)
+    arguments = []
+    if disk.target.bus == "fdc" and boot is not None:  # the boot order of a floppy is its controller's
+        drive = "AB"[min((disk.address.unit if disk.address else 0) or 0, 1)]
+        arguments = ["-global", f"isa-fdc.bootindex{drive}={boot}"]
+    return Parts(blockdevs=nodes, arguments=arguments, devices=[_drive(context, disk, bool(nodes))])
 
 
 def _vhost_user(context: Context, disk: Disk) -> Parts:
@@ -336,8 +341,7 @@ def _drive(context: Context, disk: Disk, medium: bool) -> Props:
         return {"driver": "usb-storage", **context.address(disk), "removable": removable, **common}
     if bus == "fdc":
         unit = disk.address.unit if disk.address else None
-        return {"driver": "floppy", "unit": unit or 0, "drive": common["drive"], "id": common["id"],
-                "bootindex": common["bootindex"]}  # fmt: skip
+        return {"driver": "floppy", "unit": unit or 0, "drive": common["drive"], "id": common["id"]}
     raise ConfigUnsupported(f"disk {disk.target.dev}: QEMU has no disk bus {bus!r}")
 
 

@@ -77,9 +77,13 @@ def _accel(domain: Domain) -> str:
 
 
 def uses_qboot(domain: Domain, is_q35: bool, is_i440fx: bool) -> bool:
-    """Whether the tiny firmware suffices: a kernel is given, and nothing else could be booted or chosen."""
+    """Whether the tiny firmware suffices: a kernel is given, and nothing else could be booted or chosen.
+
+    `<boot dev='hd'/>` alone does not count: every document gets it that names no boot device, and QEMU boots a given
+    kernel before any disk.
+    """
     os = domain.os
-    has_boot_devices = bool(os.boots) or any(
+    has_boot_devices = any(boot.dev != "hd" for boot in os.boots) or any(
         device.boot is not None
         for device in [*domain.devices.disks, *domain.devices.interfaces, *domain.devices.hostdevs]
     )

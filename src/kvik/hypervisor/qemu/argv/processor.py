@@ -49,9 +49,7 @@ def cpu(context: Context) -> list[str]:
             elif feature.policy in ("disable", "forbid"):
                 options[feature.name] = False
         if described.cache is not None:
-            options["host-cache-info"] = described.cache.mode == "passthrough"
-            if described.cache.mode in ("disable", "passthrough"):
-                options["l3-cache"] = False
+            options |= _cache(described.cache.mode, name)
         physical = described.maxphysaddr
         if physical is not None:
             if physical.mode == "passthrough":
@@ -67,7 +65,22 @@ def cpu(context: Context) -> list[str]:
             options["hv-time"] = True
         elif timer.name == "tsc" and timer.frequency is not None:
             options["tsc-frequency"] = timer.frequency
+    for word in (name, *options, *options.values()):
+        if isinstance(word, str) and ("," in word or "=" in word):
+            # Unlike every other option, -cpu knows no escape for a comma (x86_cpu_parse_featurestr).
+            raise ConfigUnsupported(f"{word!r} cannot be part of a CPU description", path="/domain/cpu")
     return ["-cpu", keyval(name, options)]
+
+
+def _cache(mode: str, model: str) -> Props:
+    if mode == "passthrough":
+        if model != "host":
+            raise ConfigUnsupported(
+                "the CPU cache can be passed through only with <cpu mode='host-passthrough'> on KVM",
+                path="/domain/cpu/cache",
+            )
+        return {"host-cache-info": True, "l3-cache": False}
+    return {"l3-cache": mode == "emulate"}
 
 
 def _default(context: Context) -> str:
@@ -270,10 +283,11 @@ def parse_set(text: str, limit: int = 16384) -> set[int]:
     found: set[int] = set()
     for part in text.split(","):
         part = part.strip()
-        first, _, last = part.removeprefix("^").partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or int(last or first) >= limit:
+        first, dash, last = part.removeprefix("^").partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()) or int(last) >= limit:
             raise ConfigUnsupported(f"{text!r} is not a set of numbers like 0-3,8")
-        numbers = range(int(first), int(last or first) + 1)
+        numbers = range(int(first), int(last) + 1)
         if part.startswith("^"):
             found.difference_update(numbers)
         else:

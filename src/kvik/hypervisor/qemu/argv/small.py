@@ -8,7 +8,7 @@ from kvik.conf.devices.memory import Memballoon, Memory, Shmem
 from kvik.conf.devices.other import Crypto, Filesystem, Hub, Iommu, Panic, Rng, Tpm, Vsock, Watchdog
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.qemu.argv.chardevs import backend, chardev_id
-from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, alias_of, keyval, virtio_options
+from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, alias_of, keyval, on_off, virtio_options
 from kvik.hypervisor.qemu.argv.processor import parse_set
 
 __all__ = [
@@ -134,10 +134,11 @@ def iommu_parts(context: Context, device: Iommu) -> Parts:
     if not context.is_q35:
         raise ConfigUnsupported(f"an {device.model} IOMMU needs machine type q35", path="/domain/devices/iommu")
     if driver is not None:
-        props["intremap"] = driver.intremap
+        props["intremap"] = None if driver.intremap is None else on_off(driver.intremap)  # on, off or auto
         props["device-iotlb"] = driver.iotlb
         if device.model == "intel":
-            props |= {"caching-mode": driver.caching_mode, "eim": driver.eim, "aw-bits": driver.aw_bits}
+            props |= {"caching-mode": driver.caching_mode, "aw-bits": driver.aw_bits}
+            props["eim"] = None if driver.eim is None else on_off(driver.eim)
             props |= {"dma-translation": driver.dma_translation}
         else:
             props |= {"xtsup": driver.xtsup, "pt": driver.passthrough}

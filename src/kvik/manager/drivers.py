@@ -1,0 +1,26 @@
+"""Which hypervisor drivers a daemon has: domain types -> driver."""
+
+from __future__ import annotations
+
+from kvik.hypervisor.driver import Driver, HostVerdict
+from kvik.paths import Paths
+
+__all__ = ["make_drivers"]
+
+
+def make_drivers(paths: Paths, which: str = "qemu") -> dict[str, Driver]:
+    """The drivers by domain type. `which` "test": every type runs in memory."""
+    if which == "test":
+        from kvik.hypervisor.test.driver import TestDriver
+
+        test = TestDriver()
+        return {"test": test, "qemu": test, "kvm": test}
+    from kvik.host.probe import kvm_verdict
+    from kvik.hypervisor.qemu.driver import QemuDriver
+
+    def probe() -> HostVerdict:
+        found = kvm_verdict(paths.cache)
+        return HostVerdict(found.usable, found.reason, found.remedy)
+
+    qemu = QemuDriver(paths, probe)
+    return {"qemu": qemu, "kvm": qemu}
