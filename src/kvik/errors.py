@@ -12,11 +12,13 @@ KvikError
 ├── OperationUnsupported      nobody could do this here
 │   └── NoSupport             the procedure itself is unknown
 ├── OperationFailed           it was tried and did not work
+│   └── ImageError            a kernel, disk or package file is damaged, or of a kind that is not read
 ├── OperationTimeout          it did not finish within its deadline
 ├── ResourceBusy              somebody else holds it
 ├── AccessDenied              the caller may not
 ├── AuthenticationFailed      the caller is not who it says
 ├── HostError                 the host refused (errno kept)
+│   └── MissingPackages       software of the distribution is missing (knows the command that installs it)
 ├── HypervisorError           the VMM failed or answered nonsense
 │   ├── MonitorError          QMP returned an error
 │   └── AgentError            the guest agent is absent, silent or refused
@@ -40,8 +42,10 @@ __all__ = [
     "ConnectError",
     "HostError",
     "HypervisorError",
+    "ImageError",
     "InvalidArgument",
     "KvikError",
+    "MissingPackages",
     "MonitorError",
     "NoDevice",
     "NoDomain",
@@ -162,6 +166,10 @@ class OperationFailed(KvikError):
     code = 9
 
 
+class ImageError(OperationFailed):
+    """A kernel, disk or package file is damaged, hostile, or of a kind that is not read here."""
+
+
 class OperationTimeout(KvikError):
     code = 68
 
@@ -187,6 +195,22 @@ class HostError(KvikError):
     def __init__(self, message: str, *, errno: int = 0, remedy: str = "") -> None:
         super().__init__(message, remedy=remedy)
         self.errno = errno
+
+
+class MissingPackages(HostError):
+    """Packages of the distribution are missing and were not installed.
+
+    `packages` are their names; `command` installs them when root runs it. A command line ends with `exit_code`.
+    """
+
+    exit_code = 77
+
+    def __init__(
+        self, message: str, *, packages: tuple[str, ...] = (), command: str = "", errno: int = 0, remedy: str = ""
+    ) -> None:
+        super().__init__(message, errno=errno, remedy=remedy or (f"run: {command}" if command else ""))
+        self.packages = packages
+        self.command = command
 
 
 class HypervisorError(KvikError):

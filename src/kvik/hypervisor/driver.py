@@ -48,7 +48,11 @@ class EventKind(enum.StrEnum):
     RTC_CHANGE = "rtc-change"  # data["offset"]: seconds
     BALLOON_CHANGE = "balloon-change"  # data["actual"]: bytes
     DEVICE_REMOVED = "device-removed"  # detail: alias
-    AGENT = "agent"  # detail: "connected" or "disconnected"
+    DEVICE_REMOVAL_FAILED = "device-removal-failed"  # detail: alias; the guest refused to let go
+    SUSPENDED = "suspended"  # the guest sleeps (ACPI S3 or S4); detail: "memory" or "disk"
+    WOKEN = "woken"  # from such a sleep
+    AGENT = "agent"  # the agent's channel; detail: "connected" or "disconnected"
+    CHANNEL = "channel"  # any other channel; detail: alias; data["open"]
     IO_ERROR = "io-error"  # detail: alias; data["reason"], data["action"]
     GRAPHICS = "graphics"  # detail: "connect", "initialize" or "disconnect"
     TRAY_CHANGE = "tray-change"  # detail: alias; data["open"]

@@ -64,9 +64,11 @@ class BootStages:
             return None
         seconds = max(0.0, time.time() - self._began)
         for earlier in NAMES[: NAMES.index(name)]:
-            # The agent and the address may come in any order, and a silent console proves nothing.
+            # The agent and the address may come in any order, and a quiet kernel may never use its console.
             if earlier in ("vmm started", "guest running"):
                 self._reached.setdefault(earlier, seconds)
+            elif earlier == "first output" and earlier not in self._reached:
+                self._skipped.setdefault(earlier, "the console stayed silent")
         self._reached[name] = seconds
         self._tell()
         return seconds

@@ -1,0 +1,92 @@
+"""define, undefine, autostart, domrename: what is kept on disk about a machine."""
+
+from __future__ import annotations
+
+from kvik.cli import flags
+from kvik.cli.common import DOMAIN, INACTIVE, chosen
+from kvik.cli.options import DATA, FLAG, Option, UsageError, Verb
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvik.cli.context import Context
+    from kvik.cli.options import Options
+
+UNDEFINE_FLAGS = {
+    "managed-save": flags.UNDEFINE_MANAGED_SAVE,
+    "snapshots-metadata": flags.UNDEFINE_SNAPSHOTS_METADATA,
+    "checkpoints-metadata": flags.UNDEFINE_CHECKPOINTS_METADATA,
+    "nvram": flags.UNDEFINE_NVRAM,
+    "keep-nvram": flags.UNDEFINE_KEEP_NVRAM,
+    "tpm": flags.UNDEFINE_TPM,
+    "keep-tpm": flags.UNDEFINE_KEEP_TPM,
+}
+
+
+def define(ctx: Context, options: Options) -> int:
+    path = options.data("file")
+    ctx.doing = f"Failed to define domain from {path}"
+    domain = ctx.connection.define(ctx.read_file(path), flags=flags.DEFINE_VALIDATE if options.flag("validate") else 0)
+    ctx.say(f"Domain '{domain.name}' defined from {path}")
+    return 0
+
+
+def undefine(ctx: Context, options: Options) -> int:
+    bits = chosen(options, UNDEFINE_FLAGS)
+    for keep, remove in (("keep-nvram", "nvram"), ("keep-tpm", "tpm")):
+        if options.flag(keep) and options.flag(remove):
+            raise UsageError(f"Options --{remove} and --{keep} are mutually exclusive")
+    domain = ctx.domain(options.data("domain"))
+    ctx.doing = f"Failed to undefine domain '{domain.name}'"
+    domain.undefine(bits)
+    ctx.say(f"Domain '{domain.name}' has been undefined")
+    return 0
+
+
+def autostart(ctx: Context, options: Options) -> int:
+    domain = ctx.domain(options.data("domain"))
+    word = "unmark" if options.flag("disable") else "mark"
+    ctx.doing = f"failed to {word} domain '{domain.name}' as autostarted"
+    domain.set_autostart(word == "mark")
+    ctx.say(f"Domain '{domain.name}' {word}ed as autostarted")
+    return 0
+
+
+def domrename(ctx: Context, options: Options) -> int:
+    domain = ctx.domain(options.data("domain"))
+    domain.rename(options.data("new-name"))
+    ctx.say("Domain successfully renamed")
+    return 0
+
+
+COMMANDS = {
+    "define": Verb(
+        define,
+        "Define a domain.",
+        Option("file", DATA, "file containing an XML domain description", complete="file"),
+        Option("validate", FLAG, "validate the XML against the schema"),
+    ),
+    "undefine": Verb(
+        undefine,
+        "Undefine an inactive domain, or convert persistent to transient.",
+        DOMAIN,
+        Option("managed-save", FLAG, "remove domain managed state file"),
+        Option("snapshots-metadata", FLAG, "remove all domain snapshot metadata (vm must be inactive)"),
+        Option("checkpoints-metadata", FLAG, "remove all domain checkpoint metadata (vm must be inactive)"),
+        Option("nvram", FLAG, "remove nvram file"),
+        Option("keep-nvram", FLAG, "keep nvram file"),
+        Option("tpm", FLAG, "remove TPM state"),
+        Option("keep-tpm", FLAG, "keep TPM state"),
+    ),
+    "autostart": Verb(
+        autostart,
+        "Configure a domain to be automatically started at boot.",
+        DOMAIN,
+        Option("disable", FLAG, "disable autostarting"),
+    ),
+    "domrename": Verb(
+        domrename,
+        "Rename an inactive domain.",
+        INACTIVE,
+        Option("new-name", DATA, "new domain name"),
+    ),
+}

@@ -1,0 +1,397 @@
+"""<disk>: a chain of block nodes and the drive in front of it.
+
+The format of every layer is stated, never probed; an image's own backing reference is never followed by QEMU: either
+the chain names the next layer or it ends with `backing: null`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvik.conf.devices.disk import BackingStore, Disk, DiskSource, Encryption, Host
+from kvik.errors import ConfigUnsupported
+from kvik.hypervisor.qemu.argv.options import (
+    Chardev,
+    Context,
+    Parts,
+    Props,
+    alias_of,
+    node_name,
+    on_off,
+    virtio_options,
+)
+
+__all__ = ["Layer", "block_nodes", "disk_parts", "file_name", "layers", "top_node"]
+
+FORMATS = frozenset(
+    {"raw", "qcow2", "qcow", "vmdk", "vdi", "vpc", "vhdx", "qed", "luks", "bochs", "cloop", "dmg", "parallels"}
+)
+# cache mode -> (direct, no-flush, the guest's view of a write cache)
+CACHE: dict[str, tuple[bool, bool, bool]] = {
+    "none": (True, False, True),
+    "writethrough": (False, False, False),
+    "writeback": (False, False, True),
+    "directsync": (True, False, False),
+    "unsafe": (False, True, True),
+}
+_PORTS = {"nbd": "10809", "iscsi": "3260", "rbd": "6789", "ssh": "22", "gluster": "24007"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One image of a chain: `number` 0 is the one the guest writes to."""
+
+    number: int
+    type: str
+    format: str
+    source: DiskSource
+    read_only: bool
+
+
+def layers(disk: Disk) -> Iterator[Layer]:
+    """From the top down; nothing for an empty drive. Raises `ConfigUnsupported` for a layer without a format."""
+    if disk.source is None or not has_medium(disk):
+        return
+    read_only = disk.readonly or disk.device == "cdrom"
+    yield Layer(0, disk.type, disk.driver.type if disk.driver and disk.driver.type else "raw", disk.source, read_only)
+    below: BackingStore | None = disk.backing_store
+    number = 1
+    while below is not None and below.type is not None:
+        if below.source is None or below.format is None:
+            raise ConfigUnsupported(f"disk {disk.target.dev}: layer {number} of its chain lacks source or format")
+        yield Layer(number, below.type, below.format.type, below.source, True)
+        below = below.backing_store
+        number += 1
+
+
+def has_medium(disk: Disk) -> bool:
+    source = disk.source
+    if source is None:
+        return False
+    if disk.type in ("file", "block", "dir"):
+        return bool(source.location)
+    return True
+
+
+def file_name(alias: str, layer: int) -> str:
+    """The name under which a layer's descriptor is passed."""
+    return f"disk:{alias}:{layer}"
+
+
+def top_node(disk: Disk) -> str:
+    return node_name(alias_of(disk), 0, "format")
+
+
+def block_nodes(context: Context, disk: Disk) -> list[Props]:
+    """blockdev-add arguments, lowest layer first."""
+    alias = alias_of(disk)
+    chain = list(layers(disk))
+    nodes: list[Props] = []
+    below: str | None = None
+    for layer in reversed(chain):
+        if layer.source.encryption or (layer.number == 0 and disk.encryption):
+            _refuse_encryption(layer.source.encryption or disk.encryption)
+        if layer.format not in FORMATS:
+            raise ConfigUnsupported(f"disk {disk.target.dev}: QEMU knows no image format {layer.format!r}")
+        storage = node_name(alias, layer.number, "storage")
+        cache = _cache(disk)
+        discard = _discard(disk)
+        node = {
+            **_storage(context, disk, layer),
+            "node-name": storage,
+            # Some protocols can only tell by trying whether they may write; a passed descriptor knows.
+            "auto-read-only": True if layer.type == "network" else None,
+            "read-only": layer.read_only,
+            "cache": cache,
+            "discard": discard,
+        }
+        nodes.append(node)
+        node = {
+            "node-name": node_name(alias, layer.number, "format"),
+            "read-only": layer.read_only,
+            "cache": cache,
+            "discard": discard,
+            "detect-zeroes": _detect_zeroes(disk) if layer.number == 0 else None,
+            "driver": layer.format,
+            "file": storage,
+        }
+        if layer.source.slices is not None and layer.format == "raw" and layer.source.slices.slices:
+            piece = layer.source.slices.slices[0]
+            node |= {"offset": piece.offset, "size": piece.size}
+        if layer.format == "qcow2" and disk.driver is not None and layer.number == 0:
+            node["discard-no-unref"] = disk.driver.discard_no_unref
+            if disk.driver.metadata_cache is not None:
+                node["cache-size"] = disk.driver.metadata_cache.max_size
+        if layer.format in ("qcow2", "qcow", "qed", "vmdk"):
+            node["backing"] = below
+            node["__backing__"] = True  # null is meaningful here: it ends the chain
+        nodes.append(node)
+        below = node_name(alias, layer.number, "format")
+    if disk.driver is not None and disk.driver.copy_on_read and chain:
+        top = nodes[-1]
+        top["node-name"] = node_name(alias, 0, "image")
+        cor = {"driver": "copy-on-read", "node-name": below, "file": top["node-name"], "discard": _discard(disk)}
+        nodes.append(cor)
+    return [_clean(node) for node in nodes]
+
+
+def _clean(node: Props) -> Props:
+    keep_backing = node.pop("__backing__", False)
+    return {key: value for key, value in node.items() if value is not None or (key == "backing" and keep_backing)}
+
+
+def _refuse_encryption(encryption: Encryption | None) -> None:
+    kind = encryption.format if encryption else None
+    raise ConfigUnsupported(f"disk encryption ({kind}) needs a store of secrets, which kvik does not have yet")
+
+
+def _cache(disk: Disk) -> Props | None:
+    mode = disk.driver.cache if disk.driver else None
+    if mode is None or mode == "default":
+        return None
+    direct, no_flush, _ = CACHE[mode]
+    return {"direct": direct, "no-flush": no_flush}
+
+
+def _write_cache(disk: Disk) -> str | None:
+    mode = disk.driver.cache if disk.driver else None
+    return on_off(CACHE[mode][2]) if mode and mode != "default" else None
+
+
+def _discard(disk: Disk) -> str | None:
+    # A guest that trims gives space back: that is what people expect of a sparse image, and costs nothing.
+    if disk.driver is not None and disk.driver.discard is not None:
+        return disk.driver.discard
+    return "unmap"
+
+
+def _detect_zeroes(disk: Disk) -> str | None:
+    return disk.driver.detect_zeroes if disk.driver else None
+
+
+# -- where the bytes are
+
+
+def _storage(context: Context, disk: Disk, layer: Layer) -> Props:
+    source = layer.source
+    if layer.type in ("file", "block"):
+        path = source.location
+        if not path:
+            raise ConfigUnsupported(f"disk {disk.target.dev}: layer {layer.number} names no file")
+        driver = "host_device" if layer.type == "block" else "file"
+        if layer.type == "block" and disk.device == "cdrom" and path.startswith("/dev/sr"):
+            driver = "host_cdrom"
+        return {
+            "driver": driver,
+            "filename": context.files.path(file_name(alias_of(disk), layer.number), path),
+            "aio": disk.driver.io if disk.driver else None,
+        }
+    if layer.type == "dir":
+        return {"driver": "vvfat", "dir": source.dir, "floppy": disk.device == "floppy", "rw": not layer.read_only}
+    if layer.type == "nvme":
+        if source.address is None:
+            raise ConfigUnsupported(f"disk {disk.target.dev}: an nvme source needs an address")
+        return {"driver": "nvme", "device": source.address.pci_text, "namespace": source.namespace}
+    if layer.type == "network":
+        return _network(disk, source)
+    raise ConfigUnsupported(f"disk {disk.target.dev}: source type {layer.type} is not supported here")
+
+
+def _host(host: Host, protocol: str) -> tuple[str, str]:
+    if not host.name:
+        raise ConfigUnsupported(f"a {protocol} source needs a host name")
+    return host.name, host.port or _PORTS.get(protocol, "")
+
+
+def _network(disk: Disk, source: DiskSource) -> Props:
+    protocol = source.protocol or ""
+    name = source.name or ""
+    hosts = source.hosts
+    if source.auth is not None or disk.auth is not None:
+        raise ConfigUnsupported(
+            f"disk {disk.target.dev}: <auth> needs a store of secrets, which kvik does not have yet"
+        )
+    if protocol not in ("rbd",) and not hosts:
+        raise ConfigUnsupported(f"disk {disk.target.dev}: a {protocol} source needs a host")
+    if protocol == "nbd":
+        if source.tls:
+            raise ConfigUnsupported(f"disk {disk.target.dev}: NBD over TLS is not supported yet")
+        return {"driver": "nbd", "server": _socket_address(hosts[0], protocol), "export": name or None}
+    if protocol in ("http", "https", "ftp", "ftps"):
+        host, port = _host(hosts[0], protocol)
+        url = f"{protocol}://{host}{':' + port if port else ''}/{name.lstrip('/')}"
+        props: Props = {"driver": protocol, "url": url + (f"?{source.query}" if source.query else "")}
+        if protocol in ("https", "ftps") and source.ssl is not None:
+            props["sslverify"] = source.ssl.verify
+        props["readahead"] = source.readahead.size if source.readahead else None
+        props["timeout"] = source.timeout.seconds if source.timeout else None
+        return props
+    if protocol == "iscsi":
+        host, port = _host(hosts[0], protocol)
+        target, _, lun = name.partition("/")
+        return {
+            "driver": "iscsi",
+            "portal": f"{host}:{port}",
+            "target": target,
+            "lun": int(lun) if lun.isdecimal() else 0,
+            "transport": "tcp",
+            "initiator-name": source.initiator.iqn.name if source.initiator and source.initiator.iqn else None,
+        }
+    if protocol == "rbd":
+        pool, _, image = name.partition("/")
+        servers = [dict(zip(("host", "port"), _host(host, protocol), strict=True)) for host in hosts]
+        return {
+            "driver": "rbd",
+            "pool": pool,
+            "image": image,
+            "server": servers or None,
+            "conf": source.config.file if source.config else None,
+            "snapshot": source.snapshot.name if source.snapshot else None,
+        }
+    if protocol == "ssh":
+        host, port = _host(hosts[0], protocol)
+        return {"driver": "ssh", "path": name, "server": {"host": host, "port": port}}
+    if protocol == "gluster":
+        volume, _, path = name.partition("/")
+        return {
+            "driver": "gluster",
+            "volume": volume,
+            "path": path,
+            "server": [_socket_address(host, protocol) for host in hosts],
+        }
+    if protocol == "nfs":
+        return {"driver": "nfs", "server": {"type": "inet", "host": _host(hosts[0], protocol)[0]}, "path": name}
+    raise ConfigUnsupported(f"disk {disk.target.dev}: network protocol {protocol!r} is not supported")
+
+
+def _socket_address(host: Host, protocol: str) -> Props:
+    if host.transport == "unix":
+        return {"type": "unix", "path": host.socket}
+    if host.transport not in (None, "tcp"):
+        raise ConfigUnsupported(f"{protocol} over {host.transport} is not supported")
+    name, port = _host(host, protocol)
+    return {"type": "inet", "host": name, "port": port}
+
+
+# -- the drive
+
+
+def disk_parts(context: Context, disk: Disk) -> Parts:
+    if disk.type == "vhostuser":
+        return _vhost_user(context, disk)
+    nodes = block_nodes(context, disk)
+    boot = context.boot(disk)
+    arguments = []
+    if disk.target.bus == "fdc" and boot is not None:  # the boot order of a floppy is its controller's
+        drive = "AB"[min((disk.address.unit if disk.address else 0) or 0, 1)]
+        arguments = ["-global", f"isa-fdc.bootindex{drive}={boot}"]
+    return Parts(blockdevs=nodes, arguments=arguments, devices=[_drive(context, disk, bool(nodes))])
+
+
+def _vhost_user(context: Context, disk: Disk) -> Parts:
+    alias = alias_of(disk)
+    path = disk.source.path if disk.source else None
+    if not path:
+        raise ConfigUnsupported(f"disk {disk.target.dev}: a vhostuser source needs a path")
+    chardev = Chardev(
+        f"chr-vu-{alias}",
+        "socket",
+        {"path": path},
+        {"addr": {"type": "unix", "data": {"path": path}}, "server": False},
+    )
+    device = {
+        "driver": context.require("vhost-user-blk-pci"),
+        "chardev": chardev.id,
+        "id": alias,
+        "bootindex": context.boot(disk),
+        "num-queues": disk.driver.queues if disk.driver else None,
+        **context.address(disk),
+    }
+    return Parts(chardevs=[chardev], devices=[device])
+
+
+def _drive(context: Context, disk: Disk, medium: bool) -> Props:
+    driver = disk.driver
+    common: Props = {
+        "drive": top_node(disk) if medium else None,
+        "id": alias_of(disk),
+        "bootindex": context.boot(disk),
+        "serial": disk.serial or None,
+        "write-cache": _write_cache(disk) if disk.device == "disk" else None,
+        "share-rw": True if disk.shareable else None,
+        "logical_block_size": disk.blockio.logical_block_size if disk.blockio else None,
+        "physical_block_size": disk.blockio.physical_block_size if disk.blockio else None,
+        "discard_granularity": disk.blockio.discard_granularity if disk.blockio else None,
+    }
+    if driver is not None:
+        common["werror"] = "enospc" if driver.error_policy == "enospace" else driver.error_policy
+        common["rerror"] = driver.rerror_policy or ("ignore" if driver.error_policy == "ignore" else None)
+    if disk.geometry is not None:
+        common |= {"cyls": disk.geometry.cyls, "heads": disk.geometry.heads, "secs": disk.geometry.secs}
+    bus = disk.target.bus
+    if bus == "virtio":
+        return {**_virtio(context, disk), **common}
+    if bus == "scsi":
+        return {**_scsi(context, disk), **common}
+    if bus in ("ide", "sata"):
+        return {**_ata(context, disk, bus), **common}
+    if bus == "usb":
+        removable = disk.target.removable
+        return {"driver": "usb-storage", **context.address(disk), "removable": removable, **common}
+    if bus == "fdc":
+        unit = disk.address.unit if disk.address else None
+        return {"driver": "floppy", "unit": unit or 0, "drive": common["drive"], "id": common["id"]}
+    raise ConfigUnsupported(f"disk {disk.target.dev}: QEMU has no disk bus {bus!r}")
+
+
+def _virtio(context: Context, disk: Disk) -> Props:
+    driver = disk.driver
+    props: Props = {"driver": context.virtio_name("blk", disk.model), **context.address(disk), **virtio_options(driver)}
+    if driver is not None:
+        props |= {
+            "ioeventfd": driver.ioeventfd,
+            "event_idx": driver.event_idx,
+            "iothread": f"iothread{driver.iothread}" if driver.iothread else None,
+            "num-queues": driver.queues,
+            "queue-size": driver.queue_size,
+        }
+    return props
+
+
+def _scsi(context: Context, disk: Disk) -> Props:
+    address = disk.address
+    controller = (address.controller if address else 0) or 0
+    kind = {"cdrom": "scsi-cd", "lun": "scsi-block"}.get(disk.device, "scsi-hd")
+    props: Props = {
+        "driver": kind,
+        "bus": f"{context.controller('scsi', controller)}.0",
+        "channel": (address.bus if address else 0) or 0,
+        "scsi-id": (address.target if address else 0) or 0,
+        "lun": (address.unit if address else 0) or 0,
+    }
+    if kind != "scsi-block":
+        props |= {
+            "device_id": disk.serial or alias_of(disk)[:20],
+            "wwn": int(disk.wwn, 16) if disk.wwn else None,
+            "vendor": disk.vendor or None,
+            "product": disk.product or None,
+        }
+    if kind == "scsi-hd":
+        props["rotation_rate"] = disk.target.rotation_rate
+    return props
+
+
+def _ata(context: Context, disk: Disk, bus: str) -> Props:
+    address = disk.address
+    controller = context.controller(bus, (address.controller if address else 0) or 0)
+    unit = (address.unit if address else 0) or 0
+    props: Props = {"driver": "ide-cd" if disk.device == "cdrom" else "ide-hd"}
+    if bus == "sata":  # each port of an AHCI controller is a bus of its own
+        props["bus"] = f"{controller}.{unit}"
+    else:
+        props |= {"bus": f"{controller}.{(address.bus if address else 0) or 0}", "unit": unit}
+    props["wwn"] = int(disk.wwn, 16) if disk.wwn else None
+    if disk.device == "disk":
+        props["rotation_rate"] = disk.target.rotation_rate
+    return props

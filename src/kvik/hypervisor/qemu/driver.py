@@ -1,0 +1,323 @@
+"""QEMU as a driver: completes and checks documents, starts machines and finds them again.
+
+Starting opens every file first, then spawns QEMU with the descriptors, then speaks QMP; whatever fails on the way is
+undone in reverse, and if QEMU itself gave up, its own words are the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape, quoteattr
+
+from kvik.conf.aliases import assign_aliases
+from kvik.conf.cpu import Cpu, CpuModel
+from kvik.conf.domain import Domain
+from kvik.conf.features import Features, Smm
+from kvik.conf.os import Loader, Nvram
+from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError
+from kvik.host.process import find, find_program
+from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
+from kvik.hypervisor.qemu import hotplug, process
+from kvik.hypervisor.qemu.argv.build import build
+from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
+from kvik.hypervisor.qemu.descriptors import open_all
+from kvik.hypervisor.qemu.firmware import find_firmware, installed_firmware
+from kvik.hypervisor.qemu.machine import QemuMachine
+from kvik.paths import Paths
+
+__all__ = ["QemuDriver"]
+
+START_DEADLINE = 30.0
+ATTACH_DEADLINE = 2.0
+_NATIVE_ARCH = os.uname().machine
+_FEATURES = frozenset(Feature) - {Feature.KVM, Feature.RENAME_RUNNING}
+
+
+class QemuDriver:
+    name = "QEMU"
+
+    def __init__(self, paths: Paths, probe: Callable[[], HostVerdict], *, emulator: str = "") -> None:
+        """`probe` runs the host's acceleration probe (blocking); `emulator` overrides the search for a binary."""
+        self._paths = paths
+        self._probe = probe
+        self._verdict = probe()
+        self._emulator = emulator
+        self._prober = QemuProber(paths.cache / "qemu")
+
+    def features(self) -> frozenset[Feature]:
+        return _FEATURES | ({Feature.KVM} if self._verdict.usable else set())
+
+    def verdict(self) -> HostVerdict:
+        return self._verdict
+
+    async def version(self) -> int:
+        return (await self.capabilities(await self.default_emulator(_NATIVE_ARCH))).version
+
+    async def capabilities(self, emulator: str) -> QemuCapabilities:
+        return await self._prober.capabilities(emulator)
+
+    async def default_emulator(self, arch: str) -> str:
+        if self._emulator:
+            return self._emulator
+        arch = {"amd64": "x86_64", "i686": "i386", "": _NATIVE_ARCH}.get(arch, arch)
+        names = [f"qemu-system-{arch}"] + (["qemu-kvm", "kvm"] if arch == _NATIVE_ARCH else [])
+        for name in names:
+            found = find_program(name) or find_program(name, "/usr/libexec")
+            if found is not None:
+                return found
+        package = "qemu-system-x86" if arch in ("x86_64", "i386") else "qemu-system"
+        raise HypervisorError(
+            f"no QEMU for {arch} is installed (looked for {', '.join(names)})", remedy=f"apt install {package}"
+        )
+
+    # -- documents
+
+    async def complete(self, definition: Domain) -> None:
+        described = definition.os
+        described.type.arch = described.type.arch or _NATIVE_ARCH
+        if not definition.devices.emulator:
+            definition.devices.emulator = await self.default_emulator(described.type.arch)
+        capabilities = await self.capabilities(definition.devices.emulator)
+        machine = capabilities.machine(described.type.machine or "")
+        if machine is None:
+            raise _no_machine(capabilities, described.type.machine or "")
+        described.type.machine = machine.name
+        if definition.cpu is None and capabilities.arch in ("x86_64", "i386"):
+            name = machine.default_cpu.removesuffix(f"-{capabilities.arch}-cpu") or "qemu64"
+            model = CpuModel(value=name, fallback="forbid")
+            definition.cpu = Cpu(mode="custom", match="exact", check="none", model=model)
+        self._complete_firmware(definition, capabilities.arch, machine.name)
+
+    def _complete_firmware(self, definition: Domain, arch: str, machine: str) -> None:
+        described = definition.os
+        if described.firmware == "efi" and (described.loader is None or not described.loader.value):
+            wanted = described.firmware_features.features if described.firmware_features else []
+            secure = any(feature.name == "secure-boot" and feature.enabled for feature in wanted)
+            secure = secure or bool(described.loader and described.loader.secure)
+            image = find_firmware(arch, machine, secure=secure)
+            described.loader = Loader(readonly=True, type="pflash", value=image.code, secure=secure or None)
+            if image.code_format != "raw":
+                described.loader.format = "qcow2"
+            described.nvram = described.nvram or Nvram()
+            described.nvram.template = described.nvram.template or image.nvram_template
+        loader = described.loader
+        if loader is None or loader.type != "pflash" or loader.stateless:
+            return
+        if loader.secure:
+            definition.features = definition.features or Features()
+            definition.features.smm = definition.features.smm or Smm(state=True)
+        nvram = described.nvram
+        if nvram is None and loader.value:
+            template = next((item.nvram_template for item in installed_firmware() if item.code == loader.value), None)
+            nvram = described.nvram = Nvram(template=template)
+        if nvram is not None and not nvram.value and nvram.source is None:
+            nvram.value = str(self._paths.nvram / f"{definition.name}_VARS.fd")
+
+    async def validate(self, definition: Domain) -> None:
+        if definition.type not in ("kvm", "qemu"):
+            raise ConfigUnsupported(f"QEMU does not run domains of type {definition.type!r}", path="/domain/@type")
+        if definition.type == "kvm" and not self._verdict.usable:
+            # Perhaps a module was loaded or a permission given since; cached, so this costs a millisecond if not.
+            self._verdict = await asyncio.to_thread(self._probe)
+        if definition.type == "kvm" and not self._verdict.usable:
+            remedy = "use <domain type='qemu'> for software emulation"
+            if self._verdict.remedy:
+                remedy = f"{self._verdict.remedy}, or {remedy}"
+            raise ConfigUnsupported(
+                f"<domain type='kvm'> cannot run on this host: {self._verdict.reason}",
+                path="/domain/@type",
+                remedy=remedy,
+            )
+        arch = definition.os.type.arch or _NATIVE_ARCH
+        capabilities = await self.capabilities(definition.devices.emulator or await self.default_emulator(arch))
+        if definition.type == "kvm" and not capabilities.kvm:
+            raise ConfigUnsupported(f"{capabilities.binary} was built without KVM", path="/domain/devices/emulator")
+        if capabilities.arch != arch and not (capabilities.arch == "x86_64" and arch in ("i686", "i386", "amd64")):
+            raise ConfigUnsupported(f"{capabilities.binary} does not run {arch} guests", path="/domain/os/type/@arch")
+        machine = capabilities.machine(definition.os.type.machine or "")
+        if machine is None:
+            raise _no_machine(capabilities, definition.os.type.machine or "")
+        vcpus = definition.vcpu.value if definition.vcpu else 1
+        if not 1 <= vcpus <= machine.max_cpus:
+            raise ConfigUnsupported(
+                f"machine type {machine.name} has 1 to {machine.max_cpus} vCPUs, not {vcpus}", path="/domain/vcpu"
+            )
+        model = definition.cpu.model.value if definition.cpu and definition.cpu.model else None
+        if model and definition.cpu and definition.cpu.mode in (None, "custom"):
+            known = {item.name for item in capabilities.cpus}
+            if known and model not in known:
+                raise ConfigUnsupported(f"{capabilities.binary} has no CPU model {model!r}", path="/domain/cpu/model")
+
+    async def native(self, definition: Domain) -> str:
+        copy = definition.copy()
+        await self.complete(copy)
+        assign_aliases(copy)
+        capabilities = await self.capabilities(copy.devices.emulator or "")
+        line = build(copy, capabilities, paused=False)
+        return process.shell_text(line.argv, line.env) + "\n"
+
+    # -- machines
+
+    async def start(self, request: StartRequest) -> QemuMachine:
+        domain = request.definition
+        await self.validate(domain)
+        arch = domain.os.type.arch or _NATIVE_ARCH
+        emulator = domain.devices.emulator or await self.default_emulator(arch)
+        capabilities = await self.capabilities(emulator)
+        assign_aliases(domain)
+        kernel = await self._kernel(domain)
+        _choose_spice_ports(domain)
+        with ExitStack() as undo, ExitStack() as close:
+            opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
+            line = build(domain, capabilities, opened.fds)
+            handle, position = process.spawn(line, request.directory, request.log_fd, capabilities.version_text)
+            undo.callback(handle.close)
+            undo.callback(handle.kill)
+            close.close()  # QEMU has its own; ours would keep its monitor from ending with it
+            machine = QemuMachine(domain, request.directory, handle, capabilities, request.sink)
+            machine.hold_events()
+            try:
+                await machine.connect(START_DEADLINE)
+                await machine.refresh()
+                await hotplug.start_settings(machine)
+                if opened.output is not None:
+                    machine.watch_output(opened.output)
+                    opened.output = None
+                if not request.paused:
+                    await machine.resume()
+            except BaseException as error:
+                reason = error
+                if isinstance(error, KvikError):
+                    reason = await process.died(domain.name, handle, request.log_fd, position, error)
+                await asyncio.shield(machine.quit(0.0))
+                if reason is error:
+                    raise
+                raise reason from error
+            undo.pop_all()
+            machine.release_events()
+            return machine
+
+    async def _kernel(self, domain: Domain) -> str | None:
+        """The unpacked kernel with a PVH entry, if the document boots a kernel by BIOS and it has one."""
+        described = domain.os
+        if not described.kernel or described.firmware is not None or described.loader is not None:
+            return None
+        from kvik.image.kernel import uncompressed_kernel
+
+        try:
+            found = await asyncio.to_thread(uncompressed_kernel, described.kernel, self._paths.cache / "kernels")
+        except (KvikError, OSError):
+            return None  # QEMU says better what is wrong with the kernel itself
+        return str(found) if found is not None else None
+
+    async def attach(
+        self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink
+    ) -> QemuMachine | None:
+        """A machine whose monitor does not answer is found all the same; its monitor is tried until it does."""
+        pid, start_time, boot = handle.get("pid"), handle.get("start_time"), handle.get("boot")
+        if not isinstance(pid, int) or not isinstance(start_time, int) or not isinstance(boot, str):
+            raise ConfigError(f"the status of machine {definition.name} does not say which process it is")
+        found = find(pid, start_time, boot)
+        if found is None:
+            return None
+        try:
+            capabilities = await self._running_capabilities(definition, handle)
+        except KvikError:
+            found.close()
+            raise
+        machine = QemuMachine(definition, directory, found, capabilities, sink)
+        if handle.get("started") is not False:
+            machine.mark_started()
+        try:
+            await machine.connect(ATTACH_DEADLINE)
+            await machine.refresh()
+        except KvikError:
+            if not machine.ended:
+                machine.keep_reconnecting()
+        return machine
+
+    async def _running_capabilities(self, definition: Domain, handle: Mapping[str, Any]) -> QemuCapabilities:
+        """Those of the binary under the machine's path; an upgrade meanwhile changes little that matters to it."""
+        emulator = definition.devices.emulator or str(handle.get("emulator", ""))
+        return await self.capabilities(emulator or await self.default_emulator(_NATIVE_ARCH))
+
+    async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str:
+        arch = arch or _NATIVE_ARCH
+        capabilities = await self.capabilities(emulator or await self.default_emulator(arch))
+        kind = capabilities.machine(machine or "pc")
+        if kind is None:
+            raise _no_machine(capabilities, machine)
+        virttype = virttype or ("kvm" if self._verdict.usable else "qemu")
+        if virttype == "kvm" and not self._verdict.usable:
+            raise ConfigUnsupported(f"KVM cannot be used here: {self._verdict.reason}", remedy=self._verdict.remedy)
+        return _domain_capabilities(capabilities, kind.name, kind.max_cpus, virttype)
+
+
+def _no_machine(capabilities: QemuCapabilities, name: str) -> ConfigUnsupported:
+    return ConfigUnsupported(
+        f"{capabilities.binary} has no machine type {name!r}",
+        path="/domain/os/type/@machine",
+        remedy=f"{capabilities.binary} -machine help lists them",
+    )
+
+
+def _choose_spice_ports(domain: Domain) -> None:
+    """SPICE cannot choose a free port itself: one that is free now is likely to be so in 10 ms."""
+    for device in domain.devices.graphics:
+        wants_address = not device.socket and all(item.type in ("address", "network") for item in device.listens)
+        if device.type == "spice" and wants_address and (device.port is None or device.port <= 0):
+            for port in range(5900, 6900):
+                with contextlib.suppress(OSError), socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", port))
+                    device.port = port
+                    break
+
+
+def _domain_capabilities(capabilities: QemuCapabilities, machine: str, vcpus: int, virttype: str) -> str:
+    def enum(name: str, values: list[str]) -> str:
+        items = "".join(f"<value>{escape(value)}</value>" for value in values)
+        return f"<enum name={quoteattr(name)}>{items}</enum>"
+
+    def having(table: Mapping[str, str]) -> list[str]:
+        return [name for name, device in table.items() if capabilities.has(device)]
+
+    firmware = [item for item in installed_firmware() if item.fits(capabilities.arch, machine, False)]
+    loaders = "".join(f"<value>{escape(item.code)}</value>" for item in firmware)
+    buses = ["ide", "fdc", "scsi", "virtio", "usb", "sata"]
+    video = having({"vga": "VGA", "cirrus": "cirrus-vga", "vmvga": "vmware-svga", "qxl": "qxl-vga",
+                    "virtio": "virtio-vga", "bochs": "bochs-display", "ramfb": "ramfb"})  # fmt: skip
+    graphics = [name for name in ("vnc", "spice") if name in capabilities.options]
+    models = "".join(
+        f"<model usable={quoteattr('yes' if model.usable else 'no')}>{escape(model.name)}</model>"
+        for model in sorted(capabilities.cpus, key=lambda item: item.name)
+        if model.name not in ("host", "max", "base")
+    )
+    passthrough = "yes" if virttype == "kvm" else "no"
+    return (
+        f"<domainCapabilities><path>{escape(capabilities.binary)}</path><domain>{virttype}</domain>"
+        f"<machine>{escape(machine)}</machine><arch>{escape(capabilities.arch)}</arch><vcpu max='{vcpus}'/>"
+        f"<os supported='yes'>{enum('firmware', ['efi'] if firmware else [])}"
+        f"<loader supported='yes'>{loaders}{enum('type', ['rom', 'pflash'])}{enum('readonly', ['yes', 'no'])}"
+        f"{enum('secure', ['no'])}</loader></os>"
+        f"<cpu><mode name='host-passthrough' supported='{passthrough}'/><mode name='maximum' supported='yes'/>"
+        f"<mode name='host-model' supported='{passthrough}'/><mode name='custom' supported='yes'>{models}</mode></cpu>"
+        f"<memoryBacking supported='yes'>{enum('sourceType', ['file', 'anonymous', 'memfd'])}</memoryBacking>"
+        f"<devices><disk supported='yes'>{enum('diskDevice', ['disk', 'cdrom', 'floppy', 'lun'])}{enum('bus', buses)}"
+        f"{enum('model', ['virtio', 'virtio-transitional', 'virtio-non-transitional'])}</disk>"
+        f"<graphics supported='yes'>{enum('type', [*graphics, 'egl-headless', 'dbus'])}</graphics>"
+        f"<video supported='yes'>{enum('modelType', [*video, 'none'])}</video>"
+        f"<hostdev supported='yes'>{enum('mode', ['subsystem'])}{enum('subsysType', ['usb', 'pci'])}</hostdev>"
+        f"<rng supported='yes'>{enum('model', ['virtio'])}{enum('backendModel', ['random', 'egd', 'builtin'])}</rng>"
+        f"<filesystem supported='yes'>{enum('driverType', ['path', 'virtiofs'])}</filesystem>"
+        f"<tpm supported='{'yes' if capabilities.tpm_models else 'no'}'>"
+        f"{enum('model', sorted(capabilities.tpm_models))}{enum('backendModel', ['passthrough', 'external'])}</tpm>"
+        f"</devices><features><genid supported='yes'/><vmcoreinfo supported='yes'/></features></domainCapabilities>\n"
+    )

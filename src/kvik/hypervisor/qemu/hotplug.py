@@ -1,0 +1,386 @@
+"""Devices of a running machine: attach, detach, update; and what only QEMU knows, read back into the document.
+
+A device is described by the same `Parts` as on the command line. Attaching tells QEMU of its parts in order and, if
+one fails, takes back those before it. Detaching asks the guest; its parts go when QEMU says that the device is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Mapping
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from kvik.conf.devices.chardev import Channel, Chardev, ChardevSource, Console
+from kvik.conf.devices.controller import Controller
+from kvik.conf.devices.disk import Disk
+from kvik.conf.devices.display import Graphics, Input
+from kvik.conf.devices.hostdev import Hostdev, Redirdev
+from kvik.conf.devices.interface import Interface
+from kvik.conf.devices.memory import Memballoon, Memory, Shmem
+from kvik.conf.devices.other import Rng, Vsock
+from kvik.errors import (
+    ConfigUnsupported,
+    HypervisorError,
+    KvikError,
+    MonitorError,
+    OperationFailed,
+    OperationUnsupported,
+)
+from kvik.hypervisor.qemu.argv import disks
+from kvik.hypervisor.qemu.argv.build import make_context, parts_of
+from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props, alias_of
+from kvik.hypervisor.qemu.descriptors import Opened, open_disk
+
+if TYPE_CHECKING:
+    from kvik.hypervisor.qemu.machine import QemuMachine
+
+__all__ = [
+    "attach",
+    "detach",
+    "finish_detach",
+    "mirror_console",
+    "query_graphics",
+    "set_pty",
+    "start_settings",
+    "update",
+]
+
+_DEADLINE = 20.0
+_TRAY_DEADLINE = 5.0
+_PLUGGABLE = (Disk, Interface, Hostdev, Redirdev, Channel, Rng, Memory, Shmem, Input, Controller, Vsock)
+
+
+def _clean(props: Mapping[str, Any]) -> Props:
+    """Without what is None, but with `backing: null`."""
+    return {key: value for key, value in props.items() if value is not None or key == "backing"}
+
+
+# -- attach
+
+
+async def attach(machine: QemuMachine, device: Any, files: Mapping[str, int]) -> None:
+    """Raises `OperationUnsupported`, `ConfigUnsupported`, `MonitorError`; then nothing has changed."""
+    if not isinstance(device, _PLUGGABLE):
+        raise OperationUnsupported(f"QEMU cannot plug a {type(device).__name__.lower()} into a running machine")
+    if isinstance(device, Disk) and device.target.bus not in ("virtio", "scsi", "usb"):
+        raise OperationUnsupported(f"disks on bus {device.target.bus} cannot be plugged into a running machine")
+    with ExitStack() as close, ExitStack() as undo:
+        opened = Opened(close, undo, files)
+        if isinstance(device, Disk):
+            open_disk(opened, device)
+        undone = _Undo(machine)
+        try:
+            await _attach(machine, device, opened, undone)
+        except BaseException:
+            await asyncio.shield(undone.run())
+            raise
+        await settle(machine, device)
+
+
+class _Undo:
+    """Monitor commands that take back what was done, last first; their own failures are passed over."""
+
+    def __init__(self, machine: QemuMachine) -> None:
+        self._machine = machine
+        self._steps: list[tuple[str, Props]] = []
+
+    def add(self, command: str, **arguments: Any) -> None:
+        self._steps.append((command, {key.replace("_", "-"): value for key, value in arguments.items()}))
+
+    async def run(self) -> None:
+        for command, arguments in reversed(self._steps):
+            with contextlib.suppress(KvikError):
+                await self._machine.execute(command, arguments)
+
+
+async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: _Undo) -> None:
+    paths: dict[str, str] = {}
+    for name, fd in opened.fds.items():
+        if name.startswith("disk:"):
+            paths[name] = await add_fd(machine, fd, name)
+            undone.add("remove-fd", fdset_id=int(paths[name].rsplit("/", 1)[-1]))
+    files = Files(opened.fds, paths)
+    context = make_context(machine.domain, machine.capabilities, files)
+    if getattr(device, "boot", None) is not None:
+        context.boot_index[alias_of(device)] = device.boot.order
+    parts = parts_of(context, device)
+    if parts.arguments:
+        raise OperationUnsupported(f"this {type(device).__name__.lower()} cannot be plugged into a running machine")
+    for name, fd in opened.fds.items():
+        if name not in paths:
+            label = files.fd(name)
+            await machine.execute("getfd", {"fdname": label}, fds=[fd])
+            undone.add("closefd", fdname=label)
+    for item in parts.objects:
+        await machine.execute("object-add", _clean(item), deadline=_DEADLINE)
+        undone.add("object-del", id=item["id"])
+    for chardev in parts.chardevs:
+        backend = {"type": chardev.backend, "data": _clean(chardev.data)}
+        reply = await machine.execute("chardev-add", {"id": chardev.id, "backend": backend})
+        undone.add("chardev-remove", id=chardev.id)
+        if chardev.backend == "pty" and isinstance(reply, dict) and isinstance(device, Chardev):
+            set_pty(device, str(reply.get("pty", "")))
+    for node in parts.blockdevs:
+        await machine.execute("blockdev-add", _clean(node), deadline=_DEADLINE)
+        undone.add("blockdev-del", node_name=node["node-name"])
+    for netdev in parts.netdevs:
+        await machine.execute("netdev_add", _clean(netdev))
+        undone.add("netdev_del", id=netdev["id"])
+    for item in parts.devices:
+        await machine.execute("device_add", _clean(item), deadline=_DEADLINE)
+        if "id" in item:
+            undone.add("device_del", id=item["id"])
+
+
+async def add_fd(machine: QemuMachine, fd: int, name: str) -> str:
+    """Gives QEMU a descriptor; its name there."""
+    reply = await machine.execute("add-fd", {"opaque": name}, fds=[fd])
+    number = reply.get("fdset-id") if isinstance(reply, dict) else None
+    if not isinstance(number, int):
+        raise HypervisorError(f"{machine.name}: the reply to add-fd is malformed")
+    return f"/dev/fdset/{number}"
+
+
+# -- detach
+
+
+async def detach(machine: QemuMachine, device: Any) -> None:
+    """Asks the guest to let go; `DEVICE_REMOVED` tells when it has. Raises `MonitorError`."""
+    alias = alias_of(device)
+    machine.leaving[alias] = device
+    try:
+        await machine.execute("device_del", {"id": alias})
+    except MonitorError as error:
+        if "in the process of unplug" not in error.message:  # asked a second time: still leaving
+            machine.leaving.pop(alias, None)
+            raise
+    except KvikError:
+        machine.leaving.pop(alias, None)
+        raise
+
+
+async def finish_detach(machine: QemuMachine, device: Any) -> None:
+    """The device is gone: its host side goes as well."""
+    context = make_context(machine.domain, machine.capabilities, Files({}, {}))
+    try:
+        parts = parts_of(context, device)
+    except KvikError:
+        return
+    await _remove_host_side(machine, parts)
+    if isinstance(device, Disk):
+        await remove_fdsets(machine, alias_of(device))
+
+
+async def _remove_host_side(machine: QemuMachine, parts: Parts) -> None:
+    steps: list[tuple[str, Props]] = []
+    steps += [("netdev_del", {"id": item["id"]}) for item in parts.netdevs]
+    steps += [("blockdev-del", {"node-name": item["node-name"]}) for item in reversed(parts.blockdevs)]
+    steps += [("chardev-remove", {"id": item.id}) for item in parts.chardevs]
+    steps += [("object-del", {"id": item["id"]}) for item in reversed(parts.objects)]
+    for command, arguments in steps:
+        with contextlib.suppress(KvikError):
+            await machine.execute(command, arguments)
+
+
+async def remove_fdsets(machine: QemuMachine, alias: str) -> None:
+    """Descriptors of a disk's images that nothing uses any more."""
+    with contextlib.suppress(KvikError):
+        reply = await machine.execute("query-fdsets")
+        for item in reply if isinstance(reply, list) else []:
+            names = [entry.get("opaque") for entry in item.get("fds", [])]
+            if any(isinstance(name, str) and name.startswith(f"disk:{alias}:") for name in names):
+                await machine.execute("remove-fd", {"fdset-id": item["fdset-id"]})
+
+
+# -- update
+
+
+async def update(machine: QemuMachine, old: Any, new: Any) -> None:
+    """Changes what can be changed while the guest runs. Raises `OperationUnsupported` for the rest."""
+    if isinstance(new, Disk) and isinstance(old, Disk):
+        if new.device in ("cdrom", "floppy"):
+            await _change_medium(machine, old, new)
+        await _limits(machine, new)
+    elif isinstance(new, Interface) and isinstance(old, Interface):
+        await _update_interface(machine, old, new)
+    elif isinstance(new, Graphics):
+        await _password(machine, new)
+    elif isinstance(new, Memballoon):
+        await _balloon_period(machine, new)
+    else:
+        raise OperationUnsupported(f"a {type(new).__name__.lower()} cannot be changed while the machine runs")
+
+
+async def _update_interface(machine: QemuMachine, old: Interface, new: Interface) -> None:
+    if (old.type, old.mac and old.mac.address, old.model and old.model.type) != (
+        new.type,
+        new.mac and new.mac.address,
+        new.model and new.model.type,
+    ):
+        raise OperationUnsupported("type, MAC address and model of an interface cannot change while the machine runs")
+    await _link(machine, new)
+
+
+async def _link(machine: QemuMachine, nic: Interface) -> None:
+    up = nic.link is None or nic.link.state == "up"
+    await machine.execute("set_link", {"name": alias_of(nic), "up": up})
+
+
+async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
+    alias = alias_of(old)
+    with ExitStack() as close, ExitStack() as undo:
+        opened = Opened(close, undo, {})
+        new.alias = old.alias
+        open_disk(opened, new)  # a medium that cannot be opened leaves the old one in
+        await _take_medium(machine, alias)
+        nodes = disks.block_nodes(_context(machine, {}, {}), old) if disks.has_medium(old) else []
+        for node in reversed(nodes):
+            with contextlib.suppress(MonitorError):
+                await machine.execute("blockdev-del", {"node-name": node["node-name"]})
+        await remove_fdsets(machine, alias)
+        if disks.has_medium(new):
+            undone = _Undo(machine)
+            try:
+                paths = {name: await add_fd(machine, fd, name) for name, fd in opened.fds.items()}
+                for node in disks.block_nodes(_context(machine, opened.fds, paths), new):
+                    await machine.execute("blockdev-add", _clean(node), deadline=_DEADLINE)
+                    undone.add("blockdev-del", node_name=node["node-name"])
+                await machine.execute("blockdev-insert-medium", {"id": alias, "node-name": disks.top_node(new)})
+            except BaseException:
+                await asyncio.shield(undone.run())
+                raise
+        with contextlib.suppress(MonitorError):  # a floppy drive has no tray
+            await machine.execute("blockdev-close-tray", {"id": alias})
+
+
+def _context(machine: QemuMachine, fds: Mapping[str, int], paths: Mapping[str, str]) -> Context:
+    return make_context(machine.domain, machine.capabilities, Files(fds, paths))
+
+
+async def _take_medium(machine: QemuMachine, alias: str) -> None:
+    """Opens the tray and takes the medium out, waiting a while for a guest that holds it locked."""
+    with contextlib.suppress(MonitorError):
+        await machine.execute("blockdev-open-tray", {"id": alias})
+    loop = asyncio.get_running_loop()
+    end = loop.time() + _TRAY_DEADLINE
+    while True:
+        try:
+            await machine.execute("blockdev-remove-medium", {"id": alias})
+            return
+        except MonitorError as error:
+            if "not open" not in error.message:
+                raise
+            if loop.time() > end:
+                raise OperationFailed(
+                    f"the guest holds the tray of {alias} locked", remedy="eject the medium in the guest first"
+                ) from error
+        await asyncio.sleep(0.05)
+
+
+# -- settings that exist only on the monitor
+
+
+async def start_settings(machine: QemuMachine) -> None:
+    """Before the first instruction: passwords, links, limits, balloon."""
+    domain = machine.domain
+    waits: list[Awaitable[None]] = [_password(machine, item) for item in domain.devices.graphics if item.passwd]
+    waits += [_link(machine, nic) for nic in domain.devices.interfaces if nic.link and nic.link.state == "down"]
+    waits += [_limits(machine, disk) for disk in domain.devices.disks if disk.iotune is not None]
+    balloon = domain.devices.memballoon
+    if balloon is not None and balloon.model not in ("none", "xen"):
+        if balloon.stats is not None:
+            waits.append(_balloon_period(machine, balloon))
+        if domain.current_memory and domain.current_memory < domain.memory:
+            waits.append(machine.set_balloon(domain.current_memory * 1024))
+    for wait in waits:
+        await wait
+
+
+async def _password(machine: QemuMachine, device: Graphics) -> None:
+    if device.passwd is None or device.type not in ("vnc", "spice"):
+        return
+    arguments = {"protocol": device.type, "password": device.passwd}
+    if device.type == "spice" or device.connected == "keep":
+        arguments["connected"] = device.connected or "keep"
+    await machine.execute("set_password", arguments)
+    valid = device.passwd_valid_to
+    if valid is not None:
+        await machine.execute("expire_password", {"protocol": device.type, "time": _epoch(valid)})
+
+
+def _epoch(text: str) -> str:
+    try:
+        return str(int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()))
+    except ValueError as error:
+        raise ConfigUnsupported(f"passwdValidTo {text!r} is no date like 2030-01-31T12:00:00") from error
+
+
+async def _balloon_period(machine: QemuMachine, device: Memballoon) -> None:
+    place = {"path": f"/machine/peripheral/{alias_of(device)}", "property": "guest-stats-polling-interval"}
+    await machine.execute("qom-set", place | {"value": device.stats.period if device.stats else 0})
+
+
+_LIMITS = {
+    "total_bytes_sec": "bps", "read_bytes_sec": "bps_rd", "write_bytes_sec": "bps_wr",
+    "total_iops_sec": "iops", "read_iops_sec": "iops_rd", "write_iops_sec": "iops_wr",
+}  # fmt: skip
+
+
+async def _limits(machine: QemuMachine, disk: Disk) -> None:
+    if disk.iotune is None:
+        return
+    tune = disk.iotune
+    arguments: Props = {"id": alias_of(disk)}
+    for ours, theirs in _LIMITS.items():
+        arguments[theirs] = getattr(tune, ours) or 0  # these six must be there
+        for suffix in ("max", "max_length"):
+            value = getattr(tune, f"{ours}_{suffix}")
+            if value is not None:
+                arguments[f"{theirs}_{suffix}"] = value
+    if tune.size_iops_sec is not None:
+        arguments["iops_size"] = tune.size_iops_sec
+    if tune.group_name:
+        arguments["group"] = tune.group_name
+    await machine.execute("block_set_io_throttle", arguments)
+
+
+async def settle(machine: QemuMachine, device: Any) -> None:
+    """What an attached device still needs from the monitor."""
+    if isinstance(device, Disk):
+        await _limits(machine, device)
+    elif isinstance(device, Interface) and device.link is not None and device.link.state == "down":
+        await _link(machine, device)
+
+
+# -- read back
+
+
+def set_pty(device: Chardev, path: str) -> None:
+    if not path.startswith("/dev/pts/") or not path.removeprefix("/dev/pts/").isdecimal():
+        return  # QEMU's word is not trusted to name any other file
+    if not device.sources:
+        device.sources = [ChardevSource()]
+    device.sources[0].path = path
+    device.tty = path if isinstance(device, Console) else device.tty
+
+
+def mirror_console(console: Console, serial: Chardev) -> None:
+    """The first console of type serial is the first serial line under another name."""
+    console.type = serial.type
+    path = serial.source.path if serial.source else None
+    if path and serial.type == "pty":
+        set_pty(console, path)
+
+
+async def query_graphics(machine: QemuMachine) -> None:
+    """Ports that QEMU chose."""
+    for device in machine.domain.devices.graphics:
+        if device.type != "vnc" or (device.port is not None and device.port > 0) or device.socket:
+            continue
+        reply = await machine.execute("query-vnc")
+        service = reply.get("service") if isinstance(reply, dict) else None
+        if isinstance(service, str) and service.isdecimal() and 0 < int(service) < 65536:
+            device.port = int(service)
