@@ -28,6 +28,10 @@ ENVIRON = {**os.environ, "PYTHONPATH": str(Path(kvik.__file__).parent.parent)}
 def root() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="kvikd-"))
     yield path
+    for file in path.rglob("kvikd.pid"):  # a test that failed half-way leaves no daemon behind
+        process = Path("/proc") / file.read_text().strip()
+        if (process / "cmdline").exists() and os.fsencode(path) in (process / "cmdline").read_bytes():
+            os.kill(int(process.name), signal.SIGKILL)
     shutil.rmtree(path, ignore_errors=True)
 
 
