@@ -163,7 +163,8 @@ class Apt:
         self._run(["apt-get", *self._options(), "-qq", "update"], self._directory)
         if not self.has_lists:
             raise HostError(
-                "apt knows no package lists", remedy="name Debian's archive in /etc/apt/sources.list and try again"
+                "apt could not fetch the package lists",
+                remedy="check the network and /etc/apt/sources.list; 'apt-get update' shows the reason",
             )
 
     def show(self, names: Iterable[str]) -> dict[str, Package]:

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +109,6 @@ def build_tiny(
             return image
         for leftover in root.glob(".new-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        started = time.monotonic()
         packages, files = _fetch(apt or Apt(paths.cache / "apt"), report, refresh)
         report("image", 0, 3)
         rootfs = Rootfs()
@@ -123,7 +121,9 @@ def build_tiny(
         with contextlib.suppress(KvikError):
             uncompressed_kernel(image.kernel, paths.cache / "kernels")
         report("image", 3, 3)
-        image.manifest["seconds"] = round(time.monotonic() - started, 2)
+        for old in files[0].parent.glob("*.deb"):  # the archive has moved on; so does our copy of it
+            if old not in files:
+                old.unlink(missing_ok=True)
         return image
 
 

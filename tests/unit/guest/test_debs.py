@@ -170,5 +170,5 @@ def test_a_short_download_is_an_error(apt: Apt, fake: FakeApt) -> None:
 
 
 def test_no_lists_after_an_update_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="no package lists"):
+    with pytest.raises(HostError, match="could not fetch the package lists"):
         Apt(tmp_path / "apt", run=lambda argv, directory: "", lists=tmp_path).update()
