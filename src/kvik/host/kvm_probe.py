@@ -199,20 +199,23 @@ def _measure_speed(vcpu: Vcpu, result: dict[str, Any]) -> bool:
         reason, spent = _timed(vcpu)
         return spent if _reached(reason, 0, result) else -1
 
-    if spent_on(WARM_UP) < 0 or (short := spent_on(SHORT_RUN)) < 0:
+    runs = [spent_on(iterations) for iterations in (WARM_UP, SHORT_RUN, SHORT_RUN)]
+    if min(runs) < 0:
         return False
-    slopes = []
+    short = min(runs[1:])
+    slopes: list[float] = []
     # Slow runs are repeated and the fastest believed: a host's hiccup of a few ms must not look like emulation.
     for iterations in (LONG_RUN, LONG_RUN, LONG_RUN, PRECISE_RUN):
-        if iterations == LONG_RUN and slopes and min(slopes) <= FAST:
+        if iterations == LONG_RUN and slopes and slopes[-1] <= FAST:
             continue
-        if iterations == PRECISE_RUN and min(slopes) > FAST:
+        if iterations == PRECISE_RUN and slopes[-1] > FAST:
             break
         spent = spent_on(iterations)
         if spent < 0:
             return False
         slopes.append(max(spent - short, 1) / (2 * (iterations - SHORT_RUN)))
-    result["instruction_ns"] = max(round(min(slopes), 3), 0.001)
+    speed = slopes[-1] if slopes[-1] <= FAST else min(slopes)
+    result["instruction_ns"] = max(round(speed, 3), 0.001)
     return True
 
 
