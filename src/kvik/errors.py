@@ -205,8 +205,10 @@ class MissingPackages(HostError):
 
     exit_code = 77
 
-    def __init__(self, message: str, *, packages: tuple[str, ...], command: str) -> None:
-        super().__init__(message, remedy=f"run: {command}" if command else "")
+    def __init__(
+        self, message: str, *, packages: tuple[str, ...] = (), command: str = "", errno: int = 0, remedy: str = ""
+    ) -> None:
+        super().__init__(message, errno=errno, remedy=remedy or (f"run: {command}" if command else ""))
         self.packages = packages
         self.command = command
 

@@ -13,6 +13,7 @@ from kvik.conf.devices.common import Address, Device
 from kvik.conf.devices.controller import Controller
 from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.other import Hub
+from kvik.conf.devices_xml import path_of
 from kvik.conf.domain import Devices, Domain
 from kvik.conf.machine import MMIO, family
 from kvik.conf.pci import assign_pci, pci_devices
@@ -134,7 +135,9 @@ def assign_virtio_serial(domain: Domain, *, grow: bool) -> None:
             place = (index, 0 if console and index == 0 else 1)
         if place is None:
             raise ConfigError(
-                "no free virtio-serial port is left", remedy="add a virtio-serial controller while the machine is off"
+                "no free virtio-serial port is left",
+                path=path_of(domain.devices, device),
+                remedy="add a virtio-serial controller while the machine is off",
             )
         used.add(place)
         device.address = Address(type="virtio-serial", controller=place[0], bus=0, port=place[1])
@@ -197,13 +200,14 @@ def assign_usb(domain: Domain, *, grow: bool) -> None:
     if not ports.ports:
         raise ConfigError(
             "a USB device needs a USB controller, and the document has none",
+            path=path_of(devices, missing[0]),
             remedy="remove <controller type='usb' model='none'/>",
         )
     if grow:
         while sum(map(len, ports.ports.values())) < len(missing):
             place = ports.find(None)
             if place is None:
-                raise ConfigError("no free USB port is left for another hub")
+                raise ConfigError("no free USB port is left for another hub", path=path_of(devices, missing[-1]))
             hub = Hub(type="usb", address=Address(type="usb", bus=place[0], usb_port=place[1]))
             devices.hubs.append(hub)
             ports.take(*place)
@@ -211,7 +215,11 @@ def assign_usb(domain: Domain, *, grow: bool) -> None:
     for device in missing:
         place = ports.find(device.address.bus if device.address is not None else None)
         if place is None:
-            raise ConfigError("no free USB port is left", remedy="add <hub type='usb'/> while the machine is off")
+            raise ConfigError(
+                "no free USB port is left",
+                path=path_of(devices, device),
+                remedy="add <hub type='usb'/> while the machine is off",
+            )
         device.address = Address(type="usb", bus=place[0], usb_port=place[1])
         ports.take(*place)
         if isinstance(device, Hub):

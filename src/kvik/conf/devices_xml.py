@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvik.conf.codec import Element, plan_of
-from kvik.conf.devices.common import Device
+from kvik.conf.devices.common import BootableDevice, Device
+from kvik.conf.devices.hostdev import Redirdev
 from kvik.conf.domain import Devices
 from kvik.conf.reader import read_xml
 from kvik.conf.xmlformat import format_element
@@ -93,6 +94,18 @@ def guest_devices(devices: Devices) -> Iterator[tuple[str, Device]]:
     for path, item in devices_of(devices):
         if isinstance(item, Device):
             yield path, item
+
+
+def bootable_devices(devices: Devices) -> Iterator[tuple[str, BootableDevice | Redirdev]]:
+    """(path below /domain/devices, Struct) of those that can have a boot order."""
+    for path, item in devices_of(devices):
+        if isinstance(item, BootableDevice | Redirdev):
+            yield path, item
+
+
+def path_of(devices: Devices, device: Element) -> str:
+    """`/domain/devices/disk[2]`, or the bare kind for a device that is not part of the document."""
+    return "/domain/devices/" + next((path for path, item in devices_of(devices) if item is device), kind_of(device))
 
 
 def device_list(devices: Devices, kind: str) -> list[Element]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from kvik.conf.devices.common import Address, Device
 from kvik.conf.devices.controller import Controller, ControllerModelName, ControllerTarget
+from kvik.conf.devices_xml import path_of
 from kvik.conf.domain import Devices, Domain
 from kvik.conf.machine import I440FX, PCI, PCIE, Q35, family
 from kvik.errors import ConfigError
@@ -222,7 +223,9 @@ class _Map:
         """Find it a slot of the kind it needs, making one where that is allowed."""
         slot = self.find(need, device)
         if slot is None:
-            raise ConfigError(f"no free {need} PCI slot is left", remedy=_remedy(self.machine))
+            raise ConfigError(
+                f"no free {need} PCI slot is left", path=path_of(self.devices, device), remedy=_remedy(self.machine)
+            )
         self.put(device, slot, multifunction=_is_root_port(device) and slot[2] == 0)
         if isinstance(device, Controller) and device.model == "pcie-root-port" and not self.grow:
             port = slot[1] << 3 | slot[2]
@@ -257,15 +260,15 @@ class _Map:
                         return bus, number, function
         return None
 
-    def make(self, need: str) -> Slot | None:
-        """A new controller with a free slot of this kind, and that slot."""
+    def make(self, need: str, index: int | None = None) -> Slot | None:
+        """A new controller with a free slot of this kind, and that slot; `index` if its number is already known."""
         if need == EXPRESS:
             model = "pcie-root-port"
         elif need == CONVENTIONAL:
             model = "pcie-to-pci-bridge" if self.root == "root" else "pci-bridge"
         else:
             return None
-        controller = Controller(type="pci", model=model, index=max(self.buses) + 1)
+        controller = Controller(type="pci", model=model, index=index or max(self.buses) + 1)
         bus = controller.index or 0
         if model == "pci-bridge":
             # It takes a slot of the root bus and offers 31 others. The root bus is full by now, so the count is kept
@@ -277,7 +280,7 @@ class _Map:
                 return None
             self.put(controller, upstream, multifunction=_is_root_port(controller) and upstream[2] == 0)
             # Finding the upstream slot may itself have made a controller.
-            controller.index = bus = max(self.buses) + 1
+            controller.index = bus = index or max(self.buses) + 1
         self.buses[bus] = model
         self.created.append(controller)
         return bus, BUSES[model][1], 0
@@ -324,6 +327,11 @@ def _add_missing(devices: Devices, machine: str, spare: int) -> None:
     before += [(item, item.address) for item in devices.controllers if item.type == "pci"]
     trial = _Map(devices, machine, grow=True)
     try:
+        # Buses that addresses already name come first, so that nothing new lands on them.
+        named = {bus for bus, _, _ in trial.used}
+        for index in range(1, max(named) + 1):
+            if index not in trial.buses:
+                trial.make(EXPRESS if trial.root == "root" else CONVENTIONAL, index)
         trial.fixed()
         for item in devices.controllers:
             if item.type == "pci" and item.model in BUSES and item.model not in ROOTS and _unplaced(item):

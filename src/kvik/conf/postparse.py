@@ -24,6 +24,7 @@ from kvik.conf.devices.display import Audio, Graphics, Input, Listen, Video, Vid
 from kvik.conf.devices.interface import InterfaceModel, Mac
 from kvik.conf.devices.memory import Memballoon
 from kvik.conf.devices.other import Vsock
+from kvik.conf.devices_xml import bootable_devices
 from kvik.conf.domain import Devices, Domain
 from kvik.conf.features import Clock
 from kvik.conf.machine import I440FX, MMIO, PCIE, Q35, MachineDefaults, family, is_x86
@@ -78,15 +79,7 @@ def _machine(domain: Domain, caps: MachineDefaults) -> None:
     os_type.machine = caps.machines.get(os_type.machine, os_type.machine)
     if domain.devices.emulator is None and caps.emulator:
         domain.devices.emulator = caps.emulator
-    if not domain.os.boots and not any(
-        device.boot is not None
-        for device in [
-            *domain.devices.disks,
-            *domain.devices.interfaces,
-            *domain.devices.hostdevs,
-            *domain.devices.redirdevs,
-        ]
-    ):
+    if not domain.os.boots and all(item.boot is None for _, item in bootable_devices(domain.devices)):
         domain.os.boots.append(OsBoot(dev="hd"))
     domain.vcpu = domain.vcpu or Vcpu(value=1)
     if domain.vcpu.placement is None:

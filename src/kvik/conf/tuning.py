@@ -116,9 +116,14 @@ class MemoryNodeBandwidth(Element):
     bandwidth: int
 
 
+class MemoryMonitor(Element):
+    vcpus: str
+
+
 class MemoryTune(Element):
     vcpus: str
     nodes: Annotated[list[MemoryNodeBandwidth], "node"] = []
+    monitors: Annotated[list[MemoryMonitor], "monitor"] = []
 
 
 class CpuTune(Element):

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from kvik.conf.cpuset import parse_cpuset
+from kvik.conf.devices_xml import bootable_devices
 from kvik.conf.domain import Domain
 from kvik.conf.units import MAX_KIB
 from kvik.conf.validate_devices import validate_devices
@@ -163,22 +164,17 @@ def _boot(domain: Domain) -> None:
             raise ConfigError("NVRAM is given by path and by <source>", path="/domain/os/nvram")
     _unique((boot.dev for boot in os.boots), "/domain/os/boot", "boot device")
     orders: dict[int, str] = {}
-    devices = domain.devices
-    for kind, items in (
-        ("disk", devices.disks), ("interface", devices.interfaces), ("hostdev", devices.hostdevs),
-        ("redirdev", devices.redirdevs),
-    ):  # fmt: skip
-        for index, item in enumerate(items, 1):
-            if item.boot is None:
-                continue
-            path = f"/domain/devices/{kind}[{index}]/boot"
-            if os.boots:
-                raise ConfigError("boot order stands in <os> or with the devices, not both", path=path)
-            if item.boot.order < 1:
-                raise ConfigError("boot order counts from 1", path=path)
-            if item.boot.order in orders:
-                raise ConfigError(f"boot order {item.boot.order} is that of {orders[item.boot.order]}", path=path)
-            orders[item.boot.order] = path.removesuffix("/boot")
+    for short, item in bootable_devices(domain.devices):
+        if item.boot is None:
+            continue
+        path = f"/domain/devices/{short}/boot"
+        if os.boots:
+            raise ConfigError("boot order stands in <os> or with the devices, not both", path=path)
+        if item.boot.order < 1:
+            raise ConfigError("boot order counts from 1", path=path)
+        if item.boot.order in orders:
+            raise ConfigError(f"boot order {item.boot.order} is that of {orders[item.boot.order]}", path=path)
+        orders[item.boot.order] = path.removesuffix("/boot")
     bios = os.bios
     if bios is not None and bios.reboot_timeout is not None and not -1 <= bios.reboot_timeout <= 65535:
         raise ConfigError("rebootTimeout is not between -1 and 65535", path="/domain/os/bios")

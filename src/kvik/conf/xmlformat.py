@@ -35,7 +35,7 @@ def _write(out: list[str], element: Element, tag: str, indent: str, mode: tuple[
             out.append(_unknown_attribute(name, raw))
     if plan.value is not None:
         value = getattr(element, plan.value[0])
-        if value is not None:
+        if value is not None and not any(getattr(element, child.field) for child in children):
             write = plan.value_write
             out.append(f">{escape(value, TEXT_ESCAPES) if write is None else write(value)}</{tag}>\n")
             return

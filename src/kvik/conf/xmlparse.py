@@ -73,6 +73,8 @@ def _parse(element: etree._Element, plan: Plan) -> Element:
             name = ""
             field, convert = plan.value
             text = element.text
+            if len(element):
+                text = _no_text_between(element)
             if text is not None:
                 values[field] = text if convert is None else convert(text.strip())
         if plan.size is not None and plan.size[0] in values:
@@ -104,6 +106,16 @@ def _parse(element: etree._Element, plan: Plan) -> Element:
         if field not in values:
             raise fail(element, f"{_missing(plan, field)} is missing")
     return plan.cls(unknown=unknown, **values) if unknown else plan.cls(**values)
+
+
+def _no_text_between(element: etree._Element) -> str | None:
+    """An element that may hold text or elements holds elements; white space then is layout."""
+    text = "".join([element.text or "", *(child.tail or "" for child in element)])
+    if not any(isinstance(child.tag, str) for child in element):
+        return text
+    if text.strip():
+        raise ValueError("text and elements are mixed")
+    return None
 
 
 def _parse_leaf(node: etree._Element, child: Child, values: dict[str, Any]) -> Any:

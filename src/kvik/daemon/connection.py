@@ -120,10 +120,8 @@ class Connection:
 
     def _process(self, messages: Sequence[Message]) -> None:
         """Handle `messages` in order, as far as the bounds allow; the rest is held."""
-        position = 0
         transport = self.transport
-        for message in messages:
-            position += 1
+        for position, message in enumerate(messages, 1):
             if message.__class__ is Call:
                 self._call(message)
             else:

@@ -16,6 +16,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.hostdev import Hostdev
 from kvik.conf.devices.interface import Interface
 from kvik.conf.devices_xml import (
+    FIELDS,
     add_device,
     device_list,
     format_device,
@@ -133,8 +134,6 @@ async def attach(domain: DomainObject, xml: str, flags: int) -> None:
         _check_new(document, kind, given)
         add_device(document.devices, given)
         prepare.fill(document)
-        if isinstance(given, Device):
-            given.alias = None if not (given.alias and given.alias.name.startswith("ua-")) else given.alias
         if impact & LIVE:
             # The same MAC and address in both, where the definition had to choose them.
             _, same = parse_device(format_device(given, secure=True, inactive=True))
@@ -154,8 +153,7 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
     _check_new(run.live, kind, given)
     trial = run.live.copy()
     add_device(trial.devices, given)
-    prepare.fill(trial)
-    prepare.name_devices(trial)
+    prepare.fill_live(trial)
     await domain.driver.validate(trial)
     known = {device.alias.name for _, device in guest_devices(run.live.devices) if device.alias}
     fresh = [device for _, device in guest_devices(trial.devices) if device.alias and device.alias.name not in known]
@@ -257,11 +255,7 @@ def removed(domain: DomainObject, run: Run, alias: str) -> None:
     if waiting and not waiting.done():
         waiting.set_result(True)
     domain.emit("device-removed", dev_alias=alias)
-    domain.spawn(_save(domain))
-
-
-async def _save(domain: DomainObject) -> None:
-    await domain.save_status()
+    domain.spawn(domain.save_quietly())
 
 
 # Changing -------------------------------------------------------------------------------------------------------
@@ -307,8 +301,6 @@ def _replace(document: Domain, kind: str, old: Element, new: Element) -> None:
     if isinstance(new, Device) and isinstance(old, Device):
         new.address = new.address or old.address
         new.alias = new.alias or old.alias
-    from kvik.conf.devices_xml import FIELDS
-
     field, many = FIELDS[kind]
     if many:
         items = getattr(document.devices, field)

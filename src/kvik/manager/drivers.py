@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
-from kvik.errors import OperationUnsupported
-from kvik.hypervisor.driver import Driver
+from kvik.hypervisor.driver import Driver, HostVerdict
 from kvik.paths import Paths
 
 __all__ = ["make_drivers"]
@@ -17,11 +13,14 @@ def make_drivers(paths: Paths, which: str = "qemu") -> dict[str, Driver]:
     if which == "test":
         from kvik.hypervisor.test.driver import TestDriver
 
-        test: Any = TestDriver()
+        test = TestDriver()
         return {"test": test, "qemu": test, "kvm": test}
-    try:
-        module = import_module("kvik.hypervisor.qemu.driver")
-    except ModuleNotFoundError as error:
-        raise OperationUnsupported(f"this kvik has no QEMU driver: {error}", remedy="use --driver test") from error
-    qemu: Driver = module.QemuDriver(paths)
+    from kvik.host.probe import kvm_verdict
+    from kvik.hypervisor.qemu.driver import QemuDriver
+
+    def probe() -> HostVerdict:
+        found = kvm_verdict(paths.cache)
+        return HostVerdict(found.usable, found.reason, found.remedy)
+
+    qemu = QemuDriver(paths, probe)
     return {"qemu": qemu, "kvm": qemu}

@@ -187,7 +187,7 @@ class Manager:
             yield
         finally:
             for key in keys:
-                del self._claims[key]
+                self._claims.pop(key, None)  # a key may be given twice
             freed.set()
 
     @asynccontextmanager
@@ -205,7 +205,7 @@ class Manager:
         known = self._names.get(document.name)
         if known and document.uuid is None:
             document.uuid = known.uuid_text  # a redefinition keeps its UUID
-        await prepare.complete(document, self.driver_for(document.type))
+        await prepare.complete(document, self.driver_for(document.type), xml)
         return document, Definition(document)
 
     def _check_unique(self, config: Definition) -> DomainObject | None:

@@ -1,19 +1,27 @@
-"""From a document somebody wrote to one that can be kept: parsed, completed by the driver, defaults, checked."""
+"""From a document somebody wrote to one that can be kept: parsed, completed by the driver, defaults, checked.
+
+The driver comes before the defaults: which buses and addresses there are depends on the machine type it fixes.
+"""
 
 from __future__ import annotations
 
-import importlib
-import random
-import uuid
-
+from kvik.conf.aliases import USER_PREFIX, assign_aliases
 from kvik.conf.cpu import Vcpu
+from kvik.conf.devices_xml import guest_devices
 from kvik.conf.domain import Domain, parse_domain
+from kvik.conf.machine import MachineDefaults
+from kvik.conf.postparse import new_uuid, postparse
+from kvik.conf.prepare import located
+from kvik.conf.validate import validate
 from kvik.errors import ConfigError, InvalidArgument
 from kvik.hypervisor.driver import Driver
 from kvik.manager.states import check_actions
 from kvik.manager.store import check_name
 
-ARCHITECTURE = "x86_64"
+__all__ = ["complete", "default_vcpu", "fill", "fill_live", "parse"]
+
+_DEFAULTS = MachineDefaults()
+_LIVE_DEFAULTS = MachineDefaults(spare_root_ports=0)  # no new slots can be had while the machine runs
 
 
 def default_vcpu() -> Vcpu:
@@ -23,56 +31,37 @@ def default_vcpu() -> Vcpu:
 def parse(xml: str | bytes) -> Domain:
     """The document with a name that may be a file's. `ConfigError` with line and path."""
     domain = parse_domain(xml)
-    try:
-        check_name(domain.name)
-    except InvalidArgument as error:
-        raise ConfigError(error.message, path="/domain/name", remedy=error.remedy) from error
-    check_actions(domain.on_poweroff, domain.on_reboot, domain.on_crash)
+    with located(xml):
+        try:
+            check_name(domain.name)
+        except InvalidArgument as error:
+            raise ConfigError(error.message, path="/domain/name", remedy=error.remedy) from error
+        check_actions(domain.on_poweroff, domain.on_reboot, domain.on_crash)
     return domain
 
 
-async def complete(domain: Domain, driver: Driver) -> None:
-    """Everything that was left out is filled in and fixed for good, then checked."""
-    if domain.os.type.arch is None:
-        domain.os.type.arch = ARCHITECTURE
-    await driver.complete(domain)
-    fill(domain)
-    await driver.validate(domain)
+async def complete(domain: Domain, driver: Driver, xml: str | bytes = "") -> None:
+    """Everything that was left out is filled in and fixed for good, then checked. `xml` is for lines in errors."""
+    with located(xml):
+        domain.uuid = domain.uuid or new_uuid(_DEFAULTS)
+        await driver.complete(domain)
+        fill(domain)
+        await driver.validate(domain)
 
 
 def fill(domain: Domain) -> None:
-    """The defaults that need no VMM, and the checks that need no host."""
-    try:
-        postparse = importlib.import_module("kvik.conf.postparse")
-        validate = importlib.import_module("kvik.conf.validate")
-    except ImportError:
-        _fill_meanwhile(domain)
-        return
-    postparse.postparse(domain, postparse.MachineDefaults())
-    validate.validate(domain)
+    """The defaults that need no VMM, and the checks that need no host; what only a running machine has goes."""
+    domain.id = None
+    for _, device in guest_devices(domain.devices):
+        if device.alias is not None and not device.alias.name.startswith(USER_PREFIX):
+            device.alias = None
+    postparse(domain, _DEFAULTS)
+    validate(domain)
+    check_actions(domain.on_poweroff, domain.on_reboot, domain.on_crash)
 
 
-def _fill_meanwhile(domain: Domain) -> None:
-    if domain.uuid is None:
-        domain.uuid = str(uuid.UUID(int=random.getrandbits(128), version=4))
-    if domain.vcpu is None:
-        domain.vcpu = default_vcpu()
-    counts: dict[str, int] = {}
-    from kvik.conf.devices.common import Alias
-    from kvik.conf.devices_xml import guest_devices
-
-    for path, device in guest_devices(domain.devices):
-        kind = path.split("[")[0]
-        number = counts.get(kind, 0)
-        counts[kind] = number + 1
-        if device.alias is None:
-            device.alias = Alias(name=f"{kind}{number}")
-
-
-def name_devices(domain: Domain) -> None:
-    """Aliases for the devices that have none."""
-    try:
-        aliases = importlib.import_module("kvik.conf.aliases")
-    except ImportError:
-        return
-    aliases.assign_aliases(domain)
+def fill_live(domain: Domain) -> None:
+    """The same for a running machine's document, whose devices keep their places and have aliases."""
+    postparse(domain, _LIVE_DEFAULTS)
+    assign_aliases(domain)
+    validate(domain)

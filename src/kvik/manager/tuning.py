@@ -126,9 +126,8 @@ def _move(element: etree._Element, old: str | None, new: str | None, prefix: str
             return fresh
         name = etree.QName(node)
         tag = etree.QName(new, name.localname) if name.namespace == old else name
-        fresh = (
-            etree.Element(tag, nsmap=nsmap) if parent is None else etree.SubElement(parent, tag, nsmap=inherited)
-        )
+        kept: Any = node.nsmap
+        fresh = etree.Element(tag, nsmap=nsmap) if parent is None else etree.SubElement(parent, tag, nsmap=kept)
         fresh.text = node.text
         for attribute, value in node.attrib.items():
             fresh.set(attribute, value)

@@ -41,7 +41,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def driver(place: Path) -> QemuDriver:
-    return QemuDriver(Paths.system(place / "root"), HostVerdict(False, "the tests use software emulation"))
+    return QemuDriver(Paths.system(place / "root"), lambda: HostVerdict(False, "the tests use software emulation"))
 
 
 class Lab:

@@ -195,6 +195,16 @@ def test_a_hanging_device_is_given_up_at_the_deadline(tmp_path: Path, monkeypatc
     assert verdict.state is State.UNUSABLE and "did not end within 0.3 s" in verdict.reason
 
 
+def test_a_hanging_guest_is_told_from_a_slow_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest's time begins when the probe has started, and its end is an alarm."""
+    root = device_root(tmp_path, monkeypatch)
+    code = "import signal, time; signal.setitimer(signal.ITIMER_REAL, 0.05); time.sleep(60)"
+    verdict = p.probe(root, command=python(code))
+    assert verdict.state is State.UNUSABLE and "did not end within 2 s" in verdict.reason
+    slow = python(f"import time; time.sleep(2.2); print({json.dumps(json.dumps(GOOD))})")
+    assert p.probe(root, command=slow).usable
+
+
 @pytest.mark.parametrize("code", ["import os; os.abort()", "print('[1]')", "print('nonsense')", "print('x' * 100000)"])
 def test_a_probe_that_dies_or_talks_nonsense_is_unusable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str

@@ -60,8 +60,7 @@ class Bench:
             task.cancel()
         await asyncio.gather(*own, return_exceptions=True)
         manager.store.close()
-        for machine in self.driver.machines.values():
-            machine.sink = lambda event: None
+        self.driver.abandon()
 
     async def reopen(self) -> Manager:
         await self.kill()

@@ -45,7 +45,8 @@ async def test_a_life_from_definition_to_its_end(bench: Bench) -> None:
     assert (domain.reason, domain.id) == (DomainShutoffReason.SHUTDOWN, -1)
     await domain.undefine()
     assert bench.lifecycle() == [
-        (E.DEFINED, 0), (E.STARTED, 0), (E.SUSPENDED, 0), (E.RESUMED, 0), (E.SHUTDOWN, 1), (E.STOPPED, 0), (E.UNDEFINED, 0),
+        (E.DEFINED, 0), (E.STARTED, 0), (E.SUSPENDED, 0), (E.RESUMED, 0), (E.SHUTDOWN, 1), (E.STOPPED, 0),
+        (E.UNDEFINED, 0),
     ]  # fmt: skip
     assert bench.manager.domains() == []
 

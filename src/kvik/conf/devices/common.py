@@ -156,11 +156,16 @@ class Device(Element, kw_only=True):
 
     __xml_last__ = ("boot", "alias", "master", "rom", "acpi", "address")
 
-    boot: Boot | None = None
     alias: Alias | None = None
-    rom: Rom | None = None
     acpi: Acpi | None = None
     address: Address | None = None
+
+
+class BootableDevice(Device, kw_only=True):
+    """What firmware can start from."""
+
+    boot: Boot | None = None
+    rom: Rom | None = None
 
 
 class VirtioOptions(Element, kw_only=True):

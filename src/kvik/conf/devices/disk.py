@@ -16,7 +16,7 @@ from kvik.conf.codec import (
     Text,
     YesNo,
 )
-from kvik.conf.devices.common import Address, Device, DeviceSeclabel, Reconnect, VirtioOptions
+from kvik.conf.devices.common import Address, BootableDevice, DeviceSeclabel, Reconnect, VirtioOptions
 
 SourceType = Literal["file", "block", "dir", "network", "volume", "nvme", "vhostuser", "vhostvdpa"]
 Bus = Literal["ide", "fdc", "scsi", "virtio", "xen", "usb", "uml", "sata", "sd"]
@@ -270,7 +270,7 @@ class BlockIo(Element):
     discard_granularity: int | None = None
 
 
-class Disk(Device, kw_only=True):
+class Disk(BootableDevice, kw_only=True):
     type: SourceType = "file"
     device: Literal["disk", "cdrom", "floppy", "lun"] = "disk"
     model: Literal["virtio", "virtio-transitional", "virtio-non-transitional"] | None = None

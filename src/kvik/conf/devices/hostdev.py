@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from kvik.conf.codec import CHILD, YES_NO, Element, Hex, OnOff, Present, Text, YesNo
 from kvik.conf.devices.chardev import Chardev
-from kvik.conf.devices.common import Address, Device
+from kvik.conf.devices.common import Address, Boot, BootableDevice
 from kvik.conf.devices.disk import Auth, Host, Initiator
 
 
@@ -51,7 +51,7 @@ class Teaming(Element):
     persistent: str | None = None
 
 
-class Hostdev(Device, kw_only=True):
+class Hostdev(BootableDevice, kw_only=True):
     mode: Literal["subsystem", "capabilities"] = "subsystem"
     type: Literal["usb", "pci", "scsi", "scsi_host", "mdev", "storage", "misc"]
     managed: YesNo = None
@@ -69,6 +69,7 @@ class Hostdev(Device, kw_only=True):
 
 class Redirdev(Chardev):
     bus: Literal["usb"] | None = None
+    boot: Boot | None = None
 
 
 class RedirFilterRule(Element):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from kvik.conf.codec import CHILD, UUID, YES_NO, Element, OnOff, YesNo
-from kvik.conf.devices.common import Address, Device, Reconnect, VirtioOptions
+from kvik.conf.devices.common import Address, BootableDevice, Reconnect, VirtioOptions
 
 InterfaceType = Literal[
     "user", "ethernet", "vhostuser", "server", "client", "mcast", "udp", "network", "bridge", "internal", "direct",
@@ -233,7 +233,7 @@ class Script(Element):
     path: str | None = None
 
 
-class Interface(Device):
+class Interface(BootableDevice):
     type: InterfaceType
     managed: YesNo = None
     trust_guest_rx_filters: Annotated[bool | None, YES_NO, "trustGuestRxFilters"] = None

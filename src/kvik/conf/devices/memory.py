@@ -54,7 +54,6 @@ class ShmemServer(Element):
 
 
 class ShmemMsi(Element):
-    enabled: Annotated[bool | None, YES_NO] = None
     vectors: int | None = None
     ioeventfd: OnOff = None
 

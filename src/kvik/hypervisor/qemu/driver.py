@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,11 @@ _FEATURES = frozenset(Feature) - {Feature.KVM, Feature.RENAME_RUNNING}
 class QemuDriver:
     name = "QEMU"
 
-    def __init__(self, paths: Paths, verdict: HostVerdict, *, emulator: str = "") -> None:
-        """`verdict` is the host probe's; `emulator` overrides the search for a binary."""
+    def __init__(self, paths: Paths, probe: Callable[[], HostVerdict], *, emulator: str = "") -> None:
+        """`probe` runs the host's acceleration probe (blocking); `emulator` overrides the search for a binary."""
         self._paths = paths
-        self._verdict = verdict
+        self._probe = probe
+        self._verdict = probe()
         self._emulator = emulator
         self._prober = QemuProber(paths.cache / "qemu")
 
@@ -122,6 +123,9 @@ class QemuDriver:
     async def validate(self, definition: Domain) -> None:
         if definition.type not in ("kvm", "qemu"):
             raise ConfigUnsupported(f"QEMU does not run domains of type {definition.type!r}", path="/domain/@type")
+        if definition.type == "kvm" and not self._verdict.usable:
+            # Perhaps a module was loaded or a permission given since; cached, so this costs a millisecond if not.
+            self._verdict = await asyncio.to_thread(self._probe)
         if definition.type == "kvm" and not self._verdict.usable:
             remedy = "use <domain type='qemu'> for software emulation"
             if self._verdict.remedy:

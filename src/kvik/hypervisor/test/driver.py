@@ -56,8 +56,8 @@ class TestDriver:
     async def complete(self, definition: Domain) -> None:
         if definition.os.type.arch is None:
             definition.os.type.arch = "x86_64"
-        if definition.os.type.machine is None:
-            definition.os.type.machine = "test-1.0"
+        if definition.os.type.machine in (None, "q35"):
+            definition.os.type.machine = "pc-q35-7.2"  # a board whose buses the document's defaults know
 
     async def validate(self, definition: Domain) -> None:
         if definition.vcpu and definition.vcpu.value > MAX_VCPUS:
@@ -114,9 +114,14 @@ class TestDriver:
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str:
         return (
             f"<domainCapabilities><path>{emulator or '/usr/bin/kvik-test'}</path><domain>test</domain>"
-            f"<machine>{machine or 'test-1.0'}</machine><arch>{arch or 'x86_64'}</arch>"
+            f"<machine>{machine or 'pc-q35-7.2'}</machine><arch>{arch or 'x86_64'}</arch>"
             f"<vcpu max='{MAX_VCPUS}'/></domainCapabilities>"
         )
+
+    def abandon(self) -> None:
+        """For tests: the daemon that listened is gone; machines go on."""
+        for name, machine in self.machines.items():
+            machine.sink = self._watch(name, machine, lambda event: None)
 
     def describe(self, name: str) -> str:
         """The live document of a running machine, for tests that look behind the manager."""
