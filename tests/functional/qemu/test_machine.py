@@ -229,7 +229,8 @@ async def test_an_attachment_that_fails_leaves_nothing(lab, place: Path) -> None
         "<rng model='virtio'><backend model='builtin'/></rng>",
         "<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></target></memory>",
         "<input type='tablet' bus='usb'/>",
-        "<channel type='unix'><source mode='bind' path='PLACE/c.sock'/><target type='virtio' name='org.example.0'/></channel>",
+        "<channel type='unix'><source mode='bind' path='PLACE/c.sock'/>"
+        "<target type='virtio' name='org.example.0'/></channel>",
     ],
     ids=["interface", "rng", "dimm", "usb", "channel"],
 )
@@ -387,7 +388,7 @@ async def test_an_image_in_use_names_the_remedy(lab, place: Path) -> None:  # ty
          HostError, "/nonexistent/x"),
         ("<disk type='file'><driver type='raw'/><source file='/dev/null'/><target dev='vda' bus='virtio'/></disk>",
          InvalidArgument, "no regular file"),
-        ("<disk type='file'><driver type='qcow2'/><source file='/etc/hostname'/><target dev='vda' bus='virtio'/></disk>",
+        ("<disk type='file'><driver type='qcow2'/><source file='/etc/fstab'/><target dev='vda' bus='virtio'/></disk>",
          ConfigUnsupported, "not a qcow2"),
         ("<interface type='network'><source network='default'/><model type='virtio'/></interface>",
          ConfigUnsupported, "nobody provided its tap"),
@@ -395,11 +396,11 @@ async def test_an_image_in_use_names_the_remedy(lab, place: Path) -> None:  # ty
     ids=["missing disk", "not a file", "not qcow2", "no tap"],
 )  # fmt: skip
 async def test_bad_documents_leave_nothing_behind(devices, error, text, lab) -> None:  # type: ignore[no-untyped-def]
-    open_before = len(os.listdir("/proc/self/fd"))
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(error, match=text):
         await lab.start(document(devices))
     assert list(lab.directory.iterdir()) == []
-    assert len(os.listdir("/proc/self/fd")) <= open_before + 1  # asyncio's own
+    assert len(list(Path("/proc/self/fd").iterdir())) <= open_before + 1  # asyncio's own
     assert no_process_with(lab.directory)
 
 
@@ -409,12 +410,12 @@ async def test_kvm_is_refused_where_it_cannot_be_used(place: Path, lab) -> None:
         await lab.start(document().replace("type='qemu'", "type='kvm'", 1))
 
 
-async def test_starting_and_ending_a_hundred_times_leaks_no_descriptor(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_starting_and_ending_many_times_leaks_no_descriptor(lab) -> None:  # type: ignore[no-untyped-def]
     await (await lab.start(document(AGENT))).quit()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(10):
         await (await lab.start(document(AGENT))).quit()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 async def test_native_and_domain_capabilities(driver, lab) -> None:  # type: ignore[no-untyped-def]

@@ -50,6 +50,8 @@ SLOW_DEADLINE = 60.0
 _OUTPUT_KEPT = 16 * 1024  # bytes of the first line's output, to show where a boot stalled
 _OUTPUT_LIMIT = 4 * 1024 * 1024  # after this much we stop listening; the guest has spoken enough
 
+# QEMU's run states -> Machine.state's words, where they differ
+_STATES = {"prelaunch": "paused", "inmigrate": "paused", "postmigrate": "paused", "guest-panicked": "crashed"}
 # Machine.set_action's words -> QEMU's
 _ACTIONS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("poweroff", "exit"): ("shutdown", "poweroff"),
@@ -345,7 +347,7 @@ class QemuMachine:
         if self._ended.is_set():
             return "shutdown"
         self._set_run_state(await self.execute("query-status", deadline=2.0))
-        return self.run_state
+        return _STATES.get(self.run_state, self.run_state)
 
     async def pause(self) -> None:
         await self.execute("stop")
