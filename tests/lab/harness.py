@@ -9,6 +9,7 @@ what the lab writes is gone with it, except below `share`. `docs/internals/lab.m
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import ctypes
 import io
@@ -54,7 +55,6 @@ ENVIRONMENT = {
     "HOME": "/root",
     "LC_ALL": "C.UTF-8",
     "TERM": "dumb",
-    "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONPATH": f"{REPOSITORY / 'src'}",
 }
 
@@ -170,6 +170,8 @@ class Lab:
                 self._socket = ours
                 self._waiting[0] = _Waiting()
                 self.share.mkdir()
+                # Where the environment forbids bytecode every command in the lab would compile all that it imports.
+                compileall.compile_dir(REPOSITORY / "src", quiet=2)
                 self._write_server()
                 self._write_initramfs()
                 self._process = subprocess.Popen(
