@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kernel import Kernel, LabUnavailable, ensure_kernel
+from lab.kernel import Kernel, LabUnavailable, ensure_kernel
 
 from kvik.guest.tiny import kernel_arguments
 from kvik.image.cpio import CpioWriter
@@ -51,7 +51,7 @@ BOOT_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
 MODULES = ("virtio_rng", "kvm-amd")
 FRESH = ("/etc/kvik", "/var/lib/kvik", "/var/cache/kvik", "/var/log/kvik", "/root/.cache/kvik")
 ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/lab-bin",
     "HOME": "/root",
     "LC_ALL": "C.UTF-8",
     "TERM": "dumb",
