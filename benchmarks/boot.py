@@ -128,7 +128,9 @@ def measure(rounds: int) -> Report:
             documents = {
                 kvikd.name: run_document.domain_xml(ours),
                 libvirtd.name: VIRT_INSTALL.format(
-                    kernel=kernel, initrd=initrd, root_ports='<controller type="pci" model="pcie-root-port"/>' * ROOT_PORTS
+                    kernel=kernel,
+                    initrd=initrd,
+                    root_ports='<controller type="pci" model="pcie-root-port"/>' * ROOT_PORTS,
                 ),
             }
             for daemon in (kvikd, libvirtd):

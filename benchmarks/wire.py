@@ -79,7 +79,9 @@ def rate(client: WireClient, procedure: int, payload: bytes, seconds: float) -> 
     return count / elapsed
 
 
-def concurrent_rate(clients: list[WireClient], procedure: int, payload: bytes, seconds: float) -> tuple[float, list[float]]:
+def concurrent_rate(
+    clients: list[WireClient], procedure: int, payload: bytes, seconds: float
+) -> tuple[float, list[float]]:
     """Calls per second of all clients together, each with one call under way; and the latencies in seconds."""
     selector = selectors.EpollSelector()
     sent = {}

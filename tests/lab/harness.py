@@ -390,7 +390,7 @@ class Lab:
 def _hidden_paths(kernel: Kernel) -> set[str]:
     """What the lab needs of the host and its own mounts on /tmp and so on would hide."""
     needed = {REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), kernel.directory}
-    covered = ("/tmp/", *(f"{path}/" for path in FRESH))  # noqa: S108
+    covered = ("/tmp/", *(f"{path}/" for path in FRESH))
     return {str(path) for path in map(Path.resolve, needed) if str(path).startswith(covered)}
 
 

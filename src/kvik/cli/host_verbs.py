@@ -111,6 +111,7 @@ def version(ctx: Context, options: Options) -> int:
     kind, hypervisor = connection.type(), connection.version()
     facts = {"library": f"kvik {__version__}", "api": f"{kind} {__version__}", "hypervisor": f"{kind} {hypervisor}"}
     lines = [
+        f"Compiled against library: libvirt {connection.lib_version()}",
         f"Using library: {facts['library']}",
         f"Using API: {facts['api']}",
         f"Running hypervisor: {facts['hypervisor']}",

@@ -36,14 +36,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    if argv is None:
+        import gc
+
+        gc.disable()  # a command ends before garbage could matter; looking for it costs milliseconds at import
     try:
         code = _main(arguments)
         sys.stdout.flush()  # here, so that a closed pipe is not met in the interpreter's exit
-        return code
     except KeyboardInterrupt:
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
-        return _broken_pipe()
+        code = _broken_pipe()
+    if argv is None:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End the process without taking the interpreter apart, which costs 3 ms of the 40 that `kvik list` has.
+
+    Nothing waits for it: the connection is closed, files and streams are flushed, no thread runs.
+    """
+    import os
+
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _broken_pipe() -> int:
@@ -217,7 +234,9 @@ def run_verb(context: Context, words: Sequence[str]) -> int:
             context.error(error)
             code = 1
         if context.timing:
-            context.extra(f"\n(Time: {(_now() - before) * 1000:.3f} ms)\n")
+            context.extra()
+            context.extra(f"(Time: {(_now() - before) * 1000:.3f} ms)")
+            context.extra()
         elif name not in PLAIN and context.blank:
             context.extra()
         context.stdout.flush()

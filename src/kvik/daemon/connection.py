@@ -120,10 +120,8 @@ class Connection:
 
     def _process(self, messages: Sequence[Message]) -> None:
         """Handle `messages` in order, as far as the bounds allow; the rest is held."""
-        position = 0
         transport = self.transport
-        for message in messages:
-            position += 1
+        for position, message in enumerate(messages, 1):
             if message.__class__ is Call:
                 self._call(message)
             else:
@@ -238,8 +236,11 @@ class Connection:
             self.transport.write(m.reply_error(call, client_error(error, entry.name)))
             raise
         except Exception as error:
-            self.transport.write(m.reply_error(call, client_error(error, entry.name)))
             _close_files(files)
+            known = client_error(error, entry.name)
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%r: %s: %s", self, entry.name, known)
+            self.transport.write(m.reply_error(call, known))
         else:
             if files:
                 self.transport.write_files(reply, files)

@@ -85,6 +85,7 @@ def _remote() -> Rows:
         guest,
         node,
         others,
+        volumes,
     )
 
     return {
@@ -275,7 +276,16 @@ def _remote() -> Rows:
         "STORAGE_POOL_LOOKUP_BY_UUID": (READ, others.no_pool),
         "STORAGE_POOL_LOOKUP_BY_TARGET_PATH": (READ, others.no_pool),
         "STORAGE_VOL_LOOKUP_BY_KEY": (READ, others.no_volume),
-        "STORAGE_VOL_LOOKUP_BY_PATH": (READ, others.no_volume),
+        # disk images where they lie: enough of pools for virt-install to take a path
+        "STORAGE_VOL_LOOKUP_BY_PATH": (WRITE, volumes.lookup_by_path),
+        "STORAGE_VOL_GET_INFO": (WRITE, volumes.get_info),
+        "STORAGE_VOL_GET_PATH": (WRITE, volumes.get_path),
+        "STORAGE_VOL_GET_XML_DESC": (WRITE, volumes.get_xml),
+        "STORAGE_POOL_LOOKUP_BY_VOLUME": (WRITE, volumes.lookup_pool),
+        "STORAGE_POOL_GET_XML_DESC": (WRITE, volumes.get_pool_xml),
+        "STORAGE_POOL_GET_INFO": (WRITE, volumes.get_pool_info),
+        "STORAGE_POOL_IS_ACTIVE": (WRITE, volumes.pool_is_active),
+        "STORAGE_POOL_REFRESH": (WRITE, volumes.refresh_pool),
         "CONNECT_NUM_OF_INTERFACES": (READ, others.none),
         "CONNECT_LIST_INTERFACES": (READ, others.no_names),
         "CONNECT_NUM_OF_DEFINED_INTERFACES": (READ, others.none),

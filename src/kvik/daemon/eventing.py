@@ -27,6 +27,7 @@ __all__ = ["EventRouter"]
 
 CALLBACKS_MAX = 1024  # of one connection
 CALLBACK_ID = struct.Struct(">i")
+UNIX_ADDRESS = 2  # VIR_DOMAIN_EVENT_GRAPHICS_ADDRESS_UNIX
 STAGE = 100  # our own event: a boot stage was reached
 STAGE_STATES = {"waiting": 0, "done": 1, "stalled": 2, "skipped": 3}
 
@@ -45,10 +46,17 @@ def _power(domain: Any, fields: tuple[Any, ...]) -> tuple[Any, ...]:
     return (0, fields[0], (domain,))
 
 
+def _address(value: Any) -> tuple[int, str, str]:
+    """An end of a display's connection, given as (family, node, service) or by those names."""
+    if isinstance(value, Mapping):
+        value = (value.get("family", UNIX_ADDRESS), value.get("node") or "", value.get("service") or "")
+    family, node, service = value or (UNIX_ADDRESS, "", "")
+    return (family, str(node), str(service))
+
+
 def _graphics(domain: Any, fields: tuple[Any, ...]) -> tuple[Any, ...]:
     phase, local, remote, scheme, subject = fields
-    address = (2, "", "")  # VIR_DOMAIN_EVENT_GRAPHICS_ADDRESS_UNIX
-    return (0, (domain, phase, local or address, remote or address, scheme or "", list(subject or ())))
+    return (0, (domain, phase, _address(local), _address(remote), scheme or "", list(subject or ())))
 
 
 def _params(domain: Any, fields: tuple[Any, ...]) -> tuple[Any, ...]:

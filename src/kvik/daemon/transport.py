@@ -171,7 +171,7 @@ class Transport:
                 if len(out) == 1:
                     sent = self._sock.send(head)
                 else:
-                    vector = []
+                    vector: list[bytes | memoryview] = []
                     for item in out:
                         if isinstance(item, tuple) or len(vector) == MAX_VECTOR:
                             break

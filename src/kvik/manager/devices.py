@@ -16,6 +16,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.hostdev import Hostdev
 from kvik.conf.devices.interface import Interface
 from kvik.conf.devices_xml import (
+    FIELDS,
     add_device,
     device_list,
     format_device,
@@ -254,11 +255,7 @@ def removed(domain: DomainObject, run: Run, alias: str) -> None:
     if waiting and not waiting.done():
         waiting.set_result(True)
     domain.emit("device-removed", dev_alias=alias)
-    domain.spawn(_save(domain))
-
-
-async def _save(domain: DomainObject) -> None:
-    await domain.save_status()
+    domain.spawn(domain.save_quietly())
 
 
 # Changing -------------------------------------------------------------------------------------------------------
@@ -304,8 +301,6 @@ def _replace(document: Domain, kind: str, old: Element, new: Element) -> None:
     if isinstance(new, Device) and isinstance(old, Device):
         new.address = new.address or old.address
         new.alias = new.alias or old.alias
-    from kvik.conf.devices_xml import FIELDS
-
     field, many = FIELDS[kind]
     if many:
         items = getattr(document.devices, field)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 import uuid as uuids
 from collections.abc import Coroutine, Hashable, Mapping, Sequence
@@ -25,7 +26,7 @@ from kvik.conf.enums import (
     DomainVcpuFlags,
     DomainXMLFlags,
 )
-from kvik.errors import NoDevice, OperationFailed, OperationInvalid
+from kvik.errors import KvikError, NoDevice, OperationFailed, OperationInvalid
 from kvik.hypervisor.driver import Driver, Machine
 from kvik.manager import devices, exec, figures, guest, lifecycle, tuning
 from kvik.manager.definition import Definition
@@ -42,6 +43,8 @@ from kvik.manager.store import Status
 
 if TYPE_CHECKING:
     from kvik.manager.manager import Manager
+
+logger = logging.getLogger(__name__)
 
 LIVE, CONFIG = DomainModificationImpact.LIVE, DomainModificationImpact.CONFIG
 
@@ -371,6 +374,7 @@ class DomainObject:
             persistent=self.persistent,
             started=run.started,
             job=job.name if job else "",
+            stages=run.stages.reached,
             reason_text=self.reason_text,
         )
 
@@ -378,6 +382,13 @@ class DomainObject:
         """`HostError` if it cannot be written."""
         if self.run and self.is_active and self.run.machine:
             await self.manager.store.save_status(self.status())
+
+    async def save_quietly(self) -> None:
+        """`save_status` for those who have nobody to tell."""
+        try:
+            await self.save_status()
+        except KvikError as error:
+            logger.warning("the status of machine %s was not written: %s", self.name, error)
 
     async def save_config(self, domain: Domain) -> None:
         """Make `domain` the definition, on disk first."""

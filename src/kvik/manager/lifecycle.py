@@ -243,13 +243,13 @@ def _paused(domain: DomainObject, run: Run, event: MachineEvent) -> None:
         cause, Trigger.PAUSED_BY_USER
     )
     if apply(domain, trigger):
-        domain.spawn(_save(domain))
+        domain.spawn(domain.save_quietly())
 
 
 def _resumed(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     reached(domain, "guest running")
     if apply(domain, Trigger.RESUMED):
-        domain.spawn(_save(domain))
+        domain.spawn(domain.save_quietly())
 
 
 def _suspended(domain: DomainObject, run: Run, event: MachineEvent) -> None:
@@ -258,13 +258,13 @@ def _suspended(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     else:
         domain.emit("pmsuspend", reason=0)
         apply(domain, Trigger.SUSPENDED)
-    domain.spawn(_save(domain))
+    domain.spawn(domain.save_quietly())
 
 
 def _woken(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     domain.emit("pmwakeup", reason=0)
     if apply(domain, Trigger.WOKEN):
-        domain.spawn(_save(domain))
+        domain.spawn(domain.save_quietly())
 
 
 def _powered_off(domain: DomainObject, run: Run, event: MachineEvent) -> None:
@@ -316,7 +316,7 @@ def _follow(domain: DomainObject, run: Run, wanted: Outcome, end: Trigger) -> No
     elif wanted is Outcome.RESTART:
         domain.manager.spawn(_restart(domain, run, end))
     else:
-        domain.spawn(_save(domain))
+        domain.spawn(domain.save_quietly())
 
 
 def _ended(domain: DomainObject, run: Run, event: MachineEvent) -> None:
@@ -450,7 +450,7 @@ async def _restart(domain: DomainObject, run: Run, end: Trigger) -> None:
                 await run.machine.reset()
                 await run.machine.resume()
                 apply(domain, Trigger.RESTARTED)
-                await _save(domain)
+                await domain.save_quietly()
                 return
             run.pending = end
             persistent, domain.persistent = domain.persistent, True  # not to be forgotten in between
@@ -468,13 +468,6 @@ async def _restart(domain: DomainObject, run: Run, end: Trigger) -> None:
         domain.manager.spawn(_end(domain, run))
 
 
-async def _save(domain: DomainObject) -> None:
-    try:
-        await domain.save_status()
-    except KvikError as error:
-        logger.warning("the status of machine %s was not written: %s", domain.name, error)
-
-
 # Commands -------------------------------------------------------------------------------------------------------
 
 
@@ -486,7 +479,7 @@ async def suspend(domain: DomainObject) -> None:
         domain.require_running()
         await machine.pause()
         apply(domain, Trigger.PAUSED_BY_USER)
-        await _save(domain)
+        await domain.save_quietly()
 
 
 async def resume(domain: DomainObject) -> None:
@@ -499,7 +492,7 @@ async def resume(domain: DomainObject) -> None:
         await machine.resume()
         reached(domain, "guest running")
         apply(domain, Trigger.RESUMED)
-        await _save(domain)
+        await domain.save_quietly()
 
 
 async def reset(domain: DomainObject) -> None:
@@ -509,7 +502,7 @@ async def reset(domain: DomainObject) -> None:
         if domain.state in (DomainState.CRASHED, DomainState.SHUTDOWN):
             await machine.resume()
             apply(domain, Trigger.RESTARTED)
-            await _save(domain)
+            await domain.save_quietly()
 
 
 async def shutdown(domain: DomainObject, mode: int) -> None:

@@ -11,6 +11,7 @@ import os
 import time
 from pathlib import Path
 
+from kvik.errors import HostError
 from kvik.host.files import ensure_directory, host_error
 
 LIMIT = 2 << 20  # bytes in one file before it is rotated
@@ -44,7 +45,7 @@ class MachineLog:
     def note(self, text: str) -> None:
         """Add a line of our own. Never raises: a full disk must not stop a machine from being stopped."""
         data = f"{timestamp()}: {text}\n".encode(errors="replace")[:LINE_LIMIT]
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, HostError):
             ensure_directory(self.path.parent)
             fd = os.open(self.path, _FLAGS, 0o600)
             try:

@@ -179,7 +179,7 @@ async def _adopt(manager: Manager, status: Status) -> None:
     domain.id = status.id
     domain.state, domain.reason, domain.reason_text = status.state, status.reason, status.reason_text
     manager.activated(domain)
-    run.stages.reach("guest running")
+    run.stages.restore(status.stages)
     run.uses = await manager.store.run(disks.uses, live)
     if not await _attach(domain, run, status, ATTACH_WAIT):
         domain.spawn(_attach_later(domain, run, status))
@@ -201,6 +201,8 @@ async def _attach(domain: DomainObject, run: Run, status: Status, wait: float) -
         lifecycle.finish(
             domain, run, Trigger.LOST, "its VMM ended while the daemon was away; see the log for its words"
         )
+        if domain.cleaning:
+            await asyncio.shield(domain.cleaning)  # the files are right before anybody is answered
         return True
     run.machine = machine
     run.pid = machine.pid
@@ -249,8 +251,8 @@ async def _catch_up(domain: DomainObject, run: Run) -> None:
 
 
 async def _end_orphans(directory: Path) -> None:
-    """Kill VMMs that were started for `directory` (it is on their command line) by a daemon that was killed."""
-    needle = f"{directory}/".encode()
+    """Kill VMMs that a killed daemon had started for `directory`: it is on their command line, or is their home."""
+    needle, home = f"{directory}/".encode(), f"HOME={directory}".encode()
     mine = os.getuid()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -260,7 +262,10 @@ async def _end_orphans(directory: Path) -> None:
                 continue
             command = (entry / "cmdline").read_bytes()
             program = command.split(b"\0", 1)[0].rsplit(b"/", 1)[-1]
-            if needle in command and program.startswith((b"qemu", b"kvik")):
+            if not program.startswith((b"qemu", b"kvik")):
+                continue
+            # What was opened for it may be on its command line as descriptors only: then its home still tells.
+            if needle in command or home in (entry / "environ").read_bytes().split(b"\0"):
                 stat = process.read_stat(int(entry.name))
                 found = process.find(int(entry.name), stat.start_time) if stat else None
                 if found is not None:

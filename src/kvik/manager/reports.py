@@ -153,6 +153,7 @@ def _output(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     seconds = run.stages.reach("first output")
     if seconds is not None:
         domain.emit("stage", stage="first output", seconds=seconds, state="done")
+        domain.spawn(domain.save_quietly())
 
 
 _HANDLERS: Mapping[str, Callable[[DomainObject, Run, MachineEvent], None]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from kvik.conf.domain import Domain
@@ -63,12 +64,22 @@ class BootStages:
             return None
         seconds = max(0.0, time.time() - self._began)
         for earlier in NAMES[: NAMES.index(name)]:
-            # The agent and the address may come in any order, and a silent console proves nothing.
+            # The agent and the address may come in any order, and a quiet kernel may never use its console.
             if earlier in ("vmm started", "guest running"):
                 self._reached.setdefault(earlier, seconds)
+            elif earlier == "first output" and earlier not in self._reached:
+                self._skipped.setdefault(earlier, "the console stayed silent")
         self._reached[name] = seconds
         self._tell()
         return seconds
+
+    @property
+    def reached(self) -> dict[str, float]:
+        return dict(self._reached)
+
+    def restore(self, reached: Mapping[str, float]) -> None:
+        """What an earlier daemon saw; whether the agent is still there must be asked anew."""
+        self._reached |= {name: reached[name] for name in NAMES[:4] if name in reached}
 
     def lose(self, *names: str) -> None:
         """The guest rebooted, or its agent went away."""

@@ -43,6 +43,7 @@ SUFFIX = ".xml"
 NAME_LIMIT = 200  # bytes in UTF-8: file systems take 255, and the name gets prefixes and suffixes
 DOCUMENT_LIMIT = 4 << 20  # bytes; the wire's limit for one string
 STATUS_LIMIT = 16 << 20
+THREADS = 4
 
 
 def check_name(name: str) -> str:
@@ -82,6 +83,7 @@ class Status:
     persistent: bool = True
     started: float = 0.0  # seconds since the epoch
     job: str = ""
+    stages: dict[str, float] = field(default_factory=dict)  # boot stages reached, seconds since the start
     reason_text: str = ""
 
     def to_xml(self) -> bytes:
@@ -102,6 +104,7 @@ class Status:
         return (
             f"<domstatus {head}>\n"
             f"<handle>{escape(json.dumps(self.handle))}</handle>\n"
+            f"<stages>{escape(json.dumps(self.stages))}</stages>\n"
             f"<job>{escape(self.job)}</job>\n"
             f"<why>{escape(self.reason_text)}</why>\n"
             f"{self.document}</domstatus>\n"
@@ -114,8 +117,14 @@ class Status:
         try:
             root = etree.fromstring(data, parser)
             handle = json.loads(root.findtext("handle") or "{}")
+            stages = json.loads(root.findtext("stages") or "{}")
             document = root.find("domain")
-            if root.tag != "domstatus" or document is None or not isinstance(handle, dict):
+            if (
+                root.tag != "domstatus"
+                or document is None
+                or not isinstance(handle, dict)
+                or not isinstance(stages, dict)
+            ):
                 raise ValueError("not a complete status document")
             document.tail = None
             starting = root.attrib["state"] == "starting"
@@ -135,6 +144,7 @@ class Status:
                 persistent=root.attrib["persistent"] == "yes",
                 started=float(root.attrib["started"]),
                 job=root.findtext("job") or "",
+                stages={str(name): float(seconds) for name, seconds in stages.items()},
                 reason_text=root.findtext("why") or "",
             )
         except (etree.XMLSyntaxError, KeyError, TypeError) as error:
@@ -160,16 +170,22 @@ class Store:
         self.status = paths.status
         self.marker = paths.run / "autostarted"
         self.boot = boot()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvik-store")
+        self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="kvik-store")
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a blocking function in the store's thread.
+        """Call a blocking function in a thread of the store.
 
-        One thread: operations on files happen in the order they were asked for, and a cancelled caller does not
-        leave one running beside the next.
+        A caller that is cancelled is held until the function has returned: what it asked for is on disk or it is
+        not, and nothing of it can come after what the next one asks for. Threads, not one: file systems put the
+        syncs of many callers into one commit.
         """
         call = functools.partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        future = asyncio.get_running_loop().run_in_executor(self._executor, call)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait({future})
+            raise
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)

@@ -9,13 +9,12 @@ import pytest
 
 DATA = Path(__file__).parents[2] / "data" / "qemu"
 NEEDS = {
-    "commandline": "",
+    "cpu-features": "KVM",
     "disk-network": "remote servers",
     "disk-nvme-host": "an NVMe controller to give away",
     "disk-vhostuser": "a vhost-user server",
     "disk-virtio-options": "a loop device",
     "filesystem-virtiofs": "virtiofsd",
-    "graphics-spice": "",
     "hostdev": "devices to give away",
     "interface-socket": "an address of its own",
     "interface-tap": "taps",

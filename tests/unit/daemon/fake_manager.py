@@ -31,8 +31,10 @@ class FakeDomain:
         self.address = ""
         self.reason_text = ""
         self.stages: list[Any] = []
-        self.console: socket.socket | None = None  # the guest's end
+        self.console: socket.socket | None = None  # the guest's end of the last one opened
+        self.consoles: list[socket.socket] = []
         self.started = 0
+        self.live = None
         self.on_start: Callable[[], Awaitable[None]] | None = None
         self.files: dict[str, int] = {}
 
@@ -59,6 +61,7 @@ class FakeDomain:
         ours, self.console = socket.socketpair()
         ours.setblocking(False)
         self.console.setblocking(False)
+        self.consoles.append(self.console)
         return ours.detach()
 
     async def screenshot(self, screen: int = 0) -> tuple[str, bytes]:

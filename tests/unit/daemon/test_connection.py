@@ -7,8 +7,8 @@ import os
 import socket
 
 import pytest
+from daemon_harness import Client, running
 from fake_manager import FakeManager
-from harness import Client, running
 
 from kvik.daemon.server import Limits
 from kvik.errors import InvalidArgument, KvikError, NoDomain
@@ -104,7 +104,13 @@ async def test_a_body_that_does_not_decode_is_an_error_not_an_end() -> None:
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"GET / HTTP/1.0\r\n\r\n", b"\0" * 28, b"\xff" * 64, m.frame(REMOTE, 1, 1, 0, 0, b""), m.frame(REMOTE, 1, 9, 0, 0, b"")],
+    [
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"\0" * 28,
+        b"\xff" * 64,
+        m.frame(REMOTE, 1, 1, 0, 0, b""),
+        m.frame(REMOTE, 1, 9, 0, 0, b""),
+    ],
 )
 async def test_bytes_that_are_no_protocol_end_the_connection_and_only_that(garbage: bytes) -> None:
     async with running(FakeManager()) as daemon:
@@ -288,7 +294,7 @@ async def test_a_client_that_does_not_read_is_not_read_and_holds_little() -> Non
 async def test_nothing_is_left_of_a_client_that_went() -> None:
     manager = FakeManager()
     async with running(manager) as daemon:
-        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        before = len(os.listdir("/proc/self/fd"))
         for _ in range(20):
             client = await daemon.client()
             domain = await machine(client)
@@ -296,7 +302,7 @@ async def test_nothing_is_left_of_a_client_that_went() -> None:
             await client.call("CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", 0, None)
             await client.call("CONNECT_DOMAIN_EVENT_REGISTER_ANY", 1)
             await client.call("DOMAIN_OPEN_CONSOLE", domain, None, 1)
-            manager.all[0].console.close()
+            manager.all[0].consoles.pop().close()
             client.start("DOMAIN_WAIT_READY", domain, 60000, program="kvik")
             await client.close()
         daemon.clients.clear()
@@ -305,7 +311,7 @@ async def test_nothing_is_left_of_a_client_that_went() -> None:
         assert not daemon.server.consoles
         await asyncio.sleep(0.05)
         assert not daemon.server._tasks
-        assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
+        assert len(os.listdir("/proc/self/fd")) <= before
 
 
 async def test_a_change_is_finished_though_its_client_left() -> None:
@@ -343,13 +349,13 @@ async def test_descriptors_reach_the_start_they_were_sent_for_and_are_closed() -
     async with running(manager) as daemon:
         client = await daemon.client()
         domain = await machine(client)
-        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        before = len(os.listdir("/proc/self/fd"))
         read, write = os.pipe()
         await client.call("DOMAIN_CREATE_WITH_FILES", domain, 0, files=[read, write])
         assert manager.all[0].files == {"0": os.fstat(read).st_ino, "1": os.fstat(write).st_ino}
         os.close(read)
         os.close(write)
-        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_associated_descriptors_are_used_by_name_and_go_with_the_client() -> None:
@@ -357,7 +363,7 @@ async def test_associated_descriptors_are_used_by_name_and_go_with_the_client() 
     async with running(manager) as daemon:
         client = await daemon.client()
         domain = await machine(client)
-        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        before = len(os.listdir("/proc/self/fd"))
         read, write = os.pipe()
         await client.call("DOMAIN_FD_ASSOCIATE", domain, "disk", 0, files=[read])
         await client.call("DOMAIN_CREATE", domain)
@@ -366,18 +372,18 @@ async def test_associated_descriptors_are_used_by_name_and_go_with_the_client() 
         os.close(write)
         await client.close()
         await daemon.settled()
-        assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
+        assert len(os.listdir("/proc/self/fd")) <= before
 
 
 async def test_descriptors_sent_with_a_call_that_takes_none_are_closed() -> None:
     async with running(FakeManager()) as daemon:
         client = await daemon.client()
-        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        before = len(os.listdir("/proc/self/fd"))
         read, write = os.pipe()
         assert (await client.call("CONNECT_GET_TYPE", files=[read, write]))[0] == "QEMU"
         os.close(read)
         os.close(write)
-        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 # --- keepalive --------------------------------------------------------------------------------------------------------

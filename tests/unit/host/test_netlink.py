@@ -48,7 +48,7 @@ def isolated(work: Callable[[], T]) -> T:
 
 
 def need_tun() -> None:
-    if not os.path.exists("/dev/net/tun"):  # noqa: PTH110
+    if not os.path.exists("/dev/net/tun"):
         pytest.skip("needs /dev/net/tun")
 
 
@@ -160,7 +160,7 @@ def test_a_tap_that_cannot_be_finished_leaves_nothing() -> None:
     need_tun()
 
     def work() -> None:
-        before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        before = set(os.listdir("/proc/self/fd"))
         with Netlink() as netlink:
             netlink.add_link("d0", "veth")
             for bridge in ("missing", "d0"):
@@ -171,6 +171,6 @@ def test_a_tap_that_cannot_be_finished_leaves_nothing() -> None:
             with pytest.raises(HostError, match="in use"):
                 create_tap("t0")
             tap.close()
-        assert set(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
+        assert set(os.listdir("/proc/self/fd")) <= before
 
     isolated(work)

@@ -12,6 +12,7 @@ from manager_bench import Bench, document, until
 
 from kvik.conf.enums import DomainShutoffReason, DomainState
 from kvik.errors import HostError, InvalidArgument, NoDomain
+from kvik.host import process
 from kvik.hypervisor.test.driver import Behaviour
 from kvik.manager.manager import Manager
 from kvik.manager.store import Status, Store, check_name
@@ -380,3 +381,43 @@ def test_a_state_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) 
     (tmp_path / "etc").write_text("a file where a directory should be")
     with pytest.raises(HostError, match="etc/kvik"):
         Store(Paths.system(tmp_path)).load()
+
+
+async def test_stages_reached_before_the_daemon_was_away_are_known_after(bench: Bench) -> None:
+    bench.driver.behaviours["a"] = Behaviour(has_agent=False)
+    domain = await bench.manager.define(document())
+    await domain.start()
+    await until(lambda: "first output" in (bench.paths.status / "a.xml").read_text())
+    again = (await bench.reopen()).lookup_name("a")
+    assert [stage.name for stage in again.stages if stage.state == "done"] == [
+        "defined", "vmm started", "guest running", "first output",
+    ]  # fmt: skip
+
+
+async def test_a_process_left_behind_by_an_interrupted_start_is_ended(bench: Bench) -> None:
+    domain = await bench.manager.define(document())
+    await domain.start()
+    status = domain.status()
+    await bench.kill()
+    bench.driver.machines.clear()
+    status.starting = True
+    (bench.paths.status / "a.xml").write_bytes(status.to_xml())
+    # A process that calls itself QEMU and was started for this runtime directory, and one for another.
+    orphan, other = _pretend(status.directory), _pretend("/elsewhere")
+    try:
+        await until(lambda: _argv0(orphan.pid) == "qemu-test" and _argv0(other.pid) == "qemu-test")
+        await bench.open()
+        await until(lambda: not orphan.alive)
+        assert other.alive
+    finally:
+        for handle in (orphan, other):
+            handle.kill()
+            handle.close()
+
+
+def _pretend(home: str) -> process.ProcessHandle:
+    return process.spawn(["/bin/bash", "-c", "exec -a qemu-test sleep 60"], env={"HOME": home, "PATH": "/usr/bin:/bin"})
+
+
+def _argv0(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()

@@ -22,18 +22,16 @@ def _open(connection: Connection, domain: DomainObject, device: str | None, forc
     """Attach a stream to a console or channel. One client at a time; `force` takes it from whoever has it."""
     require_active(domain)
     consoles = connection.server.consoles
-    fd = domain.open_console(device)
-    key = (domain.uuid, device or "")
+    key = (domain.uuid, _line(domain, device))
     holder = consoles.get(key)
     if holder is not None:
         if not force:
-            import os
-
-            os.close(fd)
             raise ResourceBusy(
                 f"the console of machine '{domain.name}' is in use by another client", remedy="use --force to take it"
             )
         holder.connection.abort_stream(holder.key, ResourceBusy("another client took this console"))
+    # Only now: a hypervisor's socket may take one peer at a time.
+    fd = domain.open_console(device)
 
     def released() -> None:
         if consoles.get(key) is stream:
@@ -46,6 +44,23 @@ def _open(connection: Connection, domain: DomainObject, device: str | None, forc
         stream.close()
         raise
     consoles[key] = stream
+
+
+def _line(domain: DomainObject, device: str | None) -> str:
+    """One name for one line: no name means the first console, and a serial line's console is that serial line."""
+    live = domain.live
+    if live is None:
+        return device or ""
+    for console in live.devices.consoles:
+        name = console.alias.name if console.alias is not None else None
+        if device is None or name == device:
+            target = console.target
+            if target is not None and target.type == "serial":
+                return f"serial{target.port or 0}"
+            return name or ""
+    if device is None:
+        return next((serial.alias.name or "" for serial in live.devices.serials if serial.alias is not None), "")
+    return device
 
 
 def open_console(connection: Connection, args: Any, call: Any) -> None:

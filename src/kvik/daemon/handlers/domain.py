@@ -122,7 +122,7 @@ def is_updated(connection: Connection, args: Any) -> tuple[int]:
 
 
 def get_info(connection: Connection, args: Any) -> tuple[int, int, int, int, int]:
-    return tuple(connection.domain(args[0]).info())
+    return connection.domain(args[0]).info()
 
 
 def get_state(connection: Connection, args: Any) -> tuple[int, int]:

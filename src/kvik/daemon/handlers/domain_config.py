@@ -189,9 +189,16 @@ SCHEDULER = {  # libvirt's parameter -> (field of <cputune>, type)
 }
 
 
+DEFAULT_SHARES = 1024  # what the kernel gives a group nobody set; 0 elsewhere means no limit
+
+
 def _scheduler(document: Domain) -> list[Any]:
-    rows = [(name, kind, getattr(document.cputune, field, None)) for name, (field, kind) in SCHEDULER.items()]
-    return params(*(row for row in rows if row[2] is not None))
+    rows = []
+    for name, (field, kind) in SCHEDULER.items():
+        value = getattr(document.cputune, field, None)
+        default = DEFAULT_SHARES if name == "cpu_shares" else 0
+        rows.append((name, kind, default if value is None else int(value)))
+    return params(*rows)
 
 
 def get_scheduler_type(connection: Connection, args: Any) -> tuple[str, int]:

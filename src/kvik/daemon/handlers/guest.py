@@ -91,21 +91,22 @@ def _aliases(domain: DomainObject, disks: Any) -> list[str]:
         address = disk.address
         if not target:
             continue
-        if getattr(disk, "serial", None):
-            serials[disk.serial] = target
+        serial = getattr(disk, "serial", None)
+        if serial:
+            serials[serial] = target
         if address is not None and address.type == "pci":
             known["pci", address.domain or 0, address.bus or 0, address.slot or 0, address.function or 0] = target
         elif address is not None and address.type == "drive":
             known["drive", address.bus or 0, address.target or 0, address.unit or 0] = target
     found = []
-    for disk in _dicts(disks):
-        pci = disk.get("pci-controller")
+    for entry in _dicts(disks):
+        pci = entry.get("pci-controller")
         place: tuple[Any, ...] = ()
-        if isinstance(pci, dict) and disk.get("bus-type") == "virtio":
+        if isinstance(pci, dict) and entry.get("bus-type") == "virtio":
             place = ("pci", *(_number(pci.get(key)) for key in ("domain", "bus", "slot", "function")))
         else:
-            place = ("drive", *(_number(disk.get(key)) for key in ("bus", "target", "unit")))
-        target = serials.get(_text(disk.get("serial"))) or known.get(place)
+            place = ("drive", *(_number(entry.get(key)) for key in ("bus", "target", "unit")))
+        target = serials.get(_text(entry.get("serial"))) or known.get(place)
         if target:
             found.append(target)
     return found

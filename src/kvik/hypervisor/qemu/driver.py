@@ -182,6 +182,7 @@ class QemuDriver:
             undo.callback(handle.kill)
             close.close()  # QEMU has its own; ours would keep its monitor from ending with it
             machine = QemuMachine(domain, request.directory, handle, capabilities, request.sink)
+            machine.hold_events()
             try:
                 await machine.connect(START_DEADLINE)
                 await machine.refresh()
@@ -195,12 +196,12 @@ class QemuDriver:
                 reason = error
                 if isinstance(error, KvikError):
                     reason = await process.died(domain.name, handle, request.log_fd, position, error)
-                machine.mute()
                 await asyncio.shield(machine.quit(0.0))
                 if reason is error:
                     raise
                 raise reason from error
             undo.pop_all()
+            machine.release_events()
             return machine
 
     async def _kernel(self, domain: Domain) -> str | None:

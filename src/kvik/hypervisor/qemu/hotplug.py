@@ -104,7 +104,7 @@ async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: _Un
             undone.add("remove-fd", fdset_id=int(paths[name].rsplit("/", 1)[-1]))
     files = Files(opened.fds, paths)
     context = make_context(machine.domain, machine.capabilities, files)
-    if device.boot is not None:
+    if getattr(device, "boot", None) is not None:
         context.boot_index[alias_of(device)] = device.boot.order
     parts = parts_of(context, device)
     if parts.arguments:

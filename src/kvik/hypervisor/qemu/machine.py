@@ -82,6 +82,7 @@ class QemuMachine:
         self.leaving: dict[str, Any] = {}  # alias -> device that the guest was asked to let go
         self.output_tail = b""  # last output of the first serial line or console
         self._sink = sink
+        self._held: list[MachineEvent] | None = None
         self._connection: QmpConnection | None = None
         self._agent = self._make_agent()
         self._started = False
@@ -188,12 +189,20 @@ class QemuMachine:
 
     # -- what happens unasked
 
-    def mute(self) -> None:
-        """No more events: a start that failed has none."""
-        self._sink = lambda event: None
+    def hold_events(self) -> None:
+        """Keep events back: a start that fails has none."""
+        self._held = []
+
+    def release_events(self) -> None:
+        held, self._held = self._held or [], None
+        for event in held:
+            self._sink(event)
 
     def _emit(self, event: MachineEvent) -> None:
-        self._sink(event)
+        if self._held is not None:
+            self._held.append(event)
+        else:
+            self._sink(event)
 
     def _on_event(self, event: Event) -> None:
         for told in translate(event):
@@ -362,13 +371,15 @@ class QemuMachine:
             return
         self._quitting = True
         if grace > 0 and self._connection is not None and not self._connection.closed:
-            with contextlib.suppress(KvikError):
+            try:
                 async with asyncio.timeout(grace):
                     # The reply and the end race; either will do.
                     with contextlib.suppress(HypervisorError):
                         await self.execute("quit", deadline=grace)
                     await self._ended.wait()
                     return
+            except (KvikError, TimeoutError):
+                pass
         if self._ended.is_set():
             return
         # SIGTERM would wait in a stopped or stuck process: what did not obey its monitor is killed.

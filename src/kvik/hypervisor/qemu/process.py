@@ -85,7 +85,7 @@ def last_words(log_fd: int, position: int) -> str:
         os.close(reader)
     lines = [_without_stamp(text) for text in data.decode("utf-8", "replace").splitlines() if text.strip()]
     lines = [text for text in lines if not text.startswith("char device redirected to")]
-    return "\n".join(lines[-_LINES:])
+    return "; ".join(lines[-_LINES:])
 
 
 def _without_stamp(line: str) -> str:

@@ -142,7 +142,7 @@ def _nic(context: Context, device: Interface) -> Props:
         "host_mtu": device.mtu.size if device.mtu and is_virtio else None,
         **context.address(device),
     }
-    if boot is None and not context.is_microvm and "romfile" not in props:
+    if boot is None and "romfile" not in props:
         props["romfile"] = ""  # an option ROM nobody boots from only costs time
     if not is_virtio:
         return props
@@ -158,7 +158,7 @@ def _nic(context: Context, device: Interface) -> Props:
             "hash": driver.rss_hash_report,
         }
         if driver.queues is not None and driver.queues > 1:
-            props |= {"mq": True, "vectors": None if context.is_microvm else 2 * driver.queues + 2}
+            props |= {"mq": True, "vectors": 2 * driver.queues + 2}
         if driver.host is not None:
             offload = driver.host
             props |= {f"host_{key}": getattr(offload, key) for key in ("tso4", "tso6", "ecn", "ufo")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from kvik.conf.devices.common import BootableDevice
+from kvik.conf.devices.hostdev import Redirdev
 from kvik.conf.domain import Domain
 from kvik.conf.os import Sysinfo
 from kvik.errors import ConfigUnsupported
@@ -144,9 +146,11 @@ def _flash(name: str, path: str, image_format: str, read_only: bool) -> list[str
 def boot_indexes(domain: Domain) -> dict[str, int]:
     """alias -> bootindex, from each device's own <boot order> or from <os><boot dev>: the first device of a kind."""
     devices = domain.devices
+    bootable: list[BootableDevice | Redirdev] = [*devices.disks, *devices.interfaces, *devices.hostdevs]
+    bootable += devices.redirdevs
     own = {
         alias_of(device): device.boot.order
-        for device in [*devices.disks, *devices.interfaces, *devices.hostdevs, *devices.redirdevs]
+        for device in bootable
         if device.boot is not None and device.alias is not None
     }
     if own:

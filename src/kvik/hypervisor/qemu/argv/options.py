@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kvik.conf.devices.common import Address, Device, VirtioOptions
+from kvik.conf.devices.common import Address, BootableDevice, Device, VirtioOptions
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
@@ -207,15 +207,16 @@ class Context:
         if device is not None:
             if device.acpi is not None:
                 props["acpi-index"] = device.acpi.index
-            if device.rom is not None:
+            if isinstance(device, BootableDevice) and device.rom is not None:
                 props["rombar"] = None if device.rom.bar is None else int(device.rom.bar)
                 props["romfile"] = "" if device.rom.enabled is False else device.rom.file
         return props
 
     def virtio_name(self, kind: str, model: str | None = None) -> str:
-        """The device of a virtio kind ("blk", "net", ...) on this machine's transport."""
-        if self.is_microvm:
-            return f"virtio-{kind}-device"
+        """The device of a virtio kind ("blk", "net", ...).
+
+        On PCI also in a microvm, which has it for us: many kernels come without drivers for virtio over mmio.
+        """
         suffix = ""
         if model and model.endswith("-non-transitional"):
             suffix = "-non-transitional"

@@ -117,7 +117,7 @@ def vsock_parts(context: Context, device: Vsock) -> Parts:
     cid = device.cid.address if device.cid else None
     if cid is None:
         raise ConfigUnsupported("the vsock device has no CID yet", path="/domain/devices/vsock/cid")
-    name = "vhost-vsock-device" if context.is_microvm else context.virtio_name("vsock", device.model)
+    name = context.virtio_name("vsock", device.model)
     props: Props = {"driver": name.replace("virtio-", "vhost-"), "id": alias, "guest-cid": cid}
     props["vhostfd"] = context.files.fd(f"vsock:{alias}")
     return Parts(devices=[props | context.address(device) | virtio_options(device.driver)])

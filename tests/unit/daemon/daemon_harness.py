@@ -127,7 +127,8 @@ class Client:
     async def close(self) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-        await self.task
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
         self.sock.close()
 
 
