@@ -22,7 +22,7 @@ from kvik.paths import Paths
 if TYPE_CHECKING:
     import subprocess
 
-START_TIMEOUT: Final = 5.0  # seconds until a daemon that was started must answer
+START_TIMEOUT: Final = 30.0  # seconds until a started daemon must answer; one that fails says so at once
 POLL: Final = 0.005
 _NOBODY_LISTENS: Final = (errno.ENOENT, errno.ECONNREFUSED)
 _STDERR_SHOWN: Final = 4096
