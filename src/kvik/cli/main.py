@@ -214,7 +214,7 @@ def run_verb(context: Context, words: Sequence[str]) -> int:
             options = parse(name, verb, words[1:])
         except UsageError as error:
             context.error(error)
-            return 1
+            return failure(name, words, error)
         if options.flag("help"):
             from kvik.cli.verbs import VERBS
 
@@ -227,12 +227,12 @@ def run_verb(context: Context, words: Sequence[str]) -> int:
             context.finish()
         except KvikError as error:
             context.error(error)
-            code = int(getattr(error, "exit_code", 1))
+            code = failure(name, words, error)
         except OSError as error:
             if isinstance(error, BrokenPipeError):
                 raise
             context.error(error)
-            code = 1
+            code = failure(name, words, error)
         if context.timing:
             context.extra()
             context.extra(f"(Time: {(_now() - before) * 1000:.3f} ms)")
@@ -243,6 +243,15 @@ def run_verb(context: Context, words: Sequence[str]) -> int:
         return code
     finally:
         context.json, context.colour = json, colour
+
+
+OWN_FAILURE = 125  # as docker, env and timeout report that they, not the command that they run, failed
+
+
+def failure(name: str, words: Sequence[str], error: BaseException) -> int:
+    """The exit code of an error; where a command's own code is handed on, one that commands do not use."""
+    own = OWN_FAILURE if name == "exec" or (name == "run" and "--" in words) else 1
+    return int(getattr(error, "exit_code", own))
 
 
 # Verbs whose output is not followed by virsh's blank line: it would be part of somebody else's data.

@@ -9,7 +9,7 @@ from kvik.cli.common import scaled
 from kvik.cli.guest_exec import STDIN_MAX, run_in, seconds
 from kvik.cli.options import FLAG, NUMBER, REST, TEXT, Option, UsageError, Verb
 from kvik.cli.progress import Progress
-from kvik.errors import AlreadyExists, InvalidArgument, KvikError, NotFound, OperationFailed
+from kvik.errors import AlreadyExists, ConfigError, InvalidArgument, KvikError, NotFound, OperationFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ TINY_MEMORY_KIB = 256 << 10
 OWN_MEMORY_KIB = 2 << 20
 NAME_TRIES = 50
 AUTODESTROY = 2
+BACKLOG = 2048  # bytes of console output shown when the console is attached
 UNDEFINE_NVRAM = 4
 
 
@@ -47,6 +48,13 @@ def acceleration(paths: Paths) -> Verdict:
     from kvik.host.probe import kvm_verdict
 
     return kvm_verdict(paths.cache)
+
+
+def acceleration_line(verdict: Verdict) -> str:
+    """One sentence: what runs the guest's instructions, and why."""
+    if verdict.usable:
+        return f"Acceleration: {verdict.reason}."
+    return f"Acceleration: software emulation, because {verdict.reason} ('kvik doctor' says more)."
 
 
 def ensure_packages(ctx: Context, progress: Progress, *, uefi: bool, yes: bool) -> None:
@@ -73,6 +81,21 @@ def use_tiny(machine: Machine, paths: Paths, progress: Progress, append: str | N
     machine.kernel, machine.initrd = str(image.kernel), str(image.initrd)
     words = kernel_arguments("kvm" if machine.accelerated else "tcg", hostname=machine.name)
     machine.append = f"{words} {append}" if append else words
+    tell_frequency(machine)
+
+
+def tell_frequency(machine: Machine) -> None:
+    """microvm has no timer that a kernel could measure its clock with under emulation: without this it waits for ever.
+
+    The kernel's own word for it: Documentation/admin-guide/kernel-parameters.txt, tsc_early_khz.
+    """
+    append = machine.append or ""
+    if machine.machine.startswith("microvm") and not machine.accelerated and "tsc_early_khz=" not in append:
+        from kvik.host.tsc import tsc_khz
+
+        frequency = tsc_khz()
+        if frequency:
+            machine.append = f"{append} tsc_early_khz={frequency}".strip()
 
 
 def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progress: Progress) -> tuple[Machine, bool]:
@@ -87,7 +110,8 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
         if not os.path.exists(os.path.expanduser(image)) and "/" not in image:  # noqa: PTH110, PTH111
             raise NotFound(
                 f"there is no image '{image}'",
-                remedy="'tiny' is made for you; anything else is the path of a disk image",
+                remedy=f"'tiny' is made for you, and a path is a disk image; a command comes after '--': "
+                f"kvik run --rm -- {image}",
             )
         disks = [image, *disks]
     is_tiny = kernel is None and cdrom is None and not disks
@@ -106,7 +130,8 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
     size = options.text("memory")
     if size is not None:
         machine.memory_kib = scaled(size, "memory", 1 << 20) >> 10
-    machine.vcpus = options.number("vcpus") or 1
+    vcpus = options.number("vcpus")
+    machine.vcpus = 1 if vcpus is None else vcpus
     if machine.vcpus < 1 or not 1 << 10 <= machine.memory_kib < 1 << 42:
         raise UsageError("a machine has at least one vCPU and 1 MiB of memory, and less than 4 PiB")
     machine.cpu = options.text("cpu")
@@ -158,6 +183,9 @@ def start(ctx: Context, options: Options, machine: Machine, paths: Paths, finish
                 # Transient, and tied to this connection: gone even if this process is killed.
                 return connection.create(xml, 0 if keep_alive else AUTODESTROY)
             domain = connection.define(xml)
+        except ConfigError as error:
+            # The document is ours: its lines and paths tell the user nothing.
+            raise InvalidArgument(error.message, remedy=error.remedy) from error
         except AlreadyExists:
             if asked or attempt == NAME_TRIES - 1:
                 raise
@@ -184,6 +212,8 @@ class Finisher:
     def prepare(self, machine: Machine) -> None:
         if self.is_tiny:
             use_tiny(machine, self.paths, self.progress, self.append)
+        elif machine.kernel:
+            tell_frequency(machine)
 
 
 def undefine(domain: Domain, machine: Machine) -> None:
@@ -201,7 +231,19 @@ def remove_machine(domain: Domain) -> None:
         pass
 
 
+def check_name(ctx: Context, name: str | None) -> None:
+    """A name that is taken is told at once, not after packages were fetched and an image made."""
+    if name is None or name not in {domain.name for domain in ctx.connection.domains()}:
+        return
+    raise AlreadyExists(
+        f"there is a machine '{name}' already",
+        remedy=f"choose another --name; or 'kvik start {name}' starts it, 'kvik undefine {name}' removes it",
+    )
+
+
 def run(ctx: Context, options: Options) -> int:
+    from kvik.cli.run_stages import DoesNotBoot
+
     command = options.words("command")
     wanted_console, detach, remove = options.flag("console"), options.flag("detach"), options.flag("rm")
     if wanted_console and (detach or command):
@@ -219,9 +261,9 @@ def run(ctx: Context, options: Options) -> int:
         verdict = acceleration(paths)
         # Before anything is installed, downloaded or written: what the user gave must make sense.
         machine, is_tiny = build(ctx, options, paths, verdict, progress)
+        check_name(ctx, options.text("name"))
         ensure_packages(ctx, progress, uefi=machine.firmware == "uefi", yes=options.flag("yes"))
-        how = "KVM" if verdict.usable else "software emulation"
-        progress.line(f"acceleration: {how}, because {verdict.reason}")
+        progress.line(acceleration_line(verdict))
         finisher = Finisher(paths, progress, options.text("append"), is_tiny=is_tiny)
         domain = start(ctx, options, machine, paths, finisher)
         ctx.doing = ""
@@ -234,7 +276,7 @@ def run(ctx: Context, options: Options) -> int:
             raise
         except KvikError as error:
             progress.clear()
-            if isinstance(error, OperationFailed):
+            if isinstance(error, (OperationFailed, DoesNotBoot)):
                 show_log(ctx, machine)
             leave(ctx, domain, remove=remove)
             raise
@@ -272,7 +314,7 @@ def use(
         if options.flag("console") or (term.is_terminal(ctx.stdin) and not detach and not ctx.json):
             from kvik.cli.console import attach
 
-            return attach(ctx, domain)
+            return attach(ctx, domain, backlog=last_output(machine) if readiness else b"")
         return 0
     finally:
         if remove and not detach:
@@ -317,6 +359,16 @@ def leave(ctx: Context, domain: Domain, *, remove: bool) -> None:
         ctx.warn(
             f"{domain.name} was kept: 'kvik console {domain.name}' looks at it, 'kvik destroy {domain.name}' stops it"
         )
+
+
+def last_output(machine: Machine) -> bytes:
+    """What the console showed while nobody was attached: the prompt that the user would otherwise not see."""
+    try:
+        with open(machine.log or "", "rb") as file:  # noqa: PTH123
+            file.seek(max(0, os.fstat(file.fileno()).st_size - BACKLOG))
+            return file.read()
+    except OSError:
+        return b""
 
 
 def show_log(ctx: Context, machine: Machine) -> None:

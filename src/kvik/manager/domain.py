@@ -524,7 +524,7 @@ class DomainObject:
         return await guest.agent_command(self, text, timeout)
 
     async def agent_exec(
-        self, argv: Sequence[str], stdin: bytes = b"", timeout: float = 30.0, env: Sequence[str] = ()
+        self, argv: Sequence[str], stdin: bytes = b"", timeout: float | None = 30.0, env: Sequence[str] = ()
     ) -> ExecResult:
         return await exec.run(self.require_machine().agent, argv, stdin, timeout, env)
 

@@ -205,3 +205,16 @@ def test_nearest_is_near() -> None:
     assert distance("", "abc") == 3
     assert nearest("xyzzy", ["list", "start"]) is None
     assert nearest("tiny1", ["tiny-1", "tiny-10"]) == "tiny-1"
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "lines"),
+    [
+        ("short", 20, ["short"]),
+        ("a sentence that is longer than the line", 20, ["a sentence that is", "  longer than the", "  line"]),
+        ("x" * 30 + " y", 20, ["x" * 30, "  y"]),
+        ("  indented sentence goes on", 20, ["  indented sentence", "  goes on"]),
+    ],
+)
+def test_long_lines_break_between_words(text: str, limit: int, lines: list[str]) -> None:
+    assert term.wrap(text, limit, "  ").split("\n") == lines
