@@ -41,8 +41,8 @@ async def run(
     timeout: float | None = 30.0,
     env: Sequence[str] = (),
 ) -> ExecResult:
-    """The command's end. `OperationTimeout` when it takes longer (it is killed; None: it may take for ever), `AgentError`
-    if it cannot be run."""
+    """The command's end. `AgentError` if it cannot be run; `OperationTimeout` when it takes longer than `timeout`
+    seconds (it is killed; None: as long as it wants)."""
     if not argv or not argv[0]:
         raise InvalidArgument("a command is needed")
     if any("\0" in part for part in argv):

@@ -44,7 +44,8 @@ PROCEDURES: dict[int, tuple[str, str, str, str]] = {
         "hypervisors:string<16>",
         "h",
     ),
-    5: ("DOMAIN_OVERVIEW", "flags:uint", "rows:overview_row<16384>", "h"),
+    # 5 was an overview without `uptime`.
     6: ("DAEMON_SHUTDOWN", "", "", "h"),
+    7: ("DOMAIN_OVERVIEW", "flags:uint", "rows:overview_row<16384>", "h"),
     100: ("DOMAIN_EVENT_STAGE", "dom:domain stage:stage", "", "e"),
 }

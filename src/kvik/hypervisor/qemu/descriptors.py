@@ -71,7 +71,7 @@ class Opened:
 
     def open(self, name: str, path: str, flags: int) -> int:
         try:
-            fd = os.open(path, flags | os.O_CLOEXEC)
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise host_files.host_error("open", path, error) from error
         self.add(name, fd)
