@@ -73,7 +73,7 @@ class LabOptions:
 
     memory_mib: int = 3072
     vcpus: int = 2
-    cpu: str = "max,+svm"
+    cpu: str = "max,+svm,-vgif"
     kernel_arguments: tuple[str, ...] = ()  # after our own, so they win
     modules: tuple[str, ...] = ()  # loaded after `MODULES`, with what they need
     disks: tuple[Path, ...] = ()  # raw images, writable, virtio-blk: /dev/vda, /dev/vdb, ...
