@@ -46,7 +46,7 @@ def lab(lab: Lab, image: tuple[Paths, TinyImage]) -> Iterator[Lab]:
         """
     )
     yield lab
-    lab.sh(f"pkill -KILL -x qemu-system-x86 || true; pkill -KILL -f kvik.daemon || true; rm -rf {STATE}/* /tmp/nobody")
+    lab.sh(f"pkill -KILL -x qemu-system-x86 || true; pkill -KILL -f [k]vik.daemon || true; rm -rf {STATE}/* /tmp/nobody")
 
 
 def row(lab: Lab, name: str) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def test_the_life_cycle_of_a_machine_on_kvm(lab: Lab) -> None:
 
     # the daemon is killed, the machine goes on, and the next command finds it again
     pid = lab.sh("pgrep -x qemu-system-x86").strip()
-    lab.sh("pkill -KILL -f kvik.daemon")
+    lab.sh("pkill -KILL -f [k]vik.daemon")
     again = row(lab, "one")
     assert again["state"] == "running" and again["acceleration"] == "kvm"
     assert lab.sh("pgrep -x qemu-system-x86").strip() == pid
