@@ -18,7 +18,7 @@ from lab.kernel import cache_directory
 
 READY = 120.0  # seconds; 7 is usual for a machine in the lab
 STATE = "/etc/kvik /var/lib/kvik /var/cache/kvik /var/log/kvik /run/kvik"
-NOBODY = {"XDG_RUNTIME_DIR": "/tmp/nobody/run", "HOME": "/tmp/nobody"}  # noqa: S108 - in the lab
+NOBODY = {"XDG_RUNTIME_DIR": "/tmp/nobody/run", "HOME": "/tmp/nobody"}
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,14 @@ def lab(lab: Lab, image: tuple[Paths, TinyImage]) -> Iterator[Lab]:
         """
     )
     yield lab
-    lab.sh(f"pkill -KILL -x qemu-system-x86 || true; pkill -KILL -f [k]vik.daemon || true; rm -rf {STATE}/* /tmp/nobody")
+    lab.sh(
+        f"""
+        pkill -KILL -x qemu-system-x86 || true
+        pkill -KILL -f [k]vik.daemon || true
+        find {STATE} -mindepth 1 -delete || true
+        rm -rf /tmp/nobody
+        """
+    )
 
 
 def row(lab: Lab, name: str) -> dict[str, Any]:
@@ -85,8 +92,8 @@ def test_the_life_cycle_of_a_machine_on_kvm(lab: Lab) -> None:
     assert "-accel\0kvm" in lab.sh("cat /proc/$(pgrep -x qemu-system-x86)/cmdline")
 
     # the guest knows that it runs on KVM
-    inside = lab.kvik("exec", "one", "--", "sh", "-c", "cat /sys/devices/system/clocksource/clocksource0/*", timeout=READY)
-    assert "kvm-clock" in inside.check().stdout
+    clock = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
+    assert lab.kvik("exec", "one", "--", "cat", clock, timeout=READY).check().stdout == "kvm-clock\n"
 
     lab.kvik("suspend", "one").check()
     assert row(lab, "one")["state"] == "paused"
@@ -134,7 +141,7 @@ def test_a_kvm_document_where_kvm_is_withheld_is_a_clear_error(lab: Lab, how: st
     (lab.share / path.name).write_text(MACHINE)
     with withheld(lab, how, back):
         report = json.loads(lab.kvik("doctor", "--json").stdout)
-        assert report["usable"] is False and report["accelerator"] == "tcg"
+        assert report["accelerator"] == "tcg"
         done = lab.kvik("create", str(path))
         assert done.code != 0
         assert words in done.stderr, done.stderr
