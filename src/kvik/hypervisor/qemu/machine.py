@@ -34,7 +34,7 @@ from kvik.errors import (
 )
 from kvik.host.process import ProcessHandle, boot_id, describe_exit
 from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
-from kvik.hypervisor.qemu import cpus, hotplug, screenshot, stats
+from kvik.hypervisor.qemu import cpus, display, hotplug, screenshot, stats
 from kvik.hypervisor.qemu.agent import AGENT_CHANNEL, GuestAgent
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
 from kvik.hypervisor.qemu.descriptors import character_devices
@@ -437,6 +437,9 @@ class QemuMachine:
     async def balloon(self) -> Mapping[str, int]:
         return await stats.balloon(self)
 
+    async def set_balloon_period(self, seconds: int) -> None:
+        await hotplug.set_balloon_period(self, seconds)
+
     # -- devices
 
     async def attach_device(self, device: Any, files: Mapping[str, int]) -> None:
@@ -471,6 +474,9 @@ class QemuMachine:
             raise OperationUnsupported(f"device {alias} of type {device.type} has no console to open")
         raise NoDevice(f"machine {self.name} has no serial line, console or channel {alias}")
 
+    async def open_graphics(self, index: int, skip_auth: bool) -> int:
+        return await display.open_graphics(self, index, skip_auth)
+
     async def agent(self, command: str, arguments: Mapping[str, Any] | None = None, timeout: float = 5.0) -> Any:
         if self._ended.is_set():
             raise OperationInvalid(f"machine {self.name} is not running")
@@ -493,6 +499,9 @@ class QemuMachine:
         if not isinstance(answer, str):
             raise HypervisorError(f"{self.name}: the human monitor's answer is no text")
         return answer
+
+    async def disk_errors(self) -> Mapping[str, int]:
+        return await stats.disk_errors(self)
 
     async def stats(self, groups: frozenset[str]) -> dict[str, int | str]:
         return await stats.collect(self, groups)
