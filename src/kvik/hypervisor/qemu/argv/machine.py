@@ -18,6 +18,8 @@ def machine(context: Context, memory_backend: str | None) -> list[str]:
     domain, features = context.domain, context.domain.features
     options: Props = {"usb": False, "dump-guest-core": bool(domain.memory_dump_core)}
     if not context.is_microvm:
+        if _firmware_on_serial(domain):
+            options["graphics"] = False
         options["vmport"] = features.vmport.state if features and features.vmport else False
         options["smm"] = features.smm.state if features and features.smm else None
         if domain.os.loader is not None and domain.os.loader.secure:
@@ -47,6 +49,15 @@ def machine(context: Context, memory_backend: str | None) -> list[str]:
         options["kernel_irqchip"] = "split" if domain.type == "kvm" else None
     name = context.machine
     return ["-machine", keyval(name, options), "-accel", _accel(domain)]
+
+
+def _firmware_on_serial(domain: Domain) -> bool:
+    """Whether SeaBIOS shall speak on the first serial line: asked for, or where no screen would show what it says."""
+    bios = domain.os.bios
+    if bios is not None and bios.useserial is not None:
+        return bios.useserial
+    named = domain.os.loader is not None or domain.os.firmware is not None
+    return bool(domain.devices.serials) and not (domain.devices.videos or domain.os.kernel or named)
 
 
 def _timer(domain: Domain, name: str) -> bool | None:
