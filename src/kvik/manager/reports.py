@@ -80,7 +80,13 @@ def _io_error(domain: DomainObject, run: Run, event: MachineEvent) -> None:
 
 
 def _rtc(domain: DomainObject, run: Run, event: MachineEvent) -> None:
-    domain.emit("rtc-change", offset=int(event.data.get("offset", 0)))
+    offset = int(event.data.get("offset", 0))
+    clock = run.live.clock
+    if clock is not None and clock.offset == "variable":
+        clock.adjustment = str(offset)
+        domain.live_changed()
+        domain.spawn(domain.save_quietly())
+    domain.emit("rtc-change", offset=offset)
 
 
 def _balloon(domain: DomainObject, run: Run, event: MachineEvent) -> None:

@@ -83,6 +83,8 @@ class QemuMachine:
         self.run_state = "prelaunch"
         self.leaving: dict[str, Any] = {}  # alias -> device that the guest was asked to let go
         self.output_tail = b""  # last output of the first serial line or console
+        # What a "variable" clock was off when QEMU started: its RTC_CHANGE counts from there.
+        self.clock_base = _adjustment(domain)
         self._sink = sink
         self._held: list[MachineEvent] | None = None
         self._connection: QmpConnection | None = None
@@ -235,6 +237,9 @@ class QemuMachine:
             self.run_state = "io-error"
         elif kind is EventKind.WATCHDOG and event.detail == "pause":
             self.run_state = "watchdog"
+        elif kind is EventKind.RTC_CHANGE:
+            offset = event.data["offset"] + self.clock_base
+            return MachineEvent(kind, event.detail, {"offset": offset}, event.timestamp)
         elif kind is EventKind.CHANNEL:
             return self._channel_changed(event)
         elif kind is EventKind.DEVICE_REMOVED:
@@ -347,6 +352,7 @@ class QemuMachine:
             "emulator": self.capabilities.binary,
             "version": self.capabilities.version,
             "started": self._started,
+            "clock_base": self.clock_base,
         }
 
     def mark_started(self) -> None:
@@ -505,6 +511,11 @@ class QemuMachine:
 
     async def stats(self, groups: frozenset[str]) -> dict[str, int | str]:
         return await stats.collect(self, groups)
+
+
+def _adjustment(domain: Domain) -> int:
+    clock = domain.clock
+    return int(clock.adjustment or 0) if clock is not None and clock.offset == "variable" else 0
 
 
 def _open_pty(path: str) -> int:

@@ -11,7 +11,7 @@ from kvik.conf.os import Sysinfo
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.qemu.argv.options import Context, Props, alias_of, json_text, keyval
 
-__all__ = ["boot_indexes", "clock", "firmware", "machine", "power_actions", "smbios", "uses_qboot"]
+__all__ = ["boot_indexes", "clock", "clock_environment", "firmware", "machine", "power_actions", "smbios", "uses_qboot"]
 
 
 def machine(context: Context, memory_backend: str | None) -> list[str]:
@@ -201,13 +201,16 @@ def power_actions(domain: Domain) -> list[str]:
 # -- clock
 
 
-def clock(domain: Domain) -> list[str]:
-    """-rtc and the timers that are options of their own. Offsets become a base date only at start."""
+def clock(domain: Domain, now: float) -> list[str]:
+    """-rtc and the timers that are options of their own. `now` (seconds since the epoch) is what an adjusted clock
+    counts from; a time zone is QEMU's own local time, by TZ in its environment."""
     options: Props = {"base": "utc"}
     described = domain.clock
     if described is not None:
-        if described.offset == "localtime":
+        if described.offset in ("localtime", "timezone"):
             options["base"] = "localtime"
+        elif described.offset == "variable":
+            options["base"] = _adjusted(now, int(described.adjustment or 0), described.basis)
         elif described.offset == "absolute" and described.start is not None:
             options["base"] = _date(described.start)
         for timer in described.timers:
@@ -228,6 +231,18 @@ def clock(domain: Domain) -> list[str]:
         if pm.suspend_to_disk is not None and pm.suspend_to_disk.enabled is not None:
             argv += ["-global", f"{bridge}.disable_s4={int(not pm.suspend_to_disk.enabled)}"]
     return argv
+
+
+def clock_environment(domain: Domain) -> dict[str, str]:
+    described = domain.clock
+    if described is None or described.offset != "timezone" or not described.timezone:
+        return {}
+    return {"TZ": described.timezone}
+
+
+def _adjusted(now: float, adjustment: int, basis: str | None) -> str:
+    local = datetime.fromtimestamp(now).astimezone().utcoffset() if basis == "localtime" else None
+    return _date(int(now) + adjustment + (int(local.total_seconds()) if local else 0))
 
 
 def _date(seconds: int) -> str:
