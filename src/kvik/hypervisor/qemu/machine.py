@@ -383,7 +383,15 @@ class QemuMachine:
         await self.execute("system_powerdown")
 
     async def reset(self) -> None:
-        await self.execute("system_reset")
+        if self.domain.on_reboot in (None, "restart"):
+            await self.execute("system_reset")
+            return
+        # QEMU looks at its reboot action when it gets the command: ours is no reboot of the guest's.
+        await self.set_action("reboot", "reset")
+        try:
+            await self.execute("system_reset")
+        finally:
+            await self.set_action("reboot", "exit")
 
     async def quit(self, grace: float = 1.0) -> None:
         if self._ended.is_set():

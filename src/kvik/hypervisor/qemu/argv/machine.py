@@ -194,7 +194,7 @@ def power_actions(domain: Domain) -> list[str]:
     """What QEMU does by itself; where the manager has to decide, QEMU only stops and tells."""
     off = "poweroff" if domain.on_poweroff in (None, "destroy") else "pause"
     reboot = "reset" if domain.on_reboot in (None, "restart") else "shutdown"
-    panic = "pause" if domain.devices.panics or domain.on_crash not in (None, "destroy") else "shutdown"
+    panic = "shutdown" if domain.on_crash in (None, "destroy") else "pause"
     return ["-action", f"shutdown={off},reboot={reboot},panic={panic}"]
 
 
