@@ -55,6 +55,7 @@ class OverviewRow(NamedTuple):
     persistent: bool
     autostart: bool
     title: str | None
+    uptime: float = 0.0  # seconds since the start; 0 when off, or not told
 
 
 class DaemonStatus(NamedTuple):
@@ -230,8 +231,10 @@ class Connection:
         except NoSupport:
             return self._overview_from_libvirt(flags)
         return [
-            OverviewRow._make((name, uuid_text(uuid), *rest, bool(ready), bool(persistent), bool(autostart), title))
-            for name, uuid, *rest, ready, persistent, autostart, title in rows
+            OverviewRow._make(
+                (name, uuid_text(uuid), *rest, bool(ready), bool(persistent), bool(autostart), title, uptime)
+            )
+            for name, uuid, *rest, ready, persistent, autostart, title, uptime in rows
         ]
 
     def _overview_from_libvirt(self, flags: int) -> list[OverviewRow]:

@@ -100,6 +100,14 @@ def _machine(domain: Domain, caps: MachineDefaults) -> None:
     if domain.current_memory is None or (cells and domain.current_memory > domain.memory):
         domain.current_memory = domain.memory
     domain.clock = domain.clock or Clock(offset="utc")
+    clock = domain.clock
+    if clock.offset in ("utc", "localtime") and clock.adjustment not in (None, "reset"):
+        # A number there means, as in libvirt, a clock that the guest may set and that keeps it.
+        clock.basis = "localtime" if clock.offset == "localtime" else "utc"
+        clock.offset = "variable"
+    if clock.offset == "variable":
+        clock.adjustment = clock.adjustment or "0"
+        clock.basis = clock.basis or "utc"
 
 
 def _disk(disk: Disk, domain: Domain) -> None:

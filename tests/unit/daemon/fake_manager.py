@@ -87,6 +87,8 @@ class FakeManager:
     async def client_gone(self, client: object) -> None:
         self.gone.append(client)
 
+    needed_by = ""  # the machine that keeps an idle daemon alive
+
     def domains(self) -> list[FakeDomain]:
         return list(self.all)
 

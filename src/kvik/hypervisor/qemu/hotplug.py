@@ -19,7 +19,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.display import Graphics, Input
 from kvik.conf.devices.hostdev import Hostdev, Redirdev
 from kvik.conf.devices.interface import Interface
-from kvik.conf.devices.memory import Memballoon, Memory, Shmem
+from kvik.conf.devices.memory import BalloonStats, Memballoon, Memory, Shmem
 from kvik.conf.devices.other import Rng, Vsock
 from kvik.errors import (
     ConfigUnsupported,
@@ -27,6 +27,7 @@ from kvik.errors import (
     KvikError,
     MonitorError,
     OperationFailed,
+    OperationInvalid,
     OperationUnsupported,
 )
 from kvik.hypervisor.qemu.argv import disks
@@ -43,6 +44,7 @@ __all__ = [
     "finish_detach",
     "mirror_console",
     "query_graphics",
+    "set_balloon_period",
     "set_pty",
     "start_settings",
     "update",
@@ -316,6 +318,17 @@ def _epoch(text: str) -> str:
         return str(int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()))
     except ValueError as error:
         raise ConfigUnsupported(f"passwdValidTo {text!r} is no date like 2030-01-31T12:00:00") from error
+
+
+async def set_balloon_period(machine: QemuMachine, seconds: int) -> None:
+    """How often the guest is asked for its figures; 0: never. Raises `OperationInvalid` without a balloon."""
+    device = machine.domain.devices.memballoon
+    if device is None or device.model in ("none", "xen") or device.alias is None:
+        raise OperationInvalid(
+            f"machine {machine.name} has no balloon device", remedy="add <memballoon model='virtio'/>"
+        )
+    device.stats = BalloonStats(period=seconds)
+    await _balloon_period(machine, device)
 
 
 async def _balloon_period(machine: QemuMachine, device: Memballoon) -> None:
