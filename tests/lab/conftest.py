@@ -20,6 +20,7 @@ HERE = __file__.rpartition("/")[0]
 DEADLINE = 180.0  # seconds for one test with its fixtures; `@pytest.mark.lab(deadline=...)` says otherwise
 ALIVE = 2  # labs at once: each holds its memory and a share of the CPUs
 
+
 class Labs:
     """The labs of one test session, by their options."""
 
@@ -66,7 +67,9 @@ class Labs:
                     text += "--- dmesg\n" + lab.run(["dmesg"], 10).stdout[-8192:]
             yield f"lab ({'running' if lab.alive else 'ended'})", text
 
+
 LABS = pytest.StashKey[Labs]()
+
 
 @pytest.fixture(scope="session")
 def labs(request: pytest.FixtureRequest) -> Iterator[Labs]:
@@ -74,9 +77,11 @@ def labs(request: pytest.FixtureRequest) -> Iterator[Labs]:
     yield pool
     pool.close()
 
+
 @pytest.fixture
 def lab(labs: Labs) -> Lab:
     return labs.get()
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -84,8 +89,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if str(item.path).startswith(HERE) and item.get_closest_marker("lab") is None:
             item.add_marker(pytest.mark.lab)
 
+
 class DeadlineExceeded(BaseException):
     """No `except Exception` of what is tested may swallow it."""
+
 
 @contextlib.contextmanager
 def deadline(item: pytest.Item) -> Generator[None]:
@@ -107,17 +114,21 @@ def deadline(item: pytest.Item) -> Generator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
+
 Phase = Generator[None, object, object]
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Phase:
     with deadline(item):
         return (yield)
 
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Phase:
     with deadline(item):
         return (yield)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
@@ -125,4 +136,3 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.failed and (pool := item.config.stash.get(LABS, None)) is not None:
         report.sections.extend(pool.tail())
     return report
-

@@ -95,7 +95,9 @@ def test_disks_and_nics_come_with_a_lab_of_their_own_and_it_ends_with_its_proces
     disk.write_bytes(b"on the disk".ljust(1 << 20, b"\0"))
     options = LabOptions(memory_mib=1024, vcpus=1, disks=(disk,), nics=("user",), kernel_arguments=("lab.test=yes",))
     with Lab(options) as lab:
-        assert lab.sh("head -c 11 /dev/vda; nproc; grep -o lab.test=yes /proc/cmdline") == "on the disk1\nlab.test=yes\n"
+        assert (
+            lab.sh("head -c 11 /dev/vda; nproc; grep -o lab.test=yes /proc/cmdline") == "on the disk1\nlab.test=yes\n"
+        )
         assert "52:54:00:1a:b0:00" in lab.sh("ip link")
         directory, waiting = lab.share.parent, lab.spawn(["/bin/sleep", "60"])
         os.kill(lab.pid, signal.SIGKILL)
