@@ -1,4 +1,4 @@
-"""A host of its own for one test: a root directory, a daemon, its machines, and the checks that nothing is left of them.
+"""A host of its own for one test: a directory, a daemon, its machines, and the checks that nothing is left of them.
 
 Everything below `Host.root`; every process below one nursery (see there). Processes are ended by pid, and only those
 that were started here.

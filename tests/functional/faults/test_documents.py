@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 from fault_harness import Host, disk_xml, machine_xml
 
 from kvik.errors import KvikError
 
-BILLION_LAUGHS = """<!DOCTYPE domain [<!ENTITY a "ha">
-%s
-]>
-<domain type='qemu'><name>&l9;</name></domain>""" % "\n".join(
-    f'<!ENTITY l{n} "{("&l%d;" % (n - 1) if n else "&a;") * 10}">' for n in range(10)
-)
+_LAUGHS = "".join(f'<!ENTITY l{n} "{(f"&l{n - 1};" if n else "ha") * 10}">' for n in range(10))
+BILLION_LAUGHS = f"<!DOCTYPE domain [{_LAUGHS}]><domain type='qemu'><name>&l9;</name></domain>"
 EXTERNAL = """<!DOCTYPE domain [<!ENTITY secret SYSTEM "file://%s">]>
 <domain type='qemu'><name>web</name><title>&secret;</title></domain>"""
 
@@ -57,7 +54,7 @@ def test_malformed(host: Host, xml: str, pattern: str) -> None:
 
 def test_entities_are_not_expanded(host: Host) -> None:
     refused(host, BILLION_LAUGHS, "line 1: a document type declaration")
-    assert int(open(f"/proc/{host.daemon}/statm").read().split()[1]) * 4096 < 300 << 20
+    assert int(Path(f"/proc/{host.daemon}/statm").read_text().split()[1]) * 4096 < 300 << 20
 
 
 def test_no_file_of_the_host_is_read(host: Host) -> None:
