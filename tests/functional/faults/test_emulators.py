@@ -128,7 +128,7 @@ def test_a_disk_that_a_foreign_qemu_holds(host: Host) -> None:
         nothing_started(host, "web", before)
         host.kvik("start", "db")
         path = host.document("disk", disk_xml(image, "vdb"))
-        host.kvik("attach-device", "db", path, "--live", fails="lock.*taken.img")
+        host.kvik("attach-device", "db", path, "--live", fails="taken.img.*lock")
         assert "taken.img" not in host.kvik("domblklist", "db")
         assert alive(foreign.pid)
     finally:
