@@ -108,7 +108,7 @@ def _attached(sweep: Sweep) -> bool:
     """It is there, or it can be attached now."""
     if "extra.img" not in sweep.domain().xml():
         sweep.domain().attach_device(_extra_disk(sweep), LIVE)
-    return "extra.img" in sweep.domain().monitor_command("info block", hmp=True)
+    return "virtio-disk1" in sweep.domain().monitor_command("info block", hmp=True)
 
 
 OPERATIONS = {
