@@ -230,6 +230,13 @@ def _others(domain: Domain, root: str) -> None:
             raise ConfigError("a host device needs a <source>", path=path)
         if hostdev.type in ("pci", "mdev") and hostdev.source.address is None:
             raise ConfigError(f"a {hostdev.type} host device needs a <source><address .../></source>", path=path)
+        if hostdev.type == "pci" and hostdev.source.address is not None:
+            for part, limit in (("domain", 0xFFFF), ("bus", 0xFF), ("slot", 0x1F), ("function", 7)):
+                number = getattr(hostdev.source.address, part) or 0
+                if not 0 <= number <= limit:
+                    raise ConfigError(
+                        f"{part} {number:#x} is more than {limit:#x}", path=f"{path}/source/address/@{part}"
+                    )
         if hostdev.type == "usb" and hostdev.source.address is None and hostdev.source.vendor is None:
             raise ConfigError("a USB host device needs an address, or vendor and product", path=path)
     for index, rng in enumerate(devices.rngs, 1):
