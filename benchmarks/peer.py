@@ -36,7 +36,7 @@ for directory in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvi
     mount --bind "$base/root$directory" "$directory"
 done
 mkdir -p /var/lib/libvirt/qemu /run/libvirt "$base/sock"
-printf 'namespaces = []\nuser = "root"\ngroup = "root"\nsecurity_driver = "none"\ncgroup_controllers = []\n' \
+printf 'namespaces = []\nuser = "root"\ngroup = "root"\nsecurity_driver = "none"\ncgroup_controllers = []\nstdio_handler = "file"\n' \
     >/etc/libvirt/qemu.conf
 printf 'auth_unix_rw = "none"\nunix_sock_dir = "%s/sock"\n' "$base" >/etc/libvirt/libvirtd.conf
 ip link set lo up
