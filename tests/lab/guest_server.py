@@ -79,7 +79,7 @@ def set_up(config):
         os.symlink(config["modules"], f"/lib/modules/{version}")
     # What the kernel asks for by itself (nft, tun, crypto, file systems) is found too.
     os.makedirs("/run/lab-bin")
-    os.symlink(config["busybox"], "/run/lab-bin/modprobe")
+    subprocess.run([config["busybox"], "--install", "-s", "/run/lab-bin"], check=True)
     with open("/proc/sys/kernel/modprobe", "w") as file:
         file.write("/run/lab-bin/modprobe\n")
     load(config["load"])

@@ -9,6 +9,7 @@ what the lab writes is gone with it, except below `share`. `docs/internals/lab.m
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import ctypes
 import io
@@ -30,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kernel import Kernel, LabUnavailable, ensure_kernel
+from lab.kernel import Kernel, LabUnavailable, ensure_kernel
 
 from kvik.guest.tiny import kernel_arguments
 from kvik.image.cpio import CpioWriter
@@ -50,11 +51,10 @@ BOOT_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
 MODULES = ("virtio_rng", "kvm-amd")
 FRESH = ("/etc/kvik", "/var/lib/kvik", "/var/cache/kvik", "/var/log/kvik", "/root/.cache/kvik")
 ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/lab-bin",
     "HOME": "/root",
     "LC_ALL": "C.UTF-8",
     "TERM": "dumb",
-    "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONPATH": f"{REPOSITORY / 'src'}",
 }
 
@@ -170,6 +170,8 @@ class Lab:
                 self._socket = ours
                 self._waiting[0] = _Waiting()
                 self.share.mkdir()
+                # Where the environment forbids bytecode every command in the lab would compile all that it imports.
+                compileall.compile_dir(REPOSITORY / "src", quiet=2)
                 self._write_server()
                 self._write_initramfs()
                 self._process = subprocess.Popen(

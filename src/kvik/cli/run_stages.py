@@ -24,8 +24,14 @@ def stage_line(domain: Domain, stage: Stage) -> str:
 
 
 def current(readiness: Readiness) -> Stage | None:
-    """The stage that is waited for."""
-    return next((stage for stage in readiness.stages if stage.state in (WAITING, STALLED)), None)
+    """The stage that is waited for. One before a stage that is done cannot be: a quiet kernel prints nothing until an
+    agent answers, and a line with a log of its own does not tell when it began."""
+    done = max((at for at, stage in enumerate(readiness.stages) if stage.state == DONE), default=-1)
+    return next((stage for stage in readiness.stages[done + 1 :] if stage.state in (WAITING, STALLED)), None)
+
+
+def is_ready(readiness: Readiness) -> bool:
+    return readiness.ready or (bool(readiness.stages) and current(readiness) is None)
 
 
 def follow(domain: Domain, progress: Progress, timeout: float) -> Readiness:
@@ -39,8 +45,8 @@ def follow(domain: Domain, progress: Progress, timeout: float) -> Readiness:
             if stage.state == DONE and stage.name not in shown:
                 shown.add(stage.name)
                 progress.line(stage_line(domain, stage))
-        if readiness.ready:
-            return readiness
+        if is_ready(readiness):
+            return readiness._replace(ready=True)
         now = time.monotonic()
         waiting = current(readiness)
         if waiting is not None:

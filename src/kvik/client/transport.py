@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Final
 
-START_TIMEOUT: Final = 5.0  # seconds until a daemon that was started must answer
+START_TIMEOUT: Final = 30.0  # seconds until a started daemon must answer; one that fails says so at once
 POLL: Final = 0.005
 _NOBODY_LISTENS: Final = (errno.ENOENT, errno.ECONNREFUSED)
 _STDERR_SHOWN: Final = 4096

@@ -261,4 +261,4 @@ class EventRouter:
 
 
 def _event(procedure: Procedure, payload: bytes) -> bytes:
-    return m.frame(procedure.program.number, procedure.number, m.MESSAGE, m.EVENT_SERIAL, m.OK, payload)
+    return m.frame((procedure.program.number, procedure.number, m.EVENT_SERIAL), m.MESSAGE, m.OK, payload)

@@ -125,6 +125,8 @@ class Server:
             raise
         self.loop.add_reader(self._listener.fileno(), self._accept)
         self._check_idle()
+        for warning in getattr(self.manager, "warnings", ()):
+            log.warning("%s", warning)
         log.info("serving the %s scope on %s", self.paths.scope, self.socket_path)
 
     def stop(self, reason: str) -> None:

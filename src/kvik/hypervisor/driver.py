@@ -79,6 +79,8 @@ class StartRequest:
     true into it (aliases, pty paths, ports, addresses), and it then is the live document.
     """
 
+    # Descriptors in `files`: "net:ALIAS:N" a tap's queue, "vhost:ALIAS:N", "fs:ALIAS", "tpm:ALIAS" connected sockets,
+    # and any name that a disk's <source fdgroup=...> mentions. They stay the caller's.
     definition: Domain
     directory: Path  # the machine's runtime directory; exists, mode 0700, empty
     log_fd: int  # append-only descriptor of the machine's log; the VMM's stderr
@@ -101,22 +103,35 @@ class Machine(Protocol):
 
     pid: int
     accelerator: str  # "kvm" or "tcg" ("test" in the in-memory driver)
+    output_tail: bytes  # the last output of the first serial line or console that was seen: where a boot stalled
 
     def handle(self) -> dict[str, Any]:
         """JSON-able facts from which `Driver.attach` finds this machine again; goes into the status file."""
 
+    def detach(self) -> None:
+        """Let go of the machine, which goes on running; no more events. `Driver.attach` finds it again."""
+
     # run state
-    async def state(self) -> str: ...  # "running", "paused", "shutdown", "crashed", ...
+    async def state(self) -> str:
+        """ "running", "paused", "shutdown", "crashed", "io-error", "watchdog", "suspended" or "internal-error"."""
+
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
     async def powerdown(self) -> None: ...  # ACPI power button
     async def reset(self) -> None: ...
     async def quit(self, grace: float = 1.0) -> None:
-        """End the VMM: ask, after `grace` seconds kill. Returns when the process is gone. Idempotent."""
+        """End the VMM: ask, after `grace` seconds (0: at once) kill. Returns when the process is gone. Idempotent.
+
+        A VMM that is stopped or stuck costs the whole grace.
+        """
 
     async def inject_nmi(self) -> None: ...
     async def set_action(self, event: str, action: str) -> None:
-        """What the VMM does by itself on "poweroff", "reboot" or "crash"."""
+        """What the VMM does by itself on "poweroff", "reboot" or "crash": "exit", "pause", "reset" or "none".
+
+        At start the driver follows the document: it exits (or resets) where that is what is asked for, and pauses
+        wherever the manager has to decide.
+        """
 
     # resources
     async def vcpus(self) -> list[Mapping[str, Any]]: ...  # {"id", "thread", "online", ...}

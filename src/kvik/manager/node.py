@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from lxml import etree
 
+from kvik.conf.capabilities import GuestArch, GuestMachine, HostCapabilities, HostCell, format_capabilities
 from kvik.conf.domain import parse_domain
 from kvik.conf.reader import read_xml
 from kvik.errors import ConfigError, KvikError, OperationUnsupported
 from kvik.host import node
 from kvik.hypervisor.driver import Driver, Feature
-from kvik.manager.capabilities import Guest, GuestMachine, capabilities_xml
 
 if TYPE_CHECKING:
     from kvik.manager.manager import Manager
@@ -133,17 +133,25 @@ class Node:
         cpu = node.cpu_model()
         if not self._uuid:
             self._uuid = node.host_uuid(self._manager.paths.data / "host-uuid")
-        return capabilities_xml(
-            self._uuid,
-            cpu,
-            node.node_info(),
-            cells=node.cells(),
-            page_sizes=node.page_sizes(),
-            guests=await self._guests(cpu.arch),
-            iommu=any(Path("/sys/class/iommu").glob("*")),
+        info = node.node_info()
+        return format_capabilities(
+            HostCapabilities(
+                uuid=self._uuid,
+                arch=cpu.arch,
+                model=cpu.known_model,
+                vendor=cpu.vendor,
+                sockets=info.sockets,
+                cores=info.cores,
+                threads=info.threads,
+                features=cpu.features,
+                page_sizes_kib=node.page_sizes(),
+                cells=[_cell(cell) for cell in node.cells()],
+                iommu=any(Path("/sys/class/iommu").glob("*")),
+                guests=await self._guests(cpu.arch),
+            )
         )
 
-    async def _guests(self, arch: str) -> list[Guest]:
+    async def _guests(self, arch: str) -> list[GuestArch]:
         """The host's own architecture on each driver; a driver that cannot say is left out."""
         guests = []
         for driver in dict.fromkeys(self._manager.drivers.values()):
@@ -160,11 +168,11 @@ class Node:
                     vcpu = document.find("vcpu")
                     count = int(vcpu.get("max", "0")) if vcpu is not None else 0
                     canonical = document.findtext("machine") or alias
-                    machines[alias] = GuestMachine(alias, canonical, count)
-                    machines.setdefault(canonical, GuestMachine(canonical, "", count))
+                    machines[alias] = GuestMachine(alias, count or 255, canonical if canonical != alias else "")
+                    machines.setdefault(canonical, GuestMachine(canonical, count or 255))
             except (KvikError, OSError):
                 continue
-            guests.append(Guest(arch, emulator, list(machines.values()), types))
+            guests.append(GuestArch(arch, emulator, list(machines.values()), types))
         return guests
 
     # CPU models
@@ -205,6 +213,18 @@ class Node:
 
     def baseline_cpu(self, documents: list[str]) -> str:
         raise OperationUnsupported("CPU baselines need descriptions of CPU models, which there are none of yet")
+
+
+def _cell(cell: node.Cell) -> HostCell:
+    return HostCell(
+        id=cell.id,
+        memory_kib=cell.memory_kib,
+        cpus=[
+            (cpu.id, cpu.socket_id, cpu.die_id, cpu.core_id, node.format_cpu_list(cpu.siblings)) for cpu in cell.cpus
+        ],
+        pages={pages.size_kib: pages.total for pages in cell.pages},
+        distances=cell.distances,
+    )
 
 
 class CpuIncompatible(KvikError):

@@ -338,6 +338,13 @@ def test_each_stage_is_shown_once_as_it_ends(kvik: Any) -> None:
     assert [line.split(": ")[1].split(" ")[0] for line in progress.lines] == ["started", "booted", "agent"]
 
 
+def test_a_later_stage_proves_the_earlier_ones(kvik: Any) -> None:
+    kvik.connection.replies["stages"] = Readiness(
+        False, [Stage("started", 0.1, 1, ""), Stage("first output", 0.0, 0, ""), Stage("agent", 1.2, 1, "")]
+    )
+    assert follow(kvik.connection.running, Progress(), 1).ready  # type: ignore[arg-type]
+
+
 def test_waiting_has_an_end(kvik: Any) -> None:
     kvik.connection.replies["stages"] = Readiness(False, [])
     with pytest.raises(OperationTimeout, match="before its first stage"):

@@ -112,7 +112,8 @@ class Client:
         """Any bytes as a call; returns the answering message."""
         serial = 1_000_000 + len(self.replies)
         future = self.replies[serial] = asyncio.get_running_loop().create_future()
-        self.send(m.frame(number, procedure, m.CALL, serial, m.OK, payload, version))
+        header = m.HEADER.pack(m.HEADER_SIZE + len(payload), number, version, procedure, m.CALL, serial, m.OK)
+        self.send(header + payload)
         async with asyncio.timeout(10):
             return await future
 

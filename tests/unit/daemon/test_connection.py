@@ -108,8 +108,8 @@ async def test_a_body_that_does_not_decode_is_an_error_not_an_end() -> None:
         b"GET / HTTP/1.0\r\n\r\n",
         b"\0" * 28,
         b"\xff" * 64,
-        m.frame(REMOTE, 1, 1, 0, 0, b""),
-        m.frame(REMOTE, 1, 9, 0, 0, b""),
+        m.frame((REMOTE, 1, 0), m.REPLY, m.OK),
+        m.frame((REMOTE, 1, 0), 9, m.OK),
     ],
 )
 async def test_bytes_that_are_no_protocol_end_the_connection_and_only_that(garbage: bytes) -> None:
@@ -126,7 +126,7 @@ async def test_bytes_that_are_no_protocol_end_the_connection_and_only_that(garba
 async def test_a_large_message_is_refused_until_the_connection_is_opened() -> None:
     async with running(FakeManager()) as daemon:
         client = await daemon.client(opened=False)
-        client.send(m.frame(REMOTE, 1, m.CALL, 0, m.OK, b"x" * 100_000))
+        client.send(m.frame((REMOTE, 1, 0), m.CALL, m.OK, b"x" * 100_000))
         async with asyncio.timeout(5):
             await client.ended.wait()
 

@@ -41,7 +41,7 @@ async def test_damaged_messages() -> None:
         for _ in range(ROUNDS):
             client = await daemon.client()
             packet = bytearray(
-                m.frame(0x20008086, source.choice((1, 23, 201, 273)), m.CALL, 1, m.OK, b"\0\0\0\2m0\0\0")
+                m.frame((0x20008086, source.choice((1, 23, 201, 273)), 1), m.CALL, m.OK, b"\0\0\0\2m0\0\0")
             )
             for _ in range(source.randint(1, 6)):
                 packet[source.randrange(len(packet))] = source.randrange(256)

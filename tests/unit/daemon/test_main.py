@@ -28,6 +28,10 @@ ENVIRON = {**os.environ, "PYTHONPATH": str(Path(kvik.__file__).parent.parent)}
 def root() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="kvikd-"))
     yield path
+    for file in path.rglob("kvikd.pid"):  # a test that failed half-way leaves no daemon behind
+        process = Path("/proc") / file.read_text().strip()
+        if (process / "cmdline").exists() and os.fsencode(path) in (process / "cmdline").read_bytes():
+            os.kill(int(process.name), signal.SIGKILL)
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -86,8 +90,8 @@ def test_detached_it_answers_when_the_command_returns_and_ends_on_sigterm(root: 
     assert told == scope
     # Its own session, no terminal, nothing of the caller's open.
     assert os.getsid(pid) != os.getsid(0)
-    assert {os.readlink(f"/proc/{pid}/fd/{number}") for number in (0, 1, 2)} == {"/dev/null"}
-    assert Path(os.readlink(f"/proc/{pid}/cwd")) == Path("/")
+    assert {str(Path(f"/proc/{pid}/fd/{number}").readlink()) for number in (0, 1, 2)} == {"/dev/null"}
+    assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
     second = kvikd(*options)
     assert second.returncode == 1
     assert f"pid {pid}" in second.stderr

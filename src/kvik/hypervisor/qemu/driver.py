@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape, quoteattr
 
 from kvik.conf.aliases import assign_aliases
+from kvik.conf.capabilities import DomainCapabilities, format_domain_capabilities
 from kvik.conf.cpu import Cpu, CpuModel
 from kvik.conf.domain import Domain
 from kvik.conf.features import Features, Smm
@@ -257,7 +257,7 @@ class QemuDriver:
         virttype = virttype or ("kvm" if self._verdict.usable else "qemu")
         if virttype == "kvm" and not self._verdict.usable:
             raise ConfigUnsupported(f"KVM cannot be used here: {self._verdict.reason}", remedy=self._verdict.remedy)
-        return _domain_capabilities(capabilities, kind.name, kind.max_cpus, virttype)
+        return format_domain_capabilities(_domain_capabilities(capabilities, kind.name, kind.max_cpus, virttype))
 
 
 def _no_machine(capabilities: QemuCapabilities, name: str) -> ConfigUnsupported:
@@ -281,43 +281,42 @@ def _choose_spice_ports(domain: Domain) -> None:
                     break
 
 
-def _domain_capabilities(capabilities: QemuCapabilities, machine: str, vcpus: int, virttype: str) -> str:
-    def enum(name: str, values: list[str]) -> str:
-        items = "".join(f"<value>{escape(value)}</value>" for value in values)
-        return f"<enum name={quoteattr(name)}>{items}</enum>"
-
+def _domain_capabilities(capabilities: QemuCapabilities, machine: str, vcpus: int, virttype: str) -> DomainCapabilities:
     def having(table: Mapping[str, str]) -> list[str]:
         return [name for name, device in table.items() if capabilities.has(device)]
 
     firmware = [item for item in installed_firmware() if item.fits(capabilities.arch, machine, False)]
-    loaders = "".join(f"<value>{escape(item.code)}</value>" for item in firmware)
-    buses = ["ide", "fdc", "scsi", "virtio", "usb", "sata"]
     video = having({"vga": "VGA", "cirrus": "cirrus-vga", "vmvga": "vmware-svga", "qxl": "qxl-vga",
                     "virtio": "virtio-vga", "bochs": "bochs-display", "ramfb": "ramfb"})  # fmt: skip
     graphics = [name for name in ("vnc", "spice") if name in capabilities.options]
-    models = "".join(
-        f"<model usable={quoteattr('yes' if model.usable else 'no')}>{escape(model.name)}</model>"
-        for model in sorted(capabilities.cpus, key=lambda item: item.name)
-        if model.name not in ("host", "max", "base")
-    )
-    passthrough = "yes" if virttype == "kvm" else "no"
-    return (
-        f"<domainCapabilities><path>{escape(capabilities.binary)}</path><domain>{virttype}</domain>"
-        f"<machine>{escape(machine)}</machine><arch>{escape(capabilities.arch)}</arch><vcpu max='{vcpus}'/>"
-        f"<os supported='yes'>{enum('firmware', ['efi'] if firmware else [])}"
-        f"<loader supported='yes'>{loaders}{enum('type', ['rom', 'pflash'])}{enum('readonly', ['yes', 'no'])}"
-        f"{enum('secure', ['no'])}</loader></os>"
-        f"<cpu><mode name='host-passthrough' supported='{passthrough}'/><mode name='maximum' supported='yes'/>"
-        f"<mode name='host-model' supported='{passthrough}'/><mode name='custom' supported='yes'>{models}</mode></cpu>"
-        f"<memoryBacking supported='yes'>{enum('sourceType', ['file', 'anonymous', 'memfd'])}</memoryBacking>"
-        f"<devices><disk supported='yes'>{enum('diskDevice', ['disk', 'cdrom', 'floppy', 'lun'])}{enum('bus', buses)}"
-        f"{enum('model', ['virtio', 'virtio-transitional', 'virtio-non-transitional'])}</disk>"
-        f"<graphics supported='yes'>{enum('type', [*graphics, 'egl-headless', 'dbus'])}</graphics>"
-        f"<video supported='yes'>{enum('modelType', [*video, 'none'])}</video>"
-        f"<hostdev supported='yes'>{enum('mode', ['subsystem'])}{enum('subsysType', ['usb', 'pci'])}</hostdev>"
-        f"<rng supported='yes'>{enum('model', ['virtio'])}{enum('backendModel', ['random', 'egd', 'builtin'])}</rng>"
-        f"<filesystem supported='yes'>{enum('driverType', ['path', 'virtiofs'])}</filesystem>"
-        f"<tpm supported='{'yes' if capabilities.tpm_models else 'no'}'>"
-        f"{enum('model', sorted(capabilities.tpm_models))}{enum('backendModel', ['passthrough', 'external'])}</tpm>"
-        f"</devices><features><genid supported='yes'/><vmcoreinfo supported='yes'/></features></domainCapabilities>\n"
+    devices: dict[str, dict[str, list[str]]] = {
+        "disk": {
+            "diskDevice": ["disk", "cdrom", "floppy", "lun"],
+            "bus": ["ide", "fdc", "scsi", "virtio", "usb", "sata"],
+            "model": ["virtio", "virtio-transitional", "virtio-non-transitional"],
+        },
+        "graphics": {"type": [*graphics, "egl-headless", "dbus"]},
+        "video": {"modelType": [*video, "none"]},
+        "hostdev": {"mode": ["subsystem"], "subsysType": ["usb", "pci"]},
+        "rng": {"model": ["virtio"], "backendModel": ["random", "egd", "builtin"]},
+        "filesystem": {"driverType": ["path", "virtiofs"]},
+        "channel": {"type": ["pty", "unix", "spicevmc", "qemu-vdagent"]},
+    }
+    if capabilities.tpm_models:
+        devices["tpm"] = {"model": sorted(capabilities.tpm_models), "backendModel": ["passthrough", "external"]}
+    if capabilities.has("usb-redir"):
+        devices["redirdev"] = {"bus": ["usb"]}
+    models = sorted(capabilities.cpus, key=lambda item: item.name)
+    return DomainCapabilities(
+        path=capabilities.binary,
+        domain=virttype,
+        machine=machine,
+        arch=capabilities.arch,
+        max_vcpus=vcpus,
+        firmwares=["efi"] if firmware else [],
+        loaders=[item.code for item in firmware],
+        cpu_modes=["host-passthrough", "maximum", "custom"] if virttype == "kvm" else ["maximum", "custom"],
+        cpu_models=[(item.name, item.usable, "unknown") for item in models if item.name not in ("host", "max", "base")],
+        devices=devices,
+        features={"vmcoreinfo": True, "genid": True},
     )

@@ -19,7 +19,7 @@ _ROWS: tuple[tuple[int, str], ...] = (
     (85, "- less f11 f12 ro katakana hiragana henkan katakanahiragana muhenkan - kp_enter ctrl_r kp_divide"),
     (99, "sysrq alt_r lf home up pgup left right end down pgdn insert delete - audiomute volumedown volumeup power"),
     (117, "kp_equals - pause - kp_comma lang1 lang2 yen meta_l meta_r compose"),
-    (128, "stop again props undo front copy open paste find cut help - calculator - sleep wake"),
+    (128, "stop again props undo front copy open paste find cut help menu calculator - sleep wake"),
     (155, "mail ac_bookmarks computer ac_back ac_forward"),
     (163, "audionext audioplay audioprev audiostop - - - - - ac_home ac_refresh"),
     (183, "f13 f14 f15 f16 f17 f18 f19 f20 f21 f22 f23 f24"),

@@ -50,6 +50,8 @@ SLOW_DEADLINE = 60.0
 _OUTPUT_KEPT = 16 * 1024  # bytes of the first line's output, to show where a boot stalled
 _OUTPUT_LIMIT = 4 * 1024 * 1024  # after this much we stop listening; the guest has spoken enough
 
+# QEMU's run states -> Machine.state's words, where they differ
+_STATES = {"prelaunch": "paused", "inmigrate": "paused", "postmigrate": "paused", "guest-panicked": "crashed"}
 # Machine.set_action's words -> QEMU's
 _ACTIONS: Mapping[tuple[str, str], tuple[str, str]] = {
     ("poweroff", "exit"): ("shutdown", "poweroff"),
@@ -92,6 +94,7 @@ class QemuMachine:
         self._output_fd = -1
         self._output_seen = 0
         self._reconnecting: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._stop_watching = process.on_exit(self._process_ended, self._loop)
 
@@ -237,11 +240,21 @@ class QemuMachine:
         elif kind is EventKind.DEVICE_REMOVED:
             device = self.leaving.pop(event.detail, None)
             if device is not None:
-                task = self._loop.create_task(hotplug.finish_detach(self, device))
+                task = self._loop.create_task(self._device_gone(device, event))
+                self._tasks.add(task)  # a loop keeps only weak references
+                task.add_done_callback(self._tasks.discard)
                 task.add_done_callback(_consume)
+                return None
         elif kind is EventKind.DEVICE_REMOVAL_FAILED:
             self.leaving.pop(event.detail, None)
         return event
+
+    async def _device_gone(self, device: Any, event: MachineEvent) -> None:
+        """Told only when its host side is gone as well: its alias and images are free again."""
+        try:
+            await hotplug.finish_detach(self, device)
+        finally:
+            self._emit(event)
 
     def _why_paused(self) -> str:
         return {
@@ -345,7 +358,7 @@ class QemuMachine:
         if self._ended.is_set():
             return "shutdown"
         self._set_run_state(await self.execute("query-status", deadline=2.0))
-        return self.run_state
+        return _STATES.get(self.run_state, self.run_state)
 
     async def pause(self) -> None:
         await self.execute("stop")

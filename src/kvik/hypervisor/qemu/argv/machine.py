@@ -78,7 +78,7 @@ def _accel(domain: Domain) -> str:
 # -- firmware and kernel
 
 
-def uses_qboot(domain: Domain, is_q35: bool, is_i440fx: bool) -> bool:
+def uses_qboot(domain: Domain) -> bool:
     """Whether the tiny firmware suffices: a kernel is given, and nothing else could be booted or chosen.
 
     `<boot dev='hd'/>` alone does not count: every document gets it that names no boot device, and QEMU boots a given
@@ -91,7 +91,7 @@ def uses_qboot(domain: Domain, is_q35: bool, is_i440fx: bool) -> bool:
     )
     menu = os.bootmenu is not None and os.bootmenu.enable
     firmware_named = os.loader is not None or os.firmware is not None
-    return bool(os.kernel) and (is_q35 or is_i440fx) and not (has_boot_devices or menu or firmware_named)
+    return bool(os.kernel) and not (has_boot_devices or menu or firmware_named)
 
 
 def firmware(context: Context) -> list[str]:
@@ -111,7 +111,7 @@ def firmware(context: Context) -> list[str]:
             argv += _flash("pflash1", files.path("nvram", path), nvram.format or "raw", False)
     elif loader is not None and loader.value:
         argv += ["-bios", loader.value]
-    elif uses_qboot(context.domain, context.is_q35, context.is_i440fx):
+    elif context.is_microvm or ((context.is_q35 or context.is_i440fx) and uses_qboot(context.domain)):
         argv += ["-bios", "qboot.rom"]
     if os.kernel:
         argv += ["-kernel", _readable(context, "kernel", os.kernel)]

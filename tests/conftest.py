@@ -1,0 +1,28 @@
+"""For all tests: quick ones first, and `from lab.harness import ...` works anywhere below tests/."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
+
+ORDER = ("unit", "functional", "interop", "security", "lab")  # the directories below tests/
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A mistake shows in the first seconds if it can; the lab boots only when all else is through."""
+
+    def place(item: pytest.Item) -> int:
+        try:
+            directory = item.path.relative_to(HERE).parts[0]
+        except ValueError:
+            return 0
+        return ORDER.index(directory) if directory in ORDER else len(ORDER) - 1
+
+    items.sort(key=place)  # stable: the order within a directory stays

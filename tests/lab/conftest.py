@@ -1,0 +1,138 @@
+"""Fixtures of the lab tests, their deadlines, and what a failure shows.
+
+`lab` is the default lab, booted by the first test that wants it and kept for the rest; a test file that needs another
+one asks `labs` for it by its `LabOptions`. A lab that died is booted anew for the next test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Generator, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from lab.harness import Lab, LabError, LabOptions, LabUnavailable
+
+HERE = __file__.rpartition("/")[0]
+DEADLINE = 180.0  # seconds for one test with its fixtures; `@pytest.mark.lab(deadline=...)` says otherwise
+ALIVE = 2  # labs at once: each holds its memory and a share of the CPUs
+
+
+class Labs:
+    """The labs of one test session, by their options."""
+
+    def __init__(self) -> None:
+        self._labs: dict[LabOptions, Lab] = {}
+        self._unavailable = ""
+
+    def get(self, options: LabOptions | None = None) -> Lab:
+        """The running lab with these options, booted now if there is none. Skips where no lab can be."""
+        options = options or LabOptions()
+        if self._unavailable:
+            pytest.skip(self._unavailable)
+        lab = self._labs.pop(options, None)
+        if lab is not None and not lab.alive:
+            lab.close()
+            lab = None
+        if lab is None:
+            while len(self._labs) >= ALIVE:
+                self._labs.pop(next(iter(self._labs))).close()  # the one used longest ago
+            lab = Lab(options)
+            try:
+                lab.start()
+            except LabUnavailable as error:
+                self._unavailable = f"no lab: {error}"
+                pytest.skip(self._unavailable)
+        self._labs[options] = lab
+        return lab
+
+    def discard(self, lab: Lab) -> None:
+        """End a lab that a test changed beyond use."""
+        self._labs = {options: other for options, other in self._labs.items() if other is not lab}
+        lab.close()
+
+    def close(self) -> None:
+        while self._labs:
+            self._labs.popitem()[1].close()
+
+    def tail(self) -> Iterator[tuple[str, str]]:
+        """What running (or dead) labs have to say, for the report of a failure."""
+        for lab in self._labs.values():
+            text = lab.console()
+            if lab.alive:
+                with contextlib.suppress(LabError):
+                    text += "--- dmesg\n" + lab.run(["dmesg"], 10).stdout[-8192:]
+            yield f"lab ({'running' if lab.alive else 'ended'})", text
+
+
+LABS = pytest.StashKey[Labs]()
+
+
+@pytest.fixture(scope="session")
+def labs(request: pytest.FixtureRequest) -> Iterator[Labs]:
+    pool = request.config.stash[LABS] = Labs()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def lab(labs: Labs) -> Lab:
+    return labs.get()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if str(item.path).startswith(HERE) and item.get_closest_marker("lab") is None:
+            item.add_marker(pytest.mark.lab)
+
+
+class DeadlineExceeded(BaseException):
+    """No `except Exception` of what is tested may swallow it."""
+
+
+@contextlib.contextmanager
+def deadline(item: pytest.Item) -> Generator[None]:
+    """An alarm for each phase of a lab test: one that hangs fails, and the rest go on."""
+    marker = item.get_closest_marker("lab")
+    if marker is None:
+        yield
+        return
+    seconds = float(marker.kwargs.get("deadline", DEADLINE))
+
+    def expired(number: int, frame: FrameType | None) -> None:
+        raise DeadlineExceeded(f"not finished after {seconds:g} s")
+
+    before: Any = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+Phase = Generator[None, object, object]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Phase:
+    with deadline(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Phase:
+    with deadline(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    if report.failed and (pool := item.config.stash.get(LABS, None)) is not None:
+        report.sections.extend(pool.tail())
+    return report
