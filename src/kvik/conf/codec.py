@@ -143,6 +143,7 @@ class Plan:
         "cls",
         "custom",
         "namespaces",
+        "nested",
         "out",
         "required",
         "size",
@@ -177,6 +178,8 @@ class Plan:
             for space, prefix in _PREFIXES.items()
             if child.tag.startswith(f"{prefix}:")
         ]
+        # Fields that a copy must not share.
+        self.nested = [child for _, child in children if child.kind in (STRUCT, RAW_LIST) or child.many]
         # What is written depends on (secure, inactive): four lists, so that writing tests nothing.
         self.out = {
             (secure, inactive): (
