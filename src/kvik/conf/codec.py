@@ -335,7 +335,7 @@ def _scalar(kind: Any, markers: frozenset[Marker], hex_digits: int) -> tuple[Con
     if kind is bool:
         return _BOOLEANS[ON_OFF if ON_OFF in markers else YES_NO]
     if get_origin(kind) is Literal:
-        return _choice(get_args(kind)), None
+        return _choice(get_args(kind)), str  # a word of a closed set needs no escapes
     raise TypeError(f"no codec for {kind}")
 
 

@@ -238,11 +238,12 @@ class _Map:
     def find(self, need: str, device: Device | None = None) -> Slot | None:
         if self.root == CONVENTIONAL and need == EXPRESS:
             need = CONVENTIONAL
+        root_port = _is_root_port(device)
         for index in sorted(self.buses):
             offers, first, last, _ = BUSES[self.buses[index]]
             if offers != need:
                 continue
-            if _is_root_port(device):
+            if root_port:
                 if (slot := self._root_port_slot(index)) is not None:
                     return slot
                 continue
