@@ -124,6 +124,7 @@ class DomainObject:
         "cleaning",
         "config",
         "crashes",
+        "encoded",
         "has_managed_save",
         "id",
         "jobs",
@@ -156,6 +157,7 @@ class DomainObject:
         self.starting: asyncio.Task[Machine] | None = None
         self.cleaning: asyncio.Task[None] | None = None
         self.crashes: list[float] = []
+        self.encoded: tuple[str, int, bytes] | None = None  # (name, id, how the daemon's wire names them together)
         self.jobs = JobSlot(self.name)
 
     # reads
