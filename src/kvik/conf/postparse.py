@@ -100,6 +100,14 @@ def _machine(domain: Domain, caps: MachineDefaults) -> None:
     if domain.current_memory is None or (cells and domain.current_memory > domain.memory):
         domain.current_memory = domain.memory
     domain.clock = domain.clock or Clock(offset="utc")
+    clock = domain.clock
+    if clock.offset in ("utc", "localtime") and clock.adjustment not in (None, "reset"):
+        # A number there means, as in libvirt, a clock that the guest may set and that keeps it.
+        clock.basis = "localtime" if clock.offset == "localtime" else "utc"
+        clock.offset = "variable"
+    if clock.offset == "variable":
+        clock.adjustment = clock.adjustment or "0"
+        clock.basis = clock.basis or "utc"
 
 
 def _disk(disk: Disk, domain: Domain) -> None:
@@ -314,13 +322,16 @@ def _controllers(domain: Domain, caps: MachineDefaults) -> None:
                 item.index = None
         add(Controller(type="pci", index=0, model=root))
         _indexes(devices)
-    assigned = clone(devices)
-    trial = Domain(type=domain.type, os=domain.os, devices=assigned)
-    assign_drives(trial)
-    for disk in assigned.disks:
-        kind = _IMPLIED.get(disk.target.bus or "")
-        if kind is not None and disk.address is not None:
-            _need(devices, kind, disk.address.controller or 0, caps.scsi_model if kind == "scsi" else None)
+    if any(disk.target.bus in _IMPLIED for disk in devices.disks):
+        # Where the drives will sit tells which controllers they need; they are placed once those are there.
+        disks = [clone(disk) for disk in devices.disks]
+        assign_drives(
+            Domain(type=domain.type, os=domain.os, devices=Devices(disks=disks, controllers=devices.controllers))
+        )
+        for disk in disks:
+            kind = _IMPLIED.get(disk.target.bus or "")
+            if kind is not None and disk.address is not None:
+                _need(devices, kind, disk.address.controller or 0, caps.scsi_model if kind == "scsi" else None)
     for hostdev in devices.hostdevs:
         if hostdev.type == "scsi":
             _need(devices, "scsi", 0, caps.scsi_model)
@@ -331,14 +342,22 @@ def _controllers(domain: Domain, caps: MachineDefaults) -> None:
             item.model = caps.scsi_model
 
 
+COMPANIONS = ("ich9-uhci1", "ich9-uhci2", "ich9-uhci3")
+
+
 def _indexes(devices: Devices) -> None:
     """Number the controllers that have no index, kind by kind; USB companions share their master's."""
+    last_ehci: int | None = None
     for item in devices.controllers:
+        if item.index is None and item.model in COMPANIONS and item.type == "usb" and last_ehci is not None:
+            item.index = last_ehci
         if item.index is None:
             taken = {other.index for other in devices.controllers if other.type == item.type}
             # The first PCI bridge of a document without a root is not the root.
             start = 1 if item.type == "pci" and item.model not in (None, "pci-root", "pcie-root") else 0
             item.index = next(number for number in range(start, 4096) if number not in taken)
+        if item.type == "usb" and item.model == "ich9-ehci1":
+            last_ehci = item.index
 
 
 def _need(devices: Devices, kind: str, index: int, model: str | None) -> None:

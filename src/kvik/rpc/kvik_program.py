@@ -6,14 +6,17 @@ Numbers are never reused; a new field means a new procedure. From 100 on: events
   (0: the daemon's own limit); result: the stages so far and whether it is ready.
 - DOMAIN_EXEC: runs a command in the guest through its agent, for at most `timeout` ms (0: without limit). `signal` is 0
   if the command exited by itself.
-- DOMAIN_OVERVIEW: everything that `list`, `ps` and `top` show, in one call. Flags are virConnectListAllDomainsFlags.
+- DOMAIN_OVERVIEW: everything that `list`, `ps` and `top` show, in one call. Flags are virConnectListAllDomainsFlags;
+  `uptime` is in seconds, 0 while the machine is off.
 - A stage is {name, seconds since the start, state}: state is 0 waiting, 1 done, 2 stalled, 3 not expected,
   4 failed (it will not come: a kernel panic, nothing to boot); `detail` says why.
 """
 
 from __future__ import annotations
 
-from typing import Final
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 NUMBER: Final = 0x6B76696B  # "kvik"
 VERSION: Final = 1

@@ -90,7 +90,7 @@ def overview(connection: Connection, args: Any) -> tuple[list[Any]]:
                 int(domain.persistent),
                 int(domain.autostart),
                 domain.title or None,
-                now - domain.started if domain.started else 0.0,
+                max(0.0, now - domain.started) if domain.started else 0.0,
             )
         )
     return (rows,)
