@@ -388,9 +388,10 @@ def show_log(ctx: Context, machine: Machine) -> None:
 COMMANDS = {
     "run": Verb(
         run,
-        "Boots a machine: the tiny one, made from Debian packages on first use, or from the\n"
-        "kernel, disks or CD given. With a COMMAND: runs it in the machine, prints its output\n"
-        "and ends with its exit code. On a terminal: attaches the console (Ctrl-] leaves).",
+        "Boots a machine: the tiny one, made from Debian packages on first use, or\n"
+        "from the kernel, disks or CD given. With a COMMAND: runs it in the machine,\n"
+        "prints its output and ends with its exit code. On a terminal: attaches the\n"
+        "console (Ctrl-] leaves).",
         Option("image", TEXT, "'tiny' (default), or the path of a disk image", complete="file"),
         Option("name", TEXT, "name of the machine (default: tiny-1, tiny-2, ...)", named_only=True),
         Option("memory", TEXT, "memory, as scaled integer (default MiB)", short="m", metavar="size", named_only=True),
@@ -405,7 +406,7 @@ COMMANDS = {
         Option(
             "disk",
             TEXT,
-            "disk: FILE, or path=FILE[,format=raw|qcow2][,bus=virtio|sata|scsi][,readonly]",
+            "disk: FILE, or path=FILE with [,format=raw|qcow2] [,bus=virtio|sata|scsi] [,readonly]",
             named_only=True,
             repeat=True,
             complete="file",

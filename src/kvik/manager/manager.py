@@ -274,7 +274,9 @@ class Manager:
                 domain = DomainObject(self, config, persistent=False)
                 self.add(domain)
             elif domain.is_active or domain.starting:
-                raise OperationInvalid(f"machine {domain.name!r} is already running")
+                raise OperationInvalid(
+                    f"machine {domain.name!r} is already running", remedy="give the document another <name> and <uuid>"
+                )
         try:
             async with domain.jobs.hold("start"):
                 await lifecycle.boot(domain, paused, files or {}, autodestroy, config)
