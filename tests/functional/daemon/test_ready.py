@@ -7,7 +7,7 @@ from typing import Any
 from .conftest import AGENT, CONSOLE, DEADLINE, NIC
 
 START_PAUSED = 1  # virDomainCreateFlags
-DONE, STALLED, SKIPPED = 1, 2, 3
+DONE, STALLED, SKIPPED, FAILED = 1, 2, 3, 4
 
 
 def states(found: Any) -> dict[str, int]:
