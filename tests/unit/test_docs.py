@@ -1,4 +1,4 @@
-"""The documentation says what is so: generated parts are current, tables agree, links lead somewhere, commands parse."""
+"""The documentation says what is so: generated parts are current, tables agree, links exist, commands parse."""
 
 from __future__ import annotations
 
@@ -160,7 +160,8 @@ def _import_table(tree: ast.Module) -> dict[str, set[str]]:
         node
         for node in tree.body
         if isinstance(node, ast.Assign | ast.AnnAssign)
-        and getattr(node.targets[0] if isinstance(node, ast.Assign) else node.target, "id", "") in ("DRIVERS", "MAY_IMPORT")
+        and getattr(node.targets[0] if isinstance(node, ast.Assign) else node.target, "id", "")
+        in ("DRIVERS", "MAY_IMPORT")
     ]
     names: dict[str, dict[str, set[str]]] = {}
     exec(compile(ast.Module(body=wanted, type_ignores=[]), "MAY_IMPORT", "exec"), names)  # type: ignore[arg-type]

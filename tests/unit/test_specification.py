@@ -16,9 +16,7 @@ TEST = re.compile(r"`(tests/[\w./-]+\.py)::(\w+)`")
 @cache
 def functions(path: str) -> frozenset[str]:
     tree = ast.parse((ROOT / path).read_text())
-    return frozenset(
-        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    )
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def test_every_promise_names_tests_that_exist() -> None:
