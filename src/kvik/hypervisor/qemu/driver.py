@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
+import zoneinfo
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -149,6 +151,7 @@ class QemuDriver:
             raise ConfigUnsupported(
                 f"machine type {machine.name} has 1 to {machine.max_cpus} vCPUs, not {vcpus}", path="/domain/vcpu"
             )
+        _check_time_zone(definition)
         model = definition.cpu.model.value if definition.cpu and definition.cpu.model else None
         if model and definition.cpu and definition.cpu.mode in (None, "custom"):
             known = {item.name for item in capabilities.cpus}
@@ -160,7 +163,7 @@ class QemuDriver:
         await self.complete(copy)
         assign_aliases(copy)
         capabilities = await self.capabilities(copy.devices.emulator or "")
-        line = build(copy, capabilities, paused=False)
+        line = build(copy, capabilities, paused=False, now=time.time())
         return process.shell_text(line.argv, line.env) + "\n"
 
     # -- machines
@@ -176,10 +179,11 @@ class QemuDriver:
         _choose_spice_ports(domain)
         with ExitStack() as undo, ExitStack() as close:
             opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
-            line = build(domain, capabilities, opened.fds)
+            line = build(domain, capabilities, opened.fds, now=time.time())
             handle, position = process.spawn(line, request.directory, request.log_fd, capabilities.version_text)
             undo.callback(handle.close)
             undo.callback(handle.kill)
+            images = opened.paths()
             close.close()  # QEMU has its own; ours would keep its monitor from ending with it
             machine = QemuMachine(domain, request.directory, handle, capabilities, request.sink)
             machine.hold_events()
@@ -195,7 +199,7 @@ class QemuDriver:
             except BaseException as error:
                 reason = error
                 if isinstance(error, KvikError):
-                    reason = await process.died(domain.name, handle, request.log_fd, position, error)
+                    reason = await process.died(domain.name, handle, request.log_fd, position, error, images=images)
                 await asyncio.shield(machine.quit(0.0))
                 if reason is error:
                     raise
@@ -235,6 +239,7 @@ class QemuDriver:
         machine = QemuMachine(definition, directory, found, capabilities, sink)
         if handle.get("started") is not False:
             machine.mark_started()
+        machine.clock_base = int(handle.get("clock_base") or 0)
         try:
             await machine.connect(ATTACH_DEADLINE)
             await machine.refresh()
@@ -266,6 +271,20 @@ def _no_machine(capabilities: QemuCapabilities, name: str) -> ConfigUnsupported:
         path="/domain/os/type/@machine",
         remedy=f"{capabilities.binary} -machine help lists them",
     )
+
+
+def _check_time_zone(definition: Domain) -> None:
+    name = definition.clock.timezone if definition.clock and definition.clock.offset == "timezone" else None
+    if not name:
+        return
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError) as error:
+        raise ConfigUnsupported(
+            f"this host knows no time zone {name!r}",
+            path="/domain/clock/@timezone",
+            remedy="a name below /usr/share/zoneinfo (apt install tzdata), such as Europe/Oslo",
+        ) from error
 
 
 def _choose_spice_ports(domain: Domain) -> None:
