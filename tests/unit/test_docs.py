@@ -132,6 +132,13 @@ def test_scripts_and_paths_named_in_the_text_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+def test_sequence_diagrams_have_no_semicolons(page: Path) -> None:
+    """They end a statement there: the picture would be an error message instead."""
+    for block in blocks(page, "mermaid"):
+        assert not block.startswith("sequenceDiagram") or ";" not in block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_python_examples_are_python(page: Path) -> None:
     for block in blocks(page, "python"):
         ast.parse(block)
