@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 
@@ -142,7 +143,11 @@ async def test_a_deliberate_error_keeps_its_code() -> None:
         assert caught.value.code == 42
 
 
-async def test_an_unexpected_exception_is_an_internal_error_with_an_id(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_exception_is_an_internal_error_with_an_id(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A test that ran the daemon's own start_logging() in this process has taken the log away from caplog.
+    monkeypatch.setattr(logging.getLogger("kvik"), "propagate", True)
     manager = FakeManager()
     async with running(manager) as daemon:
         client = await daemon.client()
