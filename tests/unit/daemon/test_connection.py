@@ -146,8 +146,9 @@ async def test_a_deliberate_error_keeps_its_code() -> None:
 async def test_an_unexpected_exception_is_an_internal_error_with_an_id(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A test that ran the daemon's own start_logging() in this process has taken the log away from caplog.
+    # Tests of the commands' own logging options, run before in this process, leave their mark on the logger.
     monkeypatch.setattr(logging.getLogger("kvik"), "propagate", True)
+    caplog.set_level(logging.DEBUG, logger="kvik")
     manager = FakeManager()
     async with running(manager) as daemon:
         client = await daemon.client()
