@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab.kernel import cache_directory
 
 import kvik
 from kvik.client import connect
@@ -22,6 +21,7 @@ from kvik.errors import KvikError
 from kvik.guest.tiny import TinyImage, kernel_arguments, tiny
 from kvik.host.process import find_program
 from kvik.paths import Paths
+from lab.kernel import cache_directory
 
 HERE = Path(__file__).parent
 SOURCE = Path(kvik.__file__).parent.parent
