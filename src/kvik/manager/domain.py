@@ -124,6 +124,7 @@ class DomainObject:
         "cleaning",
         "config",
         "crashes",
+        "encoded",
         "has_managed_save",
         "id",
         "jobs",
@@ -156,6 +157,7 @@ class DomainObject:
         self.starting: asyncio.Task[Machine] | None = None
         self.cleaning: asyncio.Task[None] | None = None
         self.crashes: list[float] = []
+        self.encoded: tuple[str, int, bytes] | None = None  # (name, id, how the daemon's wire names them together)
         self.jobs = JobSlot(self.name)
 
     # reads
@@ -202,6 +204,14 @@ class DomainObject:
     @property
     def ready(self) -> bool:
         return bool(self.run and self.is_active and self.run.stages.ready)
+
+    def output_logs(self) -> list[Path]:
+        """The files that keep what the guest writes on its serial lines and consoles."""
+        if self.run is None:
+            return []
+        devices = self.run.live.devices
+        logs = (device.log for device in (*devices.serials, *devices.consoles, *devices.channels))
+        return [Path(path) for path in dict.fromkeys(log.file for log in logs if log and log.file)]
 
     @property
     def address(self) -> str:

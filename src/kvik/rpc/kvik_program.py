@@ -12,7 +12,9 @@ Numbers are never reused; a new field means a new procedure. From 100 on: events
 
 from __future__ import annotations
 
-from typing import Final
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 NUMBER: Final = 0x6B76696B  # "kvik"
 VERSION: Final = 1

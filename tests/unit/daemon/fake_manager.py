@@ -18,6 +18,7 @@ class FakeDomain:
         self.name = name
         self.uuid = uuid.uuid4().bytes
         self.id = -1
+        self.encoded: tuple[str, int, bytes] | None = None
         self.state = 5
         self.reason = 0
         self.persistent = True

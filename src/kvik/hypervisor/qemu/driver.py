@@ -183,6 +183,7 @@ class QemuDriver:
             handle, position = process.spawn(line, request.directory, request.log_fd, capabilities.version_text)
             undo.callback(handle.close)
             undo.callback(handle.kill)
+            images = opened.paths()
             close.close()  # QEMU has its own; ours would keep its monitor from ending with it
             machine = QemuMachine(domain, request.directory, handle, capabilities, request.sink)
             machine.hold_events()
@@ -198,7 +199,7 @@ class QemuDriver:
             except BaseException as error:
                 reason = error
                 if isinstance(error, KvikError):
-                    reason = await process.died(domain.name, handle, request.log_fd, position, error)
+                    reason = await process.died(domain.name, handle, request.log_fd, position, error, images=images)
                 await asyncio.shield(machine.quit(0.0))
                 if reason is error:
                     raise

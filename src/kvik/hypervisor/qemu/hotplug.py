@@ -34,7 +34,8 @@ from kvik.errors import (
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.build import make_context, parts_of
 from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props, alias_of
-from kvik.hypervisor.qemu.descriptors import Opened, open_chardev, open_disk
+from kvik.hypervisor.qemu.descriptors import Opened, open_chardev, open_disk, with_paths
+from kvik.hypervisor.qemu.process import remedy_for
 
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
@@ -121,6 +122,18 @@ async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: _Un
             label = files.fd(name)
             await machine.execute("getfd", {"fdname": label}, fds=[fd])
             undone.add("closefd", fdname=label)
+    try:
+        await _add_parts(machine, device, parts, undone)
+    except MonitorError as error:
+        images = opened.paths()
+        names = {int(path.rsplit("/", 1)[-1]): images.get(opened.fds[name], path) for name, path in paths.items()}
+        text = with_paths(error.message, names)
+        if names and not any(name in text for name in names.values()):
+            text = f"{', '.join(names.values())}: {text}"
+        raise MonitorError(text, qmp_class=error.qmp_class, remedy=error.remedy or remedy_for(text)) from error
+
+
+async def _add_parts(machine: QemuMachine, device: Any, parts: Parts, undone: _Undo) -> None:
     for item in parts.objects:
         await machine.execute("object-add", _clean(item), deadline=_DEADLINE)
         undone.add("object-del", id=item["id"])
@@ -235,6 +248,10 @@ async def _update_interface(machine: QemuMachine, old: Interface, new: Interface
         new.model and new.model.type,
     ):
         raise OperationUnsupported("type, MAC address and model of an interface cannot change while the machine runs")
+    if new.source is not None and old.source is not None and new.source.bridge != old.source.bridge:
+        raise OperationUnsupported(
+            "an interface cannot move to another bridge while the machine runs", remedy="detach and attach it"
+        )
     await _link(machine, new)
 
 

@@ -317,8 +317,9 @@ class QemuMachine:
         self._close_output()
         if self._agent is not None:
             self._agent.close()
-        for path in self.directory.glob("*.sock"):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system must not keep the end from being told
+            for path in self.directory.glob("*.sock"):
+                path.unlink(missing_ok=True)
         expected = self._quitting or bool(self._reason and code in (0, None))
         reason = self._reason or (
             "it was destroyed" if self._quitting else f"QEMU ended unasked: {describe_exit(code)}"

@@ -14,8 +14,9 @@ from kvik.errors import HypervisorError, KvikError, OperationTimeout
 from kvik.host import process
 from kvik.host.process import BASE_ENVIRONMENT, ProcessHandle, describe_exit
 from kvik.hypervisor.qemu.argv.build import CommandLine
+from kvik.hypervisor.qemu.descriptors import with_paths
 
-__all__ = ["died", "environment", "log_header", "log_position", "shell_text", "spawn"]
+__all__ = ["died", "environment", "log_header", "log_position", "remedy_for", "shell_text", "spawn"]
 
 _TAIL = 4096
 _LINES = 12
@@ -97,18 +98,20 @@ def _without_stamp(line: str) -> str:
     return message if separator and "qemu" in program and " " not in program else line
 
 
-async def died(name: str, handle: ProcessHandle, log_fd: int, position: int, cause: KvikError) -> KvikError:
-    """What to raise when the start failed with `cause`: QEMU's own words if it has ended."""
+async def died(
+    name: str, handle: ProcessHandle, log_fd: int, position: int, cause: KvikError, *, images: Mapping[int, str]
+) -> KvikError:
+    """What to raise when the start failed with `cause`: QEMU's own words if it has ended. `images`: fdset -> file."""
     with contextlib.suppress(KvikError):
         # The end of the monitor's stream is seen a moment before the process can be reaped.
         await handle.wait_async(0.0 if isinstance(cause, OperationTimeout) else 1.0)
     if handle.alive:
         return cause
-    words = last_words(log_fd, position)
+    words = with_paths(last_words(log_fd, position), images)
     how = describe_exit(handle.code)
     if not words:
         return HypervisorError(f"QEMU ended while machine {name} was starting ({how}) and said nothing")
-    return HypervisorError(f"QEMU ended while machine {name} was starting ({how}): {words}", remedy=_remedy(words))
+    return HypervisorError(f"QEMU ended while machine {name} was starting ({how}): {words}", remedy=remedy_for(words))
 
 
 # What QEMU says -> what a person can do
@@ -127,5 +130,5 @@ _REMEDIES = (
 )
 
 
-def _remedy(words: str) -> str:
+def remedy_for(words: str) -> str:
     return next((remedy for text, remedy in _REMEDIES if text in words), "")
