@@ -134,7 +134,7 @@ async def boot(
         why = str(error) or type(error).__name__
         domain.run = None
         apply(domain, Trigger.START_FAILED, why)
-        domain.cleaning = manager.spawn(_clean(domain, domain.name, run.directory, f"not started: {why}"))
+        domain.cleaning = manager.spawn(_clean(domain, run, f"not started: {why}"))
         if isinstance(error, asyncio.CancelledError):
             current = asyncio.current_task()
             if not (current and current.cancelling()):  # not we but the start was cancelled: by a destroy
@@ -362,7 +362,7 @@ def finish(domain: DomainObject, run: Run, trigger: Trigger, why: str) -> None:
             waiting.set_result(True)
     apply(domain, trigger, why)
     text = f"ended: {trigger.value}" + (f" ({why})" if why else "")
-    domain.cleaning = domain.manager.spawn(_clean(domain, domain.name, run.directory, text))
+    domain.cleaning = domain.manager.spawn(_clean(domain, run, text))
     run.ended.set()
     current = asyncio.current_task() if _in_task() else None
     for task in list(run.tasks):
@@ -379,10 +379,13 @@ def _in_task() -> bool:
         return False
 
 
-async def _clean(domain: DomainObject, name: str, directory: Path, note: str) -> None:
+async def _clean(domain: DomainObject, run: Run, note: str) -> None:
+    name, transient = domain.name, not domain.persistent
     try:
         domain.log.note(note)
-        await domain.manager.store.remove_status(name, directory)
+        await domain.manager.store.remove_status(name, run.directory)
+        if transient:
+            await domain.driver.forget(run.live, keep_tpm=domain.keep_tpm)
     except KvikError as error:
         logger.warning("machine %s: %s", name, error)
     finally:

@@ -170,6 +170,7 @@ async def finish_detach(machine: QemuMachine, device: Any) -> None:
     except KvikError:
         return
     await _remove_host_side(machine, parts)
+    await machine.sidecars.end(alias_of(device))
     if isinstance(device, Disk):
         await remove_fdsets(machine, alias_of(device))
 
