@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# No time limit for one example: a busy machine is not a failure.
+settings.register_profile("kvik", deadline=None)
+settings.load_profile("kvik")
 
 HERE = Path(__file__).parent
 if str(HERE) not in sys.path:

@@ -31,10 +31,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lab.kernel import Kernel, LabUnavailable, ensure_kernel
-
 from kvik.guest.tiny import kernel_arguments
 from kvik.image.cpio import CpioWriter
+from lab.kernel import Kernel, LabUnavailable, ensure_kernel
 
 __all__ = ["Completed", "Lab", "LabError", "LabOptions", "LabTimeout", "LabUnavailable", "Running"]
 

@@ -205,6 +205,14 @@ class DomainObject:
     def ready(self) -> bool:
         return bool(self.run and self.is_active and self.run.stages.ready)
 
+    def output_logs(self) -> list[Path]:
+        """The files that keep what the guest writes on its serial lines and consoles."""
+        if self.run is None:
+            return []
+        devices = self.run.live.devices
+        logs = (device.log for device in (*devices.serials, *devices.consoles, *devices.channels))
+        return [Path(path) for path in dict.fromkeys(log.file for log in logs if log and log.file)]
+
     @property
     def address(self) -> str:
         """The guest's first address, IPv4 before IPv6; "" if none is known."""

@@ -27,11 +27,16 @@ def timestamp(now: float | None = None) -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(seconds))}.{int(seconds * 1000) % 1000:03d}+0000"
 
 
+def cut(path: Path, limit: int = LIMIT) -> bool:
+    """Rotate any file that somebody appends to, as `MachineLog.rotate` does its own."""
+    return MachineLog(path.parent, "", limit=limit, path=path).rotate()
+
+
 class MachineLog:
     """The log of one machine, `DIRECTORY/NAME.log`. Nothing is created before the first use."""
 
-    def __init__(self, directory: Path, name: str, *, limit: int = LIMIT) -> None:
-        self.path = directory / f"{name}.log"
+    def __init__(self, directory: Path, name: str, *, limit: int = LIMIT, path: Path | None = None) -> None:
+        self.path = path or directory / f"{name}.log"
         self._limit = limit
 
     def open(self) -> int:

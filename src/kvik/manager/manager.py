@@ -32,6 +32,7 @@ from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
 from kvik.manager.events import EventHub
+from kvik.manager.log import cut
 from kvik.manager.store import Store, check_name
 from kvik.paths import Paths
 
@@ -364,6 +365,8 @@ class Manager:
             await asyncio.sleep(LOG_INTERVAL)
             for domain in list(self._ids.values()):
                 await self.store.run(domain.log.rotate)
+                for path in domain.output_logs():
+                    await self.store.run(cut, path)
 
 
 def _refuse_unknown(document: Domain) -> None:

@@ -403,7 +403,9 @@ async def test_bad_documents_leave_nothing_behind(devices, error, text, lab) -> 
 
 
 async def test_kvm_is_refused_where_it_cannot_be_used(place: Path, lab) -> None:  # type: ignore[no-untyped-def]
-    lab.driver = QemuDriver(Paths.system(place / "r"), lambda: HostVerdict(False, "/dev/kvm only emulates", "enable nesting"))
+    lab.driver = QemuDriver(
+        Paths.system(place / "r"), lambda: HostVerdict(False, "/dev/kvm only emulates", "enable nesting")
+    )
     with pytest.raises(ConfigUnsupported, match=r"only emulates.*enable nesting.*type='qemu'"):
         await lab.start(document().replace("type='qemu'", "type='kvm'", 1))
 

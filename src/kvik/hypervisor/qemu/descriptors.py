@@ -160,7 +160,8 @@ def _open_chardev(opened: Opened, device: Chardev, directory: Path) -> None:
         opened.open(f"chardev:{alias}", device.source.path, flags | os.O_NOFOLLOW)
     if device.log is not None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
-        flags |= os.O_TRUNC if device.log.append is False else os.O_APPEND
+        # Always for appending, so that the manager can cut a log that grows under QEMU's hands.
+        flags |= os.O_APPEND | (os.O_TRUNC if device.log.append is False else 0)
         opened.open(chardevs.log_name(alias), device.log.file, flags)
 
 

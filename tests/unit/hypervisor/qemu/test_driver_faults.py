@@ -93,5 +93,5 @@ async def test_a_bad_emulator(fault: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert time.monotonic() - began < 5
     assert list(directory.iterdir()) == []
     assert events == []
-    running = [Path(f"/proc/{entry}/cmdline") for entry in os.listdir("/proc") if entry.isdecimal()]  # noqa: PTH208
+    running = [Path(f"/proc/{entry}/cmdline") for entry in os.listdir("/proc") if entry.isdecimal()]
     assert not any(str(binary).encode() in path.read_bytes() for path in running if path.exists())

@@ -72,9 +72,9 @@ def backend(context: Context, device: HostSide, alias: str) -> Chardev:
     logfile = log.file if log is not None else None
     passed = context.files.path(log_name(alias), logfile or "")
     if passed:
-        append = True if log is None or log.append is None else log.append
-        made.options |= {"logfile": passed, "logappend": append}
-        made.data |= {"logfile": passed, "logappend": append}
+        # QEMU sets the flags of a passed descriptor anew: a file that began empty (append='off') is still appended to.
+        made.options |= {"logfile": passed, "logappend": True}
+        made.data |= {"logfile": passed, "logappend": True}
     return made
 
 
