@@ -84,6 +84,9 @@ def _machine(domain: Domain, caps: MachineDefaults) -> None:
     domain.vcpu = domain.vcpu or Vcpu(value=1)
     if domain.vcpu.placement is None:
         domain.vcpu.placement = "static"
+    if domain.vcpus is not None and domain.vcpus.vcpus:
+        # Told one by one: the count follows; those not told of are not there.
+        domain.vcpu.current = sum(bool(item.enabled) for item in domain.vcpus.vcpus) or None
     if domain.vcpu.current == domain.vcpu.value:
         domain.vcpu.current = None
     if domain.cpu is not None and domain.cpu.mode is None and domain.cpu.model is not None:
