@@ -269,7 +269,9 @@ class _Map:
         slot = self.find(need, device)
         if slot is None:
             raise ConfigError(
-                f"no free {need} PCI slot is left", path=path_of(self.devices, device), remedy=_remedy(self.machine, need)
+                f"no free {need} PCI slot is left",
+                path=path_of(self.devices, device),
+                remedy=_remedy(self.machine, need),
             )
         self.put(device, slot, multifunction=_is_root_port(device) and slot[2] == 0)
         if isinstance(device, Controller) and device.model == "pcie-root-port" and not self.grow:
