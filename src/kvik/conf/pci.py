@@ -316,10 +316,8 @@ class _Map:
         """A new controller with a free slot of this kind, and that slot; `index` if its number is already known."""
         if not self.can_make(need):
             return None
-        if need == EXPRESS:
-            model = "pcie-root-port"
-        else:
-            model = "pcie-to-pci-bridge" if self.root == "root" else "pci-bridge"
+        bridge = "pcie-to-pci-bridge" if self.root == "root" else "pci-bridge"
+        model = "pcie-root-port" if need == EXPRESS else bridge
         controller = Controller(type="pci", model=model, index=index or max(self.buses) + 1)
         bus = controller.index or 0
         if model == "pci-bridge":

@@ -138,7 +138,7 @@ async def test_the_boot_order_of_the_machine(boot: Boot, disk: Path, cdrom: Path
 @needs_xorriso
 @pytest.mark.parametrize(("machine", "bus"), [("q35", "sata"), ("pc", "ide")])
 @pytest.mark.parametrize("first", ["disk", "cd"])
-async def test_the_boot_order_of_devices(  # noqa: PLR0913
+async def test_the_boot_order_of_devices(
     boot: Boot, disk: Path, cdrom: Path, *, machine: str, bus: str, first: str
 ) -> None:
     orders = (1, 2) if first == "disk" else (2, 1)

@@ -230,7 +230,9 @@ def _all_parts(context: Context) -> Iterator[Parts]:
 
 def _iommus_and_controllers(context: Context) -> Iterator[object]:
     """The IOMMU before every device that it translates for; each PCI bridge after the one it sits on; then the rest,
-    companions after their EHCI, and smartcard readers, which sit on USB, last. Raises `ConfigUnsupported` for bridges that sit on each other in a circle."""
+    companions after their EHCI, and smartcard readers, which sit on USB, last. Raises `ConfigUnsupported` for bridges
+    that sit on each other in a circle.
+    """
     devices = context.domain.devices
     if devices.iommu is not None:
         yield devices.iommu
