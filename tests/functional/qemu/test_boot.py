@@ -6,13 +6,18 @@ import asyncio
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvik.errors import HostError
+from kvik.host.tsc import tsc_khz
 from kvik.hypervisor.qemu.firmware import installed_firmware
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_goldens import no_kernel
 
 needs_xorriso = pytest.mark.skipif(shutil.which("xorriso") is None, reason="needs xorriso (apt install xorriso)")
 needs_ovmf = pytest.mark.skipif(
@@ -178,3 +183,22 @@ async def test_firmware_that_is_not_there_is_the_error(boot: Boot) -> None:
     loader = "<loader readonly='yes' type='pflash'>/nowhere/CODE.fd</loader><nvram template='/nowhere/VARS.fd'/>"
     with pytest.raises(HostError, match=r"/nowhere/CODE\.fd"):
         await boot.start("", boot=loader)
+
+
+async def test_a_microvm_under_emulation_is_told_the_rate_of_the_tsc(lab: Any, place: Path) -> None:
+    """Linux cannot always calibrate it there, and then hangs."""
+    kernel = place / "vmlinuz"
+    kernel.write_bytes(no_kernel())
+    boot = f"<kernel>{kernel}</kernel>{{}}"
+    for given, told in (("", True), ("<cmdline>quiet</cmdline>", True), ("<cmdline>tsc_early_khz=1</cmdline>", False)):
+        xml = DOMAIN.format(
+            devices="", boot=boot.format(given), machine="microvm", firmware="", serial=place / "s", memory=64
+        )
+        machine = await lab.start(xml, paused=True)
+        words = (machine.domain.os.cmdline or "").split()
+        assert (f"tsc_early_khz={tsc_khz()}" in words) is told
+        assert sum(word.startswith("tsc_early_khz=") for word in words) == 1
+        await machine.quit()
+    machine = await lab.start(xml.replace("machine='microvm'", "machine='q35'"), paused=True)
+    assert machine.domain.os.cmdline == "tsc_early_khz=1"
+    await machine.quit()

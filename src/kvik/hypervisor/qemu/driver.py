@@ -23,6 +23,7 @@ from kvik.conf.features import Features, Smm
 from kvik.conf.os import Loader, Nvram
 from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError
 from kvik.host.process import find, find_program
+from kvik.host.tsc import tsc_khz
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
 from kvik.hypervisor.qemu import hotplug, process
 from kvik.hypervisor.qemu.argv.build import build
@@ -190,6 +191,7 @@ class QemuDriver:
         capabilities = await self.capabilities(emulator)
         assign_aliases(domain)
         kernel = await self._kernel(domain)
+        await _tell_tsc_rate(domain)
         _choose_spice_ports(domain)
         with ExitStack() as undo, ExitStack() as close:
             opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
@@ -295,6 +297,20 @@ def _no_machine(capabilities: QemuCapabilities, name: str) -> ConfigUnsupported:
         path="/domain/os/type/@machine",
         remedy=f"{capabilities.binary} -machine help lists them",
     )
+
+
+async def _tell_tsc_rate(domain: Domain) -> None:
+    """A microvm has no timer that Linux could always calibrate the TSC by: without KVM's clock every other boot hangs.
+
+    Told at each start and not by the definition, because the rate is this host's.
+    """
+    described = domain.os
+    if domain.type == "kvm" or not described.kernel or not (described.type.machine or "").startswith("microvm"):
+        return
+    if "tsc_early_khz=" not in (described.cmdline or ""):
+        rate = await asyncio.to_thread(tsc_khz)
+        if rate is not None:
+            described.cmdline = f"{described.cmdline or ''} tsc_early_khz={rate}".strip()
 
 
 def _choose_spice_ports(domain: Domain) -> None:
