@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import peer
+import wire
 from control_plane import DOCUMENT, document
 from report import Report
 
@@ -59,10 +60,10 @@ def measure(rounds: int, defined: int) -> Report:
                     timed([daemon.command[0], *daemon.command[1:-2], "--version"], daemon.environ)
                 )
         for daemon in daemons:
+            client = wire.WireClient(daemon.socket)
             for index in range(defined):
-                file = Path(directory) / "one.xml"
-                file.write_text(document(f"list-{index}"))
-                daemon.run("define", str(file))
+                client.define(document(f"list-{index}"))
+            client.close()
         for _ in range(rounds):
             for daemon in daemons:
                 keep("list-many", daemon, "list", "--all")

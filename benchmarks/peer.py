@@ -26,7 +26,10 @@ set -eu
 base=$1
 mount --make-rprivate /
 mkdir -p "$base/dev" && mount -t tmpfs none "$base/dev"
-for node in null zero full random urandom tty; do touch "$base/dev/$node"; mount --bind "/dev/$node" "$base/dev/$node"; done
+for node in null zero full random urandom tty; do
+    touch "$base/dev/$node"
+    mount --bind "/dev/$node" "$base/dev/$node"
+done
 mkdir "$base/dev/pts" "$base/dev/shm"
 mount --bind /dev/pts "$base/dev/pts"; mount --bind /dev/shm "$base/dev/shm"
 ln -s pts/ptmx "$base/dev/ptmx"; ln -s /proc/self/fd "$base/dev/fd"
@@ -36,7 +39,8 @@ for directory in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvi
     mount --bind "$base/root$directory" "$directory"
 done
 mkdir -p /var/lib/libvirt/qemu /run/libvirt "$base/sock"
-printf 'namespaces = []\nuser = "root"\ngroup = "root"\nsecurity_driver = "none"\ncgroup_controllers = []\n' \
+printf "%s\n" "namespaces = []" 'user = "root"' 'group = "root"' 'security_driver = "none"' \
+    "cgroup_controllers = []" 'stdio_handler = "file"' \
     >/etc/libvirt/qemu.conf
 printf 'auth_unix_rw = "none"\nunix_sock_dir = "%s/sock"\n' "$base" >/etc/libvirt/libvirtd.conf
 ip link set lo up

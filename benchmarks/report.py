@@ -37,7 +37,7 @@ class Report:
         self.rows.append(Row(what, a, b, unit, f"<= {limit:g} {unit}", a <= limit))
 
     def show(self) -> None:
-        print(f"\n{self.title}")
+        print(f"\n{self.title}", flush=True)
         head = ("what", "kvik", "peer", "ratio", "target", "")
         table = [head]
         for row in self.rows:

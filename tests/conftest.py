@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return ORDER.index(directory) if directory in ORDER else len(ORDER) - 1
 
     items.sort(key=place)  # stable: the order within a directory stays
+
+
+@pytest.fixture(autouse=True)
+def _logging_stays_as_it_was() -> Iterator[None]:
+    """`-d`, `-l` and a daemon set up logging for their whole process, which here is every other test's as well."""
+    logger, before = logging.getLogger("kvik"), logging.raiseExceptions
+    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    for handler in logger.handlers:
+        if handler not in handlers:
+            handler.close()
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate
+    logging.raiseExceptions = before

@@ -8,25 +8,64 @@ and side-by-side daemons use it).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+
+from kvik.named import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 
-class Paths(NamedTuple):  # not a dataclass: those cost a command 10 ms of imports
+def _path(name: str) -> Path:
+    from pathlib import Path  # not at the top: a command that only wants the socket's name saves 5 to 10 ms
+
+    return Path(name)
+
+
+class Paths(NamedTuple):
     """The directories of one scope. Nothing is created here; owners create what they use, mode 0700."""
 
     scope: str  # "system" or "session"
-    config: Path  # definitions:   /etc/kvik        | $XDG_CONFIG_HOME/kvik
-    run: Path  # live status, sockets: /run/kvik     | $XDG_RUNTIME_DIR/kvik
-    data: Path  # images, saves:  /var/lib/kvik     | $XDG_DATA_HOME/kvik
-    cache: Path  # rebuildable:    /var/cache/kvik   | $XDG_CACHE_HOME/kvik
-    log: Path  # one log per machine: /var/log/kvik | $XDG_STATE_HOME/kvik/log
+    config_name: str
+    run_name: str
+    data_name: str
+    cache_name: str
+    log_name: str
+
+    @property
+    def config(self) -> Path:
+        """Definitions: /etc/kvik or $XDG_CONFIG_HOME/kvik."""
+        return _path(self.config_name)
+
+    @property
+    def run(self) -> Path:
+        """Live status, sockets: /run/kvik or $XDG_RUNTIME_DIR/kvik."""
+        return _path(self.run_name)
+
+    @property
+    def data(self) -> Path:
+        """Images, saved machines: /var/lib/kvik or $XDG_DATA_HOME/kvik."""
+        return _path(self.data_name)
+
+    @property
+    def cache(self) -> Path:
+        """What can be made again: /var/cache/kvik or $XDG_CACHE_HOME/kvik."""
+        return _path(self.cache_name)
+
+    @property
+    def log(self) -> Path:
+        """One log per machine: /var/log/kvik or $XDG_STATE_HOME/kvik/log."""
+        return _path(self.log_name)
 
     @property
     def socket(self) -> Path:
         """The daemon's Unix socket."""
-        return self.run / "kvikd.sock"
+        return _path(self.socket_name)
+
+    @property
+    def socket_name(self) -> str:
+        return f"{self.run_name}/kvikd.sock"
 
     @property
     def domains(self) -> Path:
@@ -52,33 +91,33 @@ class Paths(NamedTuple):  # not a dataclass: those cost a command 10 ms of impor
 
     @classmethod
     def system(cls, root: str | Path | None = None, environ: Mapping[str, str] = os.environ) -> Paths:
-        base = Path(root or environ.get("KVIK_ROOT") or "/")
+        base = os.fspath(root or environ.get("KVIK_ROOT") or "/").rstrip("/")
         return cls(
             scope="system",
-            config=base / "etc/kvik",
-            run=base / "run/kvik",
-            data=base / "var/lib/kvik",
-            cache=base / "var/cache/kvik",
-            log=base / "var/log/kvik",
+            config_name=f"{base}/etc/kvik",
+            run_name=f"{base}/run/kvik",
+            data_name=f"{base}/var/lib/kvik",
+            cache_name=f"{base}/var/cache/kvik",
+            log_name=f"{base}/var/log/kvik",
         )
 
     @classmethod
     def session(cls, environ: Mapping[str, str] = os.environ) -> Paths:
-        home = Path(environ.get("HOME") or "~").expanduser()
+        home = os.path.expanduser(environ.get("HOME") or "~")  # noqa: PTH111
 
-        def xdg(name: str, default: Path) -> Path:
+        def xdg(name: str, default: str) -> str:
             value = environ.get(name, "")
             # The XDG specification: a relative path in one of these variables is to be ignored.
-            return Path(value) if value.startswith("/") else default
+            return value.rstrip("/") if value.startswith("/") else default
 
-        runtime = xdg("XDG_RUNTIME_DIR", xdg("XDG_CACHE_HOME", home / ".cache") / "kvik-run")
+        cache = xdg("XDG_CACHE_HOME", f"{home}/.cache")
         return cls(
             scope="session",
-            config=xdg("XDG_CONFIG_HOME", home / ".config") / "kvik",
-            run=runtime / "kvik",
-            data=xdg("XDG_DATA_HOME", home / ".local/share") / "kvik",
-            cache=xdg("XDG_CACHE_HOME", home / ".cache") / "kvik",
-            log=xdg("XDG_STATE_HOME", home / ".local/state") / "kvik/log",
+            config_name=xdg("XDG_CONFIG_HOME", f"{home}/.config") + "/kvik",
+            run_name=xdg("XDG_RUNTIME_DIR", f"{cache}/kvik-run") + "/kvik",
+            data_name=xdg("XDG_DATA_HOME", f"{home}/.local/share") + "/kvik",
+            cache_name=f"{cache}/kvik",
+            log_name=xdg("XDG_STATE_HOME", f"{home}/.local/state") + "/kvik/log",
         )
 
     @classmethod

@@ -5,10 +5,11 @@ the set-up that `lab.json` describes and then serves requests from the virtio-se
 thread of its own. A frame, in both directions: two big-endian u32, the lengths of a JSON header and of the bytes
 that follow it.
 
-    {"id", "op": "run", "argv", "env", "cwd", "user", "timeout"} + stdin  ->  {"id", "code", "out", "timed_out"} + stdout + stderr
-    {"id", "op": "kill", "target", "signal"}                              ->  {"id", "code"}
-    {"id", "op": "load", "modules"}                                       ->  {"id", "code"}
-    an error of the server's own                                          ->  {"id", "error"}
+    {"id", "op": "run", "argv", "env", "cwd", "user", "timeout"} + stdin
+        -> {"id", "code", "out", "timed_out"} + stdout + stderr
+    {"id", "op": "kill", "target", "signal"} -> {"id", "code"}
+    {"id", "op": "load", "modules"}          -> {"id", "code"}
+    an error of the server's own             -> {"id", "error", "errno"}
 
 `code` is as in subprocess: an exit status or minus a signal; "out" is the length of stdout.
 """
@@ -82,6 +83,11 @@ def set_up(config):
     subprocess.run([config["busybox"], "--install", "-s", "/run/lab-bin"], check=True)
     with open("/proc/sys/kernel/modprobe", "w") as file:
         file.write("/run/lab-bin/modprobe\n")
+    for path in config["reachable"]:  # other users run what the host's user keeps in a private home
+        while path != "/":
+            if os.stat(path).st_mode & 0o011 != 0o011:
+                os.chmod(path, os.stat(path).st_mode | 0o011)
+            path = os.path.dirname(path)
     load(config["load"])
     as_udev_would()
     for mark in ("/.dockerenv", "/run/.containerenv"):  # the host may be a container, the lab is none

@@ -72,7 +72,7 @@ class LabOptions:
 
     memory_mib: int = 3072
     vcpus: int = 2
-    cpu: str = "max,+svm"
+    cpu: str = "max,+svm,-vgif"
     kernel_arguments: tuple[str, ...] = ()  # after our own, so they win
     modules: tuple[str, ...] = ()  # loaded after `MODULES`, with what they need
     disks: tuple[Path, ...] = ()  # raw images, writable, virtio-blk: /dev/vda, /dev/vdb, ...
@@ -333,6 +333,7 @@ class Lab:
         config = {
             "env": ENVIRONMENT,
             "keep": sorted(_hidden_paths(self.kernel)),
+            "reachable": [str(path) for path in (REPOSITORY, Path(sys.prefix), Path(sys.base_prefix))],
             "fresh": [*FRESH, *self.options.fresh],
             "modules": str(self.kernel.modules),
             "busybox": str(self.kernel.busybox),

@@ -118,9 +118,9 @@ def dependency_table(direct: Mapping[str, Iterable[str]]) -> dict[str, list[str]
 
 
 def ensure_kernel(cache: Path | None = None) -> Kernel:
-    """The newest generic kernel that apt knows, from the cache if it is there: then in milliseconds.
+    """The generic kernel: the cached one, in milliseconds, or else the newest that apt knows.
 
-    What apt cannot reach is no failure while the cache holds any kernel; else it raises `LabUnavailable`.
+    Raises `LabUnavailable` when there is neither.
     """
     cache = cache or cache_directory()
     cache.mkdir(parents=True, exist_ok=True)

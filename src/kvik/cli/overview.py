@@ -59,8 +59,7 @@ def duration(value: float | None) -> str:
 
 def uptime(row: OverviewRow) -> float | None:
     """Seconds since the machine's start, where the daemon says."""
-    value = getattr(row, "uptime", None)
-    return float(value) if value is not None and row.id > 0 else None
+    return row.uptime if row.id > 0 and row.uptime else None
 
 
 def table_of(items: list[tuple[OverviewRow, float]]) -> Table:

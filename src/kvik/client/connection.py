@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from kvik.client.domain import Domain, InterfaceAddress, Stage, uuid_bytes
 from kvik.client.link import Link
 from kvik.client.transport import open_transport
 from kvik.client.uri import default_uri, parse_uri
 from kvik.errors import AuthenticationFailed, NoDomain, NoSupport, OperationInvalid
+from kvik.named import NamedTuple
 from kvik.rpc.program import kvik, remote
-from kvik.rpc.xdr import Record
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
+    from typing import Any
 
+    from kvik.client.domain import Domain
     from kvik.client.events import ConnectionClosed, DomainEvent
+    from kvik.rpc.xdr import Record
 
-__all__ = ["Connection", "InterfaceAddress", "NodeInfo", "OverviewRow", "Stage", "connect"]
+__all__ = ["Connection", "NodeInfo", "OverviewRow", "connect"]
 
 CONNECT_READONLY = 1
 AUTH_NONE = 0
@@ -55,6 +56,7 @@ class OverviewRow(NamedTuple):
     persistent: bool
     autostart: bool
     title: str | None
+    uptime: float = 0.0  # seconds since the start; 0 when off, or not told
 
 
 class DaemonStatus(NamedTuple):
@@ -219,9 +221,14 @@ class Connection:
 
     # --- domains ---
 
+    def _domain(self, reference: Sequence[Any]) -> Domain:
+        from kvik.client.domain import Domain  # not at the top: `list` makes none, and it costs 3 ms
+
+        return Domain(self, *reference)
+
     def domains(self, flags: int = 0) -> list[Domain]:
         """All domains, or those that virConnectListAllDomainsFlags select (1 active, 2 inactive, 4 persistent...)."""
-        return [Domain(self, *ref) for ref in self.call("CONNECT_LIST_ALL_DOMAINS", 1, flags)[0]]
+        return [self._domain(ref) for ref in self.call("CONNECT_LIST_ALL_DOMAINS", 1, flags)[0]]
 
     def overview(self, flags: int = 0) -> list[OverviewRow]:
         """What a list of machines shows, in one call. Also from a daemon that is not ours, then with many calls."""
@@ -230,8 +237,10 @@ class Connection:
         except NoSupport:
             return self._overview_from_libvirt(flags)
         return [
-            OverviewRow._make((name, uuid_text(uuid), *rest, bool(ready), bool(persistent), bool(autostart), title))
-            for name, uuid, *rest, ready, persistent, autostart, title in rows
+            OverviewRow._make(
+                (name, uuid_text(uuid), *rest, bool(ready), bool(persistent), bool(autostart), title, uptime)
+            )
+            for name, uuid, *rest, ready, persistent, autostart, title, uptime in rows
         ]
 
     def _overview_from_libvirt(self, flags: int) -> list[OverviewRow]:
@@ -264,31 +273,31 @@ class Connection:
         return self.lookup_name(text)
 
     def lookup_name(self, name: str) -> Domain:
-        return Domain(self, *self.call("DOMAIN_LOOKUP_BY_NAME", name)[0])
+        return self._domain(self.call("DOMAIN_LOOKUP_BY_NAME", name)[0])
 
     def lookup_uuid(self, uuid: bytes | str) -> Domain:
         raw = uuid_bytes(uuid) if isinstance(uuid, str) else uuid
         if raw is None:
             raise NoDomain(f"{uuid!r} is not a UUID")
-        return Domain(self, *self.call("DOMAIN_LOOKUP_BY_UUID", raw)[0])
+        return self._domain(self.call("DOMAIN_LOOKUP_BY_UUID", raw)[0])
 
     def lookup_id(self, number: int) -> Domain:
-        return Domain(self, *self.call("DOMAIN_LOOKUP_BY_ID", number)[0])
+        return self._domain(self.call("DOMAIN_LOOKUP_BY_ID", number)[0])
 
     def define(self, xml: str, flags: int = 0) -> Domain:
         """Make or replace a persistent definition. `flags`: 1 validates against the schema."""
-        return Domain(self, *self.call("DOMAIN_DEFINE_XML_FLAGS", xml, flags)[0])
+        return self._domain(self.call("DOMAIN_DEFINE_XML_FLAGS", xml, flags)[0])
 
     def create(self, xml: str, flags: int = 0) -> Domain:
         """Start a transient machine. `flags`: virDomainCreateFlags (1 paused, 2 destroyed with this connection)."""
-        return Domain(self, *self.call("DOMAIN_CREATE_XML", xml, flags)[0])
+        return self._domain(self.call("DOMAIN_CREATE_XML", xml, flags)[0])
 
     def all_stats(self, domains: Sequence[Domain] = (), stats: int = 0, flags: int = 0) -> list[DomainStats]:
         """Statistics of the given (none: all) domains; `stats` is virDomainStatsTypes (0: all groups)."""
         from kvik.rpc.typed_params import to_dict
 
         records = self.call("CONNECT_GET_ALL_DOMAIN_STATS", [domain.ref for domain in domains], stats, flags)[0]
-        return [DomainStats(Domain(self, *ref), to_dict(params)) for ref, params in records]
+        return [DomainStats(self._domain(ref), to_dict(params)) for ref, params in records]
 
     def domxml_to_native(self, xml: str, native_format: str = "qemu-argv", flags: int = 0) -> str:
         """The command line that a document would become."""
@@ -349,6 +358,17 @@ STATS_GROUPS = {
     "state": 1, "cpu-total": 2, "balloon": 4, "vcpu": 8, "interface": 16, "block": 32, "perf": 64, "iothread": 128,
     "memory": 256, "dirtyrate": 512, "vm": 1024,
 }  # fmt: skip
+
+
+def uuid_bytes(text: str) -> bytes | None:
+    """A UUID as people write it -> 16 bytes; None if it is none."""
+    compact = text.replace("-", "")
+    if len(compact) != 32 or not compact.isascii() or not compact.isalnum():
+        return None
+    try:
+        return bytes.fromhex(compact)
+    except ValueError:
+        return None
 
 
 def uuid_text(raw: bytes) -> str:

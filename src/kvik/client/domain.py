@@ -6,14 +6,16 @@ virDomainModificationImpact: 0 current, 1 live, 2 config, 3 both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
 from kvik.client.stream import Stream
 from kvik.errors import NoSupport
+from kvik.named import NamedTuple
 from kvik.rpc.program import qemu, remote
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
     from kvik.client.connection import Connection
 
 SCREENSHOT_MAX = 256 * 1024 * 1024
@@ -137,17 +139,6 @@ MEMORY_TAGS = (
     "swap_in", "swap_out", "major_fault", "minor_fault", "unused", "available", "actual", "rss", "usable",
     "last_update", "disk_caches", "hugetlb_pgalloc", "hugetlb_pgfail",
 )  # fmt: skip
-
-
-def uuid_bytes(text: str) -> bytes | None:
-    """A UUID as people write it -> 16 bytes; None if it is none."""
-    compact = text.replace("-", "")
-    if len(compact) != 32 or not compact.isascii() or not compact.isalnum():
-        return None
-    try:
-        return bytes.fromhex(compact)
-    except ValueError:
-        return None
 
 
 class Domain:

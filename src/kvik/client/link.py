@@ -11,9 +11,7 @@ import socket
 import time
 from array import array
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Final
 
 from kvik.client.transport import Transport
 from kvik.errors import ConnectError, OperationTimeout, RpcError
@@ -22,7 +20,13 @@ from kvik.rpc.connection import Connection as Wire
 from kvik.rpc.connection import Role
 from kvik.rpc.message import Key, Message
 from kvik.rpc.program import Procedure, program
-from kvik.rpc.xdr import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, Final
+
+    from kvik.rpc.xdr import Record
 
 RECEIVE_SIZE: Final = 262144
 EVENTS_MAX: Final = 65536  # kept for a caller that does not look; the oldest go first

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final, Literal
 
 from kvik.errors import KvikError, OperationTimeout
 from kvik.rpc import message as m
 from kvik.rpc.message import Key
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
+    from typing import Final, Literal
 
     from kvik.client.link import Link
 
+    PumpEnd = Literal["escape", "end", "eof"]
+
 ESCAPE: Final = b"\x1d"  # Ctrl-]
 HOLE_CHUNK: Final = 1 << 20
-PumpEnd = Literal["escape", "end", "eof"]
 
 
 class Stream:

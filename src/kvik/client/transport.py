@@ -10,17 +10,17 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
 from kvik.client.uri import Address
 from kvik.errors import ConnectError
 from kvik.paths import Paths
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Mapping
+    from typing import Final
 
 START_TIMEOUT: Final = 30.0  # seconds until a started daemon must answer; one that fails says so at once
 POLL: Final = 0.005
@@ -63,10 +63,10 @@ def open_transport(address: Address, *, autostart: bool = True) -> Transport:
     if address.transport == "ssh":
         return _ssh(address)
     if address.socket:
-        return Transport(_connect(Path(address.socket), started=False))
+        return Transport(_connect(address.socket, started=False))
     paths = paths_of(address.scope)
     try:
-        return Transport(_connect(paths.socket, started=False))
+        return Transport(_connect(paths.socket_name, started=False))
     except ConnectError as error:
         cause = error.__cause__
         if not autostart or not isinstance(cause, OSError) or cause.errno not in _NOBODY_LISTENS:
@@ -79,10 +79,10 @@ def open_transport(address: Address, *, autostart: bool = True) -> Transport:
     return Transport(start_daemon(paths))
 
 
-def _connect(path: Path, *, started: bool) -> socket.socket:
+def _connect(path: str, *, started: bool) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.connect(str(path))
+        sock.connect(path)
     except OSError as error:
         sock.close()
         if len(os.fsencode(path)) >= 108:
@@ -128,7 +128,7 @@ def start_daemon(paths: Paths, timeout: float = START_TIMEOUT) -> socket.socket:
                     ) from None
                 time.sleep(POLL)
         with suppress(ConnectError):  # somebody else was faster
-            return _connect(paths.socket, started=True)
+            return _connect(paths.socket_name, started=True)
         return _spawn_daemon(paths, deadline)
     finally:
         os.close(lock)
@@ -148,7 +148,7 @@ def _spawn_daemon(paths: Paths, deadline: float) -> socket.socket:
             raise ConnectError(f"cannot start the daemon: {error}") from error
         while True:
             try:
-                sock = _connect(paths.socket, started=True)
+                sock = _connect(paths.socket_name, started=True)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(0.5)  # it has nothing left to do but exit
                 return sock

@@ -13,10 +13,13 @@ mean the same daemon, ours; `test` asks it for its in-memory driver.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
 
 from kvik.errors import InvalidArgument
+from kvik.named import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SCHEMES = ("kvik", "qemu", "test")
 TRANSPORTS = ("unix", "ssh")

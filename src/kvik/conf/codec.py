@@ -143,6 +143,7 @@ class Plan:
         "cls",
         "custom",
         "namespaces",
+        "nested",
         "out",
         "required",
         "size",
@@ -177,6 +178,8 @@ class Plan:
             for space, prefix in _PREFIXES.items()
             if child.tag.startswith(f"{prefix}:")
         ]
+        # Fields that a copy must not share.
+        self.nested = [child for _, child in children if child.kind in (STRUCT, RAW_LIST) or child.many]
         # What is written depends on (secure, inactive): four lists, so that writing tests nothing.
         self.out = {
             (secure, inactive): (
@@ -332,7 +335,7 @@ def _scalar(kind: Any, markers: frozenset[Marker], hex_digits: int) -> tuple[Con
     if kind is bool:
         return _BOOLEANS[ON_OFF if ON_OFF in markers else YES_NO]
     if get_origin(kind) is Literal:
-        return _choice(get_args(kind)), None
+        return _choice(get_args(kind)), str  # a word of a closed set needs no escapes
     raise TypeError(f"no codec for {kind}")
 
 

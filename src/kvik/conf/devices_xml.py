@@ -82,11 +82,14 @@ def devices_of(devices: Devices) -> Iterator[tuple[str, Element]]:
     """(path below /domain/devices, Struct) of every device, in the document's order."""
     for kind, (field, many) in FIELDS.items():
         value = getattr(devices, field)
-        if many:
+        if not many:
+            if value is not None:
+                yield kind, value
+        elif len(value) == 1:
+            yield kind, value[0]
+        elif value:
             for index, item in enumerate(value, 1):
-                yield (f"{kind}[{index}]" if len(value) > 1 else kind), item
-        elif value is not None:
-            yield kind, value
+                yield f"{kind}[{index}]", item
 
 
 def guest_devices(devices: Devices) -> Iterator[tuple[str, Device]]:

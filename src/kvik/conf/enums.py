@@ -34,6 +34,12 @@ class Numbers(metaclass=_Table):
     """Base of one enum: every upper-case attribute is a number."""
 
 
+class DomainDiskErrorCode(Numbers):
+    NONE = 0
+    UNSPEC = 1
+    NO_SPACE = 2
+
+
 class DomainState(Numbers):
     NOSTATE = 0
     RUNNING = 1

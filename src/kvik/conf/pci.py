@@ -142,6 +142,7 @@ class _Map:
         self.devices, self.machine, self.grow = devices, machine, grow
         self.root = "root" if machine in (Q35, PCIE) else CONVENTIONAL
         self.used: dict[Slot, Device | None] = {}
+        self.slots: set[tuple[int, int]] = set()  # (bus, slot) with a function in use
         self.buses: dict[int, str] = {0: "pcie-root" if machine in (Q35, PCIE) else "pci-root"}
         self.created: list[Controller] = []
         self.above: dict[int, int | None] = {}  # bus -> the bus that its controller sits on, None while it has no place
@@ -158,19 +159,20 @@ class _Map:
 
     def take(self, slot: Slot, device: Device | None) -> None:
         self.used[slot] = device  # two on one slot: `validate` says so, with their paths
+        self.slots.add(slot[:2])
 
     def _reserve(self) -> None:
         """The functions that the chipset itself occupies."""
-        self.used.setdefault((0, 0, 0), None)
+        occupied = [(0, 0, 0)]
         if self.machine == I440FX:
-            for function in (0, 3):  # ISA bridge, power management
-                self.used.setdefault((0, 1, function), None)
+            occupied += [(0, 1, 0), (0, 1, 3)]  # ISA bridge, power management
         elif self.machine == Q35:
-            for function in (0, 3):  # LPC bridge, SMBus
-                self.used.setdefault((0, 0x1F, function), None)
+            occupied += [(0, 0x1F, 0), (0, 0x1F, 3)]  # LPC bridge, SMBus
+        for slot in occupied:
+            self.take(slot, self.used.get(slot))
 
     def slot_free(self, bus: int, slot: int) -> bool:
-        return not any((bus, slot, function) in self.used for function in range(8))
+        return (bus, slot) not in self.slots
 
     def fixed(self) -> None:
         """What has its place on the board."""
@@ -288,11 +290,12 @@ class _Map:
 
     def existing(self, need: str, device: Device | None = None) -> Slot | None:
         """A free slot on a bus that is there."""
+        root_port = _is_root_port(device)
         for index in sorted(self.buses):
             offers, first, last, _ = BUSES[self.buses[index]]
             if offers != need or not self.rooted(index):
                 continue
-            if _is_root_port(device):
+            if root_port:
                 if (slot := self._root_port_slot(index)) is not None:
                     return slot
                 continue
@@ -323,7 +326,7 @@ class _Map:
         if model == "pci-bridge":
             # It takes a slot of the root bus and offers 31 others. The root bus is full by now, so the count is kept
             # by closing one slot here; in the second round bridges are placed first.
-            self.used[bus, BUSES[model][2], 0] = controller
+            self.take((bus, BUSES[model][2], 0), controller)
             self.above[bus] = 0
         else:
             upstream = self.find(BUSES[model][3], controller)

@@ -103,6 +103,14 @@ def _machine(domain: Domain, caps: MachineDefaults) -> None:
     if domain.current_memory is None or (cells and domain.current_memory > domain.memory):
         domain.current_memory = domain.memory
     domain.clock = domain.clock or Clock(offset="utc")
+    clock = domain.clock
+    if clock.offset in ("utc", "localtime") and clock.adjustment not in (None, "reset"):
+        # A number there means, as in libvirt, a clock that the guest may set and that keeps it.
+        clock.basis = "localtime" if clock.offset == "localtime" else "utc"
+        clock.offset = "variable"
+    if clock.offset == "variable":
+        clock.adjustment = clock.adjustment or "0"
+        clock.basis = clock.basis or "utc"
 
 
 def _disk(disk: Disk, domain: Domain) -> None:
@@ -317,13 +325,16 @@ def _controllers(domain: Domain, caps: MachineDefaults) -> None:
                 item.index = None
         add(Controller(type="pci", index=0, model=root))
         _indexes(devices)
-    assigned = clone(devices)
-    trial = Domain(type=domain.type, os=domain.os, devices=assigned)
-    assign_drives(trial)
-    for disk in assigned.disks:
-        kind = _IMPLIED.get(disk.target.bus or "")
-        if kind is not None and disk.address is not None:
-            _need(devices, kind, disk.address.controller or 0, caps.scsi_model if kind == "scsi" else None)
+    if any(disk.target.bus in _IMPLIED for disk in devices.disks):
+        # Where the drives will sit tells which controllers they need; they are placed once those are there.
+        disks = [clone(disk) for disk in devices.disks]
+        assign_drives(
+            Domain(type=domain.type, os=domain.os, devices=Devices(disks=disks, controllers=devices.controllers))
+        )
+        for disk in disks:
+            kind = _IMPLIED.get(disk.target.bus or "")
+            if kind is not None and disk.address is not None:
+                _need(devices, kind, disk.address.controller or 0, caps.scsi_model if kind == "scsi" else None)
     for hostdev in devices.hostdevs:
         if hostdev.type == "scsi":
             _need(devices, "scsi", 0, caps.scsi_model)

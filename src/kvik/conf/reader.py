@@ -53,6 +53,10 @@ def read_xml(xml: str | bytes, what: str = "document") -> etree._Element:
         root = etree.fromstring(data, _PARSER)
     except etree.XMLSyntaxError as error:
         reason = (error.msg or "not well formed").rsplit(", line ", 1)[0]
+        if reason.startswith("Excessive depth"):  # libxml2 goes on with advice for programmers
+            raise ConfigError(
+                f"the {what} is nested more than {MAX_DEPTH} elements deep", line=error.lineno or 0
+            ) from error
         raise ConfigError(f"the {what} is not well-formed XML: {reason}", line=error.lineno or 0) from error
     if _TOO_DEEP(root):
         raise ConfigError(f"the {what} is nested more than {MAX_DEPTH} elements deep")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import TypeVar
 
 from lxml import etree
@@ -40,12 +41,15 @@ def warnings(element: Element, path: str) -> list[str]:
 
 def clone(element: E) -> E:
     """A copy that shares nothing that can change."""
-    values = {}
-    for field in element.__struct_fields__:
-        value = getattr(element, field)
-        if isinstance(value, Element):
-            value = clone(value)
-        elif isinstance(value, list):
-            value = [clone(item) if isinstance(item, Element) else item for item in value]
-        values[field] = value
-    return type(element)(**values)
+    made = copy(element)
+    for child in plan_of(type(element)).nested:
+        value = getattr(element, child.field)
+        if value is None:
+            continue
+        if child.kind != STRUCT:
+            setattr(made, child.field, list(value))
+        elif child.many:
+            setattr(made, child.field, [clone(item) for item in value])
+        else:
+            setattr(made, child.field, clone(value))
+    return made

@@ -17,6 +17,7 @@ from kvik.errors import ConfigError
 MAX_NAME = 255  # bytes: the name is a file name, with .xml behind it in some places
 MAX_VCPUS = 4096
 MAX_IOTHREADS = 1024
+MAX_ADJUSTMENT = 100 * 366 * 86400  # seconds that a clock may be off
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -63,10 +64,36 @@ def validate(domain: Domain) -> None:
     _numa(domain)
     _boot(domain)
     _tuning(domain)
+    _clock(domain)
     for index, label in enumerate(domain.seclabels, 1):
         if label.type == "static" and not label.label:
             raise ConfigError("a static seclabel needs a <label>", path=f"/domain/seclabel[{index}]")
     validate_devices(domain)
+
+
+def _clock(domain: Domain) -> None:
+    clock = domain.clock
+    if clock is None:
+        return
+    if clock.adjustment is not None and not (clock.adjustment == "reset" and clock.offset in ("utc", "localtime")):
+        seconds = _seconds(clock.adjustment)
+        if seconds is None or abs(seconds) > MAX_ADJUSTMENT:
+            raise ConfigError(
+                f"{clock.adjustment!r} is no adjustment: seconds, at most {MAX_ADJUSTMENT} (a hundred years)",
+                path="/domain/clock/@adjustment",
+            )
+    if clock.offset == "timezone" and not clock.timezone:
+        raise ConfigError(
+            "a clock of offset 'timezone' needs a timezone",
+            path="/domain/clock/@timezone",
+            remedy="such as timezone='Europe/Oslo'",
+        )
+    if clock.offset == "absolute" and clock.start is None:
+        raise ConfigError("a clock of offset 'absolute' needs a start", path="/domain/clock/@start")
+
+
+def _seconds(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,12}", text) else None
 
 
 def _memory(domain: Domain) -> None:

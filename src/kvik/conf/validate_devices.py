@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from kvik.conf.addresses import TARGET_PREFIX, target_index
 from kvik.conf.devices.chardev import Chardev
@@ -38,6 +39,7 @@ def validate_devices(domain: Domain) -> None:
     devices = domain.devices
     _absolute(devices.emulator, root + "emulator", "emulator")
     taken: dict[tuple[object, ...], str] = {}
+    buses = {item.index: item.model for item in devices.controllers if item.type == "pci" and item.index is not None}
 
     def claim(key: tuple[object, ...], path: str, what: str) -> None:
         if key in taken:
@@ -52,9 +54,11 @@ def validate_devices(domain: Domain) -> None:
                     raise ConfigError(f"alias {device.alias.name!r} is not of letters, digits, - and _", path=path)
                 claim(("alias", device.alias.name), path, f"alias {device.alias.name!r}")
             if device.address is not None:
-                key = _address_key(device, device.address, path, domain)
-                if key is not None:
+                key = _address_key(device, device.address, path, buses, is_x86(domain))
+                if key in taken:
                     claim(key, path, f"the address {device.address.format_attributes().strip()}")
+                if key is not None:
+                    taken[key] = path
         if isinstance(device, Disk):
             _disk(device, path)
             claim(("target", device.target.dev), path, f"target {device.target.dev!r}")
@@ -107,22 +111,20 @@ def _absolute(value: str | None, path: str, what: str) -> None:
         raise ConfigError(f"{what} {value!r} is not an absolute path", path=path)
 
 
-def _address_key(device: Device, address: Address, path: str, domain: Domain) -> tuple[object, ...] | None:
+def _address_key(
+    device: Device, address: Address, path: str, buses: Mapping[int, str | None], x86: bool
+) -> tuple[object, ...] | None:
+    """`buses`: the PCI controllers' models by index."""
     if address.type == "pci":
         domain_, bus, slot, function = address.pci
         if domain_ > 0xFFFF or bus > 0xFF or slot > 0x1F or function > 7:
             raise ConfigError(f"{address.pci_text} is not a PCI address", path=path + "/address")
-        models = {
-            item.index: item.model
-            for item in domain.devices.controllers
-            if item.type == "pci" and item.index is not None
-        }
-        if models:
-            if bus not in models:
+        if buses:
+            if bus not in buses:
                 raise ConfigError(f"there is no PCI controller with index {bus}", path=path + "/address")
-            model = models[bus]
+            model = buses[bus] or ""
             # pcie.0's slot 0 is the host bridge on x86; elsewhere firmware may put things there.
-            first = 0 if model not in BUSES or not is_x86(domain) else BUSES[model][1]
+            first = 0 if model not in BUSES or not x86 else BUSES[model][1]
             last = BUSES[model][2] if model in BUSES else 31
             if not first <= slot <= last:
                 raise ConfigError(f"slot {slot:#x} does not exist on a {model}", path=path + "/address")
@@ -248,6 +250,13 @@ def _others(domain: Domain, root: str) -> None:
             raise ConfigError("a host device needs a <source>", path=path)
         if hostdev.type in ("pci", "mdev") and hostdev.source.address is None:
             raise ConfigError(f"a {hostdev.type} host device needs a <source><address .../></source>", path=path)
+        if hostdev.type == "pci" and hostdev.source.address is not None:
+            for part, limit in (("domain", 0xFFFF), ("bus", 0xFF), ("slot", 0x1F), ("function", 7)):
+                number = getattr(hostdev.source.address, part) or 0
+                if not 0 <= number <= limit:
+                    raise ConfigError(
+                        f"{part} {number:#x} is more than {limit:#x}", path=f"{path}/source/address/@{part}"
+                    )
         if hostdev.type == "usb" and hostdev.source.address is None and hostdev.source.vendor is None:
             raise ConfigError("a USB host device needs an address, or vendor and product", path=path)
     for index, rng in enumerate(devices.rngs, 1):

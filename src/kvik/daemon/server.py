@@ -301,7 +301,9 @@ class Server:
 
     def _idle(self) -> None:
         self._idle_handle = None
-        if not self.connections and not self._tasks:
+        if self.manager.needed_by:
+            self._check_idle()  # its guest may end at any time, and we are to start it again: look later
+        elif not self.connections and not self._tasks:
             self.stop(f"idle for {self.idle_timeout:g} s")
 
     def _complain(self, message: str, *values: object) -> None:

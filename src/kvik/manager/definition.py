@@ -6,8 +6,6 @@ whoever needs more parses it, which takes a fraction of a millisecond.
 
 from __future__ import annotations
 
-import uuid
-
 from kvik.conf.domain import Domain, format_domain, parse_domain
 from kvik.conf.enums import DomainXMLFlags
 from kvik.errors import ConfigError
@@ -41,7 +39,7 @@ class Definition:
         self._public: str | None = None
         self.name = domain.name
         self.type = domain.type
-        self.uuid = uuid.UUID(domain.uuid).bytes
+        self.uuid = bytes.fromhex(domain.uuid.replace("-", ""))
         self.title = domain.title or ""
         self.memory = domain.memory
         self.current_memory = domain.current_memory if domain.current_memory is not None else domain.memory

@@ -124,6 +124,7 @@ class DomainObject:
         "cleaning",
         "config",
         "crashes",
+        "encoded",
         "has_managed_save",
         "id",
         "jobs",
@@ -158,6 +159,7 @@ class DomainObject:
         self.starting: asyncio.Task[Machine] | None = None
         self.cleaning: asyncio.Task[None] | None = None
         self.crashes: list[float] = []
+        self.encoded: tuple[str, int, bytes] | None = None  # (name, id, how the daemon's wire names them together)
         self.jobs = JobSlot(self.name)
 
     # reads
@@ -471,6 +473,11 @@ class DomainObject:
         async with self.jobs.hold("set-memory"):
             await tuning.set_memory(self, kib, flags)
 
+    async def set_memory_stats_period(self, seconds: int, flags: int = 0) -> None:
+        """How often the guest reports its memory figures; 0: never."""
+        async with self.jobs.hold("set-memory-stats-period"):
+            await tuning.set_memory_stats_period(self, seconds, flags)
+
     async def attach_device(self, xml: str, flags: int = 0) -> None:
         async with self.jobs.hold("attach-device"):
             await devices.attach(self, xml, flags)
@@ -493,6 +500,11 @@ class DomainObject:
         """MIME type and image."""
         async with self.jobs.hold("screenshot"):
             return await self.require_machine().screenshot(screen)
+
+    async def open_graphics(self, index: int, skip_auth: bool = False) -> int:
+        """A descriptor connected to display `index` of the live document; the caller closes it."""
+        async with self.jobs.hold("open-graphics"):
+            return await self.require_machine().open_graphics(index, skip_auth)
 
     async def send_key(self, codeset: int, holdtime: int, keycodes: Sequence[int]) -> None:
         """`codeset` is a virKeycodeSet, `holdtime` in ms."""
@@ -518,6 +530,10 @@ class DomainObject:
     async def memory_stats(self) -> dict[int, int]:
         """virDomainMemoryStatTags -> KiB (counts for swap and faults)."""
         return await figures.memory_stats(self)
+
+    async def disk_errors(self) -> dict[str, int]:
+        """Target -> virDomainDiskErrorCode, of disks with an error."""
+        return await figures.disk_errors(self)
 
     # the guest, by its agent: no job, so that a slow guest blocks nobody
 

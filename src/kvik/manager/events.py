@@ -45,6 +45,8 @@ KINDS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "memory-device-size-change": (26, ("alias", "size")),
     # Ours, from 100: no libvirt client asks for them.
     "stage": (100, ("stage", "seconds", "state")),
+    # Of the qemu program, which has a registration of its own: any event of the VMM's monitor, details as JSON or None.
+    "monitor": (-1, ("event", "details", "timestamp")),
 }
 
 

@@ -148,3 +148,15 @@ async def memory_stats(domain: DomainObject) -> dict[int, int]:
         if stat is not None and stat.start_time == run.pid_start:
             found[tags.RSS] = stat.rss // 1024
     return found
+
+
+async def disk_errors(domain: DomainObject) -> dict[str, int]:
+    machine = domain.require_machine()
+    assert domain.run is not None
+    async with asyncio.timeout(DEADLINE):
+        told = await machine.disk_errors()
+    return {
+        disk.target.dev: told[disk.alias.name]
+        for disk in domain.run.live.devices.disks
+        if disk.alias is not None and disk.target.dev and disk.alias.name in told
+    }

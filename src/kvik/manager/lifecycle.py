@@ -450,6 +450,8 @@ async def _restart(domain: DomainObject, run: Run, end: Trigger) -> None:
                 return
             if Feature.REBOOT_IN_PLACE in domain.driver.features():
                 run.stages.lose("agent", "address")
+                if not _pauses(run):  # it was for this once
+                    await run.machine.set_action("poweroff", "exit")
                 await run.machine.reset()
                 await run.machine.resume()
                 apply(domain, Trigger.RESTARTED)
@@ -536,8 +538,15 @@ async def _ask(domain: DomainObject, mode: int, what: str) -> None:
         except (AgentError, OperationTimeout):
             if not acpi_wanted:
                 raise
-    run.reboot_wanted = what == "reboot"
+    # A reboot by the power button is a power-off that we answer: the VMM must still be there then.
+    before, run.reboot_wanted = run.reboot_wanted, what == "reboot"
+    if run.reboot_wanted != before and not _pauses(run):
+        await machine.set_action("poweroff", "pause" if run.reboot_wanted else "exit")
     await machine.powerdown()
+
+
+def _pauses(run: Run) -> bool:
+    return outcome("poweroff", run.live.on_poweroff) is not Outcome.END
 
 
 async def _by_agent(domain: DomainObject, machine: Machine, what: str) -> None:

@@ -33,6 +33,7 @@ from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
 from kvik.manager.events import EventHub
 from kvik.manager.log import cut
+from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
 from kvik.paths import Paths
 
@@ -121,6 +122,15 @@ class Manager:
     @property
     def running(self) -> int:
         return len(self._ids)
+
+    @property
+    def needed_by(self) -> str:
+        """The name of a running machine whose <on_...> policy this process has to carry out, or ""."""
+        for domain in self._ids.values():
+            live = domain.live
+            if live is not None and needs_daemon(live.on_poweroff, live.on_reboot, live.on_crash):
+                return domain.name
+        return ""
 
     def driver_for(self, type_: str) -> Driver:
         driver = self.drivers.get(type_) or self.drivers.get("qemu")

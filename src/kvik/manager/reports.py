@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,13 @@ def _io_error(domain: DomainObject, run: Run, event: MachineEvent) -> None:
 
 
 def _rtc(domain: DomainObject, run: Run, event: MachineEvent) -> None:
-    domain.emit("rtc-change", offset=int(event.data.get("offset", 0)))
+    offset = int(event.data.get("offset", 0))
+    clock = run.live.clock
+    if clock is not None and clock.offset == "variable":
+        clock.adjustment = str(offset)
+        domain.live_changed()
+        domain.spawn(domain.save_quietly())
+    domain.emit("rtc-change", offset=offset)
 
 
 def _balloon(domain: DomainObject, run: Run, event: MachineEvent) -> None:
@@ -160,6 +167,11 @@ def _output(domain: DomainObject, run: Run, event: MachineEvent) -> None:
         domain.spawn(domain.save_quietly())
 
 
+def _monitor(domain: DomainObject, run: Run, event: MachineEvent) -> None:
+    details = json.dumps(dict(event.data)) if event.data else None
+    domain.emit("monitor", event=event.detail, details=details, timestamp=event.timestamp)
+
+
 _HANDLERS: Mapping[str, Callable[[DomainObject, Run, MachineEvent], None]] = {
     "watchdog": _watchdog,
     "sidecar-ended": _sidecar,
@@ -172,4 +184,5 @@ _HANDLERS: Mapping[str, Callable[[DomainObject, Run, MachineEvent], None]] = {
     "tray-change": _tray,
     "graphics": _graphics,
     "guest-output": _output,
+    "monitor": _monitor,
 }

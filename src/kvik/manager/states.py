@@ -192,6 +192,19 @@ def outcome(occasion: str, action: str | None) -> Outcome:
     return ACTIONS.get((occasion, action or DEFAULTS[occasion]), Outcome.END)
 
 
+def needs_daemon(on_poweroff: str | None, on_reboot: str | None, on_crash: str | None) -> bool:
+    """Whether somebody must be there to answer the guest's end: the VMM by itself can only end, pause, or reset.
+
+    The VMM is told at its start to do by itself what it can, so that a machine is right without a daemon as well.
+    """
+    ends_by_reboot = outcome("reboot", on_reboot) is Outcome.END
+    return (
+        outcome("poweroff", on_poweroff) is Outcome.RESTART
+        or outcome("crash", on_crash) is Outcome.RESTART
+        or (ends_by_reboot and outcome("poweroff", on_poweroff) is Outcome.KEEP)
+    )
+
+
 def check_actions(on_poweroff: str | None, on_reboot: str | None, on_crash: str | None) -> None:
     """`ConfigUnsupported` for an action that would not be carried out."""
     for occasion, action in (("poweroff", on_poweroff), ("reboot", on_reboot), ("crash", on_crash)):

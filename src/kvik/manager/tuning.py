@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from lxml import etree
 
+from kvik.conf.devices.memory import BalloonStats
 from kvik.conf.domain import Domain
 from kvik.conf.enums import DomainMemoryModFlags, DomainMetadataType, DomainVcpuFlags
-from kvik.errors import InvalidArgument, NoMetadata, OperationUnsupported
+from kvik.errors import InvalidArgument, NoMetadata, OperationInvalid, OperationUnsupported
 from kvik.hypervisor.driver import Feature
 from kvik.manager import prepare
 
@@ -229,5 +230,36 @@ async def set_memory(domain: DomainObject, kib: int, flags: int) -> None:
                 document.current_memory = min(document.current_memory, kib)
         else:
             document.current_memory = kib
+        if impact & LIVE:
+            await live()
+
+
+async def set_memory_stats_period(domain: DomainObject, seconds: int, flags: int) -> None:
+    if not 0 <= seconds < 1 << 31:
+        raise InvalidArgument(f"a period of {seconds} s is not possible")
+    impact = domain.impact(flags)
+
+    def change(document: Domain) -> None:
+        balloon = document.devices.memballoon
+        if balloon is None or balloon.model == "none":
+            raise OperationInvalid(
+                f"machine {domain.name!r} has no balloon device", remedy="add <memballoon model='virtio'/>"
+            )
+        balloon.stats = BalloonStats(period=seconds) if seconds else None
+
+    async def live() -> None:
+        machine = domain.require_machine()
+        assert domain.run is not None
+        change(domain.run.live.copy())
+        await machine.set_balloon_period(seconds)
+        change(domain.run.live)
+        domain.live_changed()
+        await domain.save_status()
+
+    if not impact & CONFIG:
+        await live()
+        return
+    async with domain.manager.editing(domain) as document:
+        change(document)
         if impact & LIVE:
             await live()

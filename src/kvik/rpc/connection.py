@@ -22,13 +22,18 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, Final
 
 from kvik.errors import RpcError
 from kvik.rpc import message as m
 from kvik.rpc.message import HEADER, HEADER_SIZE, Key, Message
-from kvik.rpc.program import KEEPALIVE_NUMBER, Procedure
+from kvik.rpc.program import KEEPALIVE_NUMBER
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, Final
+
+    from kvik.rpc.program import Procedure
 
 
 class Role(enum.Enum):

@@ -5,13 +5,16 @@ Numbers are never reused; a new field means a new procedure. From 100 on: events
 - DOMAIN_WAIT_READY: waits until the machine is ready (booted, address known, agent answering) or `timeout` ms passed
   (0: the daemon's own limit); result: the stages so far and whether it is ready.
 - DOMAIN_EXEC: runs a command in the guest through its agent. `signal` is 0 if the command exited by itself.
-- DOMAIN_OVERVIEW: everything that `list`, `ps` and `top` show, in one call. Flags are virConnectListAllDomainsFlags.
+- DOMAIN_OVERVIEW: everything that `list`, `ps` and `top` show, in one call. Flags are virConnectListAllDomainsFlags;
+  `uptime` is in seconds, 0 while the machine is off.
 - A stage is {name, seconds since the start, state}: state is 0 waiting, 1 done, 2 stalled, 3 not expected.
 """
 
 from __future__ import annotations
 
-from typing import Final
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 NUMBER: Final = 0x6B76696B  # "kvik"
 VERSION: Final = 1
@@ -21,7 +24,7 @@ STRUCTS: dict[str, str] = {
     "stage": "name:string seconds:double state:int detail:string",
     "overview_row": (
         "name:string uuid:opaque[16] id:int state:int reason:int accelerator:string vcpus:uint mem_kib:uhyper "
-        "cpu_time:uhyper address:string? ready:int persistent:int autostart:int title:string?"
+        "cpu_time:uhyper address:string? ready:int persistent:int autostart:int title:string? uptime:double"
     ),
     "exec_result": "exitcode:int signal:int stdout:opaque<16777216> stderr:opaque<8388608> truncated:int",
 }

@@ -19,13 +19,17 @@ The writers return `bytes` ready for the socket. Serials: a reply and a stream's
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from typing import Any, Final
 
 from kvik.errors import KvikError, NoSupport, RpcError
 from kvik.rpc.program import KEEPALIVE_NUMBER, VERSION, Procedure, program
 from kvik.rpc.remote_error import decode_error, encode_error
-from kvik.rpc.xdr import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, Final
+
+    from kvik.rpc.xdr import Record
 
 CALL: Final = 0
 REPLY: Final = 1
@@ -50,7 +54,7 @@ _HOLE: Final = struct.Struct(">qI")
 _U32: Final = struct.Struct(">I")
 
 
-class Message(tuple[Any, ...]):
+class Message(tuple["Any", ...]):
     """A received message: (program, version, procedure, type, serial, status, data, start, end, fds).
 
     `data[start:end]` is the payload (without a descriptor count); `data` may hold other messages too, so nothing is

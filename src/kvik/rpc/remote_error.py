@@ -8,11 +8,13 @@ code decides.
 
 from __future__ import annotations
 
-from typing import Any, Final
-
 from kvik import errors
 from kvik.errors import ConfigError, HostError, KvikError, NoSupport, RpcError
 from kvik.rpc.xdr import Codec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final
 
 LEVEL_ERROR: Final = 2
 TEXT_MAX: Final = 65536  # of each string; far below the protocol's limit: nobody reads more

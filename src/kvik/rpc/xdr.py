@@ -21,13 +21,17 @@ against the bytes that are left. Anything wrong is an `RpcError` that names the 
 
 from __future__ import annotations
 
-import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, Final, NamedTuple, NoReturn
 
 from kvik.errors import RpcError
+from kvik.named import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any, Final, NoReturn
 
 STRING_MAX: Final = 4194304
 _CACHED_LENGTHS: Final = 256  # packers of longer strings are made anew each time: they would only fill the cache
@@ -43,8 +47,8 @@ _FORMATS: Final = {
     "double": "d",
 }
 
-Encoder = Callable[[Any], bytes]
-Decoder = Callable[[bytes, int, int], Any]
+Encoder = Callable[["Any"], bytes]
+Decoder = Callable[[bytes, int, int], "Any"]
 
 
 class Encoded(bytes):
@@ -53,7 +57,7 @@ class Encoded(bytes):
     __slots__ = ()
 
 
-class Record(tuple[Any, ...]):
+class Record(tuple["Any", ...]):
     """A decoded structure: a tuple whose elements also have names."""
 
     __slots__ = ()
@@ -89,21 +93,19 @@ class TypedParam(NamedTuple):
 TYPED_FORMATS: Final = {1: ">i", 2: ">I", 3: ">q", 4: ">Q", 5: ">d", 6: ">i"}
 TYPED_STRING: Final = 7
 
-Type = tuple[Any, ...]  # ("prim", format) | ("string",) | ("opaque", max) | ("bytes", n) | ("optional", T) |
+Type = tuple["Any", ...]  # ("prim", format) | ("string",) | ("opaque", max) | ("bytes", n) | ("optional", T) |
 #                         ("list", T, max) | ("vector", T, n) | ("struct", name, ((field, T), ...)) | ("typed_param",)
-
-_SUFFIX: Final = re.compile(r"(.*?)(\?|<(\d+)>|\[(\d+)\])$")
 
 
 def parse_type(text: str, structs: Mapping[str, str]) -> Type:
-    if match := _SUFFIX.match(text):
-        inner, suffix, limit, count = match.groups()
+    if text.endswith("?"):
+        return ("optional", parse_type(text[:-1], structs))
+    if text[-1] in ">]":
+        inner, _, size = text[:-1].rpartition("<" if text[-1] == ">" else "[")
+        bounded = text[-1] == ">"
         if inner == "opaque":
-            return ("opaque", int(limit)) if limit else ("bytes", int(count))
-        element = parse_type(inner, structs)
-        if suffix == "?":
-            return ("optional", element)
-        return ("list", element, int(limit)) if limit else ("vector", element, int(count))
+            return ("opaque" if bounded else "bytes", int(size))
+        return ("list" if bounded else "vector", parse_type(inner, structs), int(size))
     if text in _FORMATS:
         return ("prim", _FORMATS[text])
     if text in ("string", "typed_param"):

@@ -79,10 +79,9 @@ def row(name: str, uuid: str, number: int, **fields: Any) -> OverviewRow:
         "persistent": True,
         "autostart": False,
         "title": None,
+        "uptime": 61.0 if number > 0 else 0.0,
         **fields,
     }
-    if "uptime" in OverviewRow._fields:
-        facts.setdefault("uptime", 61.0)
     return OverviewRow(name=name, uuid=uuid, id=number, **facts)
 
 

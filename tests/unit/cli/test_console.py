@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 from typing import Any
 
 import pytest
@@ -73,7 +74,9 @@ def test_the_terminal_becomes_the_machines(kvik: Any) -> None:
                 escape="^A",
             )
             assert attach(context, context.domain("tiny-1"), "serial0", 3) == 0
-        shown = os.read(main, 4096).decode()
+        shown = ""
+        while "(Ctrl + A)" not in shown and select.select([main], [], [], 5.0)[0]:  # a pty hands over line by line
+            shown += os.read(main, 4096).decode()
     finally:
         os.close(main)
         os.close(other)

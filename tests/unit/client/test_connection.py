@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from fake_daemon import DOM, OFF, UUID, FakeDaemon
 
-from kvik.client.connection import Connection, version_text
-from kvik.client.domain import Domain, uuid_bytes
+from kvik.client.connection import Connection, uuid_bytes, version_text
+from kvik.client.domain import Domain
 from kvik.errors import (
     AuthenticationFailed,
     ConfigError,
@@ -178,7 +178,7 @@ def test_lists_and_statistics(daemon: Make) -> None:
     assert fake.args("CONNECT_GET_ALL_DOMAIN_STATS") == [([], 0, 0), ([DOM], 1, 0)]
 
 
-ROW = ("tiny-1", UUID, 1, 1, 1, "tcg", 2, 1 << 20, 10**9, "10.0.2.15", 1, 1, 0, None)
+ROW = ("tiny-1", UUID, 1, 1, 1, "tcg", 2, 1 << 20, 10**9, "10.0.2.15", 1, 1, 0, None, 61.5)
 
 
 def test_overview_in_one_call(daemon: Make) -> None:
@@ -187,6 +187,7 @@ def test_overview_in_one_call(daemon: Make) -> None:
     assert (row.name, row.uuid, row.accelerator) == ("tiny-1", "c7a5fdbd-cdaf-9455-926a-d65c16db1809", "tcg")
     assert (row.vcpus, row.mem_kib, row.cpu_time, row.address) == (2, 1 << 20, 10**9, "10.0.2.15")
     assert (row.ready, row.persistent, row.autostart, row.title) == (True, True, False, None)
+    assert row.uptime == 61.5
     assert fake.args("DOMAIN_OVERVIEW") == [(1,)]
 
 

@@ -18,6 +18,7 @@ class FakeDomain:
         self.name = name
         self.uuid = uuid.uuid4().bytes
         self.id = -1
+        self.encoded: tuple[str, int, bytes] | None = None
         self.state = 5
         self.reason = 0
         self.persistent = True
@@ -86,6 +87,8 @@ class FakeManager:
 
     async def client_gone(self, client: object) -> None:
         self.gone.append(client)
+
+    needed_by = ""  # the machine that keeps an idle daemon alive
 
     def domains(self) -> list[FakeDomain]:
         return list(self.all)

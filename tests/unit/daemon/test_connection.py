@@ -259,6 +259,17 @@ async def test_more_calls_than_may_run_wait_their_turn() -> None:
         assert connection.transport.reading
 
 
+async def test_a_list_follows_ids_and_names() -> None:
+    manager = FakeManager(2)
+    async with running(manager) as daemon:
+        client = await daemon.client()
+        for domain in manager.domains():
+            await client.call("CONNECT_LIST_ALL_DOMAINS", 1, 0)
+            domain.id, domain.name = 7, f"{domain.name}-renamed"
+            listed = (await client.call("CONNECT_LIST_ALL_DOMAINS", 1, 0))[0]
+            assert {tuple(one) for one in listed} == {(one.name, one.uuid, one.id) for one in manager.domains()}
+
+
 async def test_a_client_that_does_not_read_is_not_read_and_holds_little() -> None:
     manager = FakeManager(2000)
     async with running(manager) as daemon:

@@ -46,7 +46,7 @@ SAMPLES = {
     "alias": "dimm0",
     "size": 4096,
 }
-LIBVIRT = [name for name, (number, _) in MANAGER_KINDS.items() if number < 100]
+LIBVIRT = [name for name, (number, _) in MANAGER_KINDS.items() if 0 <= number < 100]
 
 
 def sample(kind: str) -> dict[str, object]:

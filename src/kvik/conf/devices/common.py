@@ -76,6 +76,11 @@ class Address(Element):
         return values, rest
 
     def format_attributes(self) -> str:
+        if self.type == "pci" and None not in (slot := (self.domain, self.bus, self.slot, self.function)):
+            text = " type='pci' domain='0x{:04x}' bus='0x{:02x}' slot='0x{:02x}' function='0x{:x}'".format(*slot)
+            if self.multifunction is not None:
+                text += f" multifunction='{'on' if self.multifunction else 'off'}'"
+            return text
         text = f" type='{self.type}'" if self.type else ""
         for name, (field, digits) in ADDRESS_SHAPES[self.type or _shape_of(self)].items():
             value = getattr(self, field)

@@ -15,7 +15,7 @@ from kvik.conf.enums import (
 )
 from kvik.daemon.dispatch import Access
 from kvik.daemon.errors import NoCheckpoint, OperationDenied
-from kvik.daemon.handlers.common import LIST_MAX, check_flags, reference, require_active
+from kvik.daemon.handlers.common import LIST_MAX, check_flags, reference, references, require_active
 from kvik.errors import InvalidArgument, NoSnapshot, OperationInvalid, OperationUnsupported
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def select(domains: list[DomainObject], flags: int) -> list[DomainObject]:
     return domains
 
 
-def list_all_domains(connection: Connection, args: Any) -> tuple[list[Any], int]:
+def list_all_domains(connection: Connection, args: Any) -> tuple[Any, int]:
     need_results, flags = args
     check_flags(flags, ListFlags.mask(), "list of domains")
     domains = select(connection.manager.domains(), flags)
@@ -79,7 +79,7 @@ def list_all_domains(connection: Connection, args: Any) -> tuple[list[Any], int]
         return ([], len(domains))
     if len(domains) > LIST_MAX:
         raise OperationUnsupported(f"{len(domains)} machines do not fit into one answer (at most {LIST_MAX})")
-    return ([(domain.name, domain.uuid, domain.id) for domain in domains], len(domains))
+    return (references(domains), len(domains))
 
 
 def list_domains(connection: Connection, args: Any) -> tuple[list[int]]:

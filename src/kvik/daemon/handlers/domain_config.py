@@ -24,7 +24,7 @@ from kvik.daemon.handlers.common import (
     require_active,
     take_params,
 )
-from kvik.errors import InvalidArgument, OperationUnsupported
+from kvik.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from kvik.conf.domain import Domain
@@ -302,8 +302,4 @@ async def set_metadata(connection: Connection, args: Any) -> None:
 async def set_memory_stats_period(connection: Connection, args: Any) -> None:
     reference, period, flags = args
     check_flags(flags, LIVE | CONFIG, "memory statistics period")
-    domain = connection.domain(reference)
-    setter = getattr(domain, "set_memory_stats_period", None)
-    if setter is None:
-        raise OperationUnsupported("the period of memory statistics cannot be changed here")
-    await setter(period, flags)
+    await connection.domain(reference).set_memory_stats_period(period, flags)

@@ -33,6 +33,7 @@ GROUPS = {
 }
 FILTER = 0xFF  # the flags shared with virConnectListAllDomainsFlags
 MEMORY_STATS_MAX = 1024
+DISK_ERRORS_MAX = 256  # REMOTE_DOMAIN_DISK_ERRORS_MAX
 
 
 def groups(mask: int, enforce: bool) -> frozenset[str]:
@@ -195,14 +196,12 @@ async def get_cpu_stats(connection: Connection, args: Any) -> tuple[list[Any], i
     return ([], len(rows)) if nparams == 0 else (rows[:nparams], min(nparams, len(rows)))
 
 
-def get_disk_errors(connection: Connection, args: Any) -> tuple[list[Any], int]:
-    """No disk of a machine that is not paused by an I/O error has one."""
+async def get_disk_errors(connection: Connection, args: Any) -> tuple[list[Any], int]:
     reference, _, flags = args
     check_flags(flags, 0, "disk errors")
     domain = connection.domain(reference)
     require_active(domain)
-    errors = getattr(domain, "disk_errors", None)
-    rows = list(errors().items())[:256] if errors is not None else []
+    rows = list((await domain.disk_errors()).items())[:DISK_ERRORS_MAX]
     return (rows if args[1] else [], len(rows))
 
 

@@ -71,6 +71,7 @@ def overview(connection: Connection, args: Any) -> tuple[list[Any]]:
     if len(domains) > LIST_MAX:
         raise OperationUnsupported(f"{len(domains)} machines do not fit into one answer (at most {LIST_MAX})")
     rows = []
+    now = time.time()
     for domain in domains:
         state, _, memory, vcpus, cpu_time = domain.info()
         rows.append(
@@ -89,6 +90,7 @@ def overview(connection: Connection, args: Any) -> tuple[list[Any]]:
                 int(domain.persistent),
                 int(domain.autostart),
                 domain.title or None,
+                max(0.0, now - domain.started) if domain.started else 0.0,
             )
         )
     return (rows,)

@@ -7,6 +7,7 @@ again inside, and is validated by type when read, so an upgraded binary or a dam
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -122,17 +123,21 @@ class QemuProber:
     def __init__(self, cache_dir: Path) -> None:
         self._directory = cache_dir
         self._known: dict[str, QemuCapabilities] = {}
+        self._probing = asyncio.Lock()
 
     async def capabilities(self, binary: str) -> QemuCapabilities:
         """Raises `HypervisorError`: no such binary, not a QEMU, or too old."""
         identity = identity_of(binary)
         known = self._known.get(binary)
         if known is None or known.identity != identity:
-            known = self._load(binary, identity)
-            if known is None:
-                known = await probe(binary, identity)
-                self._store(known)
-            self._known[binary] = known
+            async with self._probing:  # many calls at once ask one QEMU, not one each
+                known = self._known.get(binary)
+                if known is None or known.identity != identity:
+                    known = self._load(binary, identity)
+                    if known is None:
+                        known = await probe(binary, identity)
+                        self._store(known)
+                    self._known[binary] = known
         if known.version < MINIMUM_VERSION:
             wanted = f"{MINIMUM_VERSION // 1_000_000}.{MINIMUM_VERSION // 1000 % 1000}"
             raise HypervisorError(

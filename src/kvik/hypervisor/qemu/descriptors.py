@@ -22,6 +22,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
 import stat
 import struct
@@ -42,7 +43,7 @@ from kvik.hypervisor.qemu.argv.options import alias_of
 from kvik.hypervisor.qemu.chain import qcow2_backing
 from kvik.qmp.aio import short_unix_path
 
-__all__ = ["Opened", "character_devices", "listen_unix", "open_all", "open_disk"]
+__all__ = ["Opened", "character_devices", "listen_unix", "open_all", "open_disk", "with_paths"]
 
 _MAX_CHAIN = 200
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
@@ -66,6 +67,15 @@ class Opened:
     def add(self, name: str, fd: int) -> None:
         self.fds[name] = fd
         self.close.callback(os.close, fd)
+
+    def paths(self) -> dict[int, str]:
+        """Descriptor -> file, for messages: QEMU knows its images by number only."""
+        found = {}
+        for name, fd in self.fds.items():
+            if name.startswith("disk:"):
+                with contextlib.suppress(OSError):
+                    found[fd] = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+        return found
 
     def drop_output(self) -> None:
         if self.output is not None:
@@ -109,6 +119,11 @@ def open_all(
     if domain.devices.vsock is not None:
         _open_vsock(opened, domain.devices.vsock)
     return opened
+
+
+def with_paths(text: str, paths: Mapping[int, str]) -> str:
+    """What QEMU said, with the files' own names instead of its fdsets'."""
+    return re.sub(r"/dev/fdset/(\d+)", lambda match: paths.get(int(match[1]), match[0]), text)
 
 
 def character_devices(domain: Domain) -> Iterator[Chardev]:

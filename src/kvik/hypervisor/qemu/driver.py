@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
+import zoneinfo
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -167,6 +169,7 @@ class QemuDriver:
             raise ConfigUnsupported(
                 f"machine type {machine.name} has 1 to {machine.max_cpus} vCPUs, not {vcpus}", path="/domain/vcpu"
             )
+        _check_time_zone(definition)
         model = definition.cpu.model.value if definition.cpu and definition.cpu.model else None
         if model and definition.cpu and definition.cpu.mode in (None, "custom"):
             known = {item.name for item in capabilities.cpus}
@@ -178,7 +181,7 @@ class QemuDriver:
         await self.complete(copy)
         assign_aliases(copy)
         capabilities = await self.capabilities(copy.devices.emulator or "")
-        line = build(copy, capabilities, paused=False)
+        line = build(copy, capabilities, paused=False, now=time.time())
         return shell_text(line.argv, line.env) + "\n"
 
     # -- machines
@@ -198,10 +201,11 @@ class QemuDriver:
             sidecars = await start_sidecars(
                 domain, request.directory, opened, tpm_states=self._tpm_states, log_fd=request.log_fd, undo=undo
             )
-            line = build(domain, capabilities, opened.fds)
+            line = build(domain, capabilities, opened.fds, now=time.time())
             handle, position = process.spawn(line, request.directory, request.log_fd, capabilities.version_text)
             undo.callback(handle.close)
             undo.callback(handle.kill)
+            images = opened.paths()
             close.close()  # QEMU has its own; ours would keep its monitor from ending with it
             machine = QemuMachine(domain, request.directory, handle, capabilities, request.sink, sidecars=sidecars)
             machine.hold_events()
@@ -220,7 +224,7 @@ class QemuDriver:
             except BaseException as error:
                 reason = error
                 if isinstance(error, KvikError):
-                    reason = await process.died(domain.name, handle, request.log_fd, position, error)
+                    reason = await process.died(domain.name, handle, request.log_fd, position, error, images=images)
                     reason = sidecars.failure(request.log_fd, qemu_alive=handle.alive) or reason
                 await asyncio.shield(machine.quit(0.0))
                 if reason is error:
@@ -265,6 +269,7 @@ class QemuDriver:
         machine = QemuMachine(definition, directory, found, capabilities, sink, sidecars=sidecars)
         if handle.get("started") is not False:
             machine.mark_started()
+        machine.clock_base = int(handle.get("clock_base") or 0)
         try:
             await machine.connect(ATTACH_DEADLINE)
             await machine.refresh()
@@ -311,6 +316,20 @@ async def _tell_tsc_rate(domain: Domain) -> None:
         rate = await asyncio.to_thread(tsc_khz)
         if rate is not None:
             described.cmdline = f"{described.cmdline or ''} tsc_early_khz={rate}".strip()
+
+
+def _check_time_zone(definition: Domain) -> None:
+    name = definition.clock.timezone if definition.clock and definition.clock.offset == "timezone" else None
+    if not name:
+        return
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError) as error:
+        raise ConfigUnsupported(
+            f"this host knows no time zone {name!r}",
+            path="/domain/clock/@timezone",
+            remedy="a name below /usr/share/zoneinfo (apt install tzdata), such as Europe/Oslo",
+        ) from error
 
 
 def _choose_spice_ports(domain: Domain) -> None:

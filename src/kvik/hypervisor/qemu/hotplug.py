@@ -19,7 +19,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.display import Graphics, Input
 from kvik.conf.devices.hostdev import Hostdev, Redirdev
 from kvik.conf.devices.interface import Interface
-from kvik.conf.devices.memory import Memballoon, Memory, Shmem
+from kvik.conf.devices.memory import BalloonStats, Memballoon, Memory, Shmem
 from kvik.conf.devices.other import Rng, Vsock
 from kvik.errors import (
     ConfigUnsupported,
@@ -27,13 +27,15 @@ from kvik.errors import (
     KvikError,
     MonitorError,
     OperationFailed,
+    OperationInvalid,
     OperationUnsupported,
 )
 from kvik.hypervisor.qemu import cpus
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.build import make_context, parts_of
 from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props, alias_of
-from kvik.hypervisor.qemu.descriptors import Opened, open_disk
+from kvik.hypervisor.qemu.descriptors import Opened, open_disk, with_paths
+from kvik.hypervisor.qemu.process import remedy_for
 
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
@@ -44,6 +46,7 @@ __all__ = [
     "finish_detach",
     "mirror_console",
     "query_graphics",
+    "set_balloon_period",
     "set_pty",
     "start_settings",
     "update",
@@ -115,6 +118,18 @@ async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: _Un
             label = files.fd(name)
             await machine.execute("getfd", {"fdname": label}, fds=[fd])
             undone.add("closefd", fdname=label)
+    try:
+        await _add_parts(machine, device, parts, undone)
+    except MonitorError as error:
+        images = opened.paths()
+        names = {int(path.rsplit("/", 1)[-1]): images.get(opened.fds[name], path) for name, path in paths.items()}
+        text = with_paths(error.message, names)
+        if names and not any(name in text for name in names.values()):
+            text = f"{', '.join(names.values())}: {text}"
+        raise MonitorError(text, qmp_class=error.qmp_class, remedy=error.remedy or remedy_for(text)) from error
+
+
+async def _add_parts(machine: QemuMachine, device: Any, parts: Parts, undone: _Undo) -> None:
     for item in parts.objects:
         await machine.execute("object-add", _clean(item), deadline=_DEADLINE)
         undone.add("object-del", id=item["id"])
@@ -319,6 +334,17 @@ def _epoch(text: str) -> str:
         return str(int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()))
     except ValueError as error:
         raise ConfigUnsupported(f"passwdValidTo {text!r} is no date like 2030-01-31T12:00:00") from error
+
+
+async def set_balloon_period(machine: QemuMachine, seconds: int) -> None:
+    """How often the guest is asked for its figures; 0: never. Raises `OperationInvalid` without a balloon."""
+    device = machine.domain.devices.memballoon
+    if device is None or device.model in ("none", "xen") or device.alias is None:
+        raise OperationInvalid(
+            f"machine {machine.name} has no balloon device", remedy="add <memballoon model='virtio'/>"
+        )
+    device.stats = BalloonStats(period=seconds)
+    await _balloon_period(machine, device)
 
 
 async def _balloon_period(machine: QemuMachine, device: Memballoon) -> None:

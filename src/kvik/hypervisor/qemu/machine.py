@@ -34,7 +34,7 @@ from kvik.errors import (
 )
 from kvik.host.process import ProcessHandle, boot_id, describe_exit
 from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
-from kvik.hypervisor.qemu import cpus, hotplug, screenshot, stats
+from kvik.hypervisor.qemu import cpus, display, hotplug, screenshot, stats
 from kvik.hypervisor.qemu.agent import AGENT_CHANNEL, GuestAgent
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
 from kvik.hypervisor.qemu.descriptors import character_devices
@@ -88,6 +88,8 @@ class QemuMachine:
         self.run_state = "prelaunch"
         self.leaving: dict[str, Any] = {}  # alias -> device that the guest was asked to let go
         self.output_tail = b""  # last output of the first serial line or console
+        # What a "variable" clock was off when QEMU started: its RTC_CHANGE counts from there.
+        self.clock_base = _adjustment(domain)
         self._sink = sink
         self._held: list[MachineEvent] | None = None
         self._connection: QmpConnection | None = None
@@ -240,6 +242,9 @@ class QemuMachine:
             self.run_state = "io-error"
         elif kind is EventKind.WATCHDOG and event.detail == "pause":
             self.run_state = "watchdog"
+        elif kind is EventKind.RTC_CHANGE:
+            offset = event.data["offset"] + self.clock_base
+            return MachineEvent(kind, event.detail, {"offset": offset}, event.timestamp)
         elif kind is EventKind.CHANNEL:
             return self._channel_changed(event)
         elif kind is EventKind.DEVICE_REMOVED:
@@ -347,8 +352,9 @@ class QemuMachine:
         self._close_output()
         if self._agent is not None:
             self._agent.close()
-        for path in self.directory.glob("*.sock"):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system must not keep the end from being told
+            for path in self.directory.glob("*.sock"):
+                path.unlink(missing_ok=True)
         expected = self._quitting or bool(self._reason and code in (0, None))
         reason = self._reason or (
             "it was destroyed" if self._quitting else f"QEMU ended unasked: {describe_exit(code)}"
@@ -384,6 +390,7 @@ class QemuMachine:
             "version": self.capabilities.version,
             "started": self._started,
             "sidecars": self.sidecars.handles(),
+            "clock_base": self.clock_base,
         }
 
     def mark_started(self) -> None:
@@ -414,7 +421,15 @@ class QemuMachine:
         await self.execute("system_powerdown")
 
     async def reset(self) -> None:
-        await self.execute("system_reset")
+        if self.domain.on_reboot in (None, "restart"):
+            await self.execute("system_reset")
+            return
+        # QEMU looks at its reboot action when it gets the command: ours is no reboot of the guest's.
+        await self.set_action("reboot", "reset")
+        try:
+            await self.execute("system_reset")
+        finally:
+            await self.set_action("reboot", "exit")
 
     async def quit(self, grace: float = 1.0) -> None:
         if self._ended.is_set():
@@ -474,6 +489,9 @@ class QemuMachine:
     async def balloon(self) -> Mapping[str, int]:
         return await stats.balloon(self)
 
+    async def set_balloon_period(self, seconds: int) -> None:
+        await hotplug.set_balloon_period(self, seconds)
+
     # -- devices
 
     async def attach_device(self, device: Any, files: Mapping[str, int]) -> None:
@@ -508,6 +526,9 @@ class QemuMachine:
             raise OperationUnsupported(f"device {alias} of type {device.type} has no console to open")
         raise NoDevice(f"machine {self.name} has no serial line, console or channel {alias}")
 
+    async def open_graphics(self, index: int, skip_auth: bool) -> int:
+        return await display.open_graphics(self, index, skip_auth)
+
     async def agent(self, command: str, arguments: Mapping[str, Any] | None = None, timeout: float = 5.0) -> Any:
         if self._ended.is_set():
             raise OperationInvalid(f"machine {self.name} is not running")
@@ -531,8 +552,16 @@ class QemuMachine:
             raise HypervisorError(f"{self.name}: the human monitor's answer is no text")
         return answer
 
+    async def disk_errors(self) -> Mapping[str, int]:
+        return await stats.disk_errors(self)
+
     async def stats(self, groups: frozenset[str]) -> dict[str, int | str]:
         return await stats.collect(self, groups)
+
+
+def _adjustment(domain: Domain) -> int:
+    clock = domain.clock
+    return int(clock.adjustment or 0) if clock is not None and clock.offset == "variable" else 0
 
 
 def _open_pty(path: str) -> int:

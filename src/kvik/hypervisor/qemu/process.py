@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvik.errors import HypervisorError, KvikError, OperationTimeout
@@ -10,8 +11,9 @@ from kvik.host import process
 from kvik.host.process import BASE_ENVIRONMENT, ProcessHandle, describe_exit
 from kvik.hypervisor.qemu import words
 from kvik.hypervisor.qemu.argv.build import CommandLine
+from kvik.hypervisor.qemu.descriptors import with_paths
 
-__all__ = ["died", "environment", "spawn"]
+__all__ = ["died", "environment", "remedy_for", "spawn"]
 
 
 def environment(line: CommandLine, directory: Path) -> dict[str, str]:
@@ -28,18 +30,20 @@ def spawn(line: CommandLine, directory: Path, log_fd: int, version: str) -> tupl
     return handle, position
 
 
-async def died(name: str, handle: ProcessHandle, log_fd: int, position: int, cause: KvikError) -> KvikError:
-    """What to raise when the start failed with `cause`: QEMU's own words if it has ended."""
+async def died(
+    name: str, handle: ProcessHandle, log_fd: int, position: int, cause: KvikError, *, images: Mapping[int, str]
+) -> KvikError:
+    """What to raise when the start failed with `cause`: QEMU's own words if it has ended. `images`: fdset -> file."""
     with contextlib.suppress(KvikError):
         # The end of the monitor's stream is seen a moment before the process can be reaped.
         await handle.wait_async(0.0 if isinstance(cause, OperationTimeout) else 1.0)
     if handle.alive:
         return cause
-    said = words.since(log_fd, position)
+    said = with_paths(words.since(log_fd, position), images)
     how = describe_exit(handle.code)
     if not said:
         return HypervisorError(f"QEMU ended while machine {name} was starting ({how}) and said nothing")
-    return HypervisorError(f"QEMU ended while machine {name} was starting ({how}): {said}", remedy=_remedy(said))
+    return HypervisorError(f"QEMU ended while machine {name} was starting ({how}): {said}", remedy=remedy_for(said))
 
 
 # What QEMU says -> what a person can do
@@ -58,5 +62,5 @@ _REMEDIES = (
 )
 
 
-def _remedy(said: str) -> str:
+def remedy_for(said: str) -> str:
     return next((remedy for text, remedy in _REMEDIES if text in said), "")

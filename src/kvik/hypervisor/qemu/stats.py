@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvik.conf.enums import DomainDiskErrorCode
 from kvik.errors import HypervisorError, KvikError, MonitorError
 from kvik.hypervisor.qemu import cpus
 from kvik.hypervisor.qemu.argv import disks
@@ -15,7 +16,7 @@ from kvik.hypervisor.qemu.argv import disks
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
 
-__all__ = ["balloon", "collect"]
+__all__ = ["balloon", "collect", "disk_errors"]
 
 _DEADLINE = 2.0
 _NET = (
@@ -107,6 +108,20 @@ async def _block(machine: QemuMachine) -> dict[str, int | str]:
         if isinstance(offset, int):
             figures[f"{prefix}.allocation"] = offset
     return figures
+
+
+_ERRORS = {"failed": DomainDiskErrorCode.UNSPEC, "nospace": DomainDiskErrorCode.NO_SPACE}  # io-status -> ours
+
+
+async def disk_errors(machine: QemuMachine) -> dict[str, int]:
+    """alias -> virDomainDiskErrorCode of the disks whose last request failed and stopped the machine."""
+    reply = await machine.execute("query-block", deadline=_DEADLINE)
+    found: dict[str, int] = {}
+    for item in reply if isinstance(reply, list) else []:
+        path, code = (item.get("qdev"), _ERRORS.get(str(item.get("io-status")))) if isinstance(item, dict) else ("", 0)
+        if code and isinstance(path, str):
+            found[path.removeprefix("/machine/peripheral/").split("/")[0]] = code
+    return found
 
 
 async def _image_sizes(machine: QemuMachine) -> dict[str, tuple[int, int]]:

@@ -39,6 +39,8 @@ class TestMachine:
         self.commands: list[str] = []  # every command, in order
         self.agent_connected = False
         self.nmis = 0
+        self.balloon_period = 0
+        self.failed_disks: dict[str, int] = {}
         self._state = "paused"
         self._go = asyncio.Event()  # set while the guest's CPUs run
         self._free = asyncio.Event()  # cleared while the VMM is hung
@@ -163,6 +165,7 @@ class TestMachine:
         self._emit(EventKind.RESET, "guest")
 
     def io_error(self, alias: str, reason: str = "enospc", action: str = "stop") -> None:
+        self.failed_disks[alias] = 2 if reason == "enospc" else 1
         self._emit(EventKind.IO_ERROR, alias, reason=reason, action=action)
         if action == "stop":
             self._go.clear()
@@ -256,6 +259,10 @@ class TestMachine:
         await self._command("balloon")
         return {"current": self._balloon, "available": self._balloon * 95 // 100, "unused": self._balloon // 2}
 
+    async def set_balloon_period(self, seconds: int) -> None:
+        await self._command("set-balloon-period")
+        self.balloon_period = seconds
+
     # devices
 
     async def attach_device(self, device: Any, files: Mapping[str, int]) -> None:
@@ -317,6 +324,20 @@ class TestMachine:
     def _drop_consoles(self) -> None:
         for console in list(self._consoles):
             self._drop(console)
+
+    async def open_graphics(self, index: int, skip_auth: bool) -> int:
+        """Speaks no display's protocol: says which display it is."""
+        await self._command("open-graphics")
+        if not 0 <= index < len(self.definition.devices.graphics):
+            raise NoDevice(f"machine {self.definition.name!r} has no display number {index}")
+        ours, theirs = socket.socketpair()
+        with ours:
+            ours.send(f"display {index}{' without password' if skip_auth else ''}".encode())
+        return theirs.detach()
+
+    async def disk_errors(self) -> Mapping[str, int]:
+        await self._command("disk-errors")
+        return dict(self.failed_disks)
 
     async def agent(self, command: str, arguments: Mapping[str, Any] | None = None, timeout: float = 5.0) -> Any:
         self.commands.append(f"agent:{command}")

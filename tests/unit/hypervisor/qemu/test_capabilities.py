@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -48,6 +49,21 @@ async def test_a_binary_is_asked_once(binary: str, probes: list[str], tmp_path: 
     assert probes == [binary]
     (file,) = (tmp_path / "cache").iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+async def test_many_callers_at_once_ask_one_qemu(
+    binary: str, probes: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answer = module.probe
+
+    async def slowly(name: str, identity: tuple[int, ...]) -> QemuCapabilities:
+        await asyncio.sleep(0.01)
+        return await answer(name, identity)
+
+    monkeypatch.setattr(module, "probe", slowly)
+    prober = QemuProber(tmp_path / "cache")
+    await asyncio.gather(*(prober.capabilities(binary) for _ in range(20)))
+    assert probes == [binary]
 
 
 async def test_another_binary_under_the_same_path_is_asked_again(

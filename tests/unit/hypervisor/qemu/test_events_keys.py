@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvik.errors import InvalidArgument
@@ -59,6 +59,7 @@ keys = st.sampled_from(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a loaded machine is no fault
 @given(st.sampled_from(sorted(TABLE)), st.dictionaries(keys, junk | st.lists(junk) | st.dictionaries(keys, junk)))
 def test_no_payload_makes_a_translator_fail(name: str, data: dict[str, Any]) -> None:
     assert list(translate(Event(name, data, 0.0)))

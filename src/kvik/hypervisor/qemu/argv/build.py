@@ -58,8 +58,10 @@ def build(
     files: Mapping[str, int] | None = None,
     *,
     paused: bool = True,
+    now: float = 0.0,
 ) -> CommandLine:
-    """Raises `ConfigUnsupported` for what this QEMU cannot do."""
+    """`now`, in seconds since the epoch, matters to <clock offset='variable'> only. Raises `ConfigUnsupported` for what
+    this QEMU cannot do."""
     fds = dict(files or {})
     passed = Files(fds)
     context = make_context(domain, capabilities, passed)
@@ -80,7 +82,7 @@ def build(
         *(["-uuid", domain.uuid] if domain.uuid else []),
         *machine.smbios(domain),
         *_monitor(passed),
-        *machine.clock(domain),
+        *machine.clock(domain, now),
         *machine.power_actions(domain),
         *machine.boot_options(context),
         *_generation(domain),
@@ -99,7 +101,8 @@ def build(
     for word in argv:
         if "\0" in word:
             raise ConfigUnsupported("a value contains a NUL character, which no command line can hold")
-    return CommandLine(argv, dict(extra.env) if extra is not None else {}, tuple(sorted(set(fds.values()))))
+    env = {**machine.clock_environment(domain), **(dict(extra.env) if extra is not None else {})}
+    return CommandLine(argv, env, tuple(sorted(set(fds.values()))))
 
 
 def _monitor(files: Files) -> list[str]:

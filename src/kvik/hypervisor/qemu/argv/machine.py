@@ -11,13 +11,15 @@ from kvik.conf.os import Sysinfo
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.qemu.argv.options import Context, Props, alias_of, json_text, keyval
 
-__all__ = ["boot_indexes", "clock", "firmware", "machine", "power_actions", "smbios", "uses_qboot"]
+__all__ = ["boot_indexes", "clock", "clock_environment", "firmware", "machine", "power_actions", "smbios", "uses_qboot"]
 
 
 def machine(context: Context, memory_backend: str | None) -> list[str]:
     domain, features = context.domain, context.domain.features
     options: Props = {"usb": False, "dump-guest-core": bool(domain.memory_dump_core)}
     if not context.is_microvm:
+        if _firmware_on_serial(domain):
+            options["graphics"] = False
         options["vmport"] = features.vmport.state if features and features.vmport else False
         options["smm"] = features.smm.state if features and features.smm else None
         if domain.os.loader is not None and domain.os.loader.secure:
@@ -47,6 +49,15 @@ def machine(context: Context, memory_backend: str | None) -> list[str]:
         options["kernel_irqchip"] = "split" if domain.type == "kvm" else None
     name = context.machine
     return ["-machine", keyval(name, options), "-accel", _accel(domain)]
+
+
+def _firmware_on_serial(domain: Domain) -> bool:
+    """Whether SeaBIOS shall speak on the first serial line: asked for, or where no screen would show what it says."""
+    bios = domain.os.bios
+    if bios is not None and bios.useserial is not None:
+        return bios.useserial
+    named = domain.os.loader is not None or domain.os.firmware is not None
+    return bool(domain.devices.serials) and not (domain.devices.videos or domain.os.kernel or named)
 
 
 def _timer(domain: Domain, name: str) -> bool | None:
@@ -183,20 +194,23 @@ def power_actions(domain: Domain) -> list[str]:
     """What QEMU does by itself; where the manager has to decide, QEMU only stops and tells."""
     off = "poweroff" if domain.on_poweroff in (None, "destroy") else "pause"
     reboot = "reset" if domain.on_reboot in (None, "restart") else "shutdown"
-    panic = "pause" if domain.devices.panics or domain.on_crash not in (None, "destroy") else "shutdown"
+    panic = "shutdown" if domain.on_crash in (None, "destroy") else "pause"
     return ["-action", f"shutdown={off},reboot={reboot},panic={panic}"]
 
 
 # -- clock
 
 
-def clock(domain: Domain) -> list[str]:
-    """-rtc and the timers that are options of their own. Offsets become a base date only at start."""
+def clock(domain: Domain, now: float) -> list[str]:
+    """-rtc and the timers that are options of their own. `now` (seconds since the epoch) is what an adjusted clock
+    counts from; a time zone is QEMU's own local time, by TZ in its environment."""
     options: Props = {"base": "utc"}
     described = domain.clock
     if described is not None:
-        if described.offset == "localtime":
+        if described.offset in ("localtime", "timezone"):
             options["base"] = "localtime"
+        elif described.offset == "variable":
+            options["base"] = _adjusted(now, int(described.adjustment or 0), described.basis)
         elif described.offset == "absolute" and described.start is not None:
             options["base"] = _date(described.start)
         for timer in described.timers:
@@ -217,6 +231,18 @@ def clock(domain: Domain) -> list[str]:
         if pm.suspend_to_disk is not None and pm.suspend_to_disk.enabled is not None:
             argv += ["-global", f"{bridge}.disable_s4={int(not pm.suspend_to_disk.enabled)}"]
     return argv
+
+
+def clock_environment(domain: Domain) -> dict[str, str]:
+    described = domain.clock
+    if described is None or described.offset != "timezone" or not described.timezone:
+        return {}
+    return {"TZ": described.timezone}
+
+
+def _adjusted(now: float, adjustment: int, basis: str | None) -> str:
+    local = datetime.fromtimestamp(now).astimezone().utcoffset() if basis == "localtime" else None
+    return _date(int(now) + adjustment + (int(local.total_seconds()) if local else 0))
 
 
 def _date(seconds: int) -> str:
