@@ -22,7 +22,7 @@ from kvik.hypervisor.qemu.machine import QemuMachine
 from kvik.hypervisor.qemu.sidecars import group, virtiofsd
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_machine import document
+from test_machine import document, placed
 
 needs_swtpm = pytest.mark.skipif(find_program("swtpm") is None, reason="needs swtpm (apt install swtpm swtpm-tools)")
 needs_passt = pytest.mark.skipif(find_program("passt") is None, reason="needs passt (apt install passt)")
@@ -154,6 +154,13 @@ async def test_passt_forwards_a_port(lab: Any) -> None:
     assert not alive(known)
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=2)
+
+
+async def test_passt_is_not_plugged_into_a_running_machine(lab: Any) -> None:
+    machine = await lab.start(document())
+    with pytest.raises(ConfigUnsupported, match="already runs"):
+        await machine.attach_device(placed(machine, passt()), {})
+    await machine.quit()
 
 
 @needs_passt

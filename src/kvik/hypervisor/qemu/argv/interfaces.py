@@ -106,7 +106,7 @@ def _passt(context: Context, device: Interface) -> Props:
     if context.capabilities.version < 7_002_000:
         raise ConfigUnsupported("the passt backend needs QEMU 7.2", remedy="leave <backend> out for QEMU's own")
     fd = context.files.fd(passt_name(alias))
-    if fd is None and context.files.fds:
+    if fd is None and (context.files.fds or context.files.hotplug):
         raise ConfigUnsupported(f"interface {alias}: passt cannot be started for a machine that already runs")
     address: Props = {"type": "unix", "path": f"{alias}-passt.sock"} if fd is None else {"type": "fd", "str": fd}
     return {"type": "stream", "addr": address, "server": False}
