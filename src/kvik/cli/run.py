@@ -7,6 +7,7 @@ import os
 from kvik.cli import term
 from kvik.cli.common import scaled
 from kvik.cli.guest_exec import STDIN_MAX, run_in, seconds
+from kvik.cli.needs import ensure_packages
 from kvik.cli.options import FLAG, NUMBER, REST, TEXT, Option, UsageError, Verb
 from kvik.cli.progress import Progress
 from kvik.errors import AlreadyExists, InvalidArgument, KvikError, NotFound, OperationFailed
@@ -47,18 +48,6 @@ def acceleration(paths: Paths) -> Verdict:
     from kvik.host.probe import kvm_verdict
 
     return kvm_verdict(paths.cache)
-
-
-def ensure_packages(ctx: Context, progress: Progress, *, uefi: bool, yes: bool) -> None:
-    """QEMU (and firmware): installed by root after being named; for anybody else the command, and exit code 77."""
-    from kvik.guest.packages import QEMU, UEFI, ensure
-
-    def ask(question: str) -> bool:
-        progress.clear()
-        return ctx.ask(f"{question} [Y/n] ").lower() in ("", "y", "yes")
-
-    interactive = term.is_terminal(ctx.stdin) and not yes
-    ensure([QEMU, UEFI] if uefi else [QEMU], say=progress.line, ask=ask if interactive else None)
 
 
 def use_tiny(machine: Machine, paths: Paths, progress: Progress, append: str | None) -> None:

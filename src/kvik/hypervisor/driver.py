@@ -31,6 +31,7 @@ class Feature(enum.StrEnum):
     SEND_KEY = "send-key"
     NMI = "nmi"
     AGENT = "agent"
+    TAPS = "taps"  # takes its interfaces' taps as descriptors
     RENAME_RUNNING = "rename-running"
 
 

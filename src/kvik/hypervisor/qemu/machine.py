@@ -356,9 +356,8 @@ class QemuMachine:
             for path in self.directory.glob("*.sock"):
                 path.unlink(missing_ok=True)
         expected = self._quitting or bool(self._reason and code in (0, None))
-        reason = self._reason or (
-            "it was destroyed" if self._quitting else f"QEMU ended unasked: {describe_exit(code)}"
-        )
+        how = "" if code is None else f": {describe_exit(code)}"
+        reason = self._reason or ("it was destroyed" if self._quitting else f"QEMU ended unasked{how}")
         self.run_state = "ended"
         self._emit(MachineEvent(EventKind.ENDED, reason, {"code": code, "expected": expected}, time.time()))
         self.process.close()

@@ -100,9 +100,11 @@ def uses_qboot(domain: Domain) -> bool:
         device.boot is not None
         for device in [*domain.devices.disks, *domain.devices.interfaces, *domain.devices.hostdevs]
     )
+    # A screen wants its own BIOS to be run, which the tiny firmware does not do (under emulation it even hangs).
+    has_screen = any(video.model is None or video.model.type != "none" for video in domain.devices.videos)
     menu = os.bootmenu is not None and os.bootmenu.enable
     firmware_named = os.loader is not None or os.firmware is not None
-    return bool(os.kernel) and not (has_boot_devices or menu or firmware_named)
+    return bool(os.kernel) and not (has_boot_devices or has_screen or menu or firmware_named)
 
 
 def firmware(context: Context) -> list[str]:
