@@ -11,6 +11,9 @@ and QEMU itself needs no right to open anything.
     net:ALIAS:N       tap queue N (the network's part opened it)
     vhost:ALIAS:N     /dev/vhost-net for queue N
     vsock:ALIAS       /dev/vhost-vsock
+    tpm:ALIAS         control channel of swtpm
+    fs:ALIAS          connection to virtiofsd
+    passt:ALIAS       connection to passt
 """
 
 from __future__ import annotations
