@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvik.cli import flags
 from kvik.cli.common import ACTIVE, INACTIVE, chosen
+from kvik.cli.needs import with_qemu
 from kvik.cli.options import DATA, FLAG, TEXT, Option, UsageError, Verb
 from kvik.errors import OperationInvalid
 
@@ -23,7 +24,8 @@ def create(ctx: Context, options: Options) -> int:
     path = options.data("file")
     ctx.doing = f"Failed to create domain from {path}"
     bits = chosen(options, {**START_FLAGS, "validate": flags.START_VALIDATE})
-    domain = ctx.connection.create(ctx.read_file(path), bits)
+    text = ctx.read_file(path)
+    domain = with_qemu(ctx, lambda: ctx.connection.create(text, bits))
     ctx.say(f"Domain '{domain.name}' created from {path}")
     if options.flag("console"):
         from kvik.cli.console import attach
@@ -38,7 +40,8 @@ def start(ctx: Context, options: Options) -> int:
         raise OperationInvalid("Domain is already active", remedy=f"'kvik console {domain.name}' connects to it")
     ctx.doing = f"Failed to start domain '{domain.name}'"
     table = {**START_FLAGS, "bypass-cache": flags.START_BYPASS_CACHE, "force-boot": flags.START_FORCE_BOOT}
-    domain.start(chosen(options, table))
+    bits = chosen(options, table)
+    with_qemu(ctx, lambda: domain.start(bits))
     ctx.say(f"Domain '{domain.name}' started")
     if options.flag("console"):
         from kvik.cli.console import attach

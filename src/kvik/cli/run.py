@@ -7,6 +7,7 @@ import os
 from kvik.cli import term
 from kvik.cli.common import scaled
 from kvik.cli.guest_exec import STDIN_MAX, run_in, seconds
+from kvik.cli.needs import ensure_packages
 from kvik.cli.options import FLAG, NUMBER, REST, TEXT, Option, UsageError, Verb
 from kvik.cli.progress import Progress
 from kvik.errors import AlreadyExists, ConfigError, InvalidArgument, KvikError, NotFound, OperationFailed
@@ -57,18 +58,6 @@ def acceleration_line(verdict: Verdict) -> str:
     return f"Acceleration: software emulation, because {verdict.reason} ('kvik doctor' says more)."
 
 
-def ensure_packages(ctx: Context, progress: Progress, *, uefi: bool, yes: bool) -> None:
-    """QEMU (and firmware): installed by root after being named; for anybody else the command, and exit code 77."""
-    from kvik.guest.packages import QEMU, UEFI, ensure
-
-    def ask(question: str) -> bool:
-        progress.clear()
-        return ctx.ask(f"{question} [Y/n] ").lower() in ("", "y", "yes")
-
-    interactive = term.is_terminal(ctx.stdin) and not yes
-    ensure([QEMU, UEFI] if uefi else [QEMU], say=progress.line, ask=ask if interactive else None)
-
-
 def use_tiny(machine: Machine, paths: Paths, progress: Progress, append: str | None) -> None:
     from kvik.guest.tiny import kernel_arguments, tiny
 
@@ -81,21 +70,6 @@ def use_tiny(machine: Machine, paths: Paths, progress: Progress, append: str | N
     machine.kernel, machine.initrd = str(image.kernel), str(image.initrd)
     words = kernel_arguments("kvm" if machine.accelerated else "tcg", hostname=machine.name)
     machine.append = f"{words} {append}" if append else words
-    tell_frequency(machine)
-
-
-def tell_frequency(machine: Machine) -> None:
-    """microvm has no timer that a kernel could measure its clock with under emulation: without this it waits for ever.
-
-    The kernel's own word for it: Documentation/admin-guide/kernel-parameters.txt, tsc_early_khz.
-    """
-    append = machine.append or ""
-    if machine.machine.startswith("microvm") and not machine.accelerated and "tsc_early_khz=" not in append:
-        from kvik.host.tsc import tsc_khz
-
-        frequency = tsc_khz()
-        if frequency:
-            machine.append = f"{append} tsc_early_khz={frequency}".strip()
 
 
 def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progress: Progress) -> tuple[Machine, bool]:
@@ -212,8 +186,6 @@ class Finisher:
     def prepare(self, machine: Machine) -> None:
         if self.is_tiny:
             use_tiny(machine, self.paths, self.progress, self.append)
-        elif machine.kernel:
-            tell_frequency(machine)
 
 
 def undefine(domain: Domain, machine: Machine) -> None:

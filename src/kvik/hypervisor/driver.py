@@ -31,6 +31,7 @@ class Feature(enum.StrEnum):
     SEND_KEY = "send-key"
     NMI = "nmi"
     AGENT = "agent"
+    TAPS = "taps"  # takes its interfaces' taps as descriptors
     RENAME_RUNNING = "rename-running"
 
 
@@ -56,6 +57,7 @@ class EventKind(enum.StrEnum):
     IO_ERROR = "io-error"  # detail: alias; data["reason"], data["action"]
     GRAPHICS = "graphics"  # detail: "connect", "initialize" or "disconnect"
     TRAY_CHANGE = "tray-change"  # detail: alias; data["open"]
+    SIDECAR_ENDED = "sidecar-ended"  # a side process (TPM, shared directory, network) is gone; detail: which and how
     GUEST_OUTPUT = "guest-output"  # first byte on the first serial line or console
     MONITOR = "monitor"  # any raw VMM event; detail: its name, data: its payload
 
@@ -186,6 +188,12 @@ class Driver(Protocol):
         self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink
     ) -> Machine | None:
         """The machine that `handle` describes, or None if its process is gone (never another process with its pid)."""
+
+    async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
+        """Remove what the driver kept for a machine between its runs: the state of an emulated TPM.
+
+        `keep_tpm` None: as the document says (`persistent_state`), which without a word is to remove it.
+        """
 
     async def native(self, definition: Domain) -> str: ...  # the command line, for domxml-to-native
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str: ...  # XML

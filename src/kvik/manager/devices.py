@@ -8,9 +8,11 @@ event, and the call returns after a few seconds whether it came or not, as libvi
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.codec import Element
+from kvik.conf.devices.chardev import Chardev
 from kvik.conf.devices.common import Device
 from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.hostdev import Hostdev
@@ -36,6 +38,7 @@ from kvik.errors import (
 )
 from kvik.hypervisor.driver import Feature
 from kvik.manager import disks, prepare
+from kvik.network.taps import open_taps
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject, Run
@@ -73,7 +76,19 @@ def _means(given: Any, device: Any) -> bool:
         return given.mode == device.mode and given.type == device.type and given.source == device.source
     if isinstance(given, Device) and isinstance(device, Device) and given.address is not None:
         return _same_address(given, device)
+    if isinstance(given, Chardev) and isinstance(device, Chardev):
+        return _same_line(given, device)
     return _bare(given) == _bare(device)
+
+
+def _same_line(given: Any, device: Any) -> bool:
+    """By what the guest sees; the host's side only as far as it is given: a path may have been chosen at the start."""
+    if given.type != device.type or (given.source and given.source.path and given.source != device.source):
+        return False
+    if given.target is None or device.target is None:
+        return given.target is None
+    names = [name for name in given.target.__struct_fields__ if name != "state"]
+    return all(getattr(given.target, name) in (None, getattr(device.target, name, None)) for name in names)
 
 
 def _same_address(one: Device, other: Device) -> bool:
@@ -172,7 +187,11 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
                     f"machine {domain.name!r} has no free PCI slot for another {kind}",
                     remedy="add PCI root ports to the definition and start the machine again",
                 )
-            await machine.attach_device(device, {})
+            with ExitStack() as taps:
+                files: dict[str, int] = {}
+                if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
+                    files = await domain.manager.store.run(open_taps, [device], taps)
+                await machine.attach_device(device, files)
             if domain.run is run:
                 add_device(run.live.devices, device)
                 if device.alias:
@@ -289,6 +308,8 @@ async def _update_live(domain: DomainObject, kind: str, given: Element) -> None:
     if isinstance(given, Device) and isinstance(old, Device):
         given.alias = old.alias
         given.address = given.address or old.address
+    if isinstance(given, Interface) and isinstance(old, Interface) and (given.target is None or not given.target.dev):
+        given.target = old.target  # the tap's name, which only the live document knows
     await machine.update_device(old, given)
     if domain.run is run:
         _replace(run.live, kind, old, given)

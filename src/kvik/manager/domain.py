@@ -128,6 +128,7 @@ class DomainObject:
         "has_managed_save",
         "id",
         "jobs",
+        "keep_tpm",
         "manager",
         "name",
         "persistent",
@@ -153,6 +154,7 @@ class DomainObject:
         self.autostart = False
         self.updated = False  # the definition was changed since the machine was started
         self.has_managed_save = False
+        self.keep_tpm: bool | None = None  # what undefine said while the machine ran; None: as the document says
         self.run: Run | None = None
         self.starting: asyncio.Task[Machine] | None = None
         self.cleaning: asyncio.Task[None] | None = None

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ from kvik.manager.states import (
     state_text,
 )
 from kvik.manager.store import Status
+from kvik.network.taps import open_taps
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject, Run
@@ -134,7 +136,7 @@ async def boot(
         why = str(error) or type(error).__name__
         domain.run = None
         apply(domain, Trigger.START_FAILED, why)
-        domain.cleaning = manager.spawn(_clean(domain, domain.name, run.directory, f"not started: {why}"))
+        domain.cleaning = manager.spawn(_clean(domain, run, f"not started: {why}"))
         if isinstance(error, asyncio.CancelledError):
             current = asyncio.current_task()
             if not (current and current.cancelling()):  # not we but the start was cancelled: by a destroy
@@ -176,7 +178,10 @@ async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, file
     await manager.store.save_status(intent)
     await manager.store.make_runtime_directory(run.directory)
     log_fd = await manager.store.run(_open_log, domain)
+    taps = ExitStack()
     try:
+        if Feature.TAPS in domain.driver.features():
+            files = {**await manager.store.run(open_taps, run.live.devices.interfaces, taps), **files}
         request = StartRequest(
             definition=run.live,
             directory=run.directory,
@@ -198,6 +203,7 @@ async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, file
         finally:
             domain.starting = None
     finally:
+        taps.close()  # the VMM has its own
         os.close(log_fd)
 
 
@@ -361,8 +367,9 @@ def finish(domain: DomainObject, run: Run, trigger: Trigger, why: str) -> None:
         if not waiting.done():
             waiting.set_result(True)
     apply(domain, trigger, why)
-    text = f"ended: {trigger.value}" + (f" ({why})" if why else "")
-    domain.cleaning = domain.manager.spawn(_clean(domain, domain.name, run.directory, text))
+    told = trigger.value if not why or trigger.value in why else f"{trigger.value} ({why})"
+    text = f"ended: {why if trigger.value in why else told}"
+    domain.cleaning = domain.manager.spawn(_clean(domain, run, text))
     run.ended.set()
     current = asyncio.current_task() if _in_task() else None
     for task in list(run.tasks):
@@ -379,10 +386,13 @@ def _in_task() -> bool:
         return False
 
 
-async def _clean(domain: DomainObject, name: str, directory: Path, note: str) -> None:
+async def _clean(domain: DomainObject, run: Run, note: str) -> None:
+    name, transient = domain.name, not domain.persistent
     try:
         domain.log.note(note)
-        await domain.manager.store.remove_status(name, directory)
+        await domain.manager.store.remove_status(name, run.directory)
+        if transient:
+            await domain.driver.forget(run.live, keep_tpm=domain.keep_tpm)
     except KvikError as error:
         logger.warning("machine %s: %s", name, error)
     finally:

@@ -171,7 +171,7 @@ async def set_vcpus(domain: DomainObject, count: int, flags: int) -> None:
             raise OperationUnsupported(f"the VMM of machine {domain.name!r} cannot plug vCPUs while it runs")
         await machine.set_vcpus(count)
         if vcpu is not None:
-            vcpu.current = count
+            vcpu.current = count if count != vcpu.value else None
         domain.live_changed()
         domain.emit("tunable", params={"cputune.vcpus": count})
         await domain.save_status()

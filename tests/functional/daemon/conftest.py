@@ -53,7 +53,9 @@ def image() -> TinyImage:
 class Kvikd:
     """`kvikd --system --root DIR`, killed and started again at will."""
 
-    def __init__(self) -> None:
+    def __init__(self, *prefix: str) -> None:
+        """`prefix`: words before the daemon's own command, which must become it (exec)."""
+        self.prefix = prefix
         self.root = Path(tempfile.mkdtemp(prefix="kd"))
         self.paths = Paths.system(self.root)
         self.socket = self.root / "s"
@@ -64,7 +66,8 @@ class Kvikd:
     def start(self) -> None:
         command = [sys.executable, "-m", "kvik.daemon", "--system", "--root", str(self.root)]
         with (self.root / "log").open("ab") as log:
-            self.process = subprocess.Popen([*command, "--socket", str(self.socket)], env=self.environ, stderr=log)
+            command = [*self.prefix, *command, "--socket", str(self.socket)]
+            self.process = subprocess.Popen(command, env=self.environ, stderr=log)
         until(lambda: self.process.poll() is not None or self._answers())
         assert self.process.poll() is None, self.messages()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -218,3 +219,12 @@ def test_nearest_is_near() -> None:
 )
 def test_long_lines_break_between_words(text: str, limit: int, lines: list[str]) -> None:
     assert term.wrap(text, limit, "  ").split("\n") == lines
+
+
+def test_define_warns_of_what_it_does_not_understand(kvik: Any, tmp_path: Path) -> None:
+    kvik.connection.replies["messages"] = ["/domain/devices/teapot: unknown element, kept but without effect"]
+    file = tmp_path / "web.xml"
+    file.write_text("<domain/>")
+    assert kvik("define", str(file)) == 0
+    assert "warning: /domain/devices/teapot" in kvik.err
+    assert "defined from" in kvik.out

@@ -402,14 +402,6 @@ def test_exec_tells_its_own_failures_from_the_commands(kvik: Any, error: Excepti
     assert kvik("exec", "tiny-1", "--", "x") == code
 
 
-def test_microvm_is_told_the_clock_under_emulation_only(kvik: Any, host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvik.host.tsc.tsc_khz", lambda: 2500000)
-    assert kvik("run", "--machine", "microvm") == 0
-    assert "tsc_early_khz=2500000" in kvik.connection.made("define")[0][1]
-    assert kvik("run") == 0
-    assert "tsc_early_khz" not in kvik.connection.made("define")[1][1]
-
-
 def test_the_document_has_a_uuid_so_that_it_never_redefines_a_machine(kvik: Any, host: Any) -> None:
     assert kvik("run") == 0
     assert kvik("run") == 0

@@ -209,3 +209,12 @@ def test_what_ssh_says_is_passed_on(root: Path, monkeypatch: pytest.MonkeyPatch)
     fake_ssh(root, monkeypatch, "import sys; sys.exit('Permission denied (publickey).')")
     with pytest.raises(ConnectError, match=r"Permission denied \(publickey\)"):
         connect("kvik+ssh://host/system")
+
+
+def test_the_command_to_see_more_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = tmp_path / "a b"
+    monkeypatch.setenv("KVIK_ROOT", str(root))
+    monkeypatch.setattr(transport, "daemon_command", lambda paths: ["/bin/false", "--root", str(root), "--detach"])
+    with pytest.raises(ConnectError) as caught:
+        transport.start_daemon(Paths.system(root), timeout=5.0)
+    assert caught.value.remedy.endswith(f"/bin/false --root '{root}'")

@@ -28,7 +28,7 @@ async def test_reads_of_a_stuck_machine_answer_at_once(bench: Bench) -> None:
         assert [domain.name for domain in bench.manager.domains()] == ["a", "b"]
         assert stuck.info().state == DomainState.RUNNING
         assert "<name>a</name>" in stuck.xml()
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 3  # a command to it would take its deadline of 5 s
 
 
 async def test_figures_of_all_wait_for_a_stuck_machine_once_and_shortly(
@@ -72,7 +72,7 @@ async def test_other_machines_live_on_while_one_is_stuck(bench: Bench) -> None:
     await other.resume()
     await bench.manager.define(document("c"))
     await other.destroy()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 3  # the stuck one's command fails after 5 s
     waiting.cancel()
 
 
@@ -107,7 +107,7 @@ async def test_a_vmm_stuck_while_the_daemon_comes_back_delays_nobody_and_is_not_
     await bench.kill()
     began = time.monotonic()
     manager = await bench.open()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 10  # of the 60 s that it stays silent
     stuck = manager.lookup_name("a")
     assert stuck.is_active and "does not answer" in stuck.reason_text
     with pytest.raises(HypervisorError.__base__):  # a clear error, at once
@@ -122,8 +122,8 @@ async def test_a_vmm_stuck_while_the_daemon_comes_back_delays_nobody_and_is_not_
 async def test_slow_commands_run_side_by_side(bench: Bench) -> None:
     names = "abcdefgh"
     for name in names:
-        bench.driver.behaviours[name] = Behaviour(command_delay=0.05)
+        bench.driver.behaviours[name] = Behaviour(command_delay=0.5)
         await (await bench.manager.define(document(name))).start()
     began = time.monotonic()
     await asyncio.gather(*(bench.manager.lookup_name(name).suspend() for name in names))
-    assert time.monotonic() - began < 0.05 * len(names)
+    assert time.monotonic() - began < 0.5 * len(names) - 1

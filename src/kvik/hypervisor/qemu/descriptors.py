@@ -11,6 +11,9 @@ and QEMU itself needs no right to open anything.
     net:ALIAS:N       tap queue N (the network's part opened it)
     vhost:ALIAS:N     /dev/vhost-net for queue N
     vsock:ALIAS       /dev/vhost-vsock
+    tpm:ALIAS         control channel of swtpm
+    fs:ALIAS          connection to virtiofsd
+    passt:ALIAS       connection to passt
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from kvik.hypervisor.qemu.argv.options import alias_of
 from kvik.hypervisor.qemu.chain import qcow2_backing
 from kvik.qmp.aio import short_unix_path
 
-__all__ = ["Opened", "character_devices", "listen_unix", "open_all", "open_disk", "with_paths"]
+__all__ = ["Opened", "character_devices", "listen_unix", "open_all", "open_chardev", "open_disk", "with_paths"]
 
 _MAX_CHAIN = 200
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
@@ -101,7 +104,7 @@ def open_all(
     opened = Opened(close, undo, passed)
     _listen(opened, MONITOR, directory / "monitor.sock")
     for device in character_devices(domain):
-        _open_chardev(opened, device, directory)
+        open_chardev(opened, device, directory)
     first = chardevs.first_output(domain)
     if first is not None and first.log is None:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -156,7 +159,7 @@ def _listen(opened: Opened, name: str, path: Path) -> None:
     opened.add(name, sock.detach())
 
 
-def _open_chardev(opened: Opened, device: Chardev, directory: Path) -> None:
+def open_chardev(opened: Opened, device: Chardev, directory: Path) -> None:
     alias = alias_of(device)
     if chardevs.listens(device):
         source = device.source

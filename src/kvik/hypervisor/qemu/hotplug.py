@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Awaitable, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.devices.chardev import Channel, Chardev, ChardevSource, Console
@@ -30,10 +31,11 @@ from kvik.errors import (
     OperationInvalid,
     OperationUnsupported,
 )
+from kvik.hypervisor.qemu import cpus
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.build import make_context, parts_of
 from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props, alias_of
-from kvik.hypervisor.qemu.descriptors import Opened, open_disk, with_paths
+from kvik.hypervisor.qemu.descriptors import Opened, open_chardev, open_disk, with_paths
 from kvik.hypervisor.qemu.process import remedy_for
 
 if TYPE_CHECKING:
@@ -74,12 +76,15 @@ async def attach(machine: QemuMachine, device: Any, files: Mapping[str, int]) ->
         opened = Opened(close, undo, files)
         if isinstance(device, Disk):
             open_disk(opened, device)
+        elif isinstance(device, Chardev):
+            open_chardev(opened, device, machine.directory)
         undone = _Undo(machine)
         try:
             await _attach(machine, device, opened, undone)
         except BaseException:
             await asyncio.shield(undone.run())
             raise
+        undo.pop_all()  # what was made for it on the host stays as long as it does
         await settle(machine, device)
 
 
@@ -101,8 +106,9 @@ class _Undo:
 
 async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: _Undo) -> None:
     paths: dict[str, str] = {}
+    as_files = ("disk:", "log:", *(["chardev:"] if isinstance(device, Chardev) and device.type == "file" else []))
     for name, fd in opened.fds.items():
-        if name.startswith("disk:"):
+        if name.startswith(as_files):
             paths[name] = await add_fd(machine, fd, name)
             undone.add("remove-fd", fdset_id=int(paths[name].rsplit("/", 1)[-1]))
     files = Files(opened.fds, paths)
@@ -185,8 +191,13 @@ async def finish_detach(machine: QemuMachine, device: Any) -> None:
     except KvikError:
         return
     await _remove_host_side(machine, parts)
-    if isinstance(device, Disk):
+    await machine.sidecars.end(alias_of(device))
+    if isinstance(device, Disk | Chardev):
         await remove_fdsets(machine, alias_of(device))
+    if isinstance(device, Chardev) and device.source and device.source.path:
+        path = Path(device.source.path)
+        if path.parent == machine.directory:
+            path.unlink(missing_ok=True)
 
 
 async def _remove_host_side(machine: QemuMachine, parts: Parts) -> None:
@@ -206,7 +217,10 @@ async def remove_fdsets(machine: QemuMachine, alias: str) -> None:
         reply = await machine.execute("query-fdsets")
         for item in reply if isinstance(reply, list) else []:
             names = [entry.get("opaque") for entry in item.get("fds", [])]
-            if any(isinstance(name, str) and name.startswith(f"disk:{alias}:") for name in names):
+            if any(
+                isinstance(name, str) and name.startswith((f"disk:{alias}:", f"log:{alias}", f"chardev:{alias}"))
+                for name in names
+            ):
                 await machine.execute("remove-fd", {"fdset-id": item["fdset-id"]})
 
 
@@ -236,6 +250,10 @@ async def _update_interface(machine: QemuMachine, old: Interface, new: Interface
         new.model and new.model.type,
     ):
         raise OperationUnsupported("type, MAC address and model of an interface cannot change while the machine runs")
+    if new.source is not None and old.source is not None and new.source.bridge != old.source.bridge:
+        raise OperationUnsupported(
+            "an interface cannot move to another bridge while the machine runs", remedy="detach and attach it"
+        )
     await _link(machine, new)
 
 
@@ -299,8 +317,9 @@ async def _take_medium(machine: QemuMachine, alias: str) -> None:
 
 
 async def start_settings(machine: QemuMachine) -> None:
-    """Before the first instruction: passwords, links, limits, balloon."""
+    """Before the first instruction: vCPUs that can go again, passwords, links, limits, balloon."""
     domain = machine.domain
+    await cpus.plug_listed(machine)
     waits: list[Awaitable[None]] = [_password(machine, item) for item in domain.devices.graphics if item.passwd]
     waits += [_link(machine, nic) for nic in domain.devices.interfaces if nic.link and nic.link.state == "down"]
     waits += [_limits(machine, disk) for disk in domain.devices.disks if disk.iotune is not None]

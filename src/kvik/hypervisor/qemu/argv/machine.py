@@ -100,11 +100,11 @@ def uses_qboot(domain: Domain) -> bool:
         device.boot is not None
         for device in [*domain.devices.disks, *domain.devices.interfaces, *domain.devices.hostdevs]
     )
+    # A screen wants its own BIOS to be run, which the tiny firmware does not do (under emulation it even hangs).
+    has_screen = any(video.model is None or video.model.type != "none" for video in domain.devices.videos)
     menu = os.bootmenu is not None and os.bootmenu.enable
     firmware_named = os.loader is not None or os.firmware is not None
-    # qboot does not know how to place the memory of a graphics card: it lands on top of the kernel.
-    has_card = any(video.model is None or video.model.type != "none" for video in domain.devices.videos)
-    return bool(os.kernel) and not (has_boot_devices or menu or firmware_named or has_card)
+    return bool(os.kernel) and not (has_boot_devices or has_screen or menu or firmware_named)
 
 
 def firmware(context: Context) -> list[str]:
