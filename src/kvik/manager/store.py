@@ -85,6 +85,7 @@ class Status:
     job: str = ""
     stages: dict[str, float] = field(default_factory=dict)  # boot stages reached, seconds since the start
     reason_text: str = ""
+    arriving: str = ""  # document of a device that the VMM has been asked to take, and has not confirmed
 
     def to_xml(self) -> bytes:
         attributes = {
@@ -107,6 +108,7 @@ class Status:
             f"<stages>{escape(json.dumps(self.stages))}</stages>\n"
             f"<job>{escape(self.job)}</job>\n"
             f"<why>{escape(self.reason_text)}</why>\n"
+            f"<arriving>{escape(self.arriving)}</arriving>\n"
             f"{self.document}</domstatus>\n"
         ).encode()
 
@@ -146,6 +148,7 @@ class Status:
                 job=root.findtext("job") or "",
                 stages={str(name): float(seconds) for name, seconds in stages.items()},
                 reason_text=root.findtext("why") or "",
+                arriving=root.findtext("arriving") or "",
             )
         except (etree.XMLSyntaxError, KeyError, TypeError) as error:
             raise ValueError(f"not a status document: {error}") from error
