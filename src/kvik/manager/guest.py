@@ -170,7 +170,7 @@ def console_tail(run: Run) -> str:
                 return file.read(CONSOLE_TAIL).decode(errors="replace")
         except OSError:
             continue
-    return ""
+    return run.machine.output_tail.decode(errors="replace") if run.machine else ""
 
 
 async def wait_ready(domain: DomainObject, timeout: float) -> list[Stage]:

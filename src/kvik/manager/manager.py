@@ -84,6 +84,9 @@ class Manager:
             task.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=CLOSE_WAIT)
+        for domain in self._names.values():
+            if domain.run is not None and domain.run.machine is not None:
+                domain.run.machine.detach()
         self.store.close()
 
     # looking up

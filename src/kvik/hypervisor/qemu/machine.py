@@ -94,6 +94,7 @@ class QemuMachine:
         self._output_fd = -1
         self._output_seen = 0
         self._reconnecting: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._stop_watching = process.on_exit(self._process_ended, self._loop)
 
@@ -239,11 +240,21 @@ class QemuMachine:
         elif kind is EventKind.DEVICE_REMOVED:
             device = self.leaving.pop(event.detail, None)
             if device is not None:
-                task = self._loop.create_task(hotplug.finish_detach(self, device))
+                task = self._loop.create_task(self._device_gone(device, event))
+                self._tasks.add(task)  # a loop keeps only weak references
+                task.add_done_callback(self._tasks.discard)
                 task.add_done_callback(_consume)
+                return None
         elif kind is EventKind.DEVICE_REMOVAL_FAILED:
             self.leaving.pop(event.detail, None)
         return event
+
+    async def _device_gone(self, device: Any, event: MachineEvent) -> None:
+        """Told only when its host side is gone as well: its alias and images are free again."""
+        try:
+            await hotplug.finish_detach(self, device)
+        finally:
+            self._emit(event)
 
     def _why_paused(self) -> str:
         return {

@@ -32,6 +32,7 @@ class TestMachine:
         self.directory = directory
         self.behaviour = behaviour
         self.sink = sink
+        self.output_tail = b""
         self.ended = asyncio.Event()
         self.keys: list[tuple[list[int], int]] = []  # what send_key got
         self.actions: dict[str, str] = {}  # what set_action got
@@ -54,6 +55,9 @@ class TestMachine:
 
     def handle(self) -> dict[str, Any]:
         return {"pid": self.pid, "directory": self.directory}
+
+    def detach(self) -> None:
+        self.sink = lambda event: None
 
     # plumbing
 

@@ -28,7 +28,7 @@ def complete_domain(xml: str, known: QemuCapabilities) -> Domain:
     machine = known.machine(domain.os.type.machine or "")
     assert machine is not None
     domain.os.type.machine = machine.name
-    postparse(domain, MachineDefaults(random=lambda count: bytes(count), emulator=known.binary))
+    postparse(domain, MachineDefaults(random=bytes, emulator=known.binary))
     assign_aliases(domain)
     return domain
 

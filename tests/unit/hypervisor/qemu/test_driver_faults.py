@@ -76,7 +76,7 @@ async def test_a_bad_emulator(fault: str, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(module, "probe", probe)
     monkeypatch.setattr(driver_module, "START_DEADLINE", 1.0)
-    driver = QemuDriver(Paths.system(tmp_path / "root"), HostVerdict(False, ""), emulator=str(binary))
+    driver = QemuDriver(Paths.system(tmp_path / "root"), lambda: HostVerdict(False, ""), emulator=str(binary))
     domain = parse_domain(
         f"<domain type='qemu'><name>m</name><memory>1024</memory><os><type arch='x86_64' machine='q35'>hvm</type></os>"
         f"<devices><emulator>{binary}</emulator></devices></domain>"

@@ -18,7 +18,7 @@ from kvik.qmp.protocol import Event
 @pytest.mark.parametrize(
     ("name", "data", "kind", "detail", "meaning"),
     [
-        ("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}, EventKind.SHUTDOWN, "guest", {"reason": "guest-shutdown"}),
+        ("SHUTDOWN", {"guest": True, "reason": "why"}, EventKind.SHUTDOWN, "guest", {"reason": "why"}),
         ("SHUTDOWN", {"guest": False}, EventKind.SHUTDOWN, "host", {"reason": ""}),
         ("STOP", {}, EventKind.PAUSED, "", {}),
         ("RESUME", {}, EventKind.RESUMED, "", {}),
