@@ -174,9 +174,8 @@ def test_a_client_that_asks_and_never_reads(host: Host) -> None:
     process = script(
         host,
         "print('there', flush=True)\n"
-        "from kvik.rpc import message\n"
         "import time\n"
-        "sock = c._link._transport.socket if hasattr(c._link, '_transport') else c._link.socket\n"
+        "sock = c.link.socket\n"
         "sock.setblocking(False)\n"
         "import struct\n"
         "call = struct.pack('>IIIIIII', 28, 0x20008086, 1, 7, 0, 5, 0)\n"
@@ -188,6 +187,7 @@ def test_a_client_that_asks_and_never_reads(host: Host) -> None:
     )
     time.sleep(1)
     legitimate(host)
+    assert process.poll() is None
     with open(f"/proc/{host.daemon}/statm") as file:
         assert int(file.read().split()[1]) * 4096 < 300 << 20
     end(process)

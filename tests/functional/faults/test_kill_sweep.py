@@ -2,7 +2,7 @@
 
 After each kill the next daemon is there in seconds; the other machine never noticed; the one that was worked on is as
 it was before or as it was to be, and its definition is whole; no process, file, socket or directory is left that no
-machine owns. `--sweep full` (or KVIK_SWEEP=full) tries every call; otherwise those that weigh most and some others.
+machine owns. KVIK_SWEEP=full in the environment tries every call; otherwise those that weigh most and some others.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from fault_harness import Host, alive, disk_xml, eventually, machine_xml
+from fault_harness import Host, alive, children, command_of, disk_xml, eventually, machine_xml
 from fault_harness import host as new_host
 from kill_points import Point, points_of, share, traced
 
-from kvik.client import Domain
+from kvik.client import Domain, connect
 from kvik.conf.domain import parse_domain
 from kvik.errors import KvikError
 
@@ -29,6 +30,7 @@ pytestmark = [
 ]
 UUID = "7e0c5b4a-0000-4000-8000-00000000000a"
 LIVE, CONFIG = 1, 2
+WHOLE = os.environ.get("KVIK_SWEEP") == "full"
 BACK = 5.0  # seconds until the next daemon has everything again
 
 
@@ -237,7 +239,7 @@ def _trouble(host: Host) -> str:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_killed_at(name: str, request: pytest.FixtureRequest) -> None:
+def test_killed_at(name: str) -> None:
     operation = OPERATIONS[name]
     with new_host() as host:
         host.start()
@@ -250,7 +252,7 @@ def test_killed_at(name: str, request: pytest.FixtureRequest) -> None:
         with traced(host.daemon) as trace:
             operation.act(sweep)
             time.sleep(0.1)
-        points = share(points_of(trace[0]), request.config.getoption("--sweep") == "full")
+        points = share(points_of(trace[0]), WHOLE)
         assert points
         hit = 0
         slowest = 0.0
@@ -271,4 +273,79 @@ def test_killed_at(name: str, request: pytest.FixtureRequest) -> None:
         assert not failures, "\n".join(failures)
         assert hit >= len(points) // 2, "most of the points are reached again"
         assert slowest < BACK
+        sweep.absent()
+
+
+# While it puts things right ---------------------------------------------------------------------------------------
+
+RECOVERY = ("unlink", "unlinkat", "pidfd_send_signal", "bind") + ("mkdir", "rename", "rmdir", "ftruncate") * WHOLE
+
+
+def disorder(sweep: Sweep) -> None:
+    """All that a daemon can leave behind: killed amid a start, a machine that died since, links and files of no use."""
+    host = sweep.host
+    sweep.running()
+    host.connection.define(machine_xml("n"))
+    pid = host.pid("m")
+    with traced(host.daemon, Point("sendmsg", 2, "the monitor's second command")), contextlib.suppress(KvikError):
+        host.connection.domain("n").start()
+    eventually(lambda: not alive(host.daemon), "the daemon is dead")
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not alive(pid), "the machine is dead")
+    (host.paths.domains / "autostart" / "gone.xml").symlink_to(host.paths.domains / "gone.xml")
+    for directory in (host.paths.domains, host.paths.status):
+        (directory / ".kvik-1-1-00000000.tmp").write_text("half")
+    (host.paths.status / "99-nobody").mkdir()
+    (host.paths.status / "99-nobody" / "monitor.sock").write_text("")
+
+
+def recovery_killed(host: Host, call: str, number: int) -> bool:
+    """Start a daemon that is killed at that call of its start. False if it did not get so far."""
+    tracer = ("strace", "-f", "-b", "execve", "--seccomp-bpf", "-o", "/dev/null", "-e", f"trace={call}")
+    inject = ("-e", f"inject={call}:signal=KILL:when={number}")
+    host.close_connection()
+    strace = host.spawn(*tracer, *inject, *host.daemon_command())
+
+    def settled() -> bool:
+        with contextlib.suppress(KvikError):
+            connect(host.uri).close()
+            return True
+        return not alive(strace)
+
+    eventually(settled, "it answers, or is dead")
+    time.sleep(0.05)
+    if not alive(strace):
+        return True
+    for pid in children(strace):
+        if "kvik.daemon.main" in command_of(pid):
+            os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not alive(strace), "the daemon is dead")
+    return False
+
+
+@pytest.mark.parametrize("call", RECOVERY)
+def test_killed_while_recovering(call: str) -> None:
+    """Putting things right can be broken off and begun again."""
+    with new_host() as host:
+        host.start()
+        host.image("m.img")
+        host.define("other")
+        host.connection.domain("other").start()
+        sweep = Sweep(host, host.pid("other"))
+        number = 1
+        while True:
+            disorder(sweep)
+            hit = recovery_killed(host, call, number)
+            begun = time.monotonic()
+            host.start()
+            assert time.monotonic() - begun < BACK
+            assert sweep.names() == {"other", "m", "n"}
+            assert host.state("m") == host.state("n") == "shut off"
+            assert sweep.domain().autostart()
+            assert host.pid("other") == sweep.other and host.state("other") == "running"
+            eventually(lambda: not _trouble(host), f"all is right after a kill at {call} {number}", patience=5)
+            if not hit:
+                break
+            number += 1
+        print(f"{call}: {number - 1} kills")
         sweep.absent()
