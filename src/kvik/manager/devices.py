@@ -178,12 +178,13 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
             await domain.save_status()  # the next daemon must know what to look for, should this one be killed
             await machine.attach_device(device, {})
             _arrived(domain, run, device)
+            run.arriving = None
     except BaseException:
+        # `arriving` stays: what could not be undone, for the monitor was lost, is cleared before the next attach.
         if use is not None:
             run.uses.remove(use)
         raise
     finally:
-        run.arriving = None
         domain.live_changed()
         # If this fails, the status on disk still names the device, and the next daemon finds it.
         await domain.save_quietly()
