@@ -119,6 +119,7 @@ class Host:
         self._nursery = subprocess.Popen(
             [*prefix, sys.executable, str(NURSERY)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self._ask({"codes": True})  # it has its own mounts from here on: `enter` must not come before
         self.daemon = 0
         self._connection: Connection | None = None
         self.daemon_fds = 0
