@@ -146,6 +146,11 @@ class Machine(Protocol):
     async def attach_device(self, device: Any, files: Mapping[str, int]) -> None: ...
     async def detach_device(self, device: Any) -> None: ...  # returns when asked; DEVICE_REMOVED tells the end
     async def update_device(self, old: Any, new: Any) -> None: ...
+    async def devices(self) -> frozenset[str] | None:
+        """Aliases of what is plugged in, whoever did it; None from a VMM that cannot tell."""
+
+    async def clear_remains(self, device: Any) -> None:
+        """Take away what an attach that was broken off, or a detach nobody saw, left of a device that is not there."""
 
     # interaction
     async def screenshot(self, screen: int) -> tuple[str, bytes]: ...  # MIME type, image

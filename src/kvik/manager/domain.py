@@ -16,6 +16,7 @@ from collections.abc import Coroutine, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvik.conf.devices_xml import format_device
 from kvik.conf.domain import Domain, format_domain
 from kvik.conf.enums import (
     DomainJobOperation,
@@ -64,6 +65,7 @@ class Run:
 
     __slots__ = (
         "agent_error",
+        "arriving",
         "asked",
         "autodestroy",
         "balloon_kib",
@@ -100,6 +102,7 @@ class Run:
         self.started = time.time()
         self.early: list[Any] | None = []  # events that came before the machine was ours; then None
         self.ended = asyncio.Event()
+        self.arriving: Any = None  # device that the VMM is being given: in the status, should the daemon be killed
         self.pending: Trigger | None = None  # how the coming end is to be understood
         self.pause_cause = ""  # why the next pause happens
         self.reboot_wanted = False  # the coming power-off is to be a reboot
@@ -388,6 +391,7 @@ class DomainObject:
             job=job.name if job else "",
             stages=run.stages.reached,
             reason_text=self.reason_text,
+            arriving=format_device(run.arriving, secure=True) if run.arriving is not None else "",
         )
 
     async def save_status(self) -> None:

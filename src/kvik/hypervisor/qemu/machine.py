@@ -499,6 +499,16 @@ class QemuMachine:
     async def detach_device(self, device: Any) -> None:
         await hotplug.detach(self, device)
 
+    async def devices(self) -> frozenset[str] | None:
+        listed = await self.execute("qom-list", {"path": "/machine/peripheral"})
+        if not isinstance(listed, list):
+            raise HypervisorError(f"{self.name}: the reply to qom-list is no list")
+        names = (item.get("name") for item in listed if isinstance(item, dict))
+        return frozenset(name for name in names if isinstance(name, str) and name != "type")
+
+    async def clear_remains(self, device: Any) -> None:
+        await hotplug.finish_detach(self, device)
+
     async def update_device(self, old: Any, new: Any) -> None:
         await hotplug.update(self, old, new)
 
