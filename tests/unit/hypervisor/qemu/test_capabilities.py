@@ -56,9 +56,9 @@ async def test_many_callers_at_once_ask_one_qemu(
 ) -> None:
     answer = module.probe
 
-    async def slowly(name: str, identity: tuple[int, ...]) -> QemuCapabilities:
+    async def slowly(name: str, identity: tuple[int, ...], home: Path) -> QemuCapabilities:
         await asyncio.sleep(0.01)
-        return await answer(name, identity)
+        return await answer(name, identity, home)
 
     monkeypatch.setattr(module, "probe", slowly)
     prober = QemuProber(tmp_path / "cache")
