@@ -295,6 +295,8 @@ def use(
 
 def report(ctx: Context, domain: Domain, readiness: Readiness | None, machine: Machine, verdict: Verdict) -> None:
     """The ready line, or the same as data."""
+    from kvik.cli.run_stages import state_word
+
     address = address_of(ctx, domain)
     took = max((stage.seconds for stage in readiness.stages if stage.state == 1), default=0.0) if readiness else None
     if ctx.put(
@@ -306,7 +308,9 @@ def report(ctx: Context, domain: Domain, readiness: Readiness | None, machine: M
             "address": address or None,
             "acceleration": "kvm" if machine.accelerated else "emulation",
             "reason": verdict.reason,
-            "stages": [stage._asdict() for stage in readiness.stages] if readiness else [],
+            "stages": [{**stage._asdict(), "state": state_word(stage)} for stage in readiness.stages]
+            if readiness
+            else [],
         }
     ):
         return

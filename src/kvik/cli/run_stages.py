@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 POLL = 0.02  # seconds; an answer from the daemon's memory takes a tenth of a millisecond
 WAITING, DONE, STALLED, NOT_EXPECTED, FAILED = range(5)
+WORDS = ("waiting", "done", "stalled", "not expected", "failed")  # of the states, for people and programs
 STATE_EVERY = 0.25
 DIAGNOSE_EVERY = 1.0  # the daemon looks at the console for that
 
@@ -26,6 +27,10 @@ DOING = {
     "agent": "booting, waiting for the guest agent",
     "address": "waiting for an address",
 }
+
+
+def state_word(stage: Stage) -> str:
+    return WORDS[stage.state] if 0 <= stage.state < len(WORDS) else str(stage.state)
 
 
 class DoesNotBoot(OperationTimeout):

@@ -217,9 +217,6 @@ class Manager:
 
     async def _prepare(self, xml: str) -> tuple[Domain, Definition]:
         document = prepare.parse(xml)
-        known = self._names.get(document.name)
-        if known and document.uuid is None:
-            document.uuid = known.uuid_text  # a redefinition keeps its UUID
         await prepare.complete(document, self.driver_for(document.type), xml)
         return document, Definition(document)
 
@@ -229,7 +226,10 @@ class Manager:
         if by_uuid is not None and by_uuid.name != config.name:
             raise AlreadyExists(f"machine {by_uuid.name!r} is already defined with UUID {by_uuid.uuid_text}")
         if by_name is not None and by_name.uuid != config.uuid:
-            raise AlreadyExists(f"machine {config.name!r} already exists with UUID {by_name.uuid_text}")
+            raise AlreadyExists(
+                f"machine {config.name!r} already exists with UUID {by_name.uuid_text}",
+                remedy=f"to replace its definition, the document must say <uuid>{by_name.uuid_text}</uuid>",
+            )
         return by_uuid
 
     async def define(self, xml: str, *, validate: bool = False) -> DomainObject:

@@ -256,6 +256,7 @@ def test_ready_as_json(kvik: Any, host: Any) -> None:
     facts = json.loads(kvik.out)
     assert (facts["ready"], facts["acceleration"], facts["address"]) == (True, "emulation", "10.0.2.15")
     assert facts["stages"][1]["name"] == "ready"
+    assert {stage["state"] for stage in facts["stages"]} == {"done"}
 
 
 # disks

@@ -37,10 +37,11 @@ async def test_redefining_keeps_the_object_and_tells_an_update(bench: Bench) -> 
     assert domain.info().max_mem_kib == 524288
 
 
-async def test_redefining_without_uuid_keeps_the_uuid(bench: Bench) -> None:
+async def test_a_document_without_uuid_never_replaces_a_machine(bench: Bench) -> None:
     first = await bench.manager.define(document("new", uuid=None))
-    before = first.uuid
-    assert (await bench.manager.define(document("new", uuid=None, memory=524288))).uuid == before
+    with pytest.raises(AlreadyExists, match=f"must say <uuid>{first.uuid_text}"):
+        await bench.manager.define(document("new", uuid=None, memory=524288))
+    assert first.info().max_mem_kib != 524288
 
 
 async def test_a_name_or_uuid_of_another_machine_is_refused_as_libvirt_does(bench: Bench) -> None:
