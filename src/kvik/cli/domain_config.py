@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from kvik.cli import flags
 from kvik.cli.common import DOMAIN, INACTIVE, chosen
 from kvik.cli.options import DATA, FLAG, Option, UsageError, Verb
+from kvik.errors import KvikError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.cli.context import Context
     from kvik.cli.options import Options
+    from kvik.client import Domain
+
+DOCUMENT_MESSAGES = 1  # of DOMAIN_GET_MESSAGES: what the document warns of
 
 UNDEFINE_FLAGS = {
     "managed-save": flags.UNDEFINE_MANAGED_SAVE,
@@ -27,7 +33,15 @@ def define(ctx: Context, options: Options) -> int:
     ctx.doing = f"Failed to define domain from {path}"
     domain = ctx.connection.define(ctx.read_file(path), flags=flags.DEFINE_VALIDATE if options.flag("validate") else 0)
     ctx.say(f"Domain '{domain.name}' defined from {path}")
+    warn_of_document(ctx, domain)
     return 0
+
+
+def warn_of_document(ctx: Context, domain: Domain) -> None:
+    """What the document says that kvik does not understand: kept, but without effect."""
+    with contextlib.suppress(KvikError):  # another daemon may not know the call
+        for message in domain.messages(DOCUMENT_MESSAGES):
+            ctx.warn(f"warning: {message}")
 
 
 def undefine(ctx: Context, options: Options) -> int:

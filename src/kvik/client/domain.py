@@ -240,9 +240,9 @@ class Domain:
     def control_info(self) -> ControlInfo:
         return ControlInfo(*self._call("DOMAIN_GET_CONTROL_INFO", 0))
 
-    def messages(self) -> list[str]:
-        """Warnings about the machine: taints, deprecated settings."""
-        return list(self._call("DOMAIN_GET_MESSAGES", 0)[0])
+    def messages(self, flags: int = 0) -> list[str]:
+        """Warnings: of the document (flag 1), why the machine is as it is (flag 2), or both (0)."""
+        return list(self._call("DOMAIN_GET_MESSAGES", flags)[0])
 
     def autostart(self) -> bool:
         return bool(self._call("DOMAIN_GET_AUTOSTART")[0])

@@ -7,7 +7,7 @@
     kvik+ssh://me@host/system                           through the system's ssh, which runs `kvik proxy` over there
 
 Without a URI: KVIK_URI, else the system daemon for root and the session daemon for everybody else. `qemu` and `kvik`
-mean the same daemon, ours; `test` asks it for its in-memory driver.
+mean the same daemon, ours. The in-memory driver is `kvikd --driver test --socket PATH`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Address(NamedTuple):
     user: str = ""
     port: int = 0
     socket: str = ""
-    path: str = ""  # as written: "system", "session", "default" (test)
+    path: str = ""  # as written: "system" or "session"
 
     @property
     def name(self) -> str:
@@ -106,8 +106,11 @@ def parse_uri(uri: str) -> Address:
     if host.startswith("-") or user.startswith("-"):
         raise bad("a host or user cannot begin with '-'")  # ssh would take it for an option
     scope = path
-    if scheme == "test" and path in ("", "default"):
-        path, scope = "default", "system" if os.geteuid() == 0 else "session"
+    if scheme == "test":
+        raise InvalidArgument(
+            f"'{uri}': the in-memory driver is a daemon of its own",
+            remedy="start 'kvikd --driver test --socket PATH', then use kvik+unix:///system?socket=PATH",
+        )
     if scope not in SCOPES:
         raise bad("the path is to be /system or /session" if slash else "the path is missing")
     socket = ""

@@ -19,7 +19,7 @@ from kvik.host import facilities, node, packages, process
 from kvik.host.probe import Verdict, Virtualization, kvm_verdict, virtualization
 from kvik.paths import Paths
 
-OLDEST_QEMU = (6, 0)  # JSON -device, -add-fd with QMP on a descriptor: what the driver relies on
+OLDEST_QEMU = (6, 2)  # JSON for -device: what the driver relies on
 TOOL_TIMEOUT = 5.0  # seconds for each question to QEMU
 _LOW_DISK = 2 << 30  # bytes
 _LOW_MEMORY_KIB = 512 << 10

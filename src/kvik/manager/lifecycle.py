@@ -367,7 +367,8 @@ def finish(domain: DomainObject, run: Run, trigger: Trigger, why: str) -> None:
         if not waiting.done():
             waiting.set_result(True)
     apply(domain, trigger, why)
-    text = f"ended: {trigger.value}" + (f" ({why})" if why else "")
+    told = trigger.value if not why or trigger.value in why else f"{trigger.value} ({why})"
+    text = f"ended: {why if trigger.value in why else told}"
     domain.cleaning = domain.manager.spawn(_clean(domain, domain.name, run.directory, text))
     run.ended.set()
     current = asyncio.current_task() if _in_task() else None

@@ -128,6 +128,7 @@ class FakeConnection:
             "has_managed_save": False,
             "is_active": True,
             "control_info": ControlInfo(0, 0, 0),
+            "messages": [],
             "metadata": "words",
             "vcpus": 2,
             "vcpu_info": [VcpuInfo(0, 1, 2_000_000_000, 1, b"\x03"), VcpuInfo(1, 1, 0, -1, b"\x01")],

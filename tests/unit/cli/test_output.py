@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,3 +206,12 @@ def test_nearest_is_near() -> None:
     assert distance("", "abc") == 3
     assert nearest("xyzzy", ["list", "start"]) is None
     assert nearest("tiny1", ["tiny-1", "tiny-10"]) == "tiny-1"
+
+
+def test_define_warns_of_what_it_does_not_understand(kvik: Any, tmp_path: Path) -> None:
+    kvik.connection.replies["messages"] = ["/domain/devices/teapot: unknown element, kept but without effect"]
+    file = tmp_path / "web.xml"
+    file.write_text("<domain/>")
+    assert kvik("define", str(file)) == 0
+    assert "warning: /domain/devices/teapot" in kvik.err
+    assert "defined from" in kvik.out

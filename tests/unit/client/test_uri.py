@@ -40,8 +40,9 @@ def test_good_uris(uri: str, address: Address, name: str | None) -> None:
     assert name is None or parse_uri(uri).name == name
 
 
-def test_the_test_driver_has_a_path_of_its_own() -> None:
-    assert parse_uri("test:///default").name == "test:///default"
+def test_the_in_memory_driver_is_another_daemon() -> None:
+    with pytest.raises(InvalidArgument, match="--driver test"):
+        parse_uri("test:///default")
 
 
 @pytest.mark.parametrize(

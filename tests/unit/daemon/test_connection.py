@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 
@@ -142,7 +143,12 @@ async def test_a_deliberate_error_keeps_its_code() -> None:
         assert caught.value.code == 42
 
 
-async def test_an_unexpected_exception_is_an_internal_error_with_an_id(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_exception_is_an_internal_error_with_an_id(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tests of the commands' own logging options, run before in this process, leave their mark on the logger.
+    monkeypatch.setattr(logging.getLogger("kvik"), "propagate", True)
+    caplog.set_level(logging.DEBUG, logger="kvik")
     manager = FakeManager()
     async with running(manager) as daemon:
         client = await daemon.client()

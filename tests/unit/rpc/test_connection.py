@@ -44,7 +44,7 @@ UP_KINDS = ["Call", "Call", "StreamData", "Pong", "StreamHole", "StreamFinish"]
 DOWN_KINDS = ["Reply", "Ping", "Reply", "Event", "StreamData", "StreamEnd", "StreamFinish", "ErrorReply"]
 
 
-def feed(role: Role, pieces: Iterable[bytes]) -> list[m.Message]:
+def feed(role: str, pieces: Iterable[bytes]) -> list[m.Message]:
     connection = Connection(role)
     connection.open_stream((CONSOLE.program.number, CONSOLE.number, 1))
     messages = [message for piece in pieces for message in connection.feed(piece)]
@@ -54,13 +54,13 @@ def feed(role: Role, pieces: Iterable[bytes]) -> list[m.Message]:
 
 
 @pytest.mark.parametrize(("role", "data", "kinds"), [(Role.SERVER, UP, UP_KINDS), (Role.CLIENT, DOWN, DOWN_KINDS)])
-def test_every_kind_of_message_arrives(role: Role, data: bytes, kinds: list[str]) -> None:
+def test_every_kind_of_message_arrives(role: str, data: bytes, kinds: list[str]) -> None:
     messages = feed(role, [data])
     assert [type(message).__name__ for message in messages] == kinds
 
 
 @pytest.mark.parametrize(("role", "data"), [(Role.SERVER, UP), (Role.CLIENT, DOWN)])
-def test_fragmentation_at_every_byte_changes_nothing(role: Role, data: bytes) -> None:
+def test_fragmentation_at_every_byte_changes_nothing(role: str, data: bytes) -> None:
     def digest(messages: list[m.Message]) -> list[object]:
         return [(type(message), message.key, message.payload) for message in messages]
 
@@ -115,7 +115,7 @@ def test_other_buffer_types_are_taken() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 4, 27, m.LENGTH_MAX + 1, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_hostile_lengths_are_refused_from_the_first_four_bytes(length: int) -> None:
-    for role in Role:
+    for role in (Role.CLIENT, Role.SERVER):
         with pytest.raises(RpcError, match="length"):
             Connection(role).feed(struct.pack(">I", length))
         with pytest.raises(RpcError, match="length"):
@@ -137,8 +137,8 @@ def test_a_lower_limit_holds_until_it_is_raised() -> None:
 
 
 def test_what_is_not_in_the_role_s_table_is_refused() -> None:
-    accepted = {role: set() for role in Role}
-    for role in Role:
+    accepted = {role: set() for role in (Role.CLIENT, Role.SERVER)}
+    for role in (Role.CLIENT, Role.SERVER):
         for kind in [*range(9), 0xFFFFFFFF]:
             for status in [*range(5), 0xFFFFFFFF]:
                 length = 40 if kind == m.STREAM_HOLE else 32 if kind in (4, 5) else 28
@@ -157,8 +157,8 @@ def test_a_server_takes_no_events() -> None:
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.binary(max_size=300), st.sampled_from(list(Role)))
-def test_noise_is_refused_or_waited_for(noise: bytes, role: Role) -> None:
+@given(st.binary(max_size=300), st.sampled_from((Role.CLIENT, Role.SERVER)))
+def test_noise_is_refused_or_waited_for(noise: bytes, role: str) -> None:
     try:
         Connection(role).feed(noise)
     except RpcError:
@@ -216,7 +216,7 @@ def test_too_many_descriptors_are_refused_but_can_be_closed() -> None:
 # --- streams ---
 
 
-def opened(role: Role) -> tuple[Connection, m.Key]:
+def opened(role: str) -> tuple[Connection, m.Key]:
     connection = Connection(role)
     key = (CONSOLE.program.number, CONSOLE.number, 3)
     connection.open_stream(key)
@@ -258,7 +258,7 @@ def test_a_server_aborts_with_its_reason() -> None:
 
 
 def test_packets_of_streams_that_nobody_opened_are_dropped() -> None:
-    for role in Role:
+    for role in (Role.CLIENT, Role.SERVER):
         connection, key = opened(role)
         other = (key[0], key[1], 4)
         packets = m.stream_data(other, b"x") + m.stream_end(other) + m.stream_finish(other) + m.stream_abort(other)

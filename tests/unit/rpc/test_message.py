@@ -24,7 +24,7 @@ def packed(*words: int) -> bytes:
     return b"".join(word.to_bytes(4) for word in words)
 
 
-def received(role: Role, data: bytes) -> m.Message:
+def received(role: str, data: bytes) -> m.Message:
     (message,) = Connection(role).feed(data)
     return message
 

@@ -160,11 +160,19 @@ def get_control_info(connection: Connection, args: Any) -> tuple[int, int, int]:
     return (int(busy), 0, int(job.get("elapsed_ms", 0)) if busy else 0)  # virDomainControlState OK or JOB
 
 
+MESSAGES_DOCUMENT, MESSAGES_STATE = 1, 2  # where libvirt has deprecations and taints
+MESSAGES_MAX = 2048  # the protocol's limit of the list
+
+
 def get_messages(connection: Connection, args: Any) -> tuple[list[str]]:
     """What a user should know: why the machine is in the state it is in, and what its document warns of."""
     domain = connection.domain(args[0])
-    check_flags(args[1], 3, "domain messages")
-    return ([domain.reason_text] if domain.reason_text else [],)
+    check_flags(args[1], MESSAGES_DOCUMENT | MESSAGES_STATE, "domain messages")
+    wanted = args[1] or MESSAGES_DOCUMENT | MESSAGES_STATE
+    found = [domain.reason_text] if domain.reason_text and wanted & MESSAGES_STATE else []
+    if wanted & MESSAGES_DOCUMENT:
+        found += domain.definition.warnings()
+    return (found[:MESSAGES_MAX],)
 
 
 # --- life cycle -------------------------------------------------------------------------------------------------------

@@ -322,7 +322,9 @@ class QemuMachine:
                 path.unlink(missing_ok=True)
         expected = self._quitting or bool(self._reason and code in (0, None))
         reason = self._reason or (
-            "it was destroyed" if self._quitting else f"QEMU ended unasked: {describe_exit(code)}"
+            "it was destroyed"
+            if self._quitting
+            else f"QEMU ended unasked{f': {describe_exit(code)}' if code is not None else ''}"
         )
         self.run_state = "ended"
         self._emit(MachineEvent(EventKind.ENDED, reason, {"code": code, "expected": expected}, time.time()))
