@@ -23,9 +23,12 @@ def escape_byte(text: str) -> bytes:
     raise UsageError(f"Invalid string '{text}' for escape sequence", remedy="write it like ^] or ^A")
 
 
-def attach(ctx: Context, domain: Domain, device: str | None = None, bits: int = 0) -> int:
-    """Carry bytes until the escape character, the machine's end, or the end of input."""
-    from kvik.client.stream import raw_terminal
+def attach(ctx: Context, domain: Domain, device: str | None = None, bits: int = 0, *, backlog: bytes = b"") -> int:
+    """Carry bytes until the escape character, the machine's end, or the end of input.
+
+    `backlog` is what the guest printed before, to be shown first.
+    """
+    from kvik.client.stream import raw_terminal, write_all
 
     escape = escape_byte(ctx.escape)
     ctx.doing = ""
@@ -39,6 +42,7 @@ def attach(ctx: Context, domain: Domain, device: str | None = None, bits: int = 
     ctx.extra(f"Escape character is {shown}" + (f" (Ctrl + {ctx.escape[1]})" if len(ctx.escape) == 2 else ""))
     ctx.stdout.flush()
     with domain.console(device, bits) as stream, raw_terminal(ctx.stdin.fileno()):
+        write_all(ctx.stdout.fileno(), backlog)
         how = stream.pump(ctx.stdin.fileno(), ctx.stdout.fileno(), escape)
     ctx.extra()
     if how == "escape":

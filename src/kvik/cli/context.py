@@ -190,6 +190,9 @@ class Context:
         lines.append(f"{label} {term.neutralise(f'{where}: {message}' if where else message, keep=chr(10))}")
         if remedy:
             lines.append(f"{hint} {term.neutralise(remedy, keep=chr(10))}")
+        limit = term.columns(self.stderr)
+        if limit and not shade:
+            lines = [term.wrap(text, limit, "  ") for line in lines for text in line.split("\n")]
         self.stdout.flush()
         self.stderr.write("\n".join(lines) + "\n")
         self.stderr.flush()

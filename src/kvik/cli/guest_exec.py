@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvik.cli.common import ACTIVE
 from kvik.cli.options import FLAG, REST, TEXT, WORDS, Option, UsageError, Verb
-from kvik.errors import InvalidArgument, OperationInvalid
+from kvik.errors import AgentError, InvalidArgument, OperationInvalid, OperationTimeout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from kvik.cli.options import Options
     from kvik.client import Domain
 
-STDIN_MAX = 8 << 20  # the agent takes all of it at once
+STDIN_MAX = 1 << 20  # the agent takes all of it in one request
+# As shells and timeout(1) have it.
+TIMED_OUT = 124
+NOT_RUN = {"Permission denied": 126, "Exec format error": 126, "Is a directory": 126, "No such file or directory": 127}
 
 
 def seconds(text: str | None, name: str = "timeout") -> float | None:
@@ -34,7 +37,16 @@ def run_in(
     ctx: Context, domain: Domain, argv: Sequence[str], *, timeout: float | None = None, stdin: bytes = b""
 ) -> int:
     """Run `argv` in the guest, pass its output on, return its exit code (128 + N for signal N, as a shell has it)."""
-    result = domain.exec(argv, stdin=stdin, timeout=timeout)
+    try:
+        result = domain.exec(argv, stdin=stdin, timeout=timeout)
+    except OperationTimeout as error:
+        error.exit_code = TIMED_OUT  # type: ignore[attr-defined]
+        raise
+    except AgentError as error:
+        for why, code in NOT_RUN.items():
+            if error.message.endswith(f"cannot be run in the guest: {why}"):
+                error.exit_code = code  # type: ignore[attr-defined]
+        raise
     code = 128 + result.signal if result.signal else result.exitcode
     if ctx.put(
         {

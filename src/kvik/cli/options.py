@@ -28,6 +28,8 @@ SOME = "some"  # one value at least
 REST = "rest"  # all that follows a lone `--`, never by name
 VALUED = (TEXT, DATA, NUMBER, COUNT, WORDS, SOME)
 
+HELP_WIDTH = 80
+
 # what completes a value
 COMMON: tuple[Option, ...]
 
@@ -252,13 +254,34 @@ def _store(option: Option, value: str, values: dict[str, str | bool | list[str]]
 
 
 def describe(name: str, summary: str, verb: Verb) -> str:
-    """The help page of one verb, laid out as virsh does."""
-    synopsis = " ".join([name, *(option.usage() for option in _synopsis_order(verb))])
-    lines = ["  NAME", f"    {name} - {summary}", "", "  SYNOPSIS", f"    {synopsis}"]
+    """The help page of one verb, laid out as virsh does, but for lines longer than a terminal."""
+    import textwrap
+
+    lines = ["  NAME", f"    {name} - {summary}", "", "  SYNOPSIS"]
+    line = f"    {name}"
+    for option in _synopsis_order(verb):
+        if len(line) + 1 + len(option.usage()) > HELP_WIDTH:
+            lines.append(line)
+            line = "       "
+        line += f" {option.usage()}"
+    lines.append(line)
     if verb.description:
         lines += ["", "  DESCRIPTION", *(f"    {line}" for line in verb.description.splitlines())]
     lines += ["", "  OPTIONS"]
-    lines += [f"    {option.left():<15}  {option.help}" for option in (*verb.options, *COMMON)]
+    options = (*verb.options, *COMMON)
+    column = min(28, max(15, *(len(option.left()) for option in options)))
+    for option in options:
+        left = f"    {option.left():<{column}}  "
+        if len(left) > column + 6:  # too long for its column: the help goes below it
+            lines.append(left.rstrip())
+            left = " " * (column + 6)
+        lines += textwrap.wrap(
+            option.help,
+            HELP_WIDTH,
+            initial_indent=left,
+            subsequent_indent=" " * (column + 6),
+            break_long_words=False,
+        )
     return "\n".join(lines) + "\n"
 
 

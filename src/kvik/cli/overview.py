@@ -69,7 +69,7 @@ def table_of(items: list[tuple[OverviewRow, float]]) -> Table:
         state = flags.state_name(row.state)
         table.add(
             row.name,
-            f"{state}, ready" if active and row.ready else state,
+            "ready" if active and row.ready and state == "running" else state,
             acceleration(row.accelerator) if active else "-",
             row.vcpus,
             memory(row.mem_kib),
@@ -82,7 +82,7 @@ def table_of(items: list[tuple[OverviewRow, float]]) -> Table:
 
 def shade(column: int, text: str) -> str | None:
     if column == 1:
-        return term.STATE_COLOURS.get(text.removesuffix(", ready"))
+        return term.STATE_COLOURS.get("running" if text == "ready" else text)
     return "yellow" if column == 2 and text == "emulation" else None
 
 

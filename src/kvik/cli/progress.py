@@ -45,7 +45,10 @@ class Progress:
         if self.quiet:
             return
         self.clear()
-        self.stream.write(term.neutralise(text) + "\n")
+        text = term.neutralise(text)
+        if self.terminal:
+            text = term.wrap(text, term.columns(self.stream) or 80, "  ")
+        self.stream.write(text + "\n")
         self.stream.flush()
 
     def transient(self, text: str, *, always: bool = False) -> None:

@@ -10,7 +10,7 @@ from kvik.cli.guest_exec import STDIN_MAX, run_in, seconds
 from kvik.cli.needs import ensure_packages
 from kvik.cli.options import FLAG, NUMBER, REST, TEXT, Option, UsageError, Verb
 from kvik.cli.progress import Progress
-from kvik.errors import AlreadyExists, InvalidArgument, KvikError, NotFound, OperationFailed
+from kvik.errors import AlreadyExists, ConfigError, InvalidArgument, KvikError, NotFound, OperationFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ TINY_MEMORY_KIB = 256 << 10
 OWN_MEMORY_KIB = 2 << 20
 NAME_TRIES = 50
 AUTODESTROY = 2
+BACKLOG = 2048  # bytes of console output shown when the console is attached
 UNDEFINE_NVRAM = 4
 
 
@@ -48,6 +49,13 @@ def acceleration(paths: Paths) -> Verdict:
     from kvik.host.probe import kvm_verdict
 
     return kvm_verdict(paths.cache)
+
+
+def acceleration_line(verdict: Verdict) -> str:
+    """One sentence: what runs the guest's instructions, and why."""
+    if verdict.usable:
+        return f"Acceleration: {verdict.reason}."
+    return f"Acceleration: software emulation, because {verdict.reason} ('kvik doctor' says more)."
 
 
 def use_tiny(machine: Machine, paths: Paths, progress: Progress, append: str | None) -> None:
@@ -76,7 +84,8 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
         if not os.path.exists(os.path.expanduser(image)) and "/" not in image:  # noqa: PTH110, PTH111
             raise NotFound(
                 f"there is no image '{image}'",
-                remedy="'tiny' is made for you; anything else is the path of a disk image",
+                remedy=f"'tiny' is made for you, and a path is a disk image; a command comes after '--': "
+                f"kvik run --rm -- {image}",
             )
         disks = [image, *disks]
     is_tiny = kernel is None and cdrom is None and not disks
@@ -95,7 +104,8 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
     size = options.text("memory")
     if size is not None:
         machine.memory_kib = scaled(size, "memory", 1 << 20) >> 10
-    machine.vcpus = options.number("vcpus") or 1
+    vcpus = options.number("vcpus")
+    machine.vcpus = 1 if vcpus is None else vcpus
     if machine.vcpus < 1 or not 1 << 10 <= machine.memory_kib < 1 << 42:
         raise UsageError("a machine has at least one vCPU and 1 MiB of memory, and less than 4 PiB")
     machine.cpu = options.text("cpu")
@@ -147,6 +157,9 @@ def start(ctx: Context, options: Options, machine: Machine, paths: Paths, finish
                 # Transient, and tied to this connection: gone even if this process is killed.
                 return connection.create(xml, 0 if keep_alive else AUTODESTROY)
             domain = connection.define(xml)
+        except ConfigError as error:
+            # The document is ours: its lines and paths tell the user nothing.
+            raise InvalidArgument(error.message, remedy=error.remedy) from error
         except AlreadyExists:
             if asked or attempt == NAME_TRIES - 1:
                 raise
@@ -190,7 +203,19 @@ def remove_machine(domain: Domain) -> None:
         pass
 
 
+def check_name(ctx: Context, name: str | None) -> None:
+    """A name that is taken is told at once, not after packages were fetched and an image made."""
+    if name is None or name not in {domain.name for domain in ctx.connection.domains()}:
+        return
+    raise AlreadyExists(
+        f"there is a machine '{name}' already",
+        remedy=f"choose another --name; or 'kvik start {name}' starts it, 'kvik undefine {name}' removes it",
+    )
+
+
 def run(ctx: Context, options: Options) -> int:
+    from kvik.cli.run_stages import DoesNotBoot
+
     command = options.words("command")
     wanted_console, detach, remove = options.flag("console"), options.flag("detach"), options.flag("rm")
     if wanted_console and (detach or command):
@@ -208,9 +233,9 @@ def run(ctx: Context, options: Options) -> int:
         verdict = acceleration(paths)
         # Before anything is installed, downloaded or written: what the user gave must make sense.
         machine, is_tiny = build(ctx, options, paths, verdict, progress)
+        check_name(ctx, options.text("name"))
         ensure_packages(ctx, progress, uefi=machine.firmware == "uefi", yes=options.flag("yes"))
-        how = "KVM" if verdict.usable else "software emulation"
-        progress.line(f"acceleration: {how}, because {verdict.reason}")
+        progress.line(acceleration_line(verdict))
         finisher = Finisher(paths, progress, options.text("append"), is_tiny=is_tiny)
         domain = start(ctx, options, machine, paths, finisher)
         ctx.doing = ""
@@ -223,7 +248,7 @@ def run(ctx: Context, options: Options) -> int:
             raise
         except KvikError as error:
             progress.clear()
-            if isinstance(error, OperationFailed):
+            if isinstance(error, (OperationFailed, DoesNotBoot)):
                 show_log(ctx, machine)
             leave(ctx, domain, remove=remove)
             raise
@@ -261,7 +286,7 @@ def use(
         if options.flag("console") or (term.is_terminal(ctx.stdin) and not detach and not ctx.json):
             from kvik.cli.console import attach
 
-            return attach(ctx, domain)
+            return attach(ctx, domain, backlog=last_output(machine) if readiness else b"")
         return 0
     finally:
         if remove and not detach:
@@ -270,6 +295,8 @@ def use(
 
 def report(ctx: Context, domain: Domain, readiness: Readiness | None, machine: Machine, verdict: Verdict) -> None:
     """The ready line, or the same as data."""
+    from kvik.cli.run_stages import state_word
+
     address = address_of(ctx, domain)
     took = max((stage.seconds for stage in readiness.stages if stage.state == 1), default=0.0) if readiness else None
     if ctx.put(
@@ -281,7 +308,9 @@ def report(ctx: Context, domain: Domain, readiness: Readiness | None, machine: M
             "address": address or None,
             "acceleration": "kvm" if machine.accelerated else "emulation",
             "reason": verdict.reason,
-            "stages": [stage._asdict() for stage in readiness.stages] if readiness else [],
+            "stages": [{**stage._asdict(), "state": state_word(stage)} for stage in readiness.stages]
+            if readiness
+            else [],
         }
     ):
         return
@@ -308,6 +337,16 @@ def leave(ctx: Context, domain: Domain, *, remove: bool) -> None:
         )
 
 
+def last_output(machine: Machine) -> bytes:
+    """What the console showed while nobody was attached: the prompt that the user would otherwise not see."""
+    try:
+        with open(machine.log or "", "rb") as file:  # noqa: PTH123
+            file.seek(max(0, os.fstat(file.fileno()).st_size - BACKLOG))
+            return file.read()
+    except OSError:
+        return b""
+
+
 def show_log(ctx: Context, machine: Machine) -> None:
     """The last lines that the machine printed: they say more than we can."""
     if machine.log is None:
@@ -325,9 +364,10 @@ def show_log(ctx: Context, machine: Machine) -> None:
 COMMANDS = {
     "run": Verb(
         run,
-        "Boots a machine: the tiny one, made from Debian packages on first use, or from the\n"
-        "kernel, disks or CD given. With a COMMAND: runs it in the machine, prints its output\n"
-        "and ends with its exit code. On a terminal: attaches the console (Ctrl-] leaves).",
+        "Boots a machine: the tiny one, made from Debian packages on first use, or\n"
+        "from the kernel, disks or CD given. With a COMMAND: runs it in the machine,\n"
+        "prints its output and ends with its exit code. On a terminal: attaches the\n"
+        "console (Ctrl-] leaves).",
         Option("image", TEXT, "'tiny' (default), or the path of a disk image", complete="file"),
         Option("name", TEXT, "name of the machine (default: tiny-1, tiny-2, ...)", named_only=True),
         Option("memory", TEXT, "memory, as scaled integer (default MiB)", short="m", metavar="size", named_only=True),
@@ -342,7 +382,7 @@ COMMANDS = {
         Option(
             "disk",
             TEXT,
-            "disk: FILE, or path=FILE[,format=raw|qcow2][,bus=virtio|sata|scsi][,readonly]",
+            "disk: FILE, or path=FILE with [,format=raw|qcow2] [,bus=virtio|sata|scsi] [,readonly]",
             named_only=True,
             repeat=True,
             complete="file",

@@ -147,11 +147,14 @@ class Machine:
 
     __slots__ = (
         "accelerated", "append", "cdrom", "cpu", "disks", "firmware", "graphics", "initrd", "kernel", "log", "machine",
-        "memory_kib", "name", "network", "vcpus",
+        "memory_kib", "name", "network", "uuid", "vcpus",
     )  # fmt: skip
 
     def __init__(self, name: str, *, accelerated: bool) -> None:
+        from uuid import uuid4
+
         self.name = name
+        self.uuid = str(uuid4())
         self.accelerated = accelerated
         self.memory_kib = 512 << 10
         self.vcpus = 1
@@ -242,6 +245,8 @@ def domain_xml(machine: Machine) -> str:
     lines = [
         f"<domain type='{'kvm' if machine.accelerated else 'qemu'}'>",
         f"  <name>{escape(machine.name)}</name>",
+        # Named by us: a document without one would redefine the machine that has this name.
+        f"  <uuid>{machine.uuid}</uuid>",
         f"  <memory unit='KiB'>{machine.memory_kib}</memory>",
         f"  <vcpu placement='static'>{machine.vcpus}</vcpu>",
         "  <os firmware='efi'>" if machine.firmware == "uefi" else "  <os>",

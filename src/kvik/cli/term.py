@@ -63,6 +63,21 @@ def clip(text: str, cells: int) -> str:
     return "".join(kept) + "…"
 
 
+def wrap(text: str, limit: int, indent: str = "") -> str:
+    """`text` broken between words into lines of at most `limit` cells; the later ones begin with `indent`."""
+    if width(text) <= limit or limit < 20:
+        return text
+    first, *words = text.lstrip(" ").split(" ")
+    lines, line = [], " " * (len(text) - len(text.lstrip(" "))) + first
+    for word in words:
+        if line.strip() and width(line) + 1 + width(word) > limit:
+            lines.append(line)
+            line = indent + word
+        else:
+            line = f"{line} {word}"
+    return "\n".join([*lines, line])
+
+
 def is_terminal(stream: TextIO) -> bool:
     try:
         return stream.isatty()

@@ -86,7 +86,7 @@ def _connect(path: str, *, started: bool) -> socket.socket:
     except OSError as error:
         sock.close()
         if len(os.fsencode(path)) >= 108:
-            remedy = "the path is too long for a Unix socket (107 bytes); choose a shorter directory"
+            remedy = "a Unix socket's path has at most 107 bytes: set XDG_RUNTIME_DIR to a shorter directory of yours"
         elif error.errno == errno.EACCES:
             remedy = "the socket belongs to another user; kvik:///session is your own daemon"
         elif error.errno in _NOBODY_LISTENS and not started:

@@ -152,6 +152,7 @@ def usb_devices(devices: Devices) -> Iterator[Device]:
     yield from (item for item in devices.sounds if item.model == "usb")
     yield from (item for item in devices.interfaces if item.model is not None and item.model.type == "usb-net")
     yield from (item for item in devices.redirdevs if item.bus == "usb")
+    yield from (item for item in devices.controllers if item.type == "ccid")
 
 
 def _port_order(port: str) -> tuple[int, list[int]]:

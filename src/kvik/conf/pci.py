@@ -145,9 +145,13 @@ class _Map:
         self.slots: set[tuple[int, int]] = set()  # (bus, slot) with a function in use
         self.buses: dict[int, str] = {0: "pcie-root" if machine in (Q35, PCIE) else "pci-root"}
         self.created: list[Controller] = []
+        self.above: dict[int, int | None] = {}  # bus -> the bus that its controller sits on, None while it has no place
         for item in devices.controllers:
             if item.type == "pci" and item.model and item.index is not None:
                 self.buses[item.index] = item.model
+                if item.index:
+                    placed = item.address is not None and item.address.type == "pci"
+                    self.above[item.index] = (item.address.bus or 0) if placed and item.address else None
         for device, _ in [*pci_devices(devices), *((item, "") for item in devices.controllers if item.type == "pci")]:
             if device.address is not None and device.address.type == "pci":
                 self.take(device.address.pci[1:], device)
@@ -211,22 +215,65 @@ class _Map:
             index = item.index or 0
             if not _unplaced(item):
                 assert item.address is not None
-                groups.setdefault(index, item.address.slot or 0)
+                if item.address.type == "pci" and not item.address.bus:
+                    groups.setdefault(index, item.address.slot or 0)
                 continue
             if index not in groups:
                 groups[index] = next((slot for slot in range(2, 32) if self.slot_free(0, slot)), 0)
-            self.put(item, (0, groups[index], _ICH9_USB[item.model]), multifunction=item.model == "ich9-uhci1")
+            wanted = (0, groups[index], _ICH9_USB[item.model])
+            if groups[index] and wanted not in self.used:  # else it finds a slot of its own
+                self.put(item, wanted, multifunction=item.model == "ich9-uhci1")
 
     def put(self, device: Device, slot: Slot, multifunction: bool = False) -> None:
         device.address = _address(slot, multifunction)
         self.take(slot, device)
+        if isinstance(device, Controller) and device.type == "pci" and device.index:
+            self.above[device.index] = slot[0]
+
+    def rooted(self, bus: int) -> bool:
+        """Whether the bus hangs, by controllers that have a place, on the root: nothing else may hang on it yet, lest
+        two bridges end up each behind the other."""
+        seen: set[int] = set()
+        while bus:
+            upper = self.above.get(bus)
+            if upper is None or bus in seen:
+                return False
+            seen.add(bus)
+            bus = upper
+        return True
+
+    def place_bridges(self) -> None:
+        """Those without a place, in the document's order, but none before the one that it will hang on."""
+        waiting = [
+            item
+            for item in self.devices.controllers
+            if item.type == "pci" and item.model in BUSES and item.model not in ROOTS and _unplaced(item)
+        ]
+        while waiting:
+            ready = [item for item in waiting if self._place_bridge(item)]
+            if not ready:
+                able = waiting if self.grow else []
+                ready = [next((item for item in able if self.can_make(_need_of(item))), waiting[0])]
+                self.place(ready[0], _need_of(ready[0]))
+            waiting = [item for item in waiting if item not in ready]
+
+    def _place_bridge(self, item: Controller) -> bool:
+        if self.existing(_need_of(item), item) is None:
+            return False
+        self.place(item, _need_of(item))
+        return True
+
+    def can_make(self, need: str) -> bool:
+        return need == CONVENTIONAL or (need == EXPRESS and self.root == "root")
 
     def place(self, device: Device, need: str) -> None:
         """Find it a slot of the kind it needs, making one where that is allowed."""
         slot = self.find(need, device)
         if slot is None:
             raise ConfigError(
-                f"no free {need} PCI slot is left", path=path_of(self.devices, device), remedy=_remedy(self.machine)
+                f"no free {need} PCI slot is left",
+                path=path_of(self.devices, device),
+                remedy=_remedy(self.machine, need),
             )
         self.put(device, slot, multifunction=_is_root_port(device) and slot[2] == 0)
         if isinstance(device, Controller) and device.model == "pcie-root-port" and not self.grow:
@@ -236,12 +283,17 @@ class _Map:
                 device.target.port = port
 
     def find(self, need: str, device: Device | None = None) -> Slot | None:
-        if self.root == CONVENTIONAL and need == EXPRESS:
+        if self.root == CONVENTIONAL and need == EXPRESS and not _is_bridge(device):
             need = CONVENTIONAL
+        slot = self.existing(need, device)
+        return slot if slot is not None or not self.grow else self.make(need)
+
+    def existing(self, need: str, device: Device | None = None) -> Slot | None:
+        """A free slot on a bus that is there."""
         root_port = _is_root_port(device)
         for index in sorted(self.buses):
             offers, first, last, _ = BUSES[self.buses[index]]
-            if offers != need:
+            if offers != need or not self.rooted(index):
                 continue
             if root_port:
                 if (slot := self._root_port_slot(index)) is not None:
@@ -250,7 +302,7 @@ class _Map:
             for number in range(first, last + 1):
                 if self.slot_free(index, number):
                     return index, number, 0
-        return self.make(need) if self.grow else None
+        return None
 
     def _root_port_slot(self, bus: int) -> Slot | None:
         for number in range(1, 32):
@@ -265,35 +317,46 @@ class _Map:
 
     def make(self, need: str, index: int | None = None) -> Slot | None:
         """A new controller with a free slot of this kind, and that slot; `index` if its number is already known."""
-        if need == EXPRESS:
-            model = "pcie-root-port"
-        elif need == CONVENTIONAL:
-            model = "pcie-to-pci-bridge" if self.root == "root" else "pci-bridge"
-        else:
+        if not self.can_make(need):
             return None
+        bridge = "pcie-to-pci-bridge" if self.root == "root" else "pci-bridge"
+        model = "pcie-root-port" if need == EXPRESS else bridge
         controller = Controller(type="pci", model=model, index=index or max(self.buses) + 1)
         bus = controller.index or 0
         if model == "pci-bridge":
             # It takes a slot of the root bus and offers 31 others. The root bus is full by now, so the count is kept
             # by closing one slot here; in the second round bridges are placed first.
             self.take((bus, BUSES[model][2], 0), controller)
+            self.above[bus] = 0
         else:
             upstream = self.find(BUSES[model][3], controller)
             if upstream is None:
                 return None
-            self.put(controller, upstream, multifunction=_is_root_port(controller) and upstream[2] == 0)
             # Finding the upstream slot may itself have made a controller.
             controller.index = bus = index or max(self.buses) + 1
+            self.put(controller, upstream, multifunction=_is_root_port(controller) and upstream[2] == 0)
         self.buses[bus] = model
         self.created.append(controller)
         return bus, BUSES[model][1], 0
+
+
+def _need_of(bridge: Controller) -> str:
+    return BUSES[bridge.model or ""][3]
+
+
+def _is_bridge(device: Device | None) -> bool:
+    return isinstance(device, Controller) and device.type == "pci"
 
 
 def _is_root_port(device: Device | None) -> bool:
     return isinstance(device, Controller) and device.model == "pcie-root-port"
 
 
-def _remedy(machine: str) -> str:
+def _remedy(machine: str, need: str) -> str:
+    if need == "switch":
+        return "add <controller type='pci' model='pcie-switch-upstream-port'/> to the definition"
+    if machine not in (Q35, PCIE) and need != CONVENTIONAL:
+        return "this machine type has no PCI Express: use q35, or leave the controller out"
     if machine in (Q35, PCIE):
         return "add <controller type='pci' model='pcie-root-port'/> to the definition while the machine is off"
     return "add <controller type='pci' model='pci-bridge'/> to the definition while the machine is off"
@@ -316,9 +379,7 @@ def assign_pci(domain: Domain, *, grow: bool = True, spare_root_ports: int = 0) 
         _add_missing(devices, machine, 0 if had_ports else spare_root_ports)
     places = _Map(devices, machine, grow=False)
     places.fixed()
-    for item in devices.controllers:
-        if item.type == "pci" and item.model in BUSES and item.model not in ROOTS and _unplaced(item):
-            places.place(item, BUSES[item.model][3])
+    places.place_bridges()
     for device, need in pci_devices(devices):
         if _unplaced(device):
             places.place(device, need)
@@ -336,15 +397,16 @@ def _add_missing(devices: Devices, machine: str, spare: int) -> None:
             if index not in trial.buses:
                 trial.make(EXPRESS if trial.root == "root" else CONVENTIONAL, index)
         trial.fixed()
-        for item in devices.controllers:
-            if item.type == "pci" and item.model in BUSES and item.model not in ROOTS and _unplaced(item):
-                trial.place(item, BUSES[item.model][3])
+        trial.place_bridges()
         for device, need in pci_devices(devices):
             if _unplaced(device):
                 trial.place(device, need)
         if machine in (Q35, PCIE):
             for _ in range(spare):
                 trial.make(EXPRESS)
+        else:
+            # A bridge needs a slot itself: it is made while there is one, for the devices that come later.
+            trial.find(CONVENTIONAL)
     finally:
         for device, address in before:
             device.address = address

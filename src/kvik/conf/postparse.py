@@ -84,6 +84,9 @@ def _machine(domain: Domain, caps: MachineDefaults) -> None:
     domain.vcpu = domain.vcpu or Vcpu(value=1)
     if domain.vcpu.placement is None:
         domain.vcpu.placement = "static"
+    if domain.vcpus is not None and domain.vcpus.vcpus:
+        # Told one by one: the count follows; those not told of are not there.
+        domain.vcpu.current = sum(bool(item.enabled) for item in domain.vcpus.vcpus) or None
     if domain.vcpu.current == domain.vcpu.value:
         domain.vcpu.current = None
     if domain.cpu is not None and domain.cpu.mode is None and domain.cpu.model is not None:
@@ -344,12 +347,17 @@ def _controllers(domain: Domain, caps: MachineDefaults) -> None:
 
 def _indexes(devices: Devices) -> None:
     """Number the controllers that have no index, kind by kind; USB companions share their master's."""
+    leader: int | None = None
     for item in devices.controllers:
+        if item.index is None and str(item.model).startswith("ich9-uhci") and leader is not None:
+            item.index = leader
         if item.index is None:
             taken = {other.index for other in devices.controllers if other.type == item.type}
             # The first PCI bridge of a document without a root is not the root.
             start = 1 if item.type == "pci" and item.model not in (None, "pci-root", "pcie-root") else 0
             item.index = next(number for number in range(start, 4096) if number not in taken)
+        if item.type == "usb" and item.model == "ich9-ehci1":
+            leader = item.index
 
 
 def _need(devices: Devices, kind: str, index: int, model: str | None) -> None:

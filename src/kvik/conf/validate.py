@@ -141,6 +141,21 @@ def _vcpus(domain: Domain) -> None:
     for index, entry in enumerate(entries, 1):
         if entry.id >= count:
             raise ConfigError(f"vCPU {entry.id} does not exist", path=f"/domain/vcpus/vcpu[{index}]")
+        if entry.enabled is None:
+            raise ConfigError("enabled is yes or no", path=f"/domain/vcpus/vcpu[{index}]/@enabled")
+        if not entry.enabled and entry.hotpluggable is False:
+            raise ConfigError(
+                f"vCPU {entry.id} is neither there nor pluggable", path=f"/domain/vcpus/vcpu[{index}]/@hotpluggable"
+            )
+        if entry.id == 0 and (not entry.enabled or entry.hotpluggable):
+            raise ConfigError("vCPU 0 is always there and cannot be unplugged", path=f"/domain/vcpus/vcpu[{index}]")
+    if entries:
+        if all(entry.id for entry in entries):
+            raise ConfigError("vCPU 0 is not told of", path="/domain/vcpus")
+        orders = [entry.order for entry in entries if entry.order is not None and entry.enabled]
+        _unique(map(str, orders), "/domain/vcpus/vcpu", "order")
+        if orders and len(orders) != sum(bool(entry.enabled) for entry in entries):
+            raise ConfigError("order is given for every vCPU that is there, or for none", path="/domain/vcpus")
     for index, feature in enumerate(domain.cpu.features if domain.cpu is not None else [], 1):
         if not re.fullmatch(r"[A-Za-z0-9_.+-]+", feature.name):
             raise ConfigError(f"{feature.name!r} is no CPU feature", path=f"/domain/cpu/feature[{index}]")

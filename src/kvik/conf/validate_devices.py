@@ -84,8 +84,26 @@ def validate_devices(domain: Domain) -> None:
         if filesystem.source is not None:
             _absolute(filesystem.source.dir, path + "/source/@dir", "directory")
         claim(("tag", filesystem.target.dir), path, f"tag {filesystem.target.dir!r}")
+    _pci_tree(domain, root)
     _displays(domain, root)
     _others(domain, root)
+
+
+def _pci_tree(domain: Domain, root: str) -> None:
+    """Bridges hang on the root, whatever way: one that is behind itself hangs on nothing."""
+    above = {
+        item.index: item.address.bus or 0
+        for item in domain.devices.controllers
+        if item.type == "pci" and item.index and item.address is not None and item.address.type == "pci"
+    }
+    for index in above:
+        seen: set[int] = set()
+        bus: int = index
+        while bus in above and bus not in seen:
+            seen.add(bus)
+            bus = above[bus]
+        if bus in seen:
+            raise ConfigError(f"PCI controller {bus} is behind itself", path=f"{root}controller")
 
 
 def _absolute(value: str | None, path: str, what: str) -> None:

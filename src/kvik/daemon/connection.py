@@ -202,7 +202,9 @@ class Connection:
     def _denial(self, entry: Entry) -> KvikError:
         if self.access is Access.ANYONE:
             return KvikError(f"{entry.name}: the connection was not opened")
-        return OperationDenied(f"operation {entry.name} forbidden for read only access")
+        return OperationDenied(
+            f"operation {entry.name} forbidden for read only access", remedy="connect without -r (--readonly)"
+        )
 
     def _refuse(self, call: Message, error: KvikError) -> None:
         _close_files(call.fds)

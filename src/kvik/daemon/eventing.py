@@ -29,7 +29,7 @@ CALLBACKS_MAX = 1024  # of one connection
 CALLBACK_ID = struct.Struct(">i")
 UNIX_ADDRESS = 2  # VIR_DOMAIN_EVENT_GRAPHICS_ADDRESS_UNIX
 STAGE = 100  # our own event: a boot stage was reached
-STAGE_STATES = {"waiting": 0, "done": 1, "stalled": 2, "skipped": 3}
+STAGE_STATES = {"waiting": 0, "done": 1, "stalled": 2, "skipped": 3, "failed": 4}
 
 Body = Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]  # (machine, the event's fields) -> the wire's fields
 

@@ -22,6 +22,7 @@ DEBIAN: dict[str, str] = {
     "ip": "iproute2",
     "passt": "passt",
     "swtpm": "swtpm",
+    "swtpm_setup": "swtpm-tools",
     "virtiofsd": "virtiofsd",
     "busybox": "busybox-static",
     "ssh": "openssh-client",

@@ -242,7 +242,7 @@ def judge(result: dict[str, Any], host: Virtualization) -> Verdict:
     def unusable(why: str, remedy: str) -> Verdict:
         return Verdict(
             False,
-            f"/dev/kvm is present but unusable: {why}",
+            f"/dev/kvm is unusable: {why}",
             f"{remedy}; {_FALLBACK}",
             State.UNUSABLE,
             instruction_ns=speed,
@@ -257,7 +257,7 @@ def judge(result: dict[str, Any], host: Virtualization) -> Verdict:
         "machine with nested virtualization"
     )
     if speed > FAST:
-        what = f"runs guest code by emulation ({speed:.0f} ns an instruction; {name}): no stock kernel boots like this"
+        what = f"guest code runs by emulation ({speed:.0f} ns an instruction, {name}), too slow for a stock kernel"
         return unusable(what, outside)
     if error:
         code = int(number("errno"))
@@ -338,7 +338,7 @@ def probe(root: Path = _ROOT, *, deadline: float = DEADLINE, command: list[str] 
     except OperationTimeout:
         return Verdict(
             False,
-            f"/dev/kvm is present but unusable: a tiny guest did not end within {limit:g} s",
+            f"/dev/kvm is unusable: a tiny guest did not end within {limit:g} s",
             f"look into the kernel log: dmesg | grep -i kvm; {_FALLBACK}",
             State.UNUSABLE,
         )

@@ -57,6 +57,7 @@ class EventKind(enum.StrEnum):
     IO_ERROR = "io-error"  # detail: alias; data["reason"], data["action"]
     GRAPHICS = "graphics"  # detail: "connect", "initialize" or "disconnect"
     TRAY_CHANGE = "tray-change"  # detail: alias; data["open"]
+    SIDECAR_ENDED = "sidecar-ended"  # a side process (TPM, shared directory, network) is gone; detail: which and how
     GUEST_OUTPUT = "guest-output"  # first byte on the first serial line or console
     MONITOR = "monitor"  # any raw VMM event; detail: its name, data: its payload
 
@@ -145,6 +146,11 @@ class Machine(Protocol):
     async def attach_device(self, device: Any, files: Mapping[str, int]) -> None: ...
     async def detach_device(self, device: Any) -> None: ...  # returns when asked; DEVICE_REMOVED tells the end
     async def update_device(self, old: Any, new: Any) -> None: ...
+    async def devices(self) -> frozenset[str] | None:
+        """Aliases of what is plugged in, whoever did it; None from a VMM that cannot tell."""
+
+    async def clear_remains(self, device: Any) -> None:
+        """Take away what an attach that was broken off, or a detach nobody saw, left of a device that is not there."""
 
     # interaction
     async def screenshot(self, screen: int) -> tuple[str, bytes]: ...  # MIME type, image
@@ -187,6 +193,12 @@ class Driver(Protocol):
         self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink
     ) -> Machine | None:
         """The machine that `handle` describes, or None if its process is gone (never another process with its pid)."""
+
+    async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
+        """Remove what the driver kept for a machine between its runs: the state of an emulated TPM.
+
+        `keep_tpm` None: as the document says (`persistent_state`), which without a word is to remove it.
+        """
 
     async def native(self, definition: Domain) -> str: ...  # the command line, for domxml-to-native
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str: ...  # XML

@@ -165,6 +165,8 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
     machine = domain.require_machine()
     run = domain.run
     assert run is not None
+    if run.arriving is not None:
+        await settle(domain)
     _check_new(run.live, kind, given)
     trial = run.live.copy()
     add_device(trial.devices, given)
@@ -187,22 +189,67 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
                     f"machine {domain.name!r} has no free PCI slot for another {kind}",
                     remedy="add PCI root ports to the definition and start the machine again",
                 )
+            run.arriving = device
+            await domain.save_status()  # the next daemon must know what to look for, should this one be killed
             with ExitStack() as taps:
                 files: dict[str, int] = {}
                 if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
                     files = await domain.manager.store.run(open_taps, [device], taps)
                 await machine.attach_device(device, files)
-            if domain.run is run:
-                add_device(run.live.devices, device)
-                if device.alias:
-                    domain.emit("device-added", dev_alias=device.alias.name)
+            _arrived(domain, run, device)
+            run.arriving = None
     except BaseException:
+        # `arriving` stays: what could not be undone, for the monitor was lost, is cleared before the next attach.
         if use is not None:
             run.uses.remove(use)
         raise
     finally:
         domain.live_changed()
-    await domain.save_status()
+        # If this fails, the status on disk still names the device, and the next daemon finds it.
+        await domain.save_quietly()
+
+
+def _arrived(domain: DomainObject, run: Run, device: Any) -> None:
+    if domain.run is run:
+        add_device(run.live.devices, device)
+        domain.live_changed()
+        if device.alias:
+            domain.emit("device-added", dev_alias=device.alias.name)
+
+
+async def settle(domain: DomainObject) -> None:
+    """After the daemon was away: bring the live document and the VMM's devices together.
+
+    A device that was being attached when the last daemon was killed is taken up if the VMM has it; otherwise what was
+    prepared for it is removed, so that it can be attached again. A disk or interface that the guest let go meanwhile
+    leaves the document.
+    """
+    machine, run = domain.require_machine(), domain.run
+    assert run is not None
+    plugged = await machine.devices()
+    if plugged is None:
+        run.arriving = None
+        return
+    device = run.arriving
+    if device is not None:
+        if device.alias and device.alias.name in plugged:
+            _arrived(domain, run, device)
+            if isinstance(device, Disk) and (use := await domain.manager.store.run(disks.use_of, device)):
+                run.uses.append(use)
+        else:
+            await machine.clear_remains(device)
+        run.arriving = None
+    for item in (*run.live.devices.disks, *run.live.devices.interfaces):
+        bus = item.target.bus if isinstance(item, Disk) else "pci"
+        if (
+            bus in ("virtio", "scsi", "usb", "pci")
+            and item.alias
+            and item.alias.name
+            and item.alias.name not in plugged
+        ):
+            await machine.clear_remains(item)
+            removed(domain, run, item.alias.name)
+    await domain.save_quietly()
 
 
 # Detaching ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Coroutine, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvik.conf.devices_xml import format_device
 from kvik.conf.domain import Domain, format_domain
 from kvik.conf.enums import (
     DomainJobOperation,
@@ -64,6 +65,7 @@ class Run:
 
     __slots__ = (
         "agent_error",
+        "arriving",
         "asked",
         "autodestroy",
         "balloon_kib",
@@ -100,6 +102,7 @@ class Run:
         self.started = time.time()
         self.early: list[Any] | None = []  # events that came before the machine was ours; then None
         self.ended = asyncio.Event()
+        self.arriving: Any = None  # device that the VMM is being given: in the status, should the daemon be killed
         self.pending: Trigger | None = None  # how the coming end is to be understood
         self.pause_cause = ""  # why the next pause happens
         self.reboot_wanted = False  # the coming power-off is to be a reboot
@@ -128,6 +131,7 @@ class DomainObject:
         "has_managed_save",
         "id",
         "jobs",
+        "keep_tpm",
         "manager",
         "name",
         "persistent",
@@ -153,6 +157,7 @@ class DomainObject:
         self.autostart = False
         self.updated = False  # the definition was changed since the machine was started
         self.has_managed_save = False
+        self.keep_tpm: bool | None = None  # what undefine said while the machine ran; None: as the document says
         self.run: Run | None = None
         self.starting: asyncio.Task[Machine] | None = None
         self.cleaning: asyncio.Task[None] | None = None
@@ -386,6 +391,7 @@ class DomainObject:
             job=job.name if job else "",
             stages=run.stages.reached,
             reason_text=self.reason_text,
+            arriving=format_device(run.arriving, secure=True) if run.arriving is not None else "",
         )
 
     async def save_status(self) -> None:
@@ -540,7 +546,7 @@ class DomainObject:
         return await guest.agent_command(self, text, timeout)
 
     async def agent_exec(
-        self, argv: Sequence[str], stdin: bytes = b"", timeout: float = 30.0, env: Sequence[str] = ()
+        self, argv: Sequence[str], stdin: bytes = b"", timeout: float | None = 30.0, env: Sequence[str] = ()
     ) -> ExecResult:
         return await exec.run(self.require_machine().agent, argv, stdin, timeout, env)
 

@@ -10,10 +10,13 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvik.errors import AgentError, InvalidArgument, OperationTimeout
+
+_NOT_RUN = re.compile(r"Failed to execute child process .*\(([^()]+)\)")
 
 Agent = Callable[[str, Mapping[str, Any], float], Awaitable[Any]]  # command, arguments, seconds
 
@@ -35,10 +38,11 @@ async def run(
     agent: Agent,
     argv: Sequence[str],
     stdin: bytes = b"",
-    timeout: float = 30.0,
+    timeout: float | None = 30.0,
     env: Sequence[str] = (),
 ) -> ExecResult:
-    """The command's end. `OperationTimeout` when it takes longer (it is killed), `AgentError` if it cannot be run."""
+    """The command's end. `AgentError` if it cannot be run; `OperationTimeout` when it takes longer than `timeout`
+    seconds (it is killed; None: as long as it wants)."""
     if not argv or not argv[0]:
         raise InvalidArgument("a command is needed")
     if any("\0" in part for part in argv):
@@ -50,7 +54,14 @@ async def run(
         arguments["input-data"] = base64.b64encode(stdin).decode()
     if env:
         arguments["env"] = list(env)
-    answer = await agent("guest-exec", arguments, CALL_TIMEOUT)
+    try:
+        answer = await agent("guest-exec", arguments, CALL_TIMEOUT)
+    except AgentError as error:
+        # GLib's sentence: Failed to execute child process “x” (No such file or directory)
+        refused = _NOT_RUN.search(error.message)
+        if refused:
+            raise AgentError(f"{argv[0]!r} cannot be run in the guest: {refused[1]}") from error
+        raise
     pid = answer.get("pid") if isinstance(answer, dict) else None
     if not isinstance(pid, int):
         raise AgentError(f"the agent answered {str(answer)[:80]!r} to guest-exec")

@@ -136,7 +136,7 @@ async def boot(
         why = str(error) or type(error).__name__
         domain.run = None
         apply(domain, Trigger.START_FAILED, why)
-        domain.cleaning = manager.spawn(_clean(domain, domain.name, run.directory, f"not started: {why}"))
+        domain.cleaning = manager.spawn(_clean(domain, run, f"not started: {why}"))
         if isinstance(error, asyncio.CancelledError):
             current = asyncio.current_task()
             if not (current and current.cancelling()):  # not we but the start was cancelled: by a destroy
@@ -369,7 +369,7 @@ def finish(domain: DomainObject, run: Run, trigger: Trigger, why: str) -> None:
     apply(domain, trigger, why)
     told = trigger.value if not why or trigger.value in why else f"{trigger.value} ({why})"
     text = f"ended: {why if trigger.value in why else told}"
-    domain.cleaning = domain.manager.spawn(_clean(domain, domain.name, run.directory, text))
+    domain.cleaning = domain.manager.spawn(_clean(domain, run, text))
     run.ended.set()
     current = asyncio.current_task() if _in_task() else None
     for task in list(run.tasks):
@@ -386,10 +386,13 @@ def _in_task() -> bool:
         return False
 
 
-async def _clean(domain: DomainObject, name: str, directory: Path, note: str) -> None:
+async def _clean(domain: DomainObject, run: Run, note: str) -> None:
+    name, transient = domain.name, not domain.persistent
     try:
         domain.log.note(note)
-        await domain.manager.store.remove_status(name, directory)
+        await domain.manager.store.remove_status(name, run.directory)
+        if transient:
+            await domain.driver.forget(run.live, keep_tpm=domain.keep_tpm)
     except KvikError as error:
         logger.warning("machine %s: %s", name, error)
     finally:

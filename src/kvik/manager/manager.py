@@ -49,6 +49,7 @@ _KEEPS_NOTHING = (
     | DomainUndefineFlags.KEEP_TPM
 )
 _NVRAM = DomainUndefineFlags.NVRAM | DomainUndefineFlags.KEEP_NVRAM
+_TPM = DomainUndefineFlags.TPM | DomainUndefineFlags.KEEP_TPM
 
 
 class Manager:
@@ -216,9 +217,6 @@ class Manager:
 
     async def _prepare(self, xml: str) -> tuple[Domain, Definition]:
         document = prepare.parse(xml)
-        known = self._names.get(document.name)
-        if known and document.uuid is None:
-            document.uuid = known.uuid_text  # a redefinition keeps its UUID
         await prepare.complete(document, self.driver_for(document.type), xml)
         return document, Definition(document)
 
@@ -228,7 +226,10 @@ class Manager:
         if by_uuid is not None and by_uuid.name != config.name:
             raise AlreadyExists(f"machine {by_uuid.name!r} is already defined with UUID {by_uuid.uuid_text}")
         if by_name is not None and by_name.uuid != config.uuid:
-            raise AlreadyExists(f"machine {config.name!r} already exists with UUID {by_name.uuid_text}")
+            raise AlreadyExists(
+                f"machine {config.name!r} already exists with UUID {by_name.uuid_text}",
+                remedy=f"to replace its definition, the document must say <uuid>{by_name.uuid_text}</uuid>",
+            )
         return by_uuid
 
     async def define(self, xml: str, *, validate: bool = False) -> DomainObject:
@@ -274,7 +275,9 @@ class Manager:
                 domain = DomainObject(self, config, persistent=False)
                 self.add(domain)
             elif domain.is_active or domain.starting:
-                raise OperationInvalid(f"machine {domain.name!r} is already running")
+                raise OperationInvalid(
+                    f"machine {domain.name!r} is already running", remedy="give the document another <name> and <uuid>"
+                )
         try:
             async with domain.jobs.hold("start"):
                 await lifecycle.boot(domain, paused, files or {}, autodestroy, config)
@@ -290,6 +293,8 @@ class Manager:
             raise OperationUnsupported(f"undefine flags 0x{flags:x} are not supported")
         if flags & _NVRAM == _NVRAM:
             raise OperationInvalid("NVRAM cannot be both kept and removed")
+        if flags & _TPM == _TPM:
+            raise OperationInvalid("TPM state cannot be both kept and removed")
         async with self._claim(domain.name, domain.uuid):
             if not domain.persistent:
                 raise OperationInvalid(f"machine {domain.name!r} is transient: there is nothing to undefine")
@@ -304,6 +309,8 @@ class Manager:
             if path is not None and flags & DomainUndefineFlags.NVRAM:
                 with contextlib.suppress(OSError):
                     await self.store.run(path.unlink, missing_ok=True)
+            keep_tpm = None if not flags & _TPM else bool(flags & DomainUndefineFlags.KEEP_TPM)
+            await self._forget_state(domain, keep_tpm)
             domain.autostart = False
             domain.persistent = False
             domain.updated = False
@@ -313,6 +320,16 @@ class Manager:
                 with contextlib.suppress(KvikError):
                     await domain.save_status()
             domain.emit("lifecycle", event=DomainEventType.UNDEFINED, detail=DomainEventUndefinedDetailType.REMOVED)
+
+    async def _forget_state(self, domain: DomainObject, keep_tpm: bool | None) -> None:
+        """Once a machine is off and nothing defines it; while it runs, its end does this."""
+        if domain.run is not None:
+            domain.keep_tpm = keep_tpm
+            return
+        try:
+            await domain.driver.forget(domain.definition, keep_tpm=keep_tpm)
+        except KvikError as error:
+            logger.warning("machine %s: %s", domain.name, error)
 
     async def rename(self, domain: DomainObject, new: str) -> None:
         check_name(new)

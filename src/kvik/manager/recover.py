@@ -15,12 +15,13 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvik.conf.devices_xml import parse_device
 from kvik.conf.domain import parse_domain
 from kvik.conf.enums import DomainState
 from kvik.errors import ConfigError, InvalidArgument, KvikError
 from kvik.host import process
 from kvik.hypervisor.driver import EventKind, MachineEvent
-from kvik.manager import disks, guest, lifecycle, prepare
+from kvik.manager import devices, disks, guest, lifecycle, prepare
 from kvik.manager.definition import Definition
 from kvik.manager.domain import DomainObject, Run
 from kvik.manager.stages import BootStages
@@ -47,6 +48,8 @@ async def recover(manager: Manager) -> None:
         if str(path) not in directories:  # killed between the removal of the status and of the directory, or before
             await _end_orphans(path)
             manager.store.remove_runtime_directory(path)
+    # QEMUs that were only asked what they can do: they would wait for the next question for ever.
+    await _end_orphans(manager.paths.cache / "qemu")
     for status in loaded.statuses:
         manager.skip_ids(status.id)
     await asyncio.gather(*(_recover_one(manager, status) for status in loaded.statuses))
@@ -207,6 +210,13 @@ async def _attach(domain: DomainObject, run: Run, status: Status, wait: float) -
     run.machine = machine
     run.pid = machine.pid
     domain.reason_text = status.reason_text
+    try:
+        if status.arriving:
+            run.arriving = parse_device(status.arriving)[1]
+        async with asyncio.timeout(CURIOSITY):
+            await devices.settle(domain)
+    except (KvikError, TimeoutError) as error:
+        domain.log.note(f"its devices were not compared: {error or 'no reply'}")
     early, run.early = run.early or [], None
     for event in early:
         lifecycle.heard(domain, run, event)
@@ -251,7 +261,7 @@ async def _catch_up(domain: DomainObject, run: Run) -> None:
 
 
 async def _end_orphans(directory: Path) -> None:
-    """Kill VMMs that a killed daemon had started for `directory`: it is on their command line, or is their home."""
+    """Kill what a killed daemon had started for `directory`: VMMs with it on their command line, or with that home."""
     needle, home = f"{directory}/".encode(), f"HOME={directory}".encode()
     mine = os.getuid()
     for entry in Path("/proc").iterdir():
@@ -262,10 +272,10 @@ async def _end_orphans(directory: Path) -> None:
                 continue
             command = (entry / "cmdline").read_bytes()
             program = command.split(b"\0", 1)[0].rsplit(b"/", 1)[-1]
-            if not program.startswith((b"qemu", b"kvik")):
-                continue
-            # What was opened for it may be on its command line as descriptors only: then its home still tells.
-            if needle in command or home in (entry / "environ").read_bytes().split(b"\0"):
+            # What was opened for it may be on its command line as descriptors only, and an emulator may have any name:
+            # then its home still tells. On a command line alone the directory may be there for somebody to look at.
+            named = program.startswith((b"qemu", b"kvik")) and needle in command
+            if named or home in (entry / "environ").read_bytes().split(b"\0"):
                 stat = process.read_stat(int(entry.name))
                 found = process.find(int(entry.name), stat.start_time) if stat else None
                 if found is not None:

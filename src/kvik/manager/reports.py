@@ -61,6 +61,10 @@ def _watchdog(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     domain.emit("watchdog", action=_WATCHDOG.get(event.detail, DomainEventWatchdogAction.NONE))
 
 
+def _sidecar(domain: DomainObject, run: Run, event: MachineEvent) -> None:
+    domain.log.note(event.detail)
+
+
 def _io_error(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     action = _IO_ERROR.get(str(event.data.get("action", "report")), DomainEventIOErrorAction.REPORT)
     reason = str(event.data.get("reason") or "")
@@ -170,6 +174,7 @@ def _monitor(domain: DomainObject, run: Run, event: MachineEvent) -> None:
 
 _HANDLERS: Mapping[str, Callable[[DomainObject, Run, MachineEvent], None]] = {
     "watchdog": _watchdog,
+    "sidecar-ended": _sidecar,
     "io-error": _io_error,
     "rtc-change": _rtc,
     "balloon-change": _balloon,

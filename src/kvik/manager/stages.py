@@ -17,7 +17,9 @@ from kvik.conf.domain import Domain
 NAMES = ("defined", "vmm started", "guest running", "first output", "agent", "address")
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
-# What to look for in the last lines of a console, and what to tell.
+FAILED = ("the guest's kernel panicked", "the guest found no root", "the firmware found nothing to boot")
+
+# What to look for in the last lines of a console, and what to tell. It goes on from some; from FAILED it does not.
 _SYMPTOMS = (
     (re.compile(r"Kernel panic - not syncing[^\r\n]*"), "the guest's kernel panicked: {0}"),
     (re.compile(r"VFS: Unable to mount root fs[^\r\n]*"), "the guest found no root file system: {0}"),
@@ -32,7 +34,7 @@ _SYMPTOMS = (
 class Stage(NamedTuple):
     name: str
     seconds: float  # since the start was asked for; 0.0 if not reached
-    state: str  # "done", "waiting", "stalled", "skipped"
+    state: str  # "done", "waiting", "stalled" (so far), "skipped", "failed" (will not come)
     hint: str = ""
 
 
@@ -123,7 +125,7 @@ class BootStages:
             elif name in self._skipped:
                 rows.append(Stage(name, 0.0, "skipped", self._skipped[name]))
             elif stalled and name == wants[0]:
-                rows.append(Stage(name, 0.0, "stalled", stalled))
+                rows.append(Stage(name, 0.0, "failed" if stalled.startswith(FAILED) else "stalled", stalled))
             else:
                 rows.append(Stage(name, 0.0, "waiting"))
         return rows

@@ -85,6 +85,7 @@ class Status:
     job: str = ""
     stages: dict[str, float] = field(default_factory=dict)  # boot stages reached, seconds since the start
     reason_text: str = ""
+    arriving: str = ""  # document of a device that the VMM has been asked to take, and has not confirmed
 
     def to_xml(self) -> bytes:
         attributes = {
@@ -107,6 +108,7 @@ class Status:
             f"<stages>{escape(json.dumps(self.stages))}</stages>\n"
             f"<job>{escape(self.job)}</job>\n"
             f"<why>{escape(self.reason_text)}</why>\n"
+            f"<arriving>{escape(self.arriving)}</arriving>\n"
             f"{self.document}</domstatus>\n"
         ).encode()
 
@@ -146,9 +148,16 @@ class Status:
                 job=root.findtext("job") or "",
                 stages={str(name): float(seconds) for name, seconds in stages.items()},
                 reason_text=root.findtext("why") or "",
+                arriving=root.findtext("arriving") or "",
             )
         except (etree.XMLSyntaxError, KeyError, TypeError) as error:
             raise ValueError(f"not a status document: {error}") from error
+
+
+def _quietly(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """For undoing: what fails there has its cause told already."""
+    with contextlib.suppress(OSError, HostError):
+        function(*args, **kwargs)
 
 
 @dataclass(slots=True)
@@ -264,43 +273,83 @@ class Store:
         return self.links / f"{check_name(name)}{SUFFIX}"
 
     async def save_definition(self, name: str, text: str) -> None:
-        await self.run(files.atomic_write, self._definition(name), text.encode())
+        """On an error the old content is there, or no file if there was none."""
+
+        def save() -> None:
+            path, data = self._definition(name), text.encode()
+            before = files.try_read_file(path, limit=DOCUMENT_LIMIT)
+            if before is None:  # a link that could not be removed with its machine must not start a later one
+                files.remove_file(self._link(name), durable=False)
+            try:
+                files.atomic_write(path, data)
+            except HostError:
+                # It may have been renamed into place already, and only not be durable.
+                with contextlib.suppress(HostError):
+                    if files.try_read_file(path, limit=DOCUMENT_LIMIT) != before:
+                        if before is None:
+                            files.remove_file(path, durable=False)
+                        else:
+                            files.atomic_write(path, before, durable=False)
+                raise
+
+        await self.run(save)
 
     async def remove_definition(self, name: str) -> None:
         def remove() -> None:
-            files.remove_file(self._definition(name))
-            files.remove_file(self._link(name))
+            self._remove(self._definition(name))
+            try:
+                self._remove(self._link(name))
+            except HostError as error:  # the definition is gone; `load` drops a link without one
+                logger.warning("%s", error)
 
         await self.run(remove)
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        """What was removed cannot be brought back: that it is not durable yet is a warning only."""
+        try:
+            files.remove_file(path)
+        except HostError as error:
+            if path.is_symlink() or path.exists():
+                raise
+            logger.warning("%s", error)
 
     async def rename_definition(self, old: str, new: str, text: str, *, autostart: bool) -> None:
         """`text` is the document with the new name in it. On an error the old name is back."""
 
         def rename() -> None:
             source, target = self._definition(old), self._definition(new)
-            if autostart:
-                files.atomic_symlink(target, self._link(new))
-            try:
-                source.rename(target)
-            except OSError as error:
-                files.remove_file(self._link(new))
-                raise files.host_error("rename", source, error) from error
-            try:
+            with contextlib.ExitStack() as undo:
+                if autostart:
+                    undo.callback(_quietly, files.remove_file, self._link(new), durable=False)
+                    files.atomic_symlink(target, self._link(new))
+                try:
+                    source.rename(target)
+                except OSError as error:
+                    raise files.host_error("rename", source, error) from error
+                undo.callback(_quietly, target.rename, source)
+                before = files.try_read_file(target, limit=DOCUMENT_LIMIT)
+                if before is not None:
+                    undo.callback(_quietly, files.atomic_write, target, before, durable=False)
                 files.atomic_write(target, text.encode())
-            except BaseException:
-                with contextlib.suppress(OSError, HostError):
-                    target.rename(source)
-                    files.remove_file(self._link(new))
-                raise
-            files.remove_file(self._link(old))
+                undo.pop_all()
+            try:
+                self._remove(self._link(old))
+            except HostError as error:  # nothing has that name now; `load` drops the link
+                logger.warning("%s", error)
 
         await self.run(rename)
 
     async def set_autostart(self, name: str, on: bool) -> None:
-        if on:
-            await self.run(files.atomic_symlink, self._definition(name), self._link(name))
-        else:
-            await self.run(files.remove_file, self._link(name))
+        def link() -> None:
+            try:
+                files.atomic_symlink(self._definition(name), self._link(name))
+            except HostError:
+                with contextlib.suppress(HostError):
+                    files.remove_file(self._link(name), durable=False)
+                raise
+
+        await self.run(link if on else functools.partial(self._remove, self._link(name)))
 
     # live status: must outlive the daemon, not the host, so nothing is fsynced
 

@@ -157,7 +157,10 @@ async def set_vcpus(domain: DomainObject, count: int, flags: int) -> None:
 
     def check(most: int) -> None:
         if count > most and not maximum:
-            raise InvalidArgument(f"{count} vCPUs are more than the {most} that machine {domain.name!r} can have")
+            raise InvalidArgument(
+                f"{count} vCPUs are more than the {most} that machine {domain.name!r} can have",
+                remedy="raise the maximum while it is off: setvcpus --maximum --config",
+            )
 
     async def live() -> None:
         machine = domain.require_machine()
@@ -208,7 +211,10 @@ async def set_memory(domain: DomainObject, kib: int, flags: int) -> None:
 
     def check(most: int) -> None:
         if kib > most and not maximum:
-            raise InvalidArgument(f"{kib} KiB are more than the {most} KiB that machine {domain.name!r} can have")
+            raise InvalidArgument(
+                f"{kib} KiB are more than the {most} KiB that machine {domain.name!r} can have",
+                remedy="raise the maximum while it is off: setmaxmem --config",
+            )
 
     async def live() -> None:
         machine = domain.require_machine()

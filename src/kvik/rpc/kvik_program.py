@@ -4,10 +4,12 @@ Numbers are never reused; a new field means a new procedure. From 100 on: events
 
 - DOMAIN_WAIT_READY: waits until the machine is ready (booted, address known, agent answering) or `timeout` ms passed
   (0: the daemon's own limit); result: the stages so far and whether it is ready.
-- DOMAIN_EXEC: runs a command in the guest through its agent. `signal` is 0 if the command exited by itself.
+- DOMAIN_EXEC: runs a command in the guest through its agent, for at most `timeout` ms (0: without limit). `signal` is 0
+  if the command exited by itself.
 - DOMAIN_OVERVIEW: everything that `list`, `ps` and `top` show, in one call. Flags are virConnectListAllDomainsFlags;
   `uptime` is in seconds, 0 while the machine is off.
-- A stage is {name, seconds since the start, state}: state is 0 waiting, 1 done, 2 stalled, 3 not expected.
+- A stage is {name, seconds since the start, state}: state is 0 waiting, 1 done, 2 stalled, 3 not expected,
+  4 failed (it will not come: a kernel panic, nothing to boot); `detail` says why.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ PROCEDURES: dict[int, tuple[str, str, str, str]] = {
         "hypervisors:string<16>",
         "h",
     ),
-    5: ("DOMAIN_OVERVIEW", "flags:uint", "rows:overview_row<16384>", "h"),
+    # 5 was an overview without `uptime`.
     6: ("DAEMON_SHUTDOWN", "", "", "h"),
+    7: ("DOMAIN_OVERVIEW", "flags:uint", "rows:overview_row<16384>", "h"),
     100: ("DOMAIN_EVENT_STAGE", "dom:domain stage:stage", "", "e"),
 }

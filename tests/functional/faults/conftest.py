@@ -20,12 +20,6 @@ needs_qemu = pytest.mark.skipif(
 )
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--sweep", default=os.environ.get("KVIK_SWEEP", "share"), choices=("share", "full"), help="kill points to try"
-    )
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:

@@ -119,6 +119,7 @@ class Host:
         self._nursery = subprocess.Popen(
             [*prefix, sys.executable, str(NURSERY)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self._ask({"codes": True})  # it has its own mounts from here on: `enter` must not come before
         self.daemon = 0
         self._connection: Connection | None = None
         self.daemon_fds = 0
@@ -152,7 +153,9 @@ class Host:
     def enter(self, *command: str) -> str:
         """Run a command among the daemon's mounts."""
         whole = ["nsenter", "-t", str(self._nursery.pid), "-m", *command]
-        return subprocess.run(whole, check=True, capture_output=True, text=True, timeout=PATIENCE).stdout
+        result = subprocess.run(whole, check=False, capture_output=True, text=True, timeout=PATIENCE)
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+        return result.stdout
 
     def inside(self, path: Path) -> Path:
         """A path as the daemon sees it."""
@@ -310,6 +313,14 @@ class Host:
         for path in known:
             assert path in self.files(), f"missing: {path}"
 
+    def trouble(self) -> str:
+        """What `check_consistent` complains of, now; "" if nothing."""
+        try:
+            self.check_consistent()
+        except AssertionError as error:
+            return str(error) or "inconsistent"
+        return ""
+
     def check_log(self) -> None:
         messages = self.messages()
         assert "Traceback" not in messages, messages
@@ -321,6 +332,7 @@ class Host:
             if alive(self.daemon):
                 self.end_machines()
                 eventually(lambda: self.processes() == [self.daemon], "only the daemon is left")
+                eventually(lambda: not self.trouble(), "files are in order", 5)
                 self.check_consistent()
                 count = eventually(lambda: (n := self.fd_count()) <= self.daemon_fds + 2 and n, "descriptors closed")
                 assert count

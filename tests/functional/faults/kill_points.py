@@ -26,7 +26,8 @@ CALLS = (
 )
 # Of which each one is tried even by CI's share of the sweep: a state on disk or a process comes or goes.
 WEIGHTY = {"rename", "symlink", "unlink", "unlinkat", "rmdir", "mkdir", "vfork", "execve", "pidfd_send_signal", "bind"}
-THIN = 4  # of the others, every so many-th
+KILL = "signal=KILL"
+THIN = 2  # of the others, every so many-th
 
 
 class Point(NamedTuple):
@@ -41,11 +42,11 @@ class Point(NamedTuple):
 class Tracer:
     """strace on a process that runs."""
 
-    def __init__(self, pid: int, point: Point | None = None) -> None:
+    def __init__(self, pid: int, point: Point | None = None, fault: str = KILL) -> None:
         self.output = Path(tempfile.mkstemp(prefix="kf-strace", dir="/tmp")[1])
         command = ["strace", "-f", "-s", "100", "-o", str(self.output), "-p", str(pid)]
         if point:
-            command += ["-e", f"trace={point.call}", "-e", f"inject={point.call}:signal=KILL:when={point.number}"]
+            command += ["-e", f"trace={point.call}", "-e", f"inject={point.call}:{fault}:when={point.number}"]
         else:
             command += ["-e", f"trace={','.join(f'?{call}' for call in CALLS)}"]  # not every kernel has every call
         if not point or point.call != "execve":  # machines are let go at their exec: the daemon is to be hit
@@ -77,9 +78,9 @@ class Tracer:
 
 
 @contextlib.contextmanager
-def traced(pid: int, point: Point | None = None) -> Iterator[list[str]]:
+def traced(pid: int, point: Point | None = None, fault: str = KILL) -> Iterator[list[str]]:
     """The list gets what was traced, as one string, at the end of the block."""
-    tracer = Tracer(pid, point)
+    tracer = Tracer(pid, point, fault)
     result: list[str] = []
     try:
         yield result

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_harness import Host, alive, disk_xml, eventually, machine_xml
+from fault_harness import CLI, Host, alive, disk_xml, eventually, machine_xml
 
 QEMU = shutil.which("qemu-system-x86_64") or ""
 
@@ -253,6 +253,19 @@ def test_a_program_that_is_no_emulator(host: Host) -> None:
     bare.chmod(0o755)
     host.kvik("define", host.document("web", machine_xml("web", emulator=str(bare))), fails=r"bare.*Exec format error")
     assert host.processes() == [host.daemon]
+
+
+@pytest.mark.parametrize("sleep", [True, False], ids=["hangs", "QEMU itself"])
+def test_the_daemon_is_killed_while_an_emulator_is_asked(host: Host, sleep: bool) -> None:
+    """Nobody would ever ask it again: the next daemon ends it."""
+    text = "#!/bin/sh\nexec sleep 600\n" if sleep else f'#!/bin/sh\nexec {QEMU} "$@"\n'
+    path = host.document("web", machine_xml("web", emulator=script(host, text)))
+    client = host.spawn(*CLI, "-c", host.uri, "define", path)
+    eventually(lambda: len(host.processes()) == 3, "the emulator is asked")
+    host.kill_daemon()
+    assert host.exit_code(client) == 1
+    host.start()
+    eventually(lambda: host.processes() == [host.daemon], "it is ended")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ NEEDS = {
     "disk-nvme-host": "an NVMe controller to give away",
     "disk-vhostuser": "a vhost-user server",
     "disk-virtio-options": "a loop device",
-    "filesystem-virtiofs": "virtiofsd",
+    "filesystem-virtiofs": "a virtiofsd of somebody else's",
     "hostdev": "devices to give away",
     "interface-socket": "an address of its own",
     "interface-tap": "taps",
@@ -25,7 +25,7 @@ NEEDS = {
     "rng-balloon-watchdog": "an entropy server",
     "serial-types": "a server to connect to",
     "serial-types-2": "a serial port",
-    "tpm": "swtpm",
+    "tpm": "a swtpm of somebody else's",
     "tpm-passthrough": "a TPM",
 }
 

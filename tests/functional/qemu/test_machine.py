@@ -426,3 +426,22 @@ async def test_native_and_domain_capabilities(driver, lab) -> None:  # type: ign
     with pytest.raises(ConfigUnsupported):
         await driver.domain_capabilities("x86_64", "q35", "kvm", "")
     assert await driver.version() > 6_000_000
+
+
+VCPUS = """<vcpus>
+  <vcpu id='0' enabled='yes' hotpluggable='no' order='1'/><vcpu id='1' enabled='no' hotpluggable='yes'/>
+  <vcpu id='2' enabled='yes' hotpluggable='yes' order='3'/><vcpu id='3' enabled='yes' hotpluggable='yes' order='2'/>
+</vcpus>"""
+
+
+async def test_vcpus_told_one_by_one_are_there_and_can_go(lab: Any) -> None:
+    xml = document(extra=VCPUS).replace("<vcpu current='1'>2</vcpu>", "<vcpu>4</vcpu>")
+    machine = await lab.start(xml, paused=True)
+    plugged = [str(item["qom"]).rsplit("/", 1)[-1] for item in await machine.vcpus()]
+    assert len(plugged) == 3
+    assert {name for name in plugged if name.startswith("vcpu")} == {"vcpu2-0-0", "vcpu3-0-0"}
+    assert machine.domain.vcpu.current == 3
+    await machine.set_vcpus(4)
+    told = {entry.id: (entry.enabled, entry.order) for entry in machine.domain.vcpus.vcpus}
+    assert told == {0: (True, 1), 1: (True, 4), 2: (True, 3), 3: (True, 2)}
+    await machine.quit()

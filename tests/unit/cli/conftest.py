@@ -25,7 +25,7 @@ from kvik.client.domain import (
     Stage,
     VcpuInfo,
 )
-from kvik.errors import NoDomain, NoMetadata, OperationUnsupported
+from kvik.errors import KvikError, NoDomain, NoMetadata, OperationUnsupported
 
 UUID1 = "11111111-2222-3333-4444-555555555555"
 UUID2 = "99999999-8888-7777-6666-555555555555"
@@ -158,6 +158,7 @@ class FakeConnection:
             "monitor_command": '{"return": {"status": "running"}}',
             "job_stats": (0, {}),
             "exec": ExecResult(3, 0, b"out\n", b"err\n", False),
+            "wait_ready": KvikError("no diagnosis here"),
             "stages": Readiness(True, [Stage("started", 0.05, 1, ""), Stage("ready", 1.25, 1, "agent answers")]),
             "define": self.off,
             "create": self.running,

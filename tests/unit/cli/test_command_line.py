@@ -134,3 +134,26 @@ def test_readonly_and_uri_reach_the_connection() -> None:
     context = Context(uri="kvik:///x", readonly=True, connector=lambda *args: seen.append(args))  # type: ignore[arg-type,return-value,func-returns-value]
     _ = context.connection
     assert seen == [("kvik:///x", True)]
+
+
+def test_no_help_page_is_wider_than_a_terminal(kvik: Any) -> None:
+    from kvik.cli.main import load
+    from kvik.cli.options import describe
+    from kvik.cli.verbs import VERBS
+
+    for name, (_, _, summary) in VERBS.items():
+        page = describe(name, "", load(name))
+        described = {line.strip() for line in load(name).description.splitlines()}
+        wide = [
+            line for line in page.splitlines() if len(line) > 80 and (name == "run" or line.strip() not in described)
+        ]
+        assert not wide, (name, summary, wide)
+
+
+def test_virshs_commands_that_are_still_to_come_are_said_to_be(kvik: Any) -> None:
+    from kvik.cli.main import ABSENT
+    from kvik.cli.verbs import VERBS
+
+    assert not ABSENT & set(VERBS)
+    assert kvik("migrate", "tiny-1") == 1
+    assert "kvik has no 'migrate' yet" in kvik.err

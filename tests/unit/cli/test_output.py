@@ -208,6 +208,19 @@ def test_nearest_is_near() -> None:
     assert nearest("tiny1", ["tiny-1", "tiny-10"]) == "tiny-1"
 
 
+@pytest.mark.parametrize(
+    ("text", "limit", "lines"),
+    [
+        ("short", 20, ["short"]),
+        ("a sentence that is longer than the line", 20, ["a sentence that is", "  longer than the", "  line"]),
+        ("x" * 30 + " y", 20, ["x" * 30, "  y"]),
+        ("  indented sentence goes on", 20, ["  indented sentence", "  goes on"]),
+    ],
+)
+def test_long_lines_break_between_words(text: str, limit: int, lines: list[str]) -> None:
+    assert term.wrap(text, limit, "  ").split("\n") == lines
+
+
 def test_define_warns_of_what_it_does_not_understand(kvik: Any, tmp_path: Path) -> None:
     kvik.connection.replies["messages"] = ["/domain/devices/teapot: unknown element, kept but without effect"]
     file = tmp_path / "web.xml"

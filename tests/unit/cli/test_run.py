@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from kvik.cli import run_document as doc
 from kvik.cli.run_stages import follow
 from kvik.client.domain import DomainState, ExecResult, Readiness, Stage
 from kvik.errors import (
+    AgentError,
     AlreadyExists,
     InvalidArgument,
     MissingPackages,
@@ -52,7 +54,7 @@ def test_the_tiny_machine_with_no_option_at_all(kvik: Any, host: Any) -> None:
     kvik.connection.replies["domains"] = []
     assert kvik("run") == 0, kvik.err
     assert kvik.out == "tiny-1 is ready after 1.25 s (emulation, address 10.0.2.15)\n"
-    assert "acceleration: software emulation, because /dev/kvm is absent\n" in kvik.err
+    assert "Acceleration: software emulation, because /dev/kvm is absent ('kvik doctor' says more).\n" in kvik.err
     assert "tiny-1: started after 0.05 s\ntiny-1: ready after 1.25 s (agent answers)\n" in kvik.err
     root = document(kvik)
     assert root.get("type") == "qemu"
@@ -70,7 +72,7 @@ def test_the_tiny_machine_with_no_option_at_all(kvik: Any, host: Any) -> None:
 def test_under_kvm_it_says_so(kvik: Any, host: Any) -> None:
     host.verdict = SimpleNamespace(usable=True, reason="a loop ran at 0.3 ns an instruction")
     assert kvik("run", "--detach") == 0
-    assert "acceleration: KVM, because a loop" in kvik.err
+    assert "Acceleration: a loop ran at" in kvik.err
     assert document(kvik).get("type") == "kvm"
     assert document(kvik).find("cpu").get("mode") == "host-passthrough"  # type: ignore[union-attr]
 
@@ -132,7 +134,7 @@ def test_standard_input_goes_to_the_command_only_when_asked(kvik: Any, host: Any
 
 def test_rm_removes_on_errors_and_on_ctrl_c(kvik: Any, host: Any) -> None:
     kvik.connection.replies["exec"] = OperationFailed("agent gone")
-    assert kvik("run", "--rm", "--", "x") == 1
+    assert kvik("run", "--rm", "--", "x") == 125
     assert kvik.connection.made("destroy")
     kvik.connection.calls.clear()
     kvik.connection.replies["exec"] = KeyboardInterrupt
@@ -157,7 +159,7 @@ def test_a_stall_names_its_stage_and_keeps_the_machine(kvik: Any, host: Any) -> 
         False, [Stage("booted", 1.0, 1, ""), Stage("address", 0.0, 2, "no answer from DHCP")]
     )
     assert kvik("run") == 1
-    assert "the machine 'web' stalled at 'address'" in kvik.err
+    assert "stalled before 'address'" in kvik.err
     assert "no answer from DHCP" in kvik.err
     assert "web was kept" in kvik.err
     assert not kvik.connection.made("destroy")
@@ -168,7 +170,7 @@ def test_a_stall_names_its_stage_and_keeps_the_machine(kvik: Any, host: Any) -> 
 def test_a_timeout_names_the_stage(kvik: Any, host: Any) -> None:
     kvik.connection.replies["stages"] = Readiness(False, [Stage("booted", 0.0, 0, "")])
     assert kvik("run", "--timeout", "0.05") == 1
-    assert "stalled at 'booted'" in kvik.err
+    assert "stalled before 'booted'" in kvik.err
 
 
 def test_a_machine_that_ends_is_not_waited_for(kvik: Any, host: Any) -> None:
@@ -228,6 +230,9 @@ def test_missing_packages_end_with_77(kvik: Any, host: Any, monkeypatch: pytest.
         (["--disk", "/nonexistent"], "give the path of an existing disk image"),
         (["--memory", "0"], "at least one vCPU"),
         (["--vcpus", "-1"], "at least one vCPU"),
+        (["--vcpus", "0"], "at least one vCPU"),
+        (["--name", "tiny-1"], "there is a machine 'tiny-1' already"),
+        (["uname"], "kvik run --rm -- uname"),
         (["--firmware", "coreboot"], "one of: bios, uefi"),
         (["--network", "nosuchbridge"], "there is no network or bridge 'nosuchbridge'"),
         (["--console", "--detach"], "--console does not go with --detach"),
@@ -239,7 +244,7 @@ def test_missing_packages_end_with_77(kvik: Any, host: Any, monkeypatch: pytest.
 def test_what_makes_no_sense_is_refused_before_anything_is_made(
     kvik: Any, host: Any, words: list[str], message: str
 ) -> None:
-    assert kvik("run", *words) == 1
+    assert kvik("run", *words) == (125 if "--" in words else 1)
     assert message in kvik.err
     assert not host.packages
     assert not kvik.connection.made("define")
@@ -251,6 +256,7 @@ def test_ready_as_json(kvik: Any, host: Any) -> None:
     facts = json.loads(kvik.out)
     assert (facts["ready"], facts["acceleration"], facts["address"]) == (True, "emulation", "10.0.2.15")
     assert facts["stages"][1]["name"] == "ready"
+    assert {stage["state"] for stage in facts["stages"]} == {"done"}
 
 
 # disks
@@ -345,6 +351,21 @@ def test_a_later_stage_proves_the_earlier_ones(kvik: Any) -> None:
     assert follow(kvik.connection.running, Progress(), 1).ready  # type: ignore[arg-type]
 
 
+def test_a_stage_that_will_not_come_ends_the_waiting(kvik: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvik.cli.run_stages.DIAGNOSE_EVERY", 0.0)
+    kvik.connection.replies["stages"] = Readiness(False, [Stage("first output", 0.0, 0, "")])
+    kvik.connection.replies["wait_ready"] = Readiness(False, [Stage("first output", 0.0, 4, "the kernel panicked")])
+    with pytest.raises(OperationTimeout, match="does not boot: the kernel panicked"):
+        follow(kvik.connection.running, Progress(), 60)  # type: ignore[arg-type]
+
+
+def test_at_the_end_of_the_waiting_the_daemon_says_why(kvik: Any) -> None:
+    kvik.connection.replies["stages"] = Readiness(False, [Stage("agent", 0.0, 0, "")])
+    kvik.connection.replies["wait_ready"] = Readiness(False, [Stage("agent", 0.0, 2, "is it installed?")])
+    with pytest.raises(OperationTimeout, match=r"stalled before 'agent': is it installed\?"):
+        follow(kvik.connection.running, Progress(), 0.01)  # type: ignore[arg-type]
+
+
 def test_waiting_has_an_end(kvik: Any) -> None:
     kvik.connection.replies["stages"] = Readiness(False, [])
     with pytest.raises(OperationTimeout, match="before its first stage"):
@@ -362,10 +383,33 @@ def test_exec_passes_bytes_on_untouched_and_signals_as_a_shell_does(kvik: Any) -
 
 
 def test_exec_needs_a_command_and_a_running_machine(kvik: Any) -> None:
-    assert kvik("exec", "tiny-1") == 1
+    assert kvik("exec", "tiny-1") == 125
     assert "no command to run" in kvik.err
-    assert kvik("exec", "web", "--", "x") == 1
+    assert kvik("exec", "web", "--", "x") == 125
     assert "kvik start web" in kvik.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (AgentError("'x' cannot be run in the guest: No such file or directory"), 127),
+        (AgentError("'x' cannot be run in the guest: Permission denied"), 126),
+        (AgentError("the agent is gone"), 125),
+        (OperationTimeout("x did not end within 1 s"), 124),
+    ],
+)
+def test_exec_tells_its_own_failures_from_the_commands(kvik: Any, error: Exception, code: int) -> None:
+    kvik.connection.replies["exec"] = error
+    assert kvik("exec", "tiny-1", "--", "x") == code
+
+
+def test_the_document_has_a_uuid_so_that_it_never_redefines_a_machine(kvik: Any, host: Any) -> None:
+    assert kvik("run") == 0
+    assert kvik("run") == 0
+    one, two = (re.findall("<uuid>(.*)</uuid>", call[1]) for call in kvik.connection.made("define"))
+    assert one
+    assert two
+    assert one != two
 
 
 def test_exec_as_json(kvik: Any) -> None:

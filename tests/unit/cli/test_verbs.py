@@ -339,7 +339,7 @@ CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
     ("echo --split a,b", None, "a b\n"),
     ("connect", ("uri",), ""),
     ("connect --name kvik:///session --readonly", ("uri",), ""),
-    ("ps", ("overview", 1), " tiny-1   running, ready   emulation   2       1.0G     0.0    10.0.2.15   1m"),
+    ("ps", ("overview", 1), " tiny-1   ready      emulation   2       1.0G     0.0    10.0.2.15   1m"),
     ("ps --all", ("overview", 3), " web      shut off"),
     ("top --sort memory --delay 0.1 --iterations 1 --active", ("overview", 1), "1 running of 2"),
     ("top -n 2 -d 0.05", ("overview", 3), "by cpu\n"),

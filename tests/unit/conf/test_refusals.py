@@ -169,3 +169,25 @@ def test_sets_of_cpus() -> None:
 def test_comments_do_not_cut_text() -> None:
     domain = parse_domain(document(name="a<!-- x -->b"))
     assert domain.name == "ab"
+
+
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        ("<vcpu id='1' enabled='yes' hotpluggable='yes'/>", "vCPU 0"),
+        ("<vcpu id='0' enabled='yes' hotpluggable='yes'/>", "vCPU 0"),
+        ("<vcpu id='0' enabled='no'/>", "vCPU 0"),
+        ("<vcpu id='0' enabled='yes'/><vcpu id='1' enabled='no' hotpluggable='no'/>", "neither"),
+        ("<vcpu id='0' enabled='yes' order='1'/><vcpu id='1' enabled='yes'/>", "order"),
+        ("<vcpu id='0' enabled='yes' order='1'/><vcpu id='1' enabled='yes' order='1'/>", "order"),
+        ("<vcpu id='0'/>", "enabled"),
+        ("<vcpu id='0' enabled='yes'/><vcpu id='2' enabled='yes'/>", "does not exist"),
+    ],
+)
+def test_vcpus_told_one_by_one_make_sense(entries: str, reason: str) -> None:
+    xml = (
+        f"<domain type='qemu'><name>m</name><memory>65536</memory><vcpu>2</vcpu><vcpus>{entries}</vcpus>"
+        "<os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type></os></domain>"
+    )
+    with pytest.raises(ConfigError, match=reason):
+        load_domain(xml, MachineDefaults())

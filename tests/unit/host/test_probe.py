@@ -141,7 +141,7 @@ def test_emulation_is_unusable_whatever_else_happened() -> None:
     for result in (slow, slow | {"error": "guest code failed at SSE", "step": "run"}):
         verdict = p.judge(result, PVM)
         assert not verdict.usable and verdict.state is State.UNUSABLE
-        assert "runs guest code by emulation (604 ns an instruction; KVM-PVM" in verdict.reason
+        assert "guest code runs by emulation (604 ns an instruction, KVM-PVM" in verdict.reason
         assert "software emulation" in verdict.remedy
 
 

@@ -37,10 +37,11 @@ async def test_redefining_keeps_the_object_and_tells_an_update(bench: Bench) -> 
     assert domain.info().max_mem_kib == 524288
 
 
-async def test_redefining_without_uuid_keeps_the_uuid(bench: Bench) -> None:
+async def test_a_document_without_uuid_never_replaces_a_machine(bench: Bench) -> None:
     first = await bench.manager.define(document("new", uuid=None))
-    before = first.uuid
-    assert (await bench.manager.define(document("new", uuid=None, memory=524288))).uuid == before
+    with pytest.raises(AlreadyExists, match=f"must say <uuid>{first.uuid_text}"):
+        await bench.manager.define(document("new", uuid=None, memory=524288))
+    assert first.info().max_mem_kib != 524288
 
 
 async def test_a_name_or_uuid_of_another_machine_is_refused_as_libvirt_does(bench: Bench) -> None:
@@ -203,3 +204,22 @@ async def test_closing_leaves_machines_running(bench: Bench) -> None:
     assert "a" in bench.driver.machines
     manager: Manager = await bench.open()
     await until(lambda: manager.lookup_name("a").ready)
+
+
+@pytest.mark.parametrize(("flags", "keep"), [(0, None), (32, False), (0x40, True)])
+async def test_undefine_says_what_becomes_of_the_tpm(bench: Bench, flags: int, keep: bool | None) -> None:
+    domain = await bench.manager.define(document())
+    await domain.undefine(flags)
+    assert bench.driver.forgotten == [("a", keep)]
+
+
+async def test_the_tpm_of_a_machine_that_runs_is_kept_until_it_ends(bench: Bench) -> None:
+    domain = await bench.manager.define(document())
+    await domain.start()
+    with pytest.raises(OperationInvalid, match="TPM"):
+        await domain.undefine(32 | 0x40)
+    await domain.undefine(0x40)
+    assert bench.driver.forgotten == []
+    await domain.destroy()
+    await until(lambda: bench.driver.forgotten)
+    assert bench.driver.forgotten == [("a", True)]

@@ -62,7 +62,7 @@ async def test_a_kernel_panic_on_the_console_is_the_hint(bench: Bench) -> None:
     assert domain.run
     (domain.run.directory / "console.log").write_text("boot\r\nKernel panic - not syncing: VFS: no root\r\n")
     stages = await domain.wait_ready(0.02)
-    assert "Kernel panic - not syncing: VFS: no root" in next(row.hint for row in stages if row.state == "stalled")
+    assert "Kernel panic - not syncing: VFS: no root" in next(row.hint for row in stages if row.state == "failed")
 
 
 async def test_a_paused_machine_stalls_before_its_first_instruction(bench: Bench) -> None:

@@ -41,7 +41,7 @@ async def execute(connection: Connection, args: Any) -> tuple[Any]:
         raise InvalidArgument("no command was given")
     domain = connection.domain(reference)
     require_active(domain)
-    result = await domain.agent_exec(argv, stdin, _timeout(timeout), environment)
+    result = await domain.agent_exec(argv, stdin, timeout / 1000 if timeout else None, environment)
     return ((result.code, result.signal, result.stdout, result.stderr, int(result.truncated)),)
 
 

@@ -135,7 +135,7 @@ class QemuProber:
                 if known is None or known.identity != identity:
                     known = self._load(binary, identity)
                     if known is None:
-                        known = await probe(binary, identity)
+                        known = await probe(binary, identity, self._directory)
                         self._store(known)
                     self._known[binary] = known
         if known.version < MINIMUM_VERSION:
@@ -169,8 +169,11 @@ class QemuProber:
                 old.unlink(missing_ok=True)
 
 
-async def probe(binary: str, identity: tuple[int, ...]) -> QemuCapabilities:
-    """Ask the binary itself. Raises `HypervisorError` with what it printed if it is no QEMU."""
+async def probe(binary: str, identity: tuple[int, ...], home: Path) -> QemuCapabilities:
+    """Ask the binary itself. Raises `HypervisorError` with what it printed if it is no QEMU.
+
+    `home` goes into its environment: a daemon that comes after one that was killed knows it by that.
+    """
     ours, theirs = socket.socketpair()
     errors = os.memfd_create("kvik-qemu-probe", os.MFD_CLOEXEC)
     child = None
@@ -183,7 +186,8 @@ async def probe(binary: str, identity: tuple[int, ...]) -> QemuCapabilities:
             *("-chardev", f"socket,id=monitor,fd={theirs.fileno()}"),
             *("-mon", "chardev=monitor,mode=control"),
         ]
-        child = process.spawn(argv, stderr=errors, pass_fds=[theirs.fileno()])
+        environment = {**process.BASE_ENVIRONMENT, "HOME": str(home)}
+        child = process.spawn(argv, env=environment, stderr=errors, pass_fds=[theirs.fileno()])
         theirs.close()
         connection = await QmpConnection.open(ours, name=binary, deadline=_DEADLINE)
         return await _ask(connection, binary, identity)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvik.conf.cpu import Vcpu
+from kvik.conf.cpu import Vcpu, VcpuEntry
 from kvik.errors import HypervisorError, OperationFailed, OperationInvalid
 
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
 
-__all__ = ["set_vcpus", "vcpus"]
+__all__ = ["plug_listed", "set_vcpus", "vcpus"]
 
 
 def _objects(value: Any, what: str) -> list[dict[str, Any]]:
@@ -50,8 +50,7 @@ async def set_vcpus(machine: QemuMachine, count: int) -> None:
         if len(free) * width < count - have:
             raise OperationInvalid(f"machine {machine.name} cannot plug vCPUs")
         for slot in free[: (count - have) // width]:
-            name = "vcpu" + "-".join(str(number) for number in _position(slot))
-            await machine.execute("device_add", {"driver": slot["type"], "id": name, **slot["props"]}, deadline=30.0)
+            await _plug(machine, slot)
     elif count < have:
         plugged = [slot for slot in present if str(slot["qom-path"]).startswith("/machine/peripheral/vcpu")]
         leaving = sorted(plugged, key=_position, reverse=True)[: (have - count) // width]
@@ -64,6 +63,50 @@ async def set_vcpus(machine: QemuMachine, count: int) -> None:
     if domain.vcpu is None:
         domain.vcpu = Vcpu(value=most)
     domain.vcpu.current = count if count != most else None
+    if domain.vcpus is not None and domain.vcpus.vcpus:
+        await _tell(machine, most)
+
+
+async def _plug(machine: QemuMachine, slot: Mapping[str, Any]) -> None:
+    name = "vcpu" + "-".join(str(number) for number in _position(slot))
+    await machine.execute("device_add", {"driver": slot["type"], "id": name, **slot["props"]}, deadline=30.0)
+
+
+async def _slots(machine: QemuMachine) -> list[dict[str, Any]]:
+    """In the order of the vCPUs' numbers."""
+    slots = _objects(await machine.execute("query-hotpluggable-cpus"), "query-hotpluggable-cpus")
+    return sorted(slots, key=_position)
+
+
+async def plug_listed(machine: QemuMachine) -> None:
+    """Before the guest runs: the vCPUs that the document wants there and able to go, in its order."""
+    entries = machine.domain.vcpus.vcpus if machine.domain.vcpus else []
+    wanted = [entry for entry in entries if entry.enabled and entry.hotpluggable]
+    if not wanted:
+        return
+    slots = await _slots(machine)
+    for entry in sorted(wanted, key=lambda item: (item.order or 0, item.id)):
+        if entry.id >= len(slots) or int(slots[entry.id].get("vcpus-count", 1)) != 1:
+            raise OperationInvalid(f"machine {machine.name} cannot plug vCPU {entry.id}")
+        await _plug(machine, slots[entry.id])
+
+
+async def _tell(machine: QemuMachine, most: int) -> None:
+    """What <vcpus> of the live document says: who is there now."""
+    domain = machine.domain
+    slots = await _slots(machine)
+    if domain.vcpus is None or len(slots) != most:
+        return
+    known = {entry.id: entry for entry in domain.vcpus.vcpus}
+    last = max((entry.order or 0 for entry in known.values()), default=0)
+    for number, slot in enumerate(slots):
+        entry = known.setdefault(number, VcpuEntry(id=number, enabled=False, hotpluggable=True))
+        there = "qom-path" in slot
+        if there and not entry.enabled:
+            entry.order = last = last + 1
+        entry.enabled = there
+        entry.order = entry.order if there else None
+    domain.vcpus.vcpus = [known[number] for number in sorted(known)]
 
 
 def _position(slot: Mapping[str, Any]) -> tuple[int, ...]:

@@ -11,6 +11,9 @@ and QEMU itself needs no right to open anything.
     net:ALIAS:N       tap queue N (the network's part opened it)
     vhost:ALIAS:N     /dev/vhost-net for queue N
     vsock:ALIAS       /dev/vhost-vsock
+    tpm:ALIAS         control channel of swtpm
+    fs:ALIAS          connection to virtiofsd
+    passt:ALIAS       connection to passt
 """
 
 from __future__ import annotations
@@ -81,7 +84,7 @@ class Opened:
 
     def open(self, name: str, path: str, flags: int) -> int:
         try:
-            fd = os.open(path, flags | os.O_CLOEXEC)
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise host_files.host_error("open", path, error) from error
         self.add(name, fd)

@@ -25,6 +25,7 @@ from kvik.conf.features import Features, Smm
 from kvik.conf.os import Loader, Nvram
 from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError
 from kvik.host.process import find, find_program
+from kvik.host.tsc import tsc_khz
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
 from kvik.hypervisor.qemu import hotplug, process
 from kvik.hypervisor.qemu.argv.build import build
@@ -32,6 +33,11 @@ from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
 from kvik.hypervisor.qemu.descriptors import open_all
 from kvik.hypervisor.qemu.firmware import find_firmware, installed_firmware
 from kvik.hypervisor.qemu.machine import QemuMachine
+from kvik.hypervisor.qemu.sidecars import swtpm
+from kvik.hypervisor.qemu.sidecars.group import attach_sidecars
+from kvik.hypervisor.qemu.sidecars.start import check as check_sidecars
+from kvik.hypervisor.qemu.sidecars.start import start_sidecars
+from kvik.hypervisor.qemu.words import shell_text
 from kvik.paths import Paths
 
 __all__ = ["QemuDriver"]
@@ -122,9 +128,21 @@ class QemuDriver:
         if nvram is not None and not nvram.value and nvram.source is None:
             nvram.value = str(self._paths.nvram / f"{definition.name}_VARS.fd")
 
+    @property
+    def _tpm_states(self) -> Path:
+        return self._paths.data / "qemu" / "swtpm"
+
+    async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
+        tpms = swtpm.emulated(definition)
+        if keep_tpm is None:
+            keep_tpm = any(item.backend is not None and item.backend.persistent_state for item in tpms)
+        if definition.uuid is not None and not keep_tpm:
+            await asyncio.to_thread(swtpm.forget_state, self._tpm_states, definition.uuid)
+
     async def validate(self, definition: Domain) -> None:
         if definition.type not in ("kvm", "qemu"):
             raise ConfigUnsupported(f"QEMU does not run domains of type {definition.type!r}", path="/domain/@type")
+        check_sidecars(definition)
         if definition.type == "kvm" and not self._verdict.usable:
             # Perhaps a module was loaded or a permission given since; cached, so this costs a millisecond if not.
             self._verdict = await asyncio.to_thread(self._probe)
@@ -164,7 +182,7 @@ class QemuDriver:
         assign_aliases(copy)
         capabilities = await self.capabilities(copy.devices.emulator or "")
         line = build(copy, capabilities, paused=False, now=time.time())
-        return process.shell_text(line.argv, line.env) + "\n"
+        return shell_text(line.argv, line.env) + "\n"
 
     # -- machines
 
@@ -176,16 +194,20 @@ class QemuDriver:
         capabilities = await self.capabilities(emulator)
         assign_aliases(domain)
         kernel = await self._kernel(domain)
+        await _tell_tsc_rate(domain)
         _choose_spice_ports(domain)
         with ExitStack() as undo, ExitStack() as close:
             opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
+            sidecars = await start_sidecars(
+                domain, request.directory, opened, tpm_states=self._tpm_states, log_fd=request.log_fd, undo=undo
+            )
             line = build(domain, capabilities, opened.fds, now=time.time())
             handle, position = process.spawn(line, request.directory, request.log_fd, capabilities.version_text)
             undo.callback(handle.close)
             undo.callback(handle.kill)
             images = opened.paths()
             close.close()  # QEMU has its own; ours would keep its monitor from ending with it
-            machine = QemuMachine(domain, request.directory, handle, capabilities, request.sink)
+            machine = QemuMachine(domain, request.directory, handle, capabilities, request.sink, sidecars=sidecars)
             machine.hold_events()
             try:
                 await machine.connect(START_DEADLINE)
@@ -194,17 +216,22 @@ class QemuDriver:
                 if opened.output is not None:
                     machine.watch_output(opened.output)
                     opened.output = None
+                failure = sidecars.failure(request.log_fd)
+                if failure is not None:
+                    raise failure
                 if not request.paused:
                     await machine.resume()
             except BaseException as error:
                 reason = error
                 if isinstance(error, KvikError):
                     reason = await process.died(domain.name, handle, request.log_fd, position, error, images=images)
+                    reason = sidecars.failure(request.log_fd, qemu_alive=handle.alive) or reason
                 await asyncio.shield(machine.quit(0.0))
                 if reason is error:
                     raise
                 raise reason from error
             undo.pop_all()
+            machine.watch_sidecars()
             machine.release_events()
             return machine
 
@@ -229,14 +256,17 @@ class QemuDriver:
         if not isinstance(pid, int) or not isinstance(start_time, int) or not isinstance(boot, str):
             raise ConfigError(f"the status of machine {definition.name} does not say which process it is")
         found = find(pid, start_time, boot)
+        sidecars, lost = attach_sidecars(definition.name, handle.get("sidecars"), boot)
         if found is None:
+            await sidecars.end()
             return None
         try:
             capabilities = await self._running_capabilities(definition, handle)
         except KvikError:
             found.close()
+            sidecars.detach()
             raise
-        machine = QemuMachine(definition, directory, found, capabilities, sink)
+        machine = QemuMachine(definition, directory, found, capabilities, sink, sidecars=sidecars)
         if handle.get("started") is not False:
             machine.mark_started()
         machine.clock_base = int(handle.get("clock_base") or 0)
@@ -246,6 +276,7 @@ class QemuDriver:
         except KvikError:
             if not machine.ended:
                 machine.keep_reconnecting()
+        machine.watch_sidecars(lost)
         return machine
 
     async def _running_capabilities(self, definition: Domain, handle: Mapping[str, Any]) -> QemuCapabilities:
@@ -271,6 +302,20 @@ def _no_machine(capabilities: QemuCapabilities, name: str) -> ConfigUnsupported:
         path="/domain/os/type/@machine",
         remedy=f"{capabilities.binary} -machine help lists them",
     )
+
+
+async def _tell_tsc_rate(domain: Domain) -> None:
+    """A microvm has no timer that Linux could always calibrate the TSC by: without KVM's clock every other boot hangs.
+
+    Told at each start and not by the definition, because the rate is this host's.
+    """
+    described = domain.os
+    if domain.type == "kvm" or not described.kernel or not (described.type.machine or "").startswith("microvm"):
+        return
+    if "tsc_early_khz=" not in (described.cmdline or ""):
+        rate = await asyncio.to_thread(tsc_khz)
+        if rate is not None:
+            described.cmdline = f"{described.cmdline or ''} tsc_early_khz={rate}".strip()
 
 
 def _check_time_zone(definition: Domain) -> None:
@@ -322,7 +367,10 @@ def _domain_capabilities(capabilities: QemuCapabilities, machine: str, vcpus: in
         "channel": {"type": ["pty", "unix", "spicevmc", "qemu-vdagent"]},
     }
     if capabilities.tpm_models:
-        devices["tpm"] = {"model": sorted(capabilities.tpm_models), "backendModel": ["passthrough", "external"]}
+        devices["tpm"] = {
+            "model": sorted(capabilities.tpm_models),
+            "backendModel": ["passthrough", "emulator", "external"],
+        }
     if capabilities.has("usb-redir"):
         devices["redirdev"] = {"bus": ["usb"]}
     models = sorted(capabilities.cpus, key=lambda item: item.name)

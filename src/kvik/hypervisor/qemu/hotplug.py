@@ -31,6 +31,7 @@ from kvik.errors import (
     OperationInvalid,
     OperationUnsupported,
 )
+from kvik.hypervisor.qemu import cpus
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.build import make_context, parts_of
 from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props, alias_of
@@ -190,6 +191,7 @@ async def finish_detach(machine: QemuMachine, device: Any) -> None:
     except KvikError:
         return
     await _remove_host_side(machine, parts)
+    await machine.sidecars.end(alias_of(device))
     if isinstance(device, Disk | Chardev):
         await remove_fdsets(machine, alias_of(device))
     if isinstance(device, Chardev) and device.source and device.source.path:
@@ -315,8 +317,9 @@ async def _take_medium(machine: QemuMachine, alias: str) -> None:
 
 
 async def start_settings(machine: QemuMachine) -> None:
-    """Before the first instruction: passwords, links, limits, balloon."""
+    """Before the first instruction: vCPUs that can go again, passwords, links, limits, balloon."""
     domain = machine.domain
+    await cpus.plug_listed(machine)
     waits: list[Awaitable[None]] = [_password(machine, item) for item in domain.devices.graphics if item.passwd]
     waits += [_link(machine, nic) for nic in domain.devices.interfaces if nic.link and nic.link.state == "down"]
     waits += [_limits(machine, disk) for disk in domain.devices.disks if disk.iotune is not None]

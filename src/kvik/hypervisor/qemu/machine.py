@@ -15,7 +15,7 @@ import socket
 import termios
 import time
 import tty
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from kvik.hypervisor.qemu.capabilities import QemuCapabilities
 from kvik.hypervisor.qemu.descriptors import character_devices
 from kvik.hypervisor.qemu.events import translate
 from kvik.hypervisor.qemu.keys import qcodes
+from kvik.hypervisor.qemu.sidecars.group import Sidecars
 from kvik.qmp.aio import QmpConnection, connect_unix, short_unix_path
 from kvik.qmp.protocol import Event
 
@@ -48,6 +49,7 @@ __all__ = ["QemuMachine"]
 QUERY_DEADLINE = 5.0
 SLOW_DEADLINE = 60.0
 _OUTPUT_KEPT = 16 * 1024  # bytes of the first line's output, to show where a boot stalled
+_SIDECAR_SETTLES = 0.2  # seconds
 _OUTPUT_LIMIT = 4 * 1024 * 1024  # after this much we stop listening; the guest has spoken enough
 
 # QEMU's run states -> Machine.state's words, where they differ
@@ -72,8 +74,11 @@ class QemuMachine:
         process: ProcessHandle,
         capabilities: QemuCapabilities,
         sink: EventSink,
+        *,
+        sidecars: Sidecars | None = None,
     ) -> None:
         self.domain = domain
+        self.sidecars = sidecars if sidecars is not None else Sidecars(domain.name)
         self.directory = directory
         self.capabilities = capabilities
         self.process = process
@@ -245,14 +250,31 @@ class QemuMachine:
         elif kind is EventKind.DEVICE_REMOVED:
             device = self.leaving.pop(event.detail, None)
             if device is not None:
-                task = self._loop.create_task(self._device_gone(device, event))
-                self._tasks.add(task)  # a loop keeps only weak references
-                task.add_done_callback(self._tasks.discard)
-                task.add_done_callback(_consume)
+                self._background(self._device_gone(device, event))
                 return None
         elif kind is EventKind.DEVICE_REMOVAL_FAILED:
             self.leaving.pop(event.detail, None)
         return event
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)  # a loop keeps only weak references
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_consume)
+
+    def watch_sidecars(self, lost: Sequence[str] = ()) -> None:
+        """From now on the end of a side process is told; `lost` are the labels of those that ended unseen."""
+        for label in lost:
+            self._sidecar_died(label, "while nobody watched")
+        self.sidecars.watch(lambda member, how: self._sidecar_died(member.label, how))
+
+    def _sidecar_died(self, label: str, how: str) -> None:
+        # At the end of QEMU its side processes see their connection close a moment before we see QEMU's end.
+        self._loop.call_later(_SIDECAR_SETTLES, self._tell_sidecar, label, how)
+
+    def _tell_sidecar(self, label: str, how: str) -> None:
+        if self.process.alive and not self._quitting:
+            self._emit(MachineEvent(EventKind.SIDECAR_ENDED, f"{label} ended: {how}", {}, time.time()))
 
     async def _device_gone(self, device: Any, event: MachineEvent) -> None:
         """Told only when its host side is gone as well: its alias and images are free again."""
@@ -312,6 +334,19 @@ class QemuMachine:
         if self._connection is not None:
             self._connection.drain()  # its last words: why it ended
             self._connection.close()
+        if len(self.sidecars):
+            # The next run may need what they hold (a TPM's state): this one has ended when they have.
+            self._background(self._sidecars_end())
+        else:
+            self._gone()
+
+    async def _sidecars_end(self) -> None:
+        try:
+            await self.sidecars.end()
+        finally:
+            self._gone()
+
+    def _gone(self) -> None:
         self._ended.set()
         code = self.process.code
         self._close_output()
@@ -321,11 +356,8 @@ class QemuMachine:
             for path in self.directory.glob("*.sock"):
                 path.unlink(missing_ok=True)
         expected = self._quitting or bool(self._reason and code in (0, None))
-        reason = self._reason or (
-            "it was destroyed"
-            if self._quitting
-            else f"QEMU ended unasked{f': {describe_exit(code)}' if code is not None else ''}"
-        )
+        how = "" if code is None else f": {describe_exit(code)}"
+        reason = self._reason or ("it was destroyed" if self._quitting else f"QEMU ended unasked{how}")
         self.run_state = "ended"
         self._emit(MachineEvent(EventKind.ENDED, reason, {"code": code, "expected": expected}, time.time()))
         self.process.close()
@@ -345,6 +377,7 @@ class QemuMachine:
         if self._agent is not None:
             self._agent.close()
         self._close_output()
+        self.sidecars.detach()
         self.process.close()
 
     def handle(self) -> dict[str, Any]:
@@ -355,6 +388,7 @@ class QemuMachine:
             "emulator": self.capabilities.binary,
             "version": self.capabilities.version,
             "started": self._started,
+            "sidecars": self.sidecars.handles(),
             "clock_base": self.clock_base,
         }
 
@@ -464,6 +498,16 @@ class QemuMachine:
 
     async def detach_device(self, device: Any) -> None:
         await hotplug.detach(self, device)
+
+    async def devices(self) -> frozenset[str] | None:
+        listed = await self.execute("qom-list", {"path": "/machine/peripheral"})
+        if not isinstance(listed, list):
+            raise HypervisorError(f"{self.name}: the reply to qom-list is no list")
+        names = (item.get("name") for item in listed if isinstance(item, dict))
+        return frozenset(name for name in names if isinstance(name, str) and name != "type")
+
+    async def clear_remains(self, device: Any) -> None:
+        await hotplug.finish_detach(self, device)
 
     async def update_device(self, old: Any, new: Any) -> None:
         await hotplug.update(self, old, new)

@@ -38,6 +38,7 @@ class TestDriver:
         self.default = Behaviour()
         self.machines: dict[str, TestMachine] = {}  # those that run, by name
         self.starts: dict[str, int] = {}
+        self.forgotten: list[tuple[str, bool | None]] = []  # what was asked of `forget`
         self.without: set[Feature] = set()
         self._pids = itertools.count(_PID_BASE)
 
@@ -107,6 +108,9 @@ class TestDriver:
                 machine.sink = self._watch(name, machine, sink)
                 return machine
         return None
+
+    async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
+        self.forgotten.append((definition.name, keep_tpm))
 
     async def native(self, definition: Domain) -> str:
         return f"kvik-test -name {definition.name}"

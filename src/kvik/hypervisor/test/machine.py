@@ -276,6 +276,12 @@ class TestMachine:
     async def _unplug(self, alias: str) -> None:
         self._emit(EventKind.DEVICE_REMOVED, alias)
 
+    async def devices(self) -> frozenset[str] | None:
+        return None
+
+    async def clear_remains(self, device: Any) -> None:
+        pass
+
     async def update_device(self, old: Any, new: Any) -> None:
         await self._command("update-device")
 

@@ -92,6 +92,9 @@ def test_direct_boot_without_boot_devices_uses_the_tiny_firmware() -> None:
     assert "qboot.rom" in command_line(document("kernel-i440fx")).argv
     assert "qboot.rom" not in command_line(document("kernel-with-boot-devices")).argv
     assert "qboot.rom" not in command_line(document("bios-disk-q35")).argv
+    # It would place the card's memory on top of the kernel.
+    card = document("kernel-q35").replace("</devices>", "<video><model type='vga'/></video></devices>")
+    assert "qboot.rom" not in command_line(card).argv
 
 
 def test_option_roms_are_left_out_of_what_nobody_boots_from() -> None:

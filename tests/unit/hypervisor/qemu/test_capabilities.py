@@ -32,7 +32,7 @@ def binary(tmp_path: Path) -> str:
 def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
 
-    async def probe(name: str, identity: tuple[int, ...]) -> QemuCapabilities:
+    async def probe(name: str, identity: tuple[int, ...], home: Path) -> QemuCapabilities:
         asked.append(name)
         return msgspec.structs.replace(capabilities(), binary=name, identity=identity)
 
@@ -56,9 +56,9 @@ async def test_many_callers_at_once_ask_one_qemu(
 ) -> None:
     answer = module.probe
 
-    async def slowly(name: str, identity: tuple[int, ...]) -> QemuCapabilities:
+    async def slowly(name: str, identity: tuple[int, ...], home: Path) -> QemuCapabilities:
         await asyncio.sleep(0.01)
-        return await answer(name, identity)
+        return await answer(name, identity, home)
 
     monkeypatch.setattr(module, "probe", slowly)
     prober = QemuProber(tmp_path / "cache")
@@ -104,7 +104,7 @@ async def test_a_cache_that_cannot_be_written_costs_only_time(binary: str, probe
 
 
 async def test_an_old_qemu_is_refused(binary: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    async def probe(name: str, identity: tuple[int, ...]) -> QemuCapabilities:
+    async def probe(name: str, identity: tuple[int, ...], home: Path) -> QemuCapabilities:
         return msgspec.structs.replace(capabilities(), binary=name, identity=identity, version=5_001_000)
 
     monkeypatch.setattr(module, "probe", probe)

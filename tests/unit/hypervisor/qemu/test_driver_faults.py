@@ -71,7 +71,7 @@ async def test_a_bad_emulator(fault: str, tmp_path: Path, monkeypatch: pytest.Mo
     binary.write_text(PEER.format(python=sys.executable, body=body))
     binary.chmod(0o755)
 
-    async def probe(name: str, identity: tuple[int, ...]) -> QemuCapabilities:
+    async def probe(name: str, identity: tuple[int, ...], home: Path) -> QemuCapabilities:
         return msgspec.structs.replace(capabilities(), binary=name, identity=identity)
 
     monkeypatch.setattr(module, "probe", probe)

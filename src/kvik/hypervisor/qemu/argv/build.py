@@ -233,7 +233,9 @@ def _all_parts(context: Context) -> Iterator[Parts]:
 
 def _iommus_and_controllers(context: Context) -> Iterator[object]:
     """The IOMMU before every device that it translates for; each PCI bridge after the one it sits on; then the rest,
-    companions after their EHCI. Raises `ConfigUnsupported` for bridges that sit on each other in a circle."""
+    companions after their EHCI, and smartcard readers, which sit on USB, last. Raises `ConfigUnsupported` for bridges
+    that sit on each other in a circle.
+    """
     devices = context.domain.devices
     if devices.iommu is not None:
         yield devices.iommu
@@ -248,4 +250,4 @@ def _iommus_and_controllers(context: Context) -> Iterator[object]:
         present |= {item.index or 0 for item in ready}
         waiting = [item for item in waiting if item not in ready]
     others = (item for item in devices.controllers if item.type != "pci")
-    yield from sorted(others, key=lambda item: item.master is not None)
+    yield from sorted(others, key=lambda item: (item.type == "ccid", item.master is not None))

@@ -6,7 +6,7 @@ from kvik.conf.devices.interface import Interface
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, alias_of, on_off, virtio_options
 
-__all__ = ["TAP_TYPES", "interface_parts", "netdev_id", "tap_name", "vhost_name"]
+__all__ = ["TAP_TYPES", "interface_parts", "is_passt", "netdev_id", "passt_name", "tap_name", "vhost_name"]
 
 TAP_TYPES = frozenset({"ethernet", "network", "bridge", "direct"})
 # document's model -> QEMU's device; others pass through by their own name, if this QEMU has them
@@ -26,6 +26,15 @@ def vhost_name(alias: str) -> str:
     return f"vhost:{alias}"
 
 
+def passt_name(alias: str) -> str:
+    """The connection to passt is passed as `passt:ALIAS`."""
+    return f"passt:{alias}"
+
+
+def is_passt(device: Interface) -> bool:
+    return device.type == "user" and device.backend is not None and device.backend.type == "passt"
+
+
 def interface_parts(context: Context, device: Interface) -> Parts:
     alias = alias_of(device)
     if device.type == "hostdev":
@@ -43,6 +52,8 @@ def _netdev(context: Context, device: Interface, chardevs: list[Chardev]) -> Pro
     alias, source = alias_of(device), device.source
     if device.type == "null":
         return None
+    if is_passt(device):
+        return _passt(context, device)
     if device.type == "user":
         return _user(device)
     if device.type in TAP_TYPES:
@@ -90,9 +101,18 @@ def _tap(context: Context, device: Interface) -> Props:
     return props
 
 
+def _passt(context: Context, device: Interface) -> Props:
+    alias = alias_of(device)
+    if context.capabilities.version < 7_002_000:
+        raise ConfigUnsupported("the passt backend needs QEMU 7.2", remedy="leave <backend> out for QEMU's own")
+    fd = context.files.fd(passt_name(alias))
+    if fd is None and (context.files.fds or context.files.hotplug):
+        raise ConfigUnsupported(f"interface {alias}: passt cannot be started for a machine that already runs")
+    address: Props = {"type": "unix", "path": f"{alias}-passt.sock"} if fd is None else {"type": "fd", "str": fd}
+    return {"type": "stream", "addr": address, "server": False}
+
+
 def _user(device: Interface) -> Props:
-    if device.backend is not None and device.backend.type == "passt":
-        raise ConfigUnsupported("the passt backend is not supported yet; leave <backend> out for QEMU's own")
     props: Props = {"type": "user"}
     for ip in device.ips:
         if ip.family == "ipv6":
@@ -101,6 +121,12 @@ def _user(device: Interface) -> Props:
             props["net"] = f"{ip.address}/{ip.prefix}" if ip.prefix is not None else ip.address
     forwards = []
     for forward in device.port_forwards:
+        excluded = {
+            port
+            for ports in forward.ranges
+            if ports.exclude
+            for port in range(ports.start, (ports.end or ports.start) + 1)
+        }
         for ports in forward.ranges:
             if ports.exclude:
                 continue
@@ -109,6 +135,8 @@ def _user(device: Interface) -> Props:
                 raise ConfigUnsupported(f"port range {ports.start} to {end} is not valid")
             first = ports.to if ports.to is not None else ports.start
             for offset in range(end - ports.start + 1):
+                if ports.start + offset in excluded:
+                    continue
                 host = f"{forward.address or ''}:{ports.start + offset}"
                 forwards.append({"str": f"{forward.proto}:{host}-:{first + offset}"})
     if forwards:

@@ -9,7 +9,7 @@ from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.qemu.argv.options import Context, Props, json_text, keyval
 
-__all__ = ["cpu", "memory", "needs_shared_memory", "parse_set", "topology"]
+__all__ = ["boot_vcpus", "cpu", "memory", "needs_shared_memory", "parse_set", "topology"]
 
 HUGEPAGE_ROOT = "/dev/hugepages"
 
@@ -135,11 +135,30 @@ def _paravirtual(domain: Domain) -> Props:
     return options
 
 
+def boot_vcpus(domain: Domain) -> int:
+    """How many vCPUs QEMU itself makes; those that can be unplugged again are plugged before the guest runs.
+
+    Raises `ConfigUnsupported`: it makes the first ones, whichever the document wants.
+    """
+    maximum = domain.vcpu.value if domain.vcpu else 1
+    entries = domain.vcpus.vcpus if domain.vcpus else []
+    if not entries:
+        return (domain.vcpu.current if domain.vcpu else None) or maximum
+    fixed = sorted(entry.id for entry in entries if entry.enabled and not entry.hotpluggable)
+    if fixed != list(range(len(fixed))):
+        raise ConfigUnsupported(
+            "the vCPUs that cannot be unplugged have to be the first ones",
+            path="/domain/vcpus",
+            remedy="mark those behind a gap hotpluggable='yes'",
+        )
+    return len(fixed)
+
+
 def topology(context: Context) -> list[str]:
     """-smp. Raises `ConfigUnsupported` for more vCPUs than the machine type has room for."""
     domain = context.domain
     maximum = domain.vcpu.value if domain.vcpu else 1
-    current = (domain.vcpu.current if domain.vcpu else None) or maximum
+    current = boot_vcpus(domain)
     kind = context.capabilities.machine(context.machine)
     if kind is not None and maximum > kind.max_cpus:
         raise ConfigUnsupported(

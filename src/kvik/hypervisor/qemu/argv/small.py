@@ -92,9 +92,7 @@ def tpm_parts(context: Context, device: Tpm) -> Parts:
         arguments = ["-tpmdev", keyval("passthrough", options)]
     else:
         fd = context.files.fd(f"tpm:{alias}")
-        path = source.source.path if source.source else None
-        if fd is None and source.type == "emulator" and context.files.fds:
-            raise ConfigUnsupported("the emulated TPM needs swtpm, which kvik does not start yet; use type 'external'")
+        path = source.source.path if source.source and source.type == "external" else None
         chardevs.append(Chardev(f"chr-{alias}", "socket", {"fd": fd} if fd else {"path": path or f"{alias}.sock"}))
         arguments = ["-tpmdev", keyval("emulator", options | {"chardev": f"chr-{alias}"})]
     props: Props = {"driver": context.require(model), "tpmdev": options["id"], "id": alias}
@@ -212,10 +210,6 @@ def filesystem_parts(context: Context, device: Filesystem) -> Parts:
     if driver is not None and driver.type == "virtiofs":
         path = device.source.socket if device.source else None
         fd = context.files.fd(f"fs:{alias}")
-        if fd is None and not path and context.files.fds:
-            raise ConfigUnsupported(
-                "kvik does not start virtiofsd yet: start it and name its socket in <source socket=.../>"
-            )
         chardev = Chardev(f"chr-vu-{alias}", "socket", {"fd": fd} if fd else {"path": path or f"{alias}.sock"})
         unit: Props = {"driver": context.require("vhost-user-fs-pci"), "id": alias, "chardev": chardev.id, "tag": tag}
         unit |= {"queue-size": driver.queue, "bootindex": context.boot(device)}
