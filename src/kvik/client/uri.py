@@ -105,12 +105,8 @@ def parse_uri(uri: str) -> Address:
         raise bad("there is no host")
     if host.startswith("-") or user.startswith("-"):
         raise bad("a host or user cannot begin with '-'")  # ssh would take it for an option
-    scope = path
-    if scheme == "test":
-        raise InvalidArgument(
-            f"'{uri}': the in-memory driver is a daemon of its own",
-            remedy="start 'kvikd --driver test --socket PATH', then use kvik+unix:///system?socket=PATH",
-        )
+    # Of libvirt's in-memory driver, at a socket somebody names; it knows no scopes.
+    scope = "session" if scheme == "test" else path
     if scope not in SCOPES:
         raise bad("the path is to be /system or /session" if slash else "the path is missing")
     socket = ""
@@ -122,4 +118,9 @@ def parse_uri(uri: str) -> Address:
                 raise bad("socket= wants an absolute path")
         elif key not in _IGNORED_PARAMETERS:
             raise bad(f"unknown parameter {key!r}")
+    if scheme == "test" and transport == "unix" and not socket:
+        raise InvalidArgument(
+            f"'{uri}': the in-memory driver is a daemon of its own",
+            remedy="start 'kvikd --driver test --socket PATH', then use kvik+unix:///system?socket=PATH",
+        )
     return Address(scheme, transport, scope, host, user, port, socket, path)

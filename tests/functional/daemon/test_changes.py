@@ -210,3 +210,30 @@ def test_a_monitors_events_reach_virsh(make: Any, kvikd: Any) -> None:
         until(lambda: domain.suspend() or domain.resume() or watcher.poll() is not None)
         assert watcher.stdout is not None
         assert "event STOP" in watcher.stdout.read()
+
+
+# What libvirt 9.0 tells of the same document, as measured.
+KEYS = """
+state.state state.reason cpu.time cpu.user cpu.system cpu.cache.monitor.count cpu.haltpoll.success.time
+cpu.haltpoll.fail.time balloon.current balloon.maximum balloon.last-update balloon.rss vcpu.current vcpu.maximum
+vcpu.0.state vcpu.0.time vcpu.0.wait vcpu.0.delay net.count block.count iothread.count iothread.1.poll-max-ns
+iothread.1.poll-grow iothread.1.poll-shrink dirtyrate.calc_status dirtyrate.calc_start_time dirtyrate.calc_period
+dirtyrate.calc_mode block.1.name
+"""
+DISK = "name path rd.reqs rd.bytes rd.times wr.reqs wr.bytes wr.times fl.reqs fl.times allocation capacity physical"
+EMPTY = "name rd.reqs rd.bytes rd.times wr.reqs wr.bytes wr.times fl.reqs fl.times"
+
+
+def test_the_figures_have_libvirts_names(make: Any, kvikd: Any, tmp_path: Path) -> None:
+    disk = image(tmp_path / "d.img")
+    devices = (
+        f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{disk}'/>"
+        "<target dev='vda' bus='virtio'/></disk>" + CDROM.format(source="") + NIC + "<serial type='pty'/>"
+    )
+    domain = make("figures", devices, vcpus="<vcpu current='1'>2</vcpu><iothreads>1</iothreads>")
+    domain.start()
+    assert kvikd.virsh("dommemstat", "figures", "--period", "1", "--live").returncode == 0
+    lines = kvikd.virsh("domstats", "figures").stdout.split()[2:]
+    found = {line.partition("=")[0] for line in lines}
+    wanted = {*KEYS.split(), *(f"block.0.{key}" for key in DISK.split()), *(f"block.1.{key}" for key in EMPTY.split())}
+    assert found == wanted

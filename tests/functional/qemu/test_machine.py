@@ -172,7 +172,7 @@ async def test_figures(lab, place: Path) -> None:  # type: ignore[no-untyped-def
     assert figures["block.0.path"] == str(place / "a.qcow2")
     assert figures["vcpu.current"] == 1
     assert figures["balloon.current"] == 65536
-    assert set(await machine.stats(frozenset({"cpu"}))) == {"cpu.time", "cpu.user", "cpu.system"}
+    assert set(await machine.stats(frozenset({"cpu"}))) >= {"cpu.time", "cpu.user", "cpu.system"}
 
 
 async def test_screenshot_and_keys(lab) -> None:  # type: ignore[no-untyped-def]

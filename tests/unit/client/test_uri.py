@@ -43,6 +43,7 @@ def test_good_uris(uri: str, address: Address, name: str | None) -> None:
 def test_the_in_memory_driver_is_another_daemon() -> None:
     with pytest.raises(InvalidArgument, match="--driver test"):
         parse_uri("test:///default")
+    assert parse_uri("test+unix:///default?socket=/s").name == "test:///default"  # somebody's, where they say
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,18 @@ async def test_an_idle_daemon_ends_and_a_used_one_does_not() -> None:
         assert manager.all[-1].name == "late"
 
 
+async def test_an_idle_daemon_stays_for_a_machine_that_needs_it() -> None:
+    manager = FakeManager()
+    manager.needed_by = "m0"  # its document says on_poweroff=restart, say
+    async with running(manager, idle_timeout=0.05) as daemon:
+        await asyncio.sleep(0.3)
+        assert not daemon.server.stopping
+        manager.needed_by = ""
+        async with asyncio.timeout(2):
+            while not daemon.server.stopping:
+                await asyncio.sleep(0.01)
+
+
 async def test_a_daemon_nobody_ever_connects_to_ends_too() -> None:
     async with running(FakeManager(), idle_timeout=0.05) as daemon:
         async with asyncio.timeout(5):

@@ -11,6 +11,7 @@ import pytest
 from manager_bench import AGENT, Bench, document, until
 
 from kvik.errors import AgentError, InvalidArgument, OperationInvalid, OperationTimeout
+from kvik.hypervisor.driver import EventKind
 from kvik.hypervisor.test.driver import Behaviour
 from kvik.manager import exec
 from kvik.manager.guest import decode_interfaces
@@ -191,3 +192,43 @@ async def test_the_console_echoes_and_screens_and_keys_work(bench: Bench) -> Non
     assert bench.driver.machines["a"].keys == [([30, 42], 50)]
     await domain.inject_nmi()
     assert bench.driver.machines["a"].nmis == 1
+
+
+async def test_a_display_disk_errors_and_the_monitors_events(bench: Bench) -> None:
+    disk = "<disk type='file' device='disk'><source file='/dev/null'/><target dev='vda' bus='virtio'/></disk>"
+    domain = await bench.manager.define(document(devices=f"<graphics type='vnc'/>{disk}"))
+    with pytest.raises(OperationInvalid):
+        await domain.open_graphics(0)
+    await domain.start()
+    fd = await domain.open_graphics(0, skip_auth=True)
+    assert os.read(fd, 100) == b"display 0 without password"
+    os.close(fd)
+    assert await domain.disk_errors() == {}
+    machine = bench.driver.machines["a"]
+    machine.io_error("virtio-disk0")
+    assert await domain.disk_errors() == {"vda": 2}
+    machine.tell(EventKind.MONITOR, "NEWS", a=1)
+    (event,) = [event for event in bench.events if event.kind == "monitor"]
+    assert (event.fields["event"], json.loads(event.fields["details"])) == ("NEWS", {"a": 1})
+
+
+async def test_the_period_of_memory_statistics(bench: Bench) -> None:
+    domain = await bench.manager.define(document(devices="<memballoon model='virtio'/>"))
+    await domain.set_memory_stats_period(5, 2)
+    assert "<stats period='5'/>" in domain.xml()
+    await domain.start()
+    await domain.set_memory_stats_period(2, 1)
+    assert bench.driver.machines["a"].balloon_period == 2
+    assert "<stats period='2'/>" in domain.xml() and "<stats period='5'/>" in domain.xml(2)
+    await domain.set_memory_stats_period(0, 3)
+    assert "<stats" not in domain.xml() and "<stats" not in domain.xml(2)
+    with pytest.raises(InvalidArgument):
+        await domain.set_memory_stats_period(-1, 2)
+
+
+async def test_a_clock_that_the_guest_sets_is_kept(bench: Bench) -> None:
+    domain = await bench.manager.define(document(extra="<clock offset='utc' adjustment='60'/>"))
+    await domain.start()
+    bench.driver.machines["a"].tell(EventKind.RTC_CHANGE, offset=3600)
+    assert "offset='variable' adjustment='3600' basis='utc'" in domain.xml()
+    assert [event.fields["offset"] for event in bench.events if event.kind == "rtc-change"] == [3600]

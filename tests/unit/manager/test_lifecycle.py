@@ -366,3 +366,40 @@ async def test_machines_of_a_client_that_is_gone_are_ended(bench: Bench) -> None
     other = await bench.manager.create_xml(document("b"), autodestroy="client 2")
     await bench.manager.client_gone("client 1")
     assert bench.manager.domains() == [other]
+
+
+# who is there when the guest ends
+
+
+@pytest.mark.parametrize(
+    ("policy", "needed"),
+    [
+        ("", False),
+        ("<on_poweroff>preserve</on_poweroff>", False),  # the VMM pauses by itself
+        ("<on_poweroff>restart</on_poweroff>", True),
+        ("<on_reboot>destroy</on_reboot>", False),  # the VMM ends by itself
+        ("<on_poweroff>preserve</on_poweroff><on_reboot>destroy</on_reboot>", True),
+        ("<on_crash>preserve</on_crash>", False),
+        ("<on_crash>restart</on_crash>", True),
+    ],
+)
+async def test_a_daemon_is_needed_only_for_what_the_vmm_cannot_do_itself(
+    bench: Bench, policy: str, needed: bool
+) -> None:
+    domain = await bench.manager.define(document(extra=policy))
+    assert bench.manager.needed_by == ""
+    await domain.start()
+    assert bench.manager.needed_by == ("a" if needed else "")
+    await domain.destroy()
+    assert bench.manager.needed_by == ""
+
+
+async def test_a_reboot_by_the_power_button_keeps_the_vmm(bench: Bench) -> None:
+    domain = await bench.manager.define(document())
+    await domain.start()
+    machine = bench.driver.machines["a"]
+    await domain.reboot(1)
+    assert machine.actions == {"poweroff": "pause"}
+    await until(lambda: machine.actions == {"poweroff": "exit"} and domain.state == DomainState.RUNNING)
+    await domain.shutdown(1)
+    await until(lambda: domain.state == DomainState.SHUTOFF)

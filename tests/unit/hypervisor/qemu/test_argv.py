@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvik.errors import ConfigUnsupported
+from kvik.hypervisor.qemu.argv.build import build
 from kvik.hypervisor.qemu.argv.options import Files, keyval, node_name
 from kvik.hypervisor.qemu.argv.processor import parse_set, ranges
 
 sys.path.insert(0, str(Path(__file__).parent))
-from golden import DATA, command_line
+from golden import DATA, capabilities, command_line, complete_domain
 
 
 def document(name: str) -> str:
@@ -128,3 +129,23 @@ def test_sets_of_numbers() -> None:
     for bad in ("", "a", "1-", "3-x", "0-99999999999"):
         with pytest.raises(ConfigUnsupported):
             parse_set(bad)
+
+
+@pytest.mark.parametrize(
+    ("clock", "base"),
+    [
+        ("<clock offset='variable' adjustment='-3600' basis='utc'/>", "1970-01-01T23:00:00"),
+        ("<clock offset='utc' adjustment='3600'/>", "1970-01-02T01:00:00"),
+        ("<clock offset='utc' adjustment='reset'/>", "utc"),
+        ("<clock offset='timezone' timezone='Europe/Oslo'/>", "localtime"),
+    ],
+)
+def test_the_clock_counts_from_now(clock: str, base: str) -> None:
+    known = capabilities()
+    xml = (
+        "<domain type='qemu'><name>c</name><memory>65536</memory><os><type arch='x86_64' machine='q35'>hvm</type></os>"
+        f"{clock}<devices/></domain>"
+    )
+    line = build(complete_domain(xml, known), known, now=86400.0)
+    assert line.argv[line.argv.index("-rtc") + 1] == f"base={base}"
+    assert line.env == ({"TZ": "Europe/Oslo"} if "timezone" in clock else {})
