@@ -63,7 +63,7 @@ def test_a_daemon_that_keeps_the_streams_open_does_not_hold_its_caller(lab: Lab)
 
 
 def test_the_hosts_tree_is_seen_and_never_changed(lab: Lab) -> None:
-    probe = f"{Path(__file__).parent}/written-in-the-lab"
+    probe = f"/usr/written-in-the-lab-{os.getpid()}"
     assert lab.sh(f"cat {__file__}") == Path(__file__).read_text()
     lab.sh(f"echo gone with the lab > {probe}; cat {probe}")
     assert not Path(probe).exists()

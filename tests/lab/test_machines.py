@@ -75,7 +75,7 @@ def test_one_command_runs_a_command_in_a_machine_on_kvm(lab: Lab) -> None:
     done = lab.kvik("run", "--rm", "--", "uname", "-a", timeout=READY).check()
     assert done.stdout.startswith("Linux tiny-1 ") and "cloud-amd64" in done.stdout
     assert lab.sh("uname -r").strip() not in done.stdout
-    assert "acceleration: KVM" in done.stderr and "SVM with NPT" in done.stderr
+    assert "Acceleration: KVM" in done.stderr and "SVM with NPT" in done.stderr
     assert json.loads(lab.kvik("list", "--all", "--json").check().stdout) == []
     assert lab.run(["pgrep", "-x", "qemu-system-x86"]).code == 1
 
