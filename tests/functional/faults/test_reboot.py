@@ -68,8 +68,8 @@ def test_an_autostart_that_fails_keeps_nobody_else(host: Host) -> None:
 def test_somebody_elses_process_is_left_alone(host: Host) -> None:
     """Another process has the pid, in the same boot or another, even with the same start time."""
     bystander = host.spawn("sleep", "600")
+    host.define("web")
     for boot, start_time in ((OTHER_BOOT, "its own"), (OTHER_BOOT, "the old"), (boot_id(), "the old")):
-        host.define("web")
         host.kvik("start", "web")
         status = host.status("web")
         old = int(status.attrib["pid"])
