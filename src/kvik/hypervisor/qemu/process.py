@@ -58,6 +58,7 @@ _REMEDIES = (
     ("Could not access KVM kernel module", "kvik doctor says what is wrong with /dev/kvm"),
     ("cannot set up guest memory", "give the machine less <memory> or free some on the host"),
     ("failed to find romfile", "install the firmware: apt install seabios ipxe-qemu"),
+    ("invalid kernel header", "<kernel> must name a Linux kernel (bzImage), or an ELF kernel with a PVH entry"),
     ("could not load PC BIOS", "install the firmware: apt install seabios"),
 )
 
