@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from kvik.cli.context import Context
     from kvik.cli.options import Verb
 
+# Verbs that may go on for hours: for them the garbage collector is switched on again.
+LASTING = frozenset(("console", "create", "event", "exec", "proxy", "run", "start", "top"))
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 # global option: (short, takes a value, help)
@@ -84,6 +86,10 @@ def _main(arguments: list[str]) -> int:
         words, answer = parse_globals(arguments, context)
         if answer is not None:
             return answer
+        if not words or words[0] in LASTING:
+            import gc
+
+            gc.enable()
         if not words:
             from kvik.cli.shell import Shell
 
