@@ -74,6 +74,7 @@ class KvikError(Exception):
 
     code: int = 1  # VIR_ERR_INTERNAL_ERROR
     domain: int = 10  # VIR_FROM_QEMU
+    exit_code: int | None = None  # of a command that ends with this error, where that is not the usual one
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)

@@ -40,12 +40,12 @@ def run_in(
     try:
         result = domain.exec(argv, stdin=stdin, timeout=timeout)
     except OperationTimeout as error:
-        error.exit_code = TIMED_OUT  # type: ignore[attr-defined]
+        error.exit_code = TIMED_OUT
         raise
     except AgentError as error:
         for why, code in NOT_RUN.items():
             if error.message.endswith(f"cannot be run in the guest: {why}"):
-                error.exit_code = code  # type: ignore[attr-defined]
+                error.exit_code = code
         raise
     code = 128 + result.signal if result.signal else result.exitcode
     if ctx.put(

@@ -278,7 +278,8 @@ OWN_FAILURE = 125  # as docker, env and timeout report that they, not the comman
 def failure(name: str, words: Sequence[str], error: BaseException) -> int:
     """The exit code of an error; where a command's own code is handed on, one that commands do not use."""
     own = OWN_FAILURE if name == "exec" or (name == "run" and "--" in words) else 1
-    return int(getattr(error, "exit_code", own))
+    code: int | None = getattr(error, "exit_code", None)
+    return own if code is None else code
 
 
 # Verbs whose output is not followed by virsh's blank line: it would be part of somebody else's data.

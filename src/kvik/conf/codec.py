@@ -96,10 +96,11 @@ class Element(msgspec.Struct, kw_only=True, gc=False):
 
     @classmethod
     def parse_attributes(cls, items: list[tuple[str, str]]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-        """(fields, attributes nobody knows)."""
+        """(fields, attributes nobody knows). Called for classes with `__xml_custom__` only, which define it."""
         raise NotImplementedError
 
     def format_attributes(self) -> str:
+        """The counterpart, for the same classes only."""
         raise NotImplementedError
 
 

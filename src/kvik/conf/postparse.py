@@ -211,9 +211,9 @@ def _displays(domain: Domain, caps: MachineDefaults) -> None:
     for graphics in devices.graphics:
         _graphics(graphics)
     if any(item.type not in ("egl-headless",) for item in devices.graphics) and not devices.videos:
-        devices.videos.append(Video(model=VideoModel(type=caps.video_model)))  # type: ignore[arg-type]
+        devices.videos.append(Video(model=VideoModel(type=caps.video_model)))  # type: ignore[arg-type]  # its Literal
     for index, video in enumerate(devices.videos):
-        video.model = video.model or VideoModel(type=caps.video_model)  # type: ignore[arg-type]
+        video.model = video.model or VideoModel(type=caps.video_model)  # type: ignore[arg-type]  # as above
         model = video.model
         if model.type in ("none", "ramfb"):
             continue
@@ -363,4 +363,5 @@ def _indexes(devices: Devices) -> None:
 def _need(devices: Devices, kind: str, index: int, model: str | None) -> None:
     for number in range(index + 1):
         if not any(item.type == kind and item.index == number for item in devices.controllers):
-            devices.controllers.append(Controller(type=kind, index=number, model=model))  # type: ignore[arg-type]
+            made = Controller(type=kind, index=number, model=model)  # type: ignore[arg-type]  # Literals of ours
+            devices.controllers.append(made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from kvik.conf.domain import Domain, parse_domain
 from kvik.conf.machine import MachineDefaults
@@ -25,7 +26,7 @@ def find_line(xml: str | bytes, path: str) -> int:
         node = read_xml(xml)
     except ConfigError:
         return 0
-    line: int = node.sourceline or 0  # type: ignore[assignment]
+    line: Any = node.sourceline or 0  # Any: the stubs of lxml do not know that it is a number
     for step in path.split("/")[2:]:
         if not _STEP.fullmatch(step):
             break
@@ -34,8 +35,8 @@ def find_line(xml: str | bytes, path: str) -> int:
         if len(same) < int(index or 1):
             break
         node = same[int(index or 1) - 1]
-        line = node.sourceline or line  # type: ignore[assignment]
-    return line
+        line = node.sourceline or line
+    return int(line)
 
 
 @contextmanager

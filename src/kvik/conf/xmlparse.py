@@ -47,7 +47,7 @@ def fail(element: etree._Element, reason: str, attribute: str = "") -> ConfigErr
 
 def parse_element(element: etree._Element, cls: type[E]) -> E:
     """The Struct that `element` describes. Raises ConfigError with line, path and reason."""
-    return _parse(element, plan_of(cls))  # type: ignore[return-value]
+    return _parse(element, plan_of(cls))  # type: ignore[return-value]  # a plan makes its own class
 
 
 def _parse(element: etree._Element, plan: Plan) -> Element:

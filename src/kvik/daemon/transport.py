@@ -214,7 +214,7 @@ class Transport:
             head = out[0]
             size = len(head)
             if sent < size:
-                out[0] = memoryview(head)[sent:]  # type: ignore[arg-type]
+                out[0] = memoryview(head)[sent:]  # type: ignore[arg-type]  # descriptors are gone by now
                 return
             out.popleft()
             sent -= size

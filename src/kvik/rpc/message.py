@@ -61,6 +61,9 @@ class Message(tuple["Any", ...]):
     copied until somebody asks. Subclasses say what it is; connections yield only subclasses.
     """
 
+    # The tuple's items have no types of their own, for it is made millions of times: the properties say them, and
+    # each tells mypy so with `no-any-return`.
+
     __slots__ = ()
 
     @property

@@ -59,7 +59,7 @@ def parameter_type(name: str, value: Value) -> int:
         known = _KNOWN.get(".".join("*" if part.isdigit() else part for part in name.split(".")))
     if known is not None:
         return known
-    return ULLONG if value >= 0 else LLONG  # type: ignore[operator]
+    return ULLONG if value >= 0 else LLONG  # type: ignore[operator]  # text went above
 
 
 def from_dict(values: Mapping[str, Value]) -> list[TypedParam]:

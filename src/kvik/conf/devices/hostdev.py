@@ -91,7 +91,7 @@ class RedirFilter(Element):
 
 
 class Smartcard(Chardev, kw_only=True):
-    type: Annotated[str | None, "type"] = None  # type: ignore[assignment]
+    type: Annotated[str | None, "type"] = None  # type: ignore[assignment]  # optional here: `mode` says enough
     mode: Literal["host", "host-certificates", "passthrough"]
     certificates: Annotated[list[str], CHILD, "certificate"] = []
     database: Text = None

@@ -139,10 +139,10 @@ def netdev_argument(context: Context, netdev: dict[str, object]) -> str:
     """JSON since QEMU 7.2; before it key=value."""
     if context.capabilities.version >= 7_002_000:
         return json_text(netdev)
-    flat = {key: value for key, value in netdev.items() if key != "type"}
+    flat: dict[str, Any] = {key: value for key, value in netdev.items() if key != "type"}
     for key in ("hostfwd", "guestfwd"):
         if key in flat:
-            flat[key] = [item["str"] for item in flat[key]]  # type: ignore[attr-defined]
+            flat[key] = [item["str"] for item in flat[key]]
     return keyval(str(netdev["type"]), flat)
 
 
