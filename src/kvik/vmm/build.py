@@ -36,7 +36,7 @@ def build(config: MachineConfig) -> Machine:
             machine.trace = Trace()
         _add_platform(machine)
         _add_vcpus(machine)
-        machine.remember_power_on()
+        # machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
             machine.loader = KernelLoader(machine)
