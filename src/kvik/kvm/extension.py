@@ -38,23 +38,21 @@ class Extension(NamedTuple):
 
 def extension(root: str = "/") -> Extension:
     """Of the host whose /proc and /sys lie below `root`."""
-    flags = _cpu_flags(os.path.join(root, "proc/cpuinfo"))
+    flags = _cpu_flags(f"{root}/proc/cpuinfo")
     hardware = "VMX" if "vmx" in flags else "SVM" if "svm" in flags else ""
-    modules = os.path.join(root, "sys/module")
-    loaded = [name for name in (*MODULES, PVM) if os.path.isdir(os.path.join(modules, name))]
+    loaded = [name for name in (*MODULES, PVM) if os.access(f"{root}/sys/module/{name}", os.F_OK)]
+    module = loaded[0] if loaded else ""
     if PVM in loaded and not hardware:
         module = PVM  # kvm_amd and kvm_intel built in stay visible without the hardware they drive
-    else:
-        module = loaded[0] if loaded else ""
     if module not in MODULES:
         return Extension(hardware, "", module, None)
-    parameters = os.path.join(modules, module, "parameters")
+    parameters = f"{root}/sys/module/{module}/parameters"
     _, parameter, paging = MODULES[module]
     return Extension(
         hardware,
-        paging if _on(os.path.join(parameters, parameter)) else "",
+        paging if _on(f"{parameters}/{parameter}") else "",
         module,
-        _on(os.path.join(parameters, "nested")),
+        _on(f"{parameters}/nested"),
     )
 
 
@@ -73,7 +71,12 @@ def _on(path: str) -> bool:
 
 def _read(path: str, limit: int) -> str:
     try:
-        with open(path, "rb") as file:
-            return file.read(limit).decode(errors="replace")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return ""
+    try:
+        return os.read(fd, limit).decode(errors="replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)

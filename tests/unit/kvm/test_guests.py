@@ -383,7 +383,7 @@ def test_a_failing_call_names_itself_and_what_it_needs() -> None:
         with pytest.raises(KvmError, match="KVM_IRQ_LINE") as raised:
             tiny.vm.irq_line(1, True)
         assert raised.value.capability == "IRQCHIP" and "not created" in str(raised.value)
-        with pytest.raises(KvmError, match="KVM_ENABLE_CAP: .*capability 9999"):
+        with pytest.raises(KvmError, match=r"KVM_ENABLE_CAP: .*capability 9999"):
             tiny.vm.enable_cap(9999)
         with pytest.raises(KvmError, match=r"slot 1, 0x7b bytes at 0x20000"):
             tiny.vm.set_user_memory_region(1, 0x20000, 123, 0x1000)
