@@ -100,6 +100,11 @@ class EventLoop:
     def in_loop(self) -> bool:
         return self._thread == _thread.get_ident()
 
+    @property
+    def running(self) -> bool:
+        """Whether a thread is in `run`: if not, no other thread can be in a callback."""
+        return self._thread != 0
+
     # Running -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
