@@ -28,9 +28,7 @@ __all__ = ["GuestMemory", "HostMemory", "Region", "map_memory", "unmap_memory"]
 _HUGE = 2 * MIB
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64),
-)
+_libc.mmap.argtypes = (*(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64),)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.syscall.restype = ctypes.c_long
@@ -349,5 +347,3 @@ def os_fallocate_punch(fd: int, offset: int, size: int) -> None:
     if _libc.fallocate(fd, 3, offset, size) < 0:
         number = ctypes.get_errno()
         raise HostError(f"cannot punch a hole: {os.strerror(number)}", errno=number)
-
-
