@@ -23,6 +23,8 @@ from kvik.vmm.backends.request import FLUSH, IOV_MAX, READ, WRITE, Request, adva
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvik.vmm.backends.io_uring import Uring
     from kvik.vmm.loop import EventLoop
 
@@ -47,7 +49,7 @@ class BlockImage:
     """`source` is a path, or a descriptor that the caller opened (kept, and closed with the image).
 
     `image_format` is "raw", or "" for a file that is not recognisably something else: the format is never guessed from
-    what a guest could have written. All methods but the constructor belong to the thread of the loop given to `start`.
+    what a guest could have written. Its methods are not for two threads at once: its device holds a lock.
     """
 
     def __init__(
@@ -191,15 +193,14 @@ class BlockImage:
 
     # I/O ---------------------------------------------------------------------------------------------------------
 
-    def start(self, loop: EventLoop, *, private: bool) -> None:
-        """Serve from `loop`'s thread. `private`: it serves nothing else, so a write may hold it up."""
+    def start(self, loop: EventLoop, *, private: bool, on_ready: Callable[[], None] | None = None) -> None:
+        """Let `loop` call `on_ready`, which shall call `reap`, when results wait. `private`: the loop serves nothing
+        else, so a write may hold it up."""
         self._private = private
         self._loop = loop
         engine = self._engine = self._make_engine()
-        loop.add_reader(engine.fd, engine.reap)
-        slow = getattr(engine, "slow_fd", -1)
-        if slow >= 0:
-            loop.add_reader(slow, engine.reap)
+        for fd in engine.fds:
+            loop.add_reader(fd, on_ready or self.reap)
 
     def _make_engine(self) -> ThreadPool | Uring:
         if self._aio != "threads":
@@ -301,6 +302,11 @@ class BlockImage:
         if self._engine is not None:
             self._engine.flush()
 
+    def reap(self) -> None:
+        """Call `done` of what is complete."""
+        if self._engine is not None:
+            self._engine.reap()
+
     def drain(self, seconds: float) -> bool:
         """Wait until nothing is in flight. False: something still is, and nothing ended for that long."""
         engine = self._engine
@@ -314,8 +320,8 @@ class BlockImage:
         engine, self._engine = self._engine, None
         if engine is not None:
             if self._loop is not None:
-                self._loop.remove_reader(engine.fd)
-                self._loop.remove_reader(getattr(engine, "slow_fd", -1))
+                for fd in engine.fds:
+                    self._loop.remove_reader(fd)
             engine.close()
         for fd in (self.fd, self._buffered):
             if fd >= 0:

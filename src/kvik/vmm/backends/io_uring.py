@@ -46,7 +46,7 @@ _byte = ctypes.c_char
 
 
 class Uring:
-    """All methods belong to the thread of the device's loop."""
+    """Not for two threads at once: the device's lock guards it."""
 
     name = "io_uring"
 
@@ -93,9 +93,9 @@ class Uring:
         return len(self._flying) + len(self._backlog) + self._slow.in_flight
 
     @property
-    def slow_fd(self) -> int:
-        """The eventfd of the thread pool: the loop watches it too and calls `reap`."""
-        return self._slow.fd
+    def fds(self) -> tuple[int, ...]:
+        """Readable while results wait: the loop then has `reap` called."""
+        return (self.fd, self._slow.fd)
 
     def submit(self, request: Request) -> None:
         """Queues it; `flush` sends what is queued."""
@@ -167,7 +167,7 @@ class Uring:
             self._collect()
 
     def reap(self) -> None:
-        """Calls `done` of whatever is complete. The loop calls this when `fd` or `slow_fd` is readable."""
+        """Calls `done` of whatever is complete. The loop calls this when one of `fds` is readable."""
         self._collect()
         self._slow.reap()
         if self._queued:  # from the backlog

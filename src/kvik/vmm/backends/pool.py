@@ -24,7 +24,7 @@ __all__ = ["ThreadPool"]
 
 
 class ThreadPool:
-    """All methods belong to the thread of the device's loop; only the workers run elsewhere."""
+    """Not for two threads at once: the device's lock guards it. Only the workers run beside it."""
 
     name = "threads"
 
@@ -36,6 +36,11 @@ class ThreadPool:
         self._done: SimpleQueue[Request] = SimpleQueue()
         self._signalled = False
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Readable while results wait: the loop then has `reap` called."""
+        return (self.fd,)
 
     def submit(self, request: Request) -> None:
         self.in_flight += 1

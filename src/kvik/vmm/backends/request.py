@@ -37,6 +37,7 @@ class Request:
     __slots__ = (
         "buffered_fd",
         "buffers",
+        "context",
         "done",
         "end",
         "fd",
@@ -72,6 +73,7 @@ class Request:
         self.end = 0
         self.is_device = False
         self.result = 0
+        self.context: object = None  # the device's
         self.keep: object = None  # what the kernel uses until the request is complete: I/O vectors, pinned buffers
 
 
