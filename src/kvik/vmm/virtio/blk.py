@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.backends.block import BlockImage
     from kvik.vmm.device import State
-    from kvik.vmm.loop import EventLoop
+    from kvik.vmm.loop import IoThread
     from kvik.vmm.machine import Machine
     from kvik.vmm.virtio.queue import Chain, Queue
 
@@ -86,7 +86,8 @@ class _Operation:
 
 
 class Blk(VirtioDevice):
-    """A disk on `image`. `serial` is what the guest reads as its identity (20 bytes). `loop`: an I/O thread's.
+    """A disk on `image`. `serial` is what the guest reads as its identity (20 bytes). `thread`, if given, serves this
+    disk alone; it is started and ended here.
 
     `rerror`, `werror`: what a failed read or write does: "report" it to the guest, "stop" the machine with status
     io-error and try again when it goes on, "ignore" it; "enospc" stops when the host is full, else reports.
@@ -107,7 +108,7 @@ class Blk(VirtioDevice):
         queue_size: int = 256,
         rerror: str = "report",
         werror: str = "enospc",
-        loop: EventLoop | None = None,
+        thread: IoThread | None = None,
     ) -> None:
         if rerror not in POLICIES or werror not in POLICIES or rerror == "enospc":
             raise InvalidArgument(f"disk {name}: rerror={rerror}, werror={werror}: use report, stop or ignore")
@@ -121,7 +122,7 @@ class Blk(VirtioDevice):
         self.block_stats = BlockStats()
         self.limits = {key: RateLimiter() for key in ("total", "read", "write")}
         self.paused = False
-        self._private = loop is not None
+        self.thread = thread
         self._parked: list[_Operation] = []
         self._pushed: set[Queue] = set()
         self._waiting: set[int] = set()  # queues that wait for the rate limit
@@ -134,8 +135,8 @@ class Blk(VirtioDevice):
             self.features |= RO
         else:
             self.features |= F_WRITE_ZEROES | (F_DISCARD if image.can_discard else 0)
-        if loop is not None:
-            self.loop = loop
+        if thread is not None:
+            self.loop = thread.loop
         super().__init__(name)
         self._fill_config()
 
@@ -156,8 +157,10 @@ class Blk(VirtioDevice):
 
     def attach(self, machine: Machine) -> None:
         super().attach(machine)
-        self.image.start(self.loop, private=self._private, on_ready=self._completions)
+        self.image.start(self.loop, private=self.thread is not None, on_ready=self._completions)
         self._started = True
+        if self.thread is not None:
+            self.thread.start()
 
     # The driver's side -------------------------------------------------------------------------------------------
 
@@ -344,20 +347,19 @@ class Blk(VirtioDevice):
             policy = "stop" if full else "report"
         machine = self.machine
         if machine is not None:
-            machine.emit(
-                "BLOCK_IO_ERROR",
-                {
-                    "device": self.name,
-                    "qom-path": f"/machine/{self.name}",
-                    "node-name": self.name,
-                    "operation": "read" if operation.op == READ else "write",
-                    "action": policy,
-                    "nospace": full,
-                    "reason": os.strerror(number),
-                },
-            )
+            event = {
+                "device": self.name,
+                "qom-path": f"/machine/{self.name}",
+                "node-name": self.name,
+                "operation": "read" if operation.op == READ else "write",
+                "action": policy,
+                "nospace": full,
+                "reason": os.strerror(number),
+            }
             if policy == "stop":
-                machine.loop.call_soon(lambda: machine.pause("io-error"))
+                machine.request_stop("io-error", "BLOCK_IO_ERROR", event)
+            else:
+                machine.emit("BLOCK_IO_ERROR", event)
         return policy
 
     # Pause, snapshot ---------------------------------------------------------------------------------------------
@@ -410,9 +412,10 @@ class Blk(VirtioDevice):
     def close(self) -> None:
         with self.lock:
             super().close()
-            if self._started:
-                self._started = False
             self.image.close()
+            started, self._started = self._started, False
+        if self.thread is not None and started:  # not under the lock, which a callback there may want first
+            self.thread.stop()
 
     # Control -----------------------------------------------------------------------------------------------------
 
