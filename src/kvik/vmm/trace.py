@@ -87,10 +87,11 @@ class Trace:
         for at in range(1, len(events), 4):
             buckets[min((events[at] - begin) * _WIDTH // span, _WIDTH - 1)] += 1
         top = max(buckets)
-        bar = "".join(
-            _SHADES[-(-count * (len(_SHADES) - 1) // top)] if count else _SHADES[0] for count in buckets
-        )
-        return [f"  |{bar}|", f"  0 s{f'{span / 1e9:.2f} s':>{_WIDTH - 2}}  (most: {top} exits in {span / _WIDTH / 1e6:.1f} ms)"]
+        bar = "".join(_SHADES[-(-count * (len(_SHADES) - 1) // top)] if count else _SHADES[0] for count in buckets)
+        return [
+            f"  |{bar}|",
+            f"  0 s{f'{span / 1e9:.2f} s':>{_WIDTH - 2}}  (most: {top} exits in {span / _WIDTH / 1e6:.1f} ms)",
+        ]
 
     def write(self, path: str) -> None:
         """One JSON object an exit."""

@@ -100,7 +100,9 @@ def test_a_request_may_be_cut_anywhere(disk: Disk, raw: Path) -> None:
         (blk.T_OUT, 0, 700),
     ],
 )
-def test_beyond_the_end_or_no_whole_sectors_is_an_error(disk: Disk, raw: Path, kind: int, sector: int, size: int) -> None:
+def test_beyond_the_end_or_no_whole_sectors_is_an_error(
+    disk: Disk, raw: Path, kind: int, sector: int, size: int
+) -> None:
     before = raw.read_bytes()
     out = kind == blk.T_OUT
     assert disk.request(kind, sector, b"x" * size if out else b"", 0 if out else size)[0] == blk.S_IOERR
