@@ -22,7 +22,8 @@ import time
 
 from kvik.errors import AlreadyExists, HostError, NoDevice, OperationInvalid
 from kvik.kvm.constants import Capability
-from kvik.kvm.device import KvmError, System
+from kvik.kvm.descriptor import KvmError
+from kvik.kvm.system import System
 from kvik.vmm import layout as at
 from kvik.vmm.bus import Bus
 from kvik.vmm.interrupts import Doorbells, Interrupts
