@@ -160,7 +160,7 @@ class VhostUser:
         self._send(SET_MEM_TABLE, table, [region.fd for region in regions], checked=True)
 
     def start_queue(
-        self, index: int, size: int, base: int, addresses: tuple[int, int, int], kick: int, call: int
+        self, index: int, size: int, base: int, addresses: tuple[int, int, int], *, kick: int, call: int
     ) -> None:
         """`base`: index of the next available entry. `addresses`: descriptors, used, available, in this process."""
         self._send(SET_VRING_NUM, _STATE.pack(index, size))

@@ -16,7 +16,8 @@ from kvik.vmm.backends.block import BlockImage
 from kvik.vmm.loop import IoThread
 from kvik.vmm.virtio import blk
 from kvik.vmm.virtio.blk import Blk
-from tests.unit.vmm.ring import Driver
+
+from .ring import Driver
 
 MIB = 1 << 20
 

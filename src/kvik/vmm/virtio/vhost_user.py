@@ -37,7 +37,7 @@ class VhostUserDevice(VirtioDevice):
         self._running = set()
         self._memory_told = False
         self.disconnects = 0
-        if not 1 <= queues or queues + self.extra_queues > max(self.back_end.queues, 1 + self.extra_queues):
+        if queues < 1 or queues + self.extra_queues > max(self.back_end.queues, 1 + self.extra_queues):
             self.back_end.close()
             raise InvalidArgument(f"{name}: its back end has {self.back_end.queues} queues, not {queues}")
         self.queue_sizes = (self.queue_size,) * (queues + self.extra_queues)
@@ -99,7 +99,7 @@ class VhostUserDevice(VirtioDevice):
         base = queue.state()["next_avail"]
         kick, call = self.transport.notifier_fd(index), self._call_fd(index)
         self._running.add(index)
-        back_end.start_queue(index, queue.size, base, addresses, kick, call)
+        back_end.start_queue(index, queue.size, base, addresses, kick=kick, call=call)
         os.eventfd_write(kick, 1)  # for what the driver put before anybody listened
 
     def _call_fd(self, index: int) -> int:
