@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.config import MachineConfig
 
-__all__ = ["build"]
+__all__ = ["add_vcpus", "build"]
 
 DEFAULT_CMDLINE = "console=ttyS0"
 
@@ -39,7 +39,7 @@ def build(config: MachineConfig) -> Machine:
             machine.trace = Trace()
         _add_platform(machine)
         _add_virtio(machine)
-        _add_vcpus(machine)
+        add_vcpus(machine)
         machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
@@ -79,7 +79,8 @@ def _add_virtio(machine: Machine) -> None:
             machine.add(parts.make(machine, field, item, item.id or f"{prefix}{index}"), item.slot)
 
 
-def _add_vcpus(machine: Machine) -> None:
+def add_vcpus(machine: Machine) -> None:
+    """The vCPUs that the configuration asks for, as they are at power-on."""
     config = machine.config.cpus
     supported = machine.system.supported_cpuid()
     topology = Topology.of(config)
