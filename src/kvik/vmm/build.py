@@ -12,6 +12,8 @@ from kvik.vmm.acpi.dsdt import PCI_HOTPLUG
 from kvik.vmm.cpu.cpuid import cpuid_for
 from kvik.vmm.cpu.topology import Topology
 from kvik.vmm.devices.acpi_events import AcpiEvents, CpuHotplug
+from kvik.vmm.devices.pvpanic import Pvpanic
+from kvik.vmm.devices.rtc import Rtc
 from kvik.vmm.devices.vmgenid import VmGenId
 from kvik.vmm.layout import COM_PORTS, RSDP
 from kvik.vmm.machine import Machine
@@ -59,12 +61,17 @@ def _add_platform(machine: Machine) -> None:
     machine.pci.hotplug.on_event = lambda: events.raise_event(PCI_HOTPLUG)
     if config.vmgenid:
         machine.add(VmGenId(events))
+    machine.add(Rtc("rtc", config.rtc.base))
+    if config.pvpanic:
+        machine.add(Pvpanic("pvpanic"))
     if config.cpus.maximum > config.cpus.count:
         machine.add(CpuHotplug(events, config.cpus.count, config.cpus.maximum))
     if len(config.serials) > len(COM_PORTS):
         raise InvalidArgument(f"a PC has {len(COM_PORTS)} serial lines, not {len(config.serials)}")
     for index, serial in enumerate(config.serials):
         machine.add(parts.serial(machine, serial, index))
+    for index, debugcon in enumerate(config.debugcon):
+        machine.add(parts.debugcon(machine, debugcon, index))
 
 
 def _add_virtio(machine: Machine) -> None:
