@@ -68,16 +68,15 @@ def _add_platform(machine: Machine) -> None:
 
 
 def _add_virtio(machine: Machine) -> None:
-    """What is. In this order they get the free slots."""
+    """What is."""
     config = machine.config
     if config.consoles or config.channels:
-        machine.add(parts.console(machine, config.consoles, config.channels))
-    for index, disk in enumerate(config.disks):
-        machine.add(parts.disk(machine, disk, index), disk.slot)
-    for index, rng in enumerate(config.rng):
-        machine.add(parts.rng(machine, rng, index), rng.slot)
-    for index, balloon in enumerate(config.balloon):
-        machine.add(parts.balloon(machine, balloon, index), balloon.slot)
+        from kvik.vmm.virtio.make import make_console
+
+        machine.add(make_console(config.consoles, config.channels, "virtio-serial0"))
+    for field, prefix in parts.LISTS:
+        for index, item in enumerate(getattr(config, field)):
+            machine.add(parts.make(machine, field, item, item.id or f"{prefix}{index}"), item.slot)
 
 
 def _add_vcpus(machine: Machine) -> None:
