@@ -8,7 +8,7 @@ from _thread import allocate_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kvik.kvm.device import Vm
+    from kvik.kvm.vm import Vm
 
 __all__ = ["MemorySlots", "Pages"]
 
