@@ -114,7 +114,8 @@ class Machine:
         self.mmio = Bus("memory", 1 << 52)
         self.interrupts = Interrupts(self.vm)
         self.doorbells = Doorbells(self.vm)
-        self.pci = PciBus()
+        boot = self.config.boot
+        self.pci = PciBus(legacy_ports=bool(boot.firmware) or boot.firmware_fd >= 0)
         self.pci.attach(self)
         self.devices["pci"] = self.pci
         for bridge in self.pci.devices.values():
