@@ -68,6 +68,12 @@ def _add_virtio(machine: Machine) -> None:
         machine.add(parts.rng(machine, rng, index), rng.slot)
     for index, balloon in enumerate(config.balloon):
         machine.add(parts.balloon(machine, balloon, index), balloon.slot)
+    for index, served in enumerate(config.vhost_user_blk):
+        machine.add(parts.vhost_user_blk(machine, served, index), served.slot)
+    for index, shared in enumerate(config.fs):
+        machine.add(parts.fs(machine, shared, index), shared.slot)
+    for index, memory in enumerate(config.virtio_mem):
+        machine.add(parts.virtio_mem(machine, memory, index), memory.slot)
 
 
 def _add_vcpus(machine: Machine) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvik.vmm.machine import Machine
     from kvik.vmm.virtio.device import VirtioDevice
 
-__all__ = ["balloon", "console", "disk", "rng", "serial"]
+__all__ = ["balloon", "console", "disk", "fs", "rng", "serial", "vhost_user_blk", "virtio_mem"]
 
 MAX_QUEUES = 4  # a disk's, unless asked for more: one thread serves them all
 
@@ -110,3 +110,36 @@ def balloon(machine: Machine, config: c.BalloonConfig, index: int) -> VirtioDevi
 
     name = config.id or f"balloon{index}"
     return Balloon(name, deflate_on_oom=config.deflate_on_oom, reporting=config.free_page_reporting)
+
+
+def virtio_mem(machine: Machine, config: c.VirtioMemConfig, index: int) -> VirtioDevice:
+    from kvik.vmm.virtio.mem import Mem
+
+    return Mem(
+        config.id or f"mem{index}",
+        config.size,
+        requested=config.requested,
+        block=config.block,
+        node=config.node,
+        shared=machine.config.memory.shared,
+    )
+
+
+def _socket(config: c.VhostUserBlkConfig | c.FsConfig, name: str) -> str | int:
+    if bool(config.socket) == (config.fd >= 0):
+        raise InvalidArgument(f"{name} needs its back end's socket, by path or by descriptor")
+    return config.socket or config.fd
+
+
+def vhost_user_blk(machine: Machine, config: c.VhostUserBlkConfig, index: int) -> VirtioDevice:
+    from kvik.vmm.virtio.vhost_user_blk import VhostUserBlk
+
+    name = config.id or f"vhost-user-blk{index}"
+    return VhostUserBlk(name, _socket(config, name), config.queues)
+
+
+def fs(machine: Machine, config: c.FsConfig, index: int) -> VirtioDevice:
+    from kvik.vmm.virtio.fs import Fs
+
+    name = config.id or f"fs{index}"
+    return Fs(name, _socket(config, name), config.tag, config.queues)
