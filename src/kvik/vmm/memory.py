@@ -58,8 +58,8 @@ def map_memory(size: int, flags: int, fd: int = -1, offset: int = 0, *, at: int 
     return _mmap(at, size, protection, flags, fd, offset)
 
 
-def _mmap(at: int, size: int, protection: int, flags: int, fd: int, offset: int) -> int:
-    address = _libc.mmap(at or None, size, protection, flags, fd, offset)
+def _mmap(at: int, size: int, protection: int, flags: int, *file: int) -> int:
+    address = _libc.mmap(at or None, size, protection, flags, *file)
     if address is None or address == _FAILED:
         number = ctypes.get_errno()
         raise HostError(
@@ -243,7 +243,7 @@ class GuestMemory:
     def find(self, address: int, size: int = 1) -> Region:
         """The region that holds all of [address, address + size); else a `GuestFault`."""
         low = self._low
-        if low is not None and 0 <= address and address + size <= low.size:
+        if low is not None and address >= 0 and address + size <= low.size:
             return low
         for start, end, region in self._starts:
             if start <= address and address + size <= end:
@@ -253,7 +253,7 @@ class GuestMemory:
     def view(self, address: int, size: int) -> memoryview:
         """The guest's own bytes, writable, no copy. After writing through it, say so with `touched`."""
         low = self._low
-        if low is not None and 0 <= address and address + size <= low.size:  # most of what is asked for
+        if low is not None and address >= 0 and address + size <= low.size:  # most of what is asked for
             return low.view[address : address + size]
         region = self.find(address, size)
         offset = address - region.start

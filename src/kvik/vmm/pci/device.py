@@ -18,10 +18,6 @@ from kvik.vmm.device import Device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
-    from kvik.vmm.device import State
-    from kvik.vmm.machine import Machine
     from kvik.vmm.pci.config import ConfigSpace
     from kvik.vmm.pci.msix import Msix
 
