@@ -102,10 +102,7 @@ class EventLoop:
 
     @property
     def running(self) -> bool:
-<<<<<<< HEAD
-=======
         """Whether a thread is in `run`: if not, no other thread can be in a callback."""
->>>>>>> pci
         return self._thread != 0
 
     # Running -----------------------------------------------------------------------------------------------------

@@ -8,11 +8,7 @@ from _thread import allocate_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-<<<<<<< HEAD
     from kvik.kvm.vm import Vm
-=======
-    from kvik.kvm.device import Vm
->>>>>>> pci
 
 __all__ = ["MemorySlots", "Pages"]
 

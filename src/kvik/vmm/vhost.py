@@ -112,7 +112,7 @@ class Vhost:
         return int(_STATE.unpack(self._ioctl(_GET_VRING_BASE, _STATE.pack(ring, 0), "GET_VRING_BASE"))[1])
 
     def set_ring_addresses(self, ring: int, desc: int, used: int, avail: int, *, log: int = -1) -> None:
-        """Addresses in this process; `log`: the used ring's guest-physical address, if writes to it are to be logged."""
+        """Addresses in this process; `log`: the used ring's guest-physical address, if writes are to be logged."""
         flags = _F_LOG if log >= 0 else 0
         self._ioctl(_SET_VRING_ADDR, _ADDR.pack(ring, flags, desc, used, avail, max(log, 0)), "SET_VRING_ADDR")
 

@@ -26,17 +26,12 @@ from kvik.vmm.slots import Pages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-<<<<<<< HEAD
-    from kvik.vmm.pci.config import ConfigSpace
-    from kvik.vmm.pci.msix import Msix
-=======
     from kvik.vmm.device import State
     from kvik.vmm.interrupts import Line
     from kvik.vmm.machine import Machine
     from kvik.vmm.pci.bus import PciBus
 
 __all__ = ["Bar", "PciDevice"]
->>>>>>> pci
 
 
 class Bar:

@@ -1,7 +1,8 @@
 """virtio-net (virtio 1.2, 5.1): queue pairs, a control queue, and a backend or the kernel's vhost-net at the other end.
 
 Filters of the control queue (MAC addresses, VLANs, receive modes) are accepted and told, not applied: the device may
-deliver more than was asked for (5.1.6.5.1: "best-effort"). A backend that ends takes the link down; the machine goes on.
+deliver more than was asked for (5.1.6.5.1: "best-effort"). A backend that ends takes the link down; the machine goes
+on.
 """
 
 from __future__ import annotations
@@ -165,6 +166,9 @@ class NetDevice(VirtioDevice):
     def _start(self) -> None:
         with self.lock:
             if not self.active or self._paused:
+                return
+            if self.machine is not None and self.machine.still:  # restored, and not to run yet
+                self._paused = True
                 return
             try:
                 self._shape_backend()
