@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from struct import Struct
 
-from kvik.vmm.backends.net import HEADER, MAX_FRAME, MAX_PACKET
+from kvik.vmm.backends.net import HEADER, MAX_FRAME, MAX_PACKET, BackendGone
 from kvik.vmm.faults import GuestFault
 
 TYPE_CHECKING = False
@@ -302,11 +302,12 @@ class Transmitter(_Half):
                         queue.undo_pop(chain)
                         queue.flush()
                         self._unwatch()
-                        self._later(wait)
+                        if self.timer is None:
+                            self._later(wait)
                         return
                     try:
                         backend.send(pair, chain.readable)
-                    except BlockingIOError:
+                    except (BlockingIOError, BackendGone):
                         queue.undo_pop(chain)
                         if limited:
                             limiter.refund(size)
