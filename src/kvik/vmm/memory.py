@@ -28,9 +28,7 @@ __all__ = ["GuestMemory", "HostMemory", "Region", "map_memory", "unmap_memory"]
 _HUGE = 2 * MIB
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64),
-)
+_libc.mmap.argtypes = (*(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64),)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.syscall.restype = ctypes.c_long
@@ -245,7 +243,7 @@ class GuestMemory:
     def find(self, address: int, size: int = 1) -> Region:
         """The region that holds all of [address, address + size); else a `GuestFault`."""
         low = self._low
-        if low is not None and 0 <= address and address + size <= low.size:
+        if low is not None and address >= 0 and address + size <= low.size:
             return low
         for start, end, region in self._starts:
             if start <= address and address + size <= end:
@@ -255,7 +253,7 @@ class GuestMemory:
     def view(self, address: int, size: int) -> memoryview:
         """The guest's own bytes, writable, no copy. After writing through it, say so with `touched`."""
         low = self._low
-        if low is not None and 0 <= address and address + size <= low.size:  # most of what is asked for
+        if low is not None and address >= 0 and address + size <= low.size:  # most of what is asked for
             return low.view[address : address + size]
         region = self.find(address, size)
         offset = address - region.start
@@ -349,5 +347,3 @@ def os_fallocate_punch(fd: int, offset: int, size: int) -> None:
     if _libc.fallocate(fd, 3, offset, size) < 0:
         number = ctypes.get_errno()
         raise HostError(f"cannot punch a hole: {os.strerror(number)}", errno=number)
-
-

@@ -133,6 +133,8 @@ COMMANDS: Sequence[Command] = (
         Struct({"fdset-id": Int(), "fd": Int()}),
         summary="put the descriptor sent along into a set, to be opened as /dev/fdset/N",
     ),
-    Command("remove-fd", _remove_fd, Struct({"fdset-id": _SET, "*fd": _SET}), NOTHING, summary="close members of a set"),
+    Command(
+        "remove-fd", _remove_fd, Struct({"fdset-id": _SET, "*fd": _SET}), NOTHING, summary="close members of a set"
+    ),
     Command("query-fdsets", _query_fdsets, summary="the sets and what the client called their members"),
 )

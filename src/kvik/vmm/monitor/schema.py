@@ -9,7 +9,7 @@ Reference: QEMU's docs/devel/qapi-code-gen ("Client JSON Protocol introspection"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvik.vmm.monitor.errors import QmpError

@@ -45,7 +45,9 @@ class Command(NamedTuple):
     summary: str = ""
 
 
-def check(commands: Mapping[str, Command], name: str, arguments: Any, *, out_of_band: bool) -> tuple[Command, Arguments]:
+def check(
+    commands: Mapping[str, Command], name: str, arguments: Any, *, out_of_band: bool
+) -> tuple[Command, Arguments]:
     """The command and its checked arguments. Raises `QmpError` in QEMU's words."""
     command = commands.get(name)
     if command is None:
