@@ -100,6 +100,10 @@ class EventLoop:
     def in_loop(self) -> bool:
         return self._thread == _thread.get_ident()
 
+    @property
+    def running(self) -> bool:
+        return self._thread != 0
+
     # Running -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
