@@ -374,7 +374,7 @@ COMMANDS: Sequence[Command] = (
     Command("query-block", query_block, summary="disks, their images and whether one has an error"),
     Command("query-named-block-nodes", query_named_block_nodes, Struct({"*flat": Bool()}), summary="images and sizes"),
     Command("query-blockstats", query_blockstats, Struct({"*query-nodes": Bool()}), summary="counters of each disk"),
-    Command("block_resize", block_resize, Struct(_NAMED | {"size": Int(0)}), NOTHING, summary="tell the guest a new size"),
+    Command("block_resize", block_resize, Struct(_NAMED | {"size": Int(0)}), NOTHING, summary="a new size"),
     Command(
         "block_set_io_throttle",
         block_set_io_throttle,
@@ -382,7 +382,7 @@ COMMANDS: Sequence[Command] = (
             {"*device": ID, "*id": ID, "bps": _RATE, "bps_rd": _RATE, "bps_wr": _RATE, "iops": _RATE}
             | {"iops_rd": _RATE, "iops_wr": _RATE, "*bps_max": _RATE, "*iops_max": _RATE, "*group": ID}
             | {f"*{name}": _RATE for name in ("bps_rd_max", "bps_wr_max", "iops_rd_max", "iops_wr_max", "iops_size")}
-            | {f"*{name}_max_length": Int(1, 2**31) for name in ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")}
+            | {f"*{one}{way}_max_length": Int(1, 2**31) for one in ("bps", "iops") for way in ("", "_rd", "_wr")}
         ),
         NOTHING,
         summary="limits in bytes and operations a second",

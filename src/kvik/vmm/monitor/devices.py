@@ -1,8 +1,7 @@
 """device_add and device_del: QEMU's drivers and properties -> kvik-vmm's settings classes (`vmm.config`).
 
 A back end comes first, as with QEMU (blockdev-add, netdev_add, chardev-add, object-add), then the device that uses it.
-The seam to the machine: `machine.plug(settings)` makes the device that the settings describe and plugs it;
-`machine.request_unplug(name)` asks the guest to let it go, and DEVICE_DELETED tells when it did.
+The seam to the machine is `table.Hotplug`, which whoever builds the machine gives to the `MonitorServer`.
 
 Reference: QEMU's qapi/qdev.json, qapi/qom.json.
 """
@@ -182,9 +181,9 @@ DRIVERS: dict[str, Driver] = {
     "vhost-user-blk-pci": Driver(("chardev", "num-queues"), _vhost_user_blk),
     "virtio-mem-pci": Driver(("memdev", "requested-size", "block-size", "node"), _virtio_mem),
 }  # fmt: skip
-ALIASES = {
-    name.removesuffix("-pci"): name for name in DRIVERS if name.startswith("virtio-")
-} | {f"{name}-non-transitional": name for name in DRIVERS}
+ALIASES = {name.removesuffix("-pci"): name for name in DRIVERS if name.startswith("virtio-")} | {
+    f"{name}-non-transitional": name for name in DRIVERS
+}
 
 # object-add: kept for the devices that name them
 OBJECTS: dict[str, tuple[str, ...]] = {
@@ -205,7 +204,9 @@ def device_add(context: Context, arguments: Arguments) -> None:
     machine = context.machine
     driver_name = str(arguments["driver"])
     name = arguments.get("id")
-    if name is not None and (not name or not name[0].isalpha() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()):
+    if name is not None and (
+        not name or not name[0].isalpha() or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    ):
         raise QmpError("Parameter 'id' expects an identifier")
     name = name or _free_name(context)
     if name in machine.devices:
@@ -219,7 +220,7 @@ def device_add(context: Context, arguments: Arguments) -> None:
     for key in arguments:
         if key not in driver.properties and key not in COMMON:
             raise QmpError(f"Property '{driver_name}.{key[:80]}' not found")
-    machine.plug(driver.make(context, name, arguments))
+    context.server.need_hotplug().plug(driver.make(context, name, arguments))
     if "drive" in arguments:
         context.server.values.setdefault("node-users", {})[arguments["drive"]] = name
     context.server.values.setdefault("drivers", {})[name] = (driver_name, dict(arguments))
@@ -238,7 +239,7 @@ def device_del(context: Context, arguments: Arguments) -> None:
         return
     if name not in context.machine.devices:
         raise device_not_found(arguments["id"])
-    context.machine.request_unplug(name)
+    context.server.need_hotplug().unplug(name)
 
 
 def object_add(context: Context, arguments: Arguments) -> None:

@@ -103,7 +103,9 @@ COMMANDS: Sequence[Command] = (
     Command("query-machines", query_machines, summary="the one machine type"),
     Command("query-cpu-definitions", query_cpu_definitions, summary="CPU models"),
     Command("query-command-line-options", query_command_line_options, Struct({"*option": ID})),
-    Command("qom-list-types", _types, Struct({"*implements": ID, "*abstract": Bool()}), summary="drivers, object types"),
+    Command(
+        "qom-list-types", _types, Struct({"*implements": ID, "*abstract": Bool()}), summary="drivers, object types"
+    ),
     Command("device-list-properties", _properties, Struct({"typename": ID}), summary="what device_add takes"),
     Command("query-tpm-models", _none, summary="none"),
     Command("query-tpm-types", _none, summary="none"),

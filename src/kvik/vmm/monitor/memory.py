@@ -40,6 +40,7 @@ def query_memory_size_summary(context: Context, arguments: Arguments) -> dict[st
 
 
 def query_memory_devices(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
+    devices: list[Any] = [device for device in context.machine.devices.values() if device.kind == "virtio-mem"]
     return [
         {
             "type": "virtio-mem",
@@ -54,8 +55,7 @@ def query_memory_devices(context: Context, arguments: Arguments) -> list[dict[st
                 "memdev": f"/objects/{device.name}",
             },
         }
-        for device in context.machine.devices.values()
-        if device.kind == "virtio-mem"
+        for device in devices
     ]
 
 

@@ -68,9 +68,11 @@ COMMANDS: Sequence[Command] = (
     _command("calc-dirty-rate", {"calc-time": Int(1, 60), "*sample-pages": Int(), "*mode": ID}),
     Command(
         "query-dirty-rate",
-        lambda context, arguments: HANDLERS["query-dirty-rate"](context, arguments)
-        if "query-dirty-rate" in HANDLERS
-        else {"status": "unstarted", "start-time": 0, "calc-time": 0, "sample-pages": 0, "mode": "dirty-bitmap"},
+        lambda context, arguments: (
+            HANDLERS["query-dirty-rate"](context, arguments)
+            if "query-dirty-rate" in HANDLERS
+            else {"status": "unstarted", "start-time": 0, "calc-time": 0, "sample-pages": 0, "mode": "dirty-bitmap"}
+        ),
         summary="unstarted until somebody measures",
     ),
 )

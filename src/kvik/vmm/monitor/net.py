@@ -56,7 +56,8 @@ def _descriptors(context: Context, arguments: Arguments, one: str, many: str) ->
 
 
 _KNOWN = {
-    "tap": {"fd", "fds", "vhost", "vhostfd", "vhostfds", "ifname", "script", "downscript", "queues", "sndbuf", "vnet_hdr"},
+    "tap": {"fd", "fds", "vhost", "vhostfd", "vhostfds", "ifname", "script", "downscript", "queues", "sndbuf",
+            "vnet_hdr"},
     "stream": {"addr", "server", "reconnect"},
 }  # fmt: skip
 
@@ -180,7 +181,9 @@ def _filter(nic: Any) -> dict[str, Any]:
 
 
 COMMANDS: Sequence[Command] = (
-    Command("netdev_add", netdev_add, Struct({"type": ID, "id": ID}, others=True), NOTHING, summary="tap, or stream (passt)"),
+    Command(
+        "netdev_add", netdev_add, Struct({"type": ID, "id": ID}, others=True), NOTHING, summary="tap, or stream (passt)"
+    ),
     Command("netdev_del", netdev_del, Struct({"id": ID}), NOTHING),
     Command("set_link", set_link, Struct({"name": ID, "up": Bool()}), NOTHING, summary="pull the cable, or put it in"),
     Command("query-rx-filter", query_rx_filter, Struct({"*name": ID}), summary="which frames an interface takes"),

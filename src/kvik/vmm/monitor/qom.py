@@ -148,5 +148,7 @@ _PLACE = {"path": TEXT, "property": TEXT}
 COMMANDS: Sequence[Command] = (
     Command("qom-list", qom_list, Struct({"path": TEXT}), summary="what is below a path"),
     Command("qom-get", qom_get, Struct(_PLACE), summary="a property"),
-    Command("qom-set", qom_set, Struct(_PLACE | {"value": ANYTHING}), NOTHING, summary="the balloon's and virtio-mem's"),
+    Command(
+        "qom-set", qom_set, Struct(_PLACE | {"value": ANYTHING}), NOTHING, summary="the balloon's and virtio-mem's"
+    ),
 )

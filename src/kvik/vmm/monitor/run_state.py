@@ -72,8 +72,10 @@ def set_action(context: Context, arguments: Arguments) -> None:
 
 
 def inject_nmi(context: Context, arguments: Arguments) -> None:
-    for vcpu in context.machine.vcpus:
-        context.machine.nmi(vcpu.index)
+    machine = context.machine
+    with machine.paused():  # KVM_NMI waits for a vCPU that runs
+        for thread in machine.vcpus:
+            thread.vcpu.nmi()
 
 
 def query_version(context: Context, arguments: Arguments) -> dict[str, Any]:

@@ -24,13 +24,14 @@ from kvik.qmp.protocol import Command as Request
 from kvik.qmp.protocol import Server, State
 from kvik.vmm.faults import GuestFault
 from kvik.vmm.log import Log, LogLimit
-from kvik.vmm.monitor.errors import QmpError
+from kvik.vmm.monitor.errors import QmpError, refused
 from kvik.vmm.monitor.events import RateLimiter
 from kvik.vmm.monitor.fds import FdSets
 from kvik.vmm.monitor.table import Command, Context, check
 
 if TYPE_CHECKING:
     from kvik.vmm.machine import Machine
+    from kvik.vmm.monitor.table import Hotplug
 
 __all__ = ["MonitorServer", "Session"]
 
@@ -119,9 +120,7 @@ class Session:
     def _execute(self, request: Request) -> None:
         commands = self.server.commands
         try:
-            command, arguments = check(
-                commands, request.name, request.arguments, out_of_band=request.out_of_band
-            )
+            command, arguments = check(commands, request.name, request.arguments, out_of_band=request.out_of_band)
             result = command.handler(Context(self.server.machine, self, self.server), arguments)
         except Exception as error:
             self._fail(request, error)
@@ -258,15 +257,21 @@ class MonitorServer:
     """All monitors of a machine: the sockets they listen on, the sessions, the descriptors they were given."""
 
     def __init__(
-        self, machine: Machine, *, package: str = "kvik-vmm", commands: Mapping[str, Command] | None = None
+        self,
+        machine: Machine,
+        *,
+        package: str = "kvik-vmm",
+        commands: Mapping[str, Command] | None = None,
+        hotplug: Hotplug | None = None,
     ) -> None:
         if commands is None:
             from kvik.vmm.monitor.commands import COMMANDS
 
             commands = COMMANDS
         self.machine = machine
-        self.package = package
+        self.package: str = package
         self.commands = commands
+        self.hotplug = hotplug
         self.sessions: list[Session] = []
         self.fdsets = FdSets()
         self.named_fds: dict[str, int] = {}
@@ -329,6 +334,12 @@ class MonitorServer:
     def forget(self, session: Session) -> None:
         if session in self.sessions:
             self.sessions.remove(session)
+
+    def need_hotplug(self) -> Hotplug:
+        """Raises `QmpError` for a machine made without it."""
+        if self.hotplug is None:
+            raise refused("cannot plug into this machine", "it was made without hot-plug")
+        return self.hotplug
 
     def later(self, callback: Callable[[], None]) -> None:
         """Run on the loop's next round."""

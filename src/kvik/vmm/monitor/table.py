@@ -8,13 +8,14 @@ the same session wait for it, as with QEMU; out-of-band commands, other sessions
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvik.named import NamedTuple
 from kvik.vmm.monitor.errors import QmpError
 from kvik.vmm.monitor.schema import ANYTHING, NOTHING, Struct, Type
 
 if TYPE_CHECKING:
+    from kvik.vmm.device import Device
     from kvik.vmm.machine import Machine
     from kvik.vmm.monitor.fds import FdSets
     from kvik.vmm.monitor.server import MonitorServer, Session
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
 Arguments = dict[str, Any]
 Steps = Generator[None, None, Any]
 Handler = Callable[["Context", Arguments], Any]
+
+
+if TYPE_CHECKING:
+
+    class Hotplug(Protocol):
+        """What device_add and device_del need of whoever builds machines. All return at once, or raise KvikError."""
+
+        def plug(self, settings: object) -> Device:
+            """Make the device that a settings object of `vmm.config` describes, and plug it."""
+
+        def unplug(self, name: str) -> None:
+            """Ask the guest to let a device go; DEVICE_DELETED is emitted when it did."""
+
+        def plug_vcpu(self, number: int) -> None: ...
+        def unplug_vcpu(self, number: int) -> None: ...
 
 
 class Context(NamedTuple):
