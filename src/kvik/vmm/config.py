@@ -33,7 +33,7 @@ __all__ = [
 
 @settings
 class NumaConfig:
-    """A NUMA node of the guest. `distances` to every node in order (10: itself); `host_nodes`: where its memory lies."""
+    """A NUMA node. `distances` to every node in order (10: itself); `host_nodes`: where the host keeps its memory."""
 
     memory: int = 0
     cpus: tuple[int, ...] = ()
@@ -146,7 +146,7 @@ class VhostUserBlkConfig:
 
 @settings
 class NetConfig:
-    """`backend`: tap (ours, or a named one), passt (a stream socket), none. `fds`: a tap's queues, opened by the caller."""
+    """`backend`: tap (ours, or a named one), passt (a stream socket), none. `fds`: queues of an open tap."""
 
     backend: str = "tap"
     fds: tuple[int, ...] = ()

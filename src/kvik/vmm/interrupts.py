@@ -196,11 +196,11 @@ class Doorbells:
     def add(self, address: int, size: int, fd: int, *, datamatch: int | None = None, pio: bool = False) -> None:
         """A guest's write of `size` bytes (0: of any size) at `address` adds 1 to the eventfd `fd`."""
         if self.vm is not None:
-            self.vm.ioeventfd(fd, address, size, datamatch, pio)
+            self.vm.ioeventfd(fd, address, size, datamatch=datamatch, pio=pio)
         self.rung[address, size, datamatch, pio] = fd
 
     def remove(self, address: int, size: int, *, datamatch: int | None = None, pio: bool = False) -> None:
         """No harm if there is none."""
         fd = self.rung.pop((address, size, datamatch, pio), None)
         if fd is not None and self.vm is not None:
-            self.vm.ioeventfd(fd, address, size, datamatch, pio, deassign=True)
+            self.vm.ioeventfd(fd, address, size, datamatch=datamatch, pio=pio, deassign=True)

@@ -58,8 +58,8 @@ def map_memory(size: int, flags: int, fd: int = -1, offset: int = 0, *, at: int 
     return _mmap(at, size, protection, flags, fd, offset)
 
 
-def _mmap(at: int, size: int, protection: int, flags: int, fd: int, offset: int) -> int:
-    address = _libc.mmap(at or None, size, protection, flags, fd, offset)
+def _mmap(at: int, size: int, protection: int, flags: int, *file: int) -> int:
+    address = _libc.mmap(at or None, size, protection, flags, *file)
     if address is None or address == _FAILED:
         number = ctypes.get_errno()
         raise HostError(

@@ -19,16 +19,20 @@ __all__ = ["OPTIONS", "Option", "help_text", "parse", "parse_size"]
 
 
 class Option:
-    """`field` of MachineConfig (with a dot: of one of its parts). `made`: the class of what the value describes, and
-    `first`: which of its fields may stand in front without a name. `many`: may be given again and again."""
+    """`field` of MachineConfig (with a dot: of one of its parts). What its value describes and whether it may be given
+    again and again follow from the field's type; `first` is what may stand in front without a name."""
 
-    __slots__ = ("field", "first", "help", "made", "many", "metavar")
+    __slots__ = ("field", "first", "help", "kind", "made", "many", "metavar")
 
-    def __init__(
-        self, field: str, metavar: str, help: str, made: type | None = None, first: str = "", many: bool = False
-    ) -> None:
-        self.field, self.metavar, self.help = field, metavar, help
-        self.made, self.first, self.many = made, first, many
+    def __init__(self, field: str, metavar: str, help: str, first: str = "") -> None:
+        self.field, self.metavar, self.help, self.first = field, metavar, help, first
+        owner: type = MachineConfig
+        *parts, last = field.split(".")
+        for part in parts:
+            owner = c.CLASSES[annotation(owner, part)]
+        self.kind = annotation(owner, last)
+        self.many = self.kind.startswith("list[")
+        self.made = c.CLASSES.get(self.kind.removeprefix("list[").removesuffix("]"))
 
 
 OPTIONS = {
@@ -37,31 +41,31 @@ OPTIONS = {
     "kernel": Option("boot.kernel", "FILE", "a bzImage or an uncompressed ELF kernel"),
     "initrd": Option("boot.initrd", "FILE", "its initial RAM disk"),
     "append": Option("boot.cmdline", "TEXT", "its command line"),
-    "boot": Option("boot", "protocol=auto|pvh|bzimage", "how it is entered; more files by descriptor", c.BootConfig),
+    "boot": Option("boot", "protocol=auto|pvh|bzimage", "how it is entered; more files by descriptor"),
     "firmware": Option("boot.firmware", "FILE", "UEFI firmware (OVMF) in place of a kernel"),
     "nvram": Option("boot.nvram", "FILE", "the firmware's variables"),
-    "memory": Option("memory", "SIZE", "RAM: 512M, 4G; with shared, hugepages=2M, prealloc, hotplug=SIZE", c.MemoryConfig, "size"),
-    "numa": Option("memory.nodes", "memory=SIZE", "a NUMA node: cpus=0-1, distances=10:20, host-nodes=0", c.NumaConfig, "memory", True),
-    "cpus": Option("cpus", "N", "vCPUs; with maximum, sockets, dies, cores, threads", c.CpuConfig, "count"),
+    "memory": Option("memory", "SIZE", "RAM: 512M, 4G; with shared, hugepages=2M, prealloc, hotplug=SIZE", "size"),
+    "numa": Option("memory.nodes", "memory=SIZE", "a NUMA node: cpus=0-1, distances=10:20, host-nodes=0", "memory"),
+    "cpus": Option("cpus", "N", "vCPUs; with maximum, sockets, dies, cores, threads", "count"),
     "cpu": Option("cpus.model", "MODEL", "CPU model and features: host, x86-64-v3,+avx2,-x2apic"),
-    "smbios": Option("smbios", "serial=TEXT", "what the guest reads in SMBIOS", c.SmbiosConfig),
-    "rtc": Option("rtc", "utc|localtime|SECONDS", "the clock at power-on", c.RtcConfig, "base"),
-    "serial": Option("serials", "BACKEND", "a 16550 on stdio, null, pty, file:PATH, unix:PATH or fd=N", c.CharConfig, "backend", True),
-    "console": Option("consoles", "BACKEND", "a virtio console", c.CharConfig, "backend", True),
-    "channel": Option("channels", "NAME,backend=BACKEND", "a named port: org.qemu.guest_agent.0", c.ChannelConfig, "name", True),
-    "debugcon": Option("debugcon", "BACKEND", "bytes written to port 0xE9", c.CharConfig, "backend", True),
-    "disk": Option("disks", "FILE", "a raw disk; with readonly, cache, serial, queues, bps, iops, ...", c.DiskConfig, "path", True),
-    "vhost-user-blk": Option("vhost_user_blk", "SOCKET", "a disk served by another process", c.VhostUserBlkConfig, "socket", True),
-    "net": Option("nets", "tap", "an interface on tap, passt,path=SOCKET or none; mac, queues, vhost, ...", c.NetConfig, "backend", True),
-    "rng": Option("rng", "", "a source of randomness", c.RngConfig, "", True),
-    "balloon": Option("balloon", "", "a memory balloon with free page reporting", c.BalloonConfig, "", True),
-    "vsock": Option("vsock", "CID", "a socket to the host; uds=PATH for our own, without the kernel's", c.VsockConfig, "cid", True),
-    "fs": Option("fs", "tag=T,socket=PATH", "a directory shared through virtiofsd", c.FsConfig, "tag", True),
-    "virtio-mem": Option("virtio_mem", "SIZE", "memory that can be plugged while running", c.VirtioMemConfig, "size", True),
-    "watchdog": Option("watchdog", "ACTION", "a watchdog: reset, shutdown, poweroff, pause, inject-nmi, none", c.WatchdogConfig, "action", True),
+    "smbios": Option("smbios", "serial=TEXT", "what the guest reads in SMBIOS"),
+    "rtc": Option("rtc", "utc|localtime|SECONDS", "the clock at power-on", "base"),
+    "serial": Option("serials", "BACKEND", "a 16550 on stdio, null, pty, file:PATH, unix:PATH or fd=N", "backend"),
+    "console": Option("consoles", "BACKEND", "a virtio console", "backend"),
+    "channel": Option("channels", "NAME,backend=BACKEND", "a named port: org.qemu.guest_agent.0", "name"),
+    "debugcon": Option("debugcon", "BACKEND", "bytes written to port 0xE9", "backend"),
+    "disk": Option("disks", "FILE", "a raw disk; with readonly, cache, serial, queues, bps, iops, ...", "path"),
+    "vhost-user-blk": Option("vhost_user_blk", "SOCKET", "a disk served by another process", "socket"),
+    "net": Option("nets", "tap", "an interface on tap, passt,path=SOCKET or none; mac, queues, vhost, ...", "backend"),
+    "rng": Option("rng", "", "a source of randomness"),
+    "balloon": Option("balloon", "", "a memory balloon with free page reporting"),
+    "vsock": Option("vsock", "CID", "a socket to the host; uds=PATH for our own, without the kernel's", "cid"),
+    "fs": Option("fs", "tag=T,socket=PATH", "a directory shared through virtiofsd", "tag"),
+    "virtio-mem": Option("virtio_mem", "SIZE", "memory that can be plugged while running", "size"),
+    "watchdog": Option("watchdog", "ACTION", "a watchdog: reset, poweroff, pause, inject-nmi, none", "action"),
     "pvpanic": Option("pvpanic", "on|off", "tell of guest panics"),
     "vmgenid": Option("vmgenid", "on|off", "tell the guest that it was restored"),
-    "qmp": Option("qmp", "SOCKET|fd=N", "a monitor", many=True),
+    "qmp": Option("qmp", "SOCKET|fd=N", "a monitor"),
     "gdb": Option("gdb", "tcp:HOST:PORT|unix:PATH", "a debugger's port"),
     "metrics": Option("metrics", "unix:PATH", "counters as Prometheus text"),
     "paused": Option("paused", "", "do not run before QMP says cont"),
@@ -90,7 +94,7 @@ def parse(arguments: list[str]) -> MachineConfig:
         if not word.startswith("--") or name not in OPTIONS:
             raise InvalidArgument(f"kvik-vmm has no option {word!r}", remedy=_closest(name))
         option = OPTIONS[name]
-        flag = _type_of(option) == "bool" or (option.made is not None and not option.first and not option.metavar)
+        flag = option.kind == "bool" or (option.made is not None and not option.first and not option.metavar)
         if not equals:
             following = arguments[position] if position < len(arguments) else None
             if following is not None and not (flag and following.startswith("--")):
@@ -100,14 +104,6 @@ def parse(arguments: list[str]) -> MachineConfig:
                 raise InvalidArgument(f"--{name} needs a value", remedy=f"for example --{name} {option.metavar}")
         _store(config, name, option, value)
     return config
-
-
-def _type_of(option: Option) -> str:
-    owner: type = MachineConfig
-    *parts, last = option.field.split(".")
-    for part in parts:
-        owner = c.CLASSES[annotation(owner, part)]
-    return annotation(owner, last)
 
 
 def _store(config: MachineConfig, name: str, option: Option, value: str) -> None:
@@ -126,7 +122,7 @@ def _store(config: MachineConfig, name: str, option: Option, value: str) -> None
     elif option.many:
         made = value
     else:
-        made = _convert(name, last, _type_of(option), value)
+        made = _convert(name, last, option.kind, value)
     if option.many:
         getattr(owner, last).append(made)
     else:
@@ -220,7 +216,6 @@ def help_text() -> str:
     lines = ["usage: kvik-vmm --kernel FILE [--initrd FILE] [--memory SIZE] [--cpus N] [OPTION ...]", ""]
     for name, option in OPTIONS.items():
         left = f"  --{name} {option.metavar}".rstrip()
-        lines.append(
-            f"{left:<{width + 2}}{option.help}" if len(left) < width + 2 else f"{left}\n{'':<{width + 2}}{option.help}"
-        )
+        gap = "" if len(left) < width + 2 else f"\n{'':<{width + 2}}"
+        lines.append(f"{left:<{width + 2}}{gap}{option.help}")
     return "\n".join(lines) + "\n"

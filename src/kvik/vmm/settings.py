@@ -33,7 +33,7 @@ else:
         """Give a class with annotated defaults its `__init__`, `__repr__` and `__eq__`."""
         fields = {}
         for base in reversed(cls.__mro__):
-            fields |= {key: None for key in base.__dict__.get("__annotations__", {}) if "ClassVar" not in key}
+            fields |= {key: None for key in vars(base).get("__annotations__", {}) if "ClassVar" not in key}
         defaults = {key: getattr(cls, key) for key in fields}
 
         def __init__(self, **values):
@@ -67,8 +67,8 @@ def fields_of(cls: type) -> tuple[str, ...]:
 def annotation(cls: type, name: str) -> str:
     """The written type of a field."""
     for base in cls.__mro__:
-        if name in base.__dict__.get("__annotations__", {}):
-            return str(base.__dict__["__annotations__"][name])
+        if name in vars(base).get("__annotations__", {}):
+            return str(vars(base)["__annotations__"][name])
     raise KeyError(name)
 
 

@@ -25,7 +25,7 @@ _SHADES = " .:-=+*#%@"
 
 
 class Trace:
-    """Records of a run. An event is four 64-bit words: entered, left (ns, monotonic), reason, detail (port or address)."""
+    """Records of a run. An event is four words: entered, left (ns), reason, detail (port or address)."""
 
     def __init__(self) -> None:
         self.started = time.monotonic_ns()
@@ -67,7 +67,8 @@ class Trace:
                 last = ended
             count = len(events) // 4
             lines.append(
-                f"vCPU {index}: {count} exits to user mode; guest and kernel mode {guest / 1e9:.3f} s, user mode {user / 1e9:.3f} s"
+                f"vCPU {index}: {count} exits to user mode; {guest / 1e9:.3f} s in guest and kernel mode, "
+                f"{user / 1e9:.3f} s in user mode"
             )
             lines.append(f"  {'exit':<18}{'where':>14}{'count':>10}{'in guest, ms':>14}")
             for (reason, detail), (number, spent) in sorted(kinds.items(), key=lambda item: -item[1][0])[:12]:
@@ -87,10 +88,11 @@ class Trace:
         for at in range(1, len(events), 4):
             buckets[min((events[at] - begin) * _WIDTH // span, _WIDTH - 1)] += 1
         top = max(buckets)
-        bar = "".join(
-            _SHADES[-(-count * (len(_SHADES) - 1) // top)] if count else _SHADES[0] for count in buckets
-        )
-        return [f"  |{bar}|", f"  0 s{f'{span / 1e9:.2f} s':>{_WIDTH - 2}}  (most: {top} exits in {span / _WIDTH / 1e6:.1f} ms)"]
+        bar = "".join(_SHADES[-(-count * (len(_SHADES) - 1) // top)] if count else _SHADES[0] for count in buckets)
+        return [
+            f"  |{bar}|",
+            f"  0 s{f'{span / 1e9:.2f} s':>{_WIDTH - 2}}  (most: {top} exits in {span / _WIDTH / 1e6:.1f} ms)",
+        ]
 
     def write(self, path: str) -> None:
         """One JSON object an exit."""

@@ -12,21 +12,24 @@ complete after re-entry").
 
 from __future__ import annotations
 
-import _signal
 import _thread
 
 from kvik.kvm.constants import ExitReason
-from kvik.kvm.device import KvmError, Vcpu
+from kvik.kvm.descriptor import KvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Callable
 
+    from kvik.kvm.vcpu import Vcpu
     from kvik.vmm.machine import Machine
+else:
+    import _signal  # what is behind `signal`, which is slow to import
 
 __all__ = ["KICK_SIGNAL", "VcpuThread", "prepare_signal"]
 
-KICK_SIGNAL: int = _signal.SIGRTMIN  # type: ignore[attr-defined]  # builtin behind `signal`, which is slow to import
+KICK_SIGNAL: int = _signal.SIGRTMIN
 _PARK, _END = 1, 2
 _IO, _MMIO, _INTR, _HLT = ExitReason.IO, ExitReason.MMIO, ExitReason.INTR, ExitReason.HLT
 _DEBUG, _SHUTDOWN, _SYSTEM_EVENT = ExitReason.DEBUG, ExitReason.SHUTDOWN, ExitReason.SYSTEM_EVENT
@@ -35,7 +38,7 @@ REASONS = 64  # more than the kernel has exit reasons
 
 def prepare_signal() -> None:
     """Let the kick signal interrupt KVM_RUN instead of ending the process. Call on the main thread, once."""
-    _signal.signal(KICK_SIGNAL, _ignore)  # type: ignore[attr-defined]
+    _signal.signal(KICK_SIGNAL, _ignore)
 
 
 def _ignore(*_: object) -> None: ...
@@ -70,7 +73,7 @@ class VcpuThread:
         """Make KVM_RUN return, now or as soon as it is entered."""
         self.vcpu.immediate_exit = True
         if self._ident:
-            _signal.pthread_kill(self._ident, KICK_SIGNAL)  # type: ignore[attr-defined]
+            _signal.pthread_kill(self._ident, KICK_SIGNAL)
 
     def ask_to_park(self) -> None:
         with self._lock:

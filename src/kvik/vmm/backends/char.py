@@ -374,5 +374,3 @@ def _is_stale(path: str) -> bool:
     except OSError:
         pass
     return False
-
-

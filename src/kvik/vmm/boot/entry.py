@@ -13,7 +13,7 @@ from kvik.vmm.layout import BOOT_GDT, BOOT_PAGE_TABLES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kvik.kvm.device import Vcpu
+    from kvik.kvm.vcpu import Vcpu
     from kvik.kvm.structs import Segment
     from kvik.vmm.memory import GuestMemory
 

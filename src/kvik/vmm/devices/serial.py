@@ -81,7 +81,9 @@ class Serial(PortDevice):
             return value
         if offset == MSR:
             # In loopback the modem's outputs come back as its inputs.
-            return (self.mcr & 0xC) << 4 | (self.mcr & 2) << 3 | (self.mcr & 1) << 5 if self.mcr & MCR_LOOP else MSR_IDLE
+            return (
+                (self.mcr & 0xC) << 4 | (self.mcr & 2) << 3 | (self.mcr & 1) << 5 if self.mcr & MCR_LOOP else MSR_IDLE
+            )
         return (self.lcr, self.mcr, self.scr)[{LCR: 0, MCR: 1, SCR: 2}[offset]]
 
     def write(self, offset: int, size: int, value: int) -> None:
