@@ -2,10 +2,11 @@
 
     ELF header, program headers   one PT_LOAD for each region of RAM, one PT_NOTE
     RAM                           page aligned; blocks of zeroes are holes in the file
-    notes                         for each vCPU: "CORE" NT_PRSTATUS, then "QEMU" type 0; "VMCOREINFO" if one is found
+    notes                         for each vCPU: "CORE" NT_PRSTATUS, then "QEMU" type 0; "VMCOREINFO" if there
 
-Physical addresses are in p_paddr, where crash looks, and in p_vaddr, so that gdb reads memory by physical address. The guest's kernel keeps its VMCOREINFO note (symbol addresses, KASLR's offset) somewhere in RAM: it is looked
-for on the way, which is why the notes come last. Memory use is bounded: one block at a time.
+Physical addresses are in p_paddr, where crash looks, and in p_vaddr, so that gdb reads memory by physical address.
+The guest's kernel keeps its VMCOREINFO note (symbol addresses, KASLR's offset) somewhere in RAM: it is looked for on
+the way, which is why the notes come last. Memory use is bounded: one block at a time.
 
 References: ELF-64 Object File Format 1.5; Linux include/linux/elfcore.h, Documentation/admin-guide/kdump/vmcoreinfo.rst;
 QEMU's target/i386/arch_dump.c for the "QEMU" note.

@@ -227,8 +227,8 @@ class GdbSession:
     def _answer(self, body: bytes) -> str | bytes | None:
         """What to send back; None: nothing now; empty: not known here."""
         if body.startswith(b"X"):
-            head, _, data = body[1:].partition(b":")
-            return self._store(head.decode("ascii"), _unescaped(data))
+            place, _, binary = body[1:].partition(b":")
+            return self._store(place.decode("ascii"), _unescaped(binary))
         text = body.decode("ascii")
         letter, rest = text[:1], text[1:]
         if letter == "q":
@@ -439,7 +439,7 @@ class GdbSession:
         if not ours:
             # The guest's own int3: KVM took it from the guest, so it is given back (api.rst 4.32, soft exceptions).
             events = thread.vcpu.vcpu_events()
-            events.exception.injected, events.exception.nr, events.exception.has_error_code = 1, 3, 0
+            events.exception_injected, events.exception_nr, events.exception_has_error_code = 1, 3, 0
             thread.vcpu.set_vcpu_events(events)
             return
         thread.hold()

@@ -63,7 +63,9 @@ def snapshot(machine: Machine) -> dict[str, Any]:
         "anonymous_bytes": anonymous,
         "machine": machine_figures(machine),
         "vcpus": {str(vcpu.index): exits(vcpu) for vcpu in machine.vcpus},
-        "devices": {name: {"kind": device.kind} | device.stats() for name, device in list(machine.devices.items())},
+        "devices": {
+            name: {"kind": (device := machine.find(name)).kind} | device.stats() for name in list(machine.devices)
+        },
     }
 
 

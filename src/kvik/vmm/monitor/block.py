@@ -8,6 +8,7 @@ Reference: QEMU's qapi/block-core.json.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from kvik.vmm.monitor.schema import ANYTHING, ID, NOTHING, TEXT, Bool, Int, List
 from kvik.vmm.monitor.table import Arguments, Command, Context
 
 MAX_NODES = 256
+SECTOR = 512
 KINDS = ("virtio-blk", "vhost-user-blk")
 PROTOCOLS = ("file", "host_device")
 FORMATS = ("raw", "qcow2")
@@ -67,7 +69,6 @@ def settings_of(context: Context, top: Node) -> c.DiskConfig:
         raise QmpError(f"Node '{top.name}' is busy: device '{holder}' uses it")
     bottom = top.bottom
     return c.DiskConfig(
-        path=bottom.filename,
         fd=os.dup(bottom.fd),
         format=top.driver if top.driver in FORMATS else "raw",
         readonly=top.readonly or bottom.readonly,
@@ -195,9 +196,7 @@ def blockdev_del(context: Context, arguments: Arguments) -> None:
 
 
 def drives(context: Context) -> Iterator[Any]:
-    for device in context.machine.devices.values():
-        if device.kind in KINDS:
-            yield device
+    yield from context.devices(*KINDS)
 
 
 def _drive(context: Context, arguments: Arguments) -> Any:
@@ -223,39 +222,44 @@ def node_name(context: Context, device: Any) -> str:
     return next((name for name, holder in users.items() if holder == device.name), f"{device.name}-storage")
 
 
-def _image(device: Any) -> dict[str, Any]:
-    settings = device.settings
-    path = getattr(settings, "path", "") or getattr(settings, "socket", "")
-    actual = 0
-    fd = getattr(settings, "fd", -1)
-    try:
-        actual = (os.fstat(fd) if fd >= 0 else os.stat(path)).st_blocks * 512  # noqa: PTH116
-    except (OSError, ValueError):
-        pass  # it is another process's, or beyond the sandbox
-    image = {"filename": path, "format": getattr(settings, "format", "raw")}
-    return image | {"virtual-size": int(getattr(device, "capacity", 0)) * 512, "actual-size": actual}
+def _rate(limiter: Any, bucket: str) -> int:
+    return int(getattr(getattr(limiter, bucket, None), "rate", 0))
 
 
 def _inserted(context: Context, device: Any) -> dict[str, Any]:
-    settings, image = device.settings, _image(device)
+    image = getattr(device, "image", None)  # none: another process has it (vhost-user-blk)
+    total = device.limits["total"] if hasattr(device, "limits") else None
+    path, size, actual, mode, read_only, kind = "", 0, 0, "writeback", False, "raw"
+    if image is not None:
+        path, size, mode, read_only = str(image.name), image.size, image.cache, image.read_only
+        with contextlib.suppress(OSError):  # beyond the sandbox
+            path = os.readlink(f"/proc/self/fd/{image.fd}")  # noqa: PTH115
+        with contextlib.suppress(OSError):
+            actual = os.fstat(image.fd).st_blocks * SECTOR
+    else:
+        with contextlib.suppress(AttributeError, KeyError):
+            size = device.config["capacity"] * SECTOR
     return {
-        "file": image["filename"],
+        "file": path,
         "node-name": node_name(context, device),
-        "ro": bool(getattr(settings, "readonly", False)),
-        "drv": image["format"],
+        "ro": read_only,
+        "drv": kind,
         "encrypted": False,
         "detect_zeroes": "off",
-        "bps": getattr(settings, "bps", 0), "bps_rd": 0, "bps_wr": 0,
-        "iops": getattr(settings, "iops", 0), "iops_rd": 0, "iops_wr": 0,
-        "image": image,
-        "cache": {
-            "writeback": getattr(settings, "cache", "writeback") != "writethrough",
-            "direct": getattr(settings, "cache", "") == "none",
-            "no-flush": getattr(settings, "cache", "") == "unsafe",
-        },
+        "bps": _rate(total, "_bytes"), "bps_rd": 0, "bps_wr": 0,
+        "iops": _rate(total, "_ops"), "iops_rd": 0, "iops_wr": 0,
+        "image": {"filename": path, "format": kind, "virtual-size": size, "actual-size": actual},
+        "cache": {"writeback": mode != "writethrough", "direct": mode == "none", "no-flush": mode == "unsafe"},
         "write_threshold": 0,
         "backing_file_depth": 0,
     }  # fmt: skip
+
+
+def _io_status(context: Context, device: Any) -> str:
+    """A request that failed and stopped the machine waits inside the device until it goes on."""
+    if context.machine.status != "io-error" or not getattr(device, "parked", 0):
+        return "ok"
+    return "nospace" if getattr(device, "out_of_space", False) else "failed"
 
 
 def query_block(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
@@ -266,7 +270,7 @@ def query_block(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
             "type": "unknown",
             "removable": False,
             "locked": False,
-            "io-status": getattr(device, "io_status", "ok"),
+            "io-status": _io_status(context, device),
             "inserted": _inserted(context, device),
         }
         for device in drives(context)
@@ -294,33 +298,21 @@ def query_named_block_nodes(context: Context, arguments: Arguments) -> list[dict
     return [_inserted(context, device) for device in drives(context)] + idle
 
 
-# BlockDeviceStats of QEMU <- the counters of our disks' stats()
-_COUNTERS = {
-    "rd_bytes": ("read_bytes", "rd_bytes"),
-    "wr_bytes": ("write_bytes", "wr_bytes"),
-    "rd_operations": ("reads", "read_operations", "rd_operations"),
-    "wr_operations": ("writes", "write_operations", "wr_operations"),
-    "flush_operations": ("flushes", "flush_operations"),
-    "unmap_operations": ("discards", "unmap_operations"),
-    "unmap_bytes": ("discard_bytes", "unmap_bytes"),
-    "rd_total_time_ns": ("read_ns", "rd_total_time_ns"),
-    "wr_total_time_ns": ("write_ns", "wr_total_time_ns"),
-    "flush_total_time_ns": ("flush_ns", "flush_total_time_ns"),
-    "failed_rd_operations": ("read_errors", "failed_rd_operations"),
-    "failed_wr_operations": ("write_errors", "failed_wr_operations"),
-    "failed_flush_operations": ("flush_errors", "failed_flush_operations"),
-    "wr_highest_offset": ("highest_offset", "wr_highest_offset"),
-}
+# What BlockDeviceStats must have (QEMU's schema has no default for these)
+_COUNTERS = ("rd_bytes", "wr_bytes", "unmap_bytes", "rd_operations", "wr_operations", "flush_operations",
+             "unmap_operations", "rd_total_time_ns", "wr_total_time_ns", "flush_total_time_ns",
+             "unmap_total_time_ns", "wr_highest_offset", "rd_merged", "wr_merged", "unmap_merged",
+             "failed_rd_operations", "failed_wr_operations", "failed_flush_operations", "failed_unmap_operations",
+             "invalid_rd_operations", "invalid_wr_operations", "invalid_flush_operations",
+             "invalid_unmap_operations")  # fmt: skip
 
 
 def query_blockstats(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
     found = []
     for device in drives(context):
-        counted = device.stats()
-        figures = {
-            theirs: next((counted[name] for name in ours if name in counted), 0) for theirs, ours in _COUNTERS.items()
-        }
-        figures |= {"rd_merged": 0, "wr_merged": 0, "account_invalid": True, "account_failed": True, "timed_stats": []}
+        counted = device.block_stats.report() if hasattr(device, "block_stats") else {}
+        figures: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)
+        figures |= {"account_invalid": True, "account_failed": True, "timed_stats": []} | counted
         found.append({"device": "", "qdev": qdev(device), "node-name": node_name(context, device), "stats": figures})
     return found
 
@@ -334,17 +326,15 @@ def block_resize(context: Context, arguments: Arguments) -> None:
 
 def block_set_io_throttle(context: Context, arguments: Arguments) -> None:
     device = _drive(context, arguments)
-    for one in ("bps", "iops"):
-        if any(arguments.get(f"{one}_{way}") for way in ("rd", "wr")):
-            raise refused(f"limits reads and writes together; {one}_rd and {one}_wr must be 0", f"give {one}")
     if not hasattr(device, "set_limits"):
         raise refused(f"cannot limit disk {device.name}", "its storage is another process's")
-    device.set_limits(
-        bps=arguments["bps"],
-        bps_burst=arguments.get("bps_max", 0),
-        iops=arguments["iops"],
-        iops_burst=arguments.get("iops_max", 0),
-    )
+    limits = {}
+    for ours, way in (("total", ""), ("read", "_rd"), ("write", "_wr")):
+        size, ops = arguments[f"bps{way}"], arguments[f"iops{way}"]
+        if (way and size and arguments["bps"]) or (way and ops and arguments["iops"]):
+            raise QmpError("bps/iops total values and read/write values cannot be used at the same time")
+        limits[ours] = (size, arguments.get(f"bps{way}_max", 0), ops, arguments.get(f"iops{way}_max", 0))
+    device.set_limits(**limits)
 
 
 def _no_medium(context: Context, arguments: Arguments) -> None:

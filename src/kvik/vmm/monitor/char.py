@@ -21,16 +21,16 @@ def added(context: Context) -> dict[str, Any]:
     return backends
 
 
-def _in_use(context: Context) -> dict[str, Any]:
-    """id -> Chardev of the devices that have one, or several."""
-    found: dict[str, Any] = {}
-    for device in context.machine.devices.values():
+def _in_use(context: Context) -> dict[str, tuple[Any, bool]]:
+    """id -> (Chardev, whether the guest has it open) of the devices that have one, or several."""
+    found: dict[str, tuple[Any, bool]] = {}
+    for device in context.devices():
         chardev = getattr(device, "chardev", None)
         if chardev is not None:
-            found[f"char{device.name}"] = chardev
+            found[f"char{device.name}"] = (chardev, True)
         for port in getattr(device, "ports", ()):
             if getattr(port, "chardev", None) is not None:
-                found[f"char{port.id}"] = port.chardev
+                found[f"char{port.alias}"] = (port.chardev, port.guest_open)
     return found
 
 
@@ -39,9 +39,9 @@ def query_chardev(context: Context, arguments: Arguments) -> list[dict[str, Any]
         {
             "label": name,
             "filename": str(chardev.filename),
-            "frontend-open": bool(getattr(chardev, "guest_open", True)),
+            "frontend-open": is_open,
         }
-        for name, chardev in _in_use(context).items()
+        for name, (chardev, is_open) in _in_use(context).items()
     ]
     return listed + [
         {"label": name, "filename": backend, "frontend-open": False} for name, backend in added(context).items()

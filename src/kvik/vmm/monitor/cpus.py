@@ -71,7 +71,7 @@ def plug(context: Context, name: str, properties: dict[str, Any]) -> None:
         if all(place[key] == value for key, value in wanted.items()) and len(wanted) == len(place):
             if any(vcpu.index == number for vcpu in machine.vcpus):
                 raise QmpError(f"CPU[{number}] with APIC ID {number} exists")
-            context.server.need_hotplug().plug_vcpu(number)
+            context.server.hotplug().plug_vcpu(number)
             context.server.values.setdefault("plugged-cpus", {})[number] = name
             return
     raise QmpError("no vCPU slot is at that place; query-hotpluggable-cpus lists them")
@@ -82,7 +82,7 @@ def unplug(context: Context, name: str) -> bool:
     names: dict[int, str] = context.server.values.get("plugged-cpus", {})
     for number, known in names.items():
         if known == name:
-            context.server.need_hotplug().unplug_vcpu(number)
+            context.server.hotplug().unplug_vcpu(number)
             return True
     return False
 

@@ -220,7 +220,7 @@ def device_add(context: Context, arguments: Arguments) -> None:
     for key in arguments:
         if key not in driver.properties and key not in COMMON:
             raise QmpError(f"Property '{driver_name}.{key[:80]}' not found")
-    context.server.need_hotplug().plug(driver.make(context, name, arguments))
+    context.server.hotplug().plug(driver.make(context, name, arguments))
     if "drive" in arguments:
         context.server.values.setdefault("node-users", {})[arguments["drive"]] = name
     context.server.values.setdefault("drivers", {})[name] = (driver_name, dict(arguments))
@@ -239,7 +239,7 @@ def device_del(context: Context, arguments: Arguments) -> None:
         return
     if name not in context.machine.devices:
         raise device_not_found(arguments["id"])
-    context.server.need_hotplug().unplug(name)
+    context.server.hotplug().unplug(name)
 
 
 def object_add(context: Context, arguments: Arguments) -> None:
@@ -262,13 +262,9 @@ def object_del(context: Context, arguments: Arguments) -> None:
 
 
 def query_iothreads(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
-    found = []
-    for device in context.machine.devices.values():
-        thread = getattr(device, "io_thread", None)
-        if thread is not None:
-            zeroes = {"poll-max-ns": 0, "poll-grow": 0, "poll-shrink": 0, "aio-max-batch": 0}
-            found.append({"id": thread.name, "thread-id": thread.thread_id} | zeroes)
-    return found
+    zeroes = {"poll-max-ns": 0, "poll-grow": 0, "poll-shrink": 0, "aio-max-batch": 0}
+    threads = getattr(context.machine, "io_threads", ())
+    return [{"id": thread.name, "thread-id": thread.thread_id} | zeroes for thread in threads]
 
 
 COMMANDS: Sequence[Command] = (

@@ -15,23 +15,21 @@ from kvik.vmm.monitor.table import Arguments, Command, Context
 
 def balloon_device(context: Context) -> Any:
     """Raises `QmpError` if the machine has none."""
-    for device in context.machine.devices.values():
-        if device.kind == "virtio-balloon":
-            return device
+    for device in context.devices("virtio-balloon"):
+        return device
     raise QmpError("No balloon device has been activated", "DeviceNotActive")
 
 
 def balloon(context: Context, arguments: Arguments) -> None:
-    device, size = balloon_device(context), context.machine.memory.size
+    device = balloon_device(context)
     value = arguments["value"]
     if value <= 0:
         raise QmpError("Parameter 'target' expects a size")
-    device.set_target(size - min(value, size))
+    device.set_target(min(value, context.machine.memory.size))
 
 
 def query_balloon(context: Context, arguments: Arguments) -> dict[str, int]:
-    device = balloon_device(context)
-    return {"actual": context.machine.memory.size - device.actual}
+    return {"actual": balloon_device(context).actual}
 
 
 def query_memory_size_summary(context: Context, arguments: Arguments) -> dict[str, int]:
@@ -40,7 +38,7 @@ def query_memory_size_summary(context: Context, arguments: Arguments) -> dict[st
 
 
 def query_memory_devices(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
-    devices: list[Any] = [device for device in context.machine.devices.values() if device.kind == "virtio-mem"]
+    devices = context.devices("virtio-mem")
     return [
         {
             "type": "virtio-mem",

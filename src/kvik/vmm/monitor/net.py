@@ -24,9 +24,7 @@ def netdevs(context: Context) -> dict[str, c.NetConfig]:
 
 
 def nics(context: Context) -> Iterator[Any]:
-    for device in context.machine.devices.values():
-        if device.kind == "virtio-net":
-            yield device
+    yield from context.devices("virtio-net")
 
 
 def named_fd(context: Context, name: str) -> int:
@@ -163,7 +161,7 @@ def query_rx_filter(context: Context, arguments: Arguments) -> list[dict[str, An
 def _filter(nic: Any) -> dict[str, Any]:
     told: dict[str, Any] = {
         "name": nic.name,
-        "main-mac": nic.settings.mac,
+        "main-mac": ":".join(f"{octet:02x}" for octet in bytes(getattr(nic, "mac", bytes(6)))),
         "promiscuous": True,
         "multicast": "all",
         "unicast": "all",

@@ -41,7 +41,7 @@ def _objects(context: Context) -> dict[str, Any]:
 
 def _device(context: Context, path: str) -> Any:
     name = path.removeprefix("/machine/peripheral/").split("/")[0]
-    return context.machine.devices.get(name)
+    return context.machine.find(name) if name in context.machine.devices else None
 
 
 def _child(name: str, kind: str) -> dict[str, str]:
@@ -58,7 +58,7 @@ def qom_list(context: Context, arguments: Arguments) -> list[dict[str, str]]:
         return [kind, _child("peripheral", "container"), _child("unattached", "container")]
     if path == "/machine/peripheral":
         plugged = context.server.values.get("plugged-cpus", {}).values()
-        listed = [_child(name, TYPES.get(device.kind, device.kind)) for name, device in machine.devices.items()]
+        listed = [_child(device.name, TYPES.get(device.kind, device.kind)) for device in context.devices()]
         return [kind, *listed, *(_child(name, cpus.TYPE) for name in plugged)]
     if path == "/machine/unattached":
         return [kind, *(_child(f"device[{vcpu.index}]", cpus.TYPE) for vcpu in machine.vcpus)]
@@ -77,11 +77,11 @@ def _properties(context: Context, device: Any) -> dict[str, Any]:
     """What qom-get tells of a device."""
     found: dict[str, Any] = {"type": TYPES.get(device.kind, device.kind), "realized": True, "hotplugged": False}
     if device.kind == "virtio-balloon":
-        found["guest-stats-polling-interval"] = int(getattr(device, "stats_interval", 0))
+        found["guest-stats-polling-interval"] = device.interval
         found["guest-stats"] = {
-            "last-update": int(getattr(device, "stats_updated", 0)),
+            "last-update": int(device.stats_time),
             # -1: the driver did not tell (QEMU's word for it)
-            "stats": {name: int(getattr(device, "guest_stats", {}).get(name, -1)) for name in _GUEST_STATS},
+            "stats": {name: int(device.guest_stats.get(name, -1)) for name in _GUEST_STATS},
         }
     if device.kind == "virtio-mem":
         found["requested-size"], found["size"] = device.requested, device.plugged
@@ -136,7 +136,7 @@ def qom_set(context: Context, arguments: Arguments) -> None:
     if name == "guest-stats-polling-interval":
         if not 0 <= value <= 2**31 - 1:
             raise QmpError("timer value must be greater than zero" if value < 0 else "timer value is too big")
-        device.set_stats_interval(value)
+        device.set_interval(value)
     else:
         if not 0 <= value <= device.settings.size or value % device.settings.block:
             raise QmpError(f"'requested-size' must be a multiple of {device.settings.block}, to {device.settings.size}")

@@ -66,8 +66,8 @@ def set_action(context: Context, arguments: Arguments) -> None:
     if "watchdog" in arguments:
         for settings in config.watchdog:
             settings.action = arguments["watchdog"]
-        for device in context.machine.devices.values():
-            if hasattr(device, "action") and "watchdog" in device.kind:
+        for device in context.devices():
+            if hasattr(device, "action"):
                 device.action = arguments["watchdog"]
 
 

@@ -24,7 +24,7 @@ from kvik.qmp.protocol import Command as Request
 from kvik.qmp.protocol import Server, State
 from kvik.vmm.faults import GuestFault
 from kvik.vmm.log import Log, LogLimit
-from kvik.vmm.monitor.errors import QmpError, refused
+from kvik.vmm.monitor.errors import QmpError
 from kvik.vmm.monitor.events import RateLimiter
 from kvik.vmm.monitor.fds import FdSets
 from kvik.vmm.monitor.table import Command, Context, check
@@ -271,7 +271,7 @@ class MonitorServer:
         self.machine = machine
         self.package: str = package
         self.commands = commands
-        self.hotplug = hotplug
+        self._hotplug = hotplug
         self.sessions: list[Session] = []
         self.fdsets = FdSets()
         self.named_fds: dict[str, int] = {}
@@ -335,11 +335,12 @@ class MonitorServer:
         if session in self.sessions:
             self.sessions.remove(session)
 
-    def need_hotplug(self) -> Hotplug:
-        """Raises `QmpError` for a machine made without it."""
-        if self.hotplug is None:
-            raise refused("cannot plug into this machine", "it was made without hot-plug")
-        return self.hotplug
+    def hotplug(self) -> Hotplug:
+        if self._hotplug is None:
+            from kvik.vmm.monitor.hotplug import MachineHotplug
+
+            self._hotplug = MachineHotplug(self.machine)
+        return self._hotplug
 
     def later(self, callback: Callable[[], None]) -> None:
         """Run on the loop's next round."""

@@ -7,7 +7,7 @@ the same session wait for it, as with QEMU; out-of-band commands, other sessions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvik.named import NamedTuple
@@ -46,6 +46,13 @@ class Context(NamedTuple):
     machine: Machine
     session: Session
     server: MonitorServer
+
+    def devices(self, *kinds: str) -> Iterator[Any]:
+        """Devices of these kinds, or all: the virtio device where one sits behind PCI."""
+        for name in list(self.machine.devices):
+            device = self.machine.find(name)
+            if not kinds or device.kind in kinds:
+                yield device
 
     @property
     def fdsets(self) -> FdSets:
