@@ -6,10 +6,13 @@ Device modules are imported here and only when the machine has such a device.
 from __future__ import annotations
 
 from kvik.errors import InvalidArgument
-from kvik.vmm import acpi, boot, parts
+from kvik.vmm import acpi, boot, parts, smbios
 from kvik.vmm.acpi.description import Cpu, Description, spread_ram
+from kvik.vmm.acpi.dsdt import PCI_HOTPLUG
 from kvik.vmm.cpu.cpuid import cpuid_for
 from kvik.vmm.cpu.topology import Topology
+from kvik.vmm.devices.acpi_events import AcpiEvents, CpuHotplug
+from kvik.vmm.devices.vmgenid import VmGenId
 from kvik.vmm.layout import COM_PORTS, RSDP
 from kvik.vmm.machine import Machine
 
@@ -37,7 +40,7 @@ def build(config: MachineConfig) -> Machine:
         _add_platform(machine)
         _add_virtio(machine)
         _add_vcpus(machine)
-        # machine.remember_power_on()
+        machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
             machine.loader = KernelLoader(machine)
@@ -51,6 +54,13 @@ def build(config: MachineConfig) -> Machine:
 def _add_platform(machine: Machine) -> None:
     """What is not on the PCI bus."""
     config = machine.config
+    events = AcpiEvents()
+    machine.add(events)
+    machine.pci.hotplug.on_event = lambda: events.raise_event(PCI_HOTPLUG)
+    if config.vmgenid:
+        machine.add(VmGenId(events))
+    if config.cpus.maximum > config.cpus.count:
+        machine.add(CpuHotplug(events, config.cpus.count, config.cpus.maximum))
     if len(config.serials) > len(COM_PORTS):
         raise InvalidArgument(f"a PC has {len(COM_PORTS)} serial lines, not {len(config.serials)}")
     for index, serial in enumerate(config.serials):
@@ -58,16 +68,15 @@ def _add_platform(machine: Machine) -> None:
 
 
 def _add_virtio(machine: Machine) -> None:
-    """What is. In this order they get the free slots."""
+    """What is."""
     config = machine.config
     if config.consoles or config.channels:
-        machine.add(parts.console(machine, config.consoles, config.channels))
-    for index, disk in enumerate(config.disks):
-        machine.add(parts.disk(machine, disk, index), disk.slot)
-    for index, rng in enumerate(config.rng):
-        machine.add(parts.rng(machine, rng, index), rng.slot)
-    for index, balloon in enumerate(config.balloon):
-        machine.add(parts.balloon(machine, balloon, index), balloon.slot)
+        from kvik.vmm.virtio.make import make_console
+
+        machine.add(make_console(config.consoles, config.channels, "virtio-serial0"))
+    for field, prefix in parts.LISTS:
+        for index, item in enumerate(getattr(config, field)):
+            machine.add(parts.make(machine, field, item, item.id or f"{prefix}{index}"), item.slot)
 
 
 def _add_vcpus(machine: Machine) -> None:
@@ -90,8 +99,16 @@ class KernelLoader:
 
     def __call__(self) -> None:
         machine = self.machine
+        config = machine.config
         tables = acpi.build(self.description)
-        for address, data in tables:
+        names = smbios.build(
+            config.smbios,
+            uuid=config.uuid,
+            memory=machine.memory.size,
+            topology=Topology.of(config.cpus),
+            ram=machine.memory.layout.ram,
+        )
+        for address, data in tables + names:
             machine.memory.write(address, data)
         assert tables[0][0] == RSDP
         entry = boot.load_kernel(machine.memory, machine.config.boot, tables=tables, fresh=self.fresh)
@@ -118,5 +135,6 @@ def _describe(machine: Machine) -> Description:
         slots=tuple(range(1, 32)),
         com_ports=tuple(range(len(config.serials))),
         pvpanic="pvpanic" in machine.devices,
+        vmgenid=config.vmgenid,
         cpu_hotplug=len(cpus) > count,
     )

@@ -27,7 +27,7 @@ from kvik.kvm.system import System
 from kvik.vmm import layout as at
 from kvik.vmm.bus import Bus
 from kvik.vmm.interrupts import Doorbells, Interrupts
-from kvik.vmm.loop import EventLoop, IoThread
+from kvik.vmm.loop import EventLoop
 from kvik.vmm.memory import GuestMemory, HostMemory, Region
 from kvik.vmm.pci.bus import PciBus
 from kvik.vmm.slots import MemorySlots
@@ -61,8 +61,6 @@ class Machine:
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
         self.vcpus: list[VcpuThread] = []
-        self.io_threads: dict[str, IoThread] = {}
-        self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
         self.outcome = ""
         self.exit_code = 0
         self.trace: Trace | None = None
@@ -114,7 +112,8 @@ class Machine:
         self.mmio = Bus("memory", 1 << 52)
         self.interrupts = Interrupts(self.vm)
         self.doorbells = Doorbells(self.vm)
-        self.pci = PciBus()
+        boot = self.config.boot
+        self.pci = PciBus(legacy_ports=bool(boot.firmware) or boot.firmware_fd >= 0)
         self.pci.attach(self)
         self.devices["pci"] = self.pci
         for bridge in self.pci.devices.values():
@@ -175,15 +174,6 @@ class Machine:
         carrier = self.devices[name]
         inner: Device = getattr(carrier, "device", carrier)
         return inner
-
-    def io_thread(self, name: str) -> IoThread:
-        """A new thread with a loop, for a device that must not wait for others; it ends with the machine."""
-        thread = IoThread(name)
-        thread.loop.on_error = self._callback_failed
-        thread.on_start = self.on_thread_start
-        thread.start()
-        self.io_threads[name] = thread
-        return thread
 
     def add_vcpu(self, vcpu: Vcpu) -> VcpuThread:
         thread = VcpuThread(self, len(self.vcpus), vcpu)
@@ -410,8 +400,6 @@ class Machine:
         for device in reversed(list(self.devices.values())):
             device.close()
         self.devices.clear()
-        for io_thread in self.io_threads.values():
-            io_thread.stop()
         for thread in self.vcpus:
             thread.vcpu.close()
         for name in ("vm", "system"):

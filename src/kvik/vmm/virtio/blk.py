@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.backends.block import BlockImage
     from kvik.vmm.device import State
-    from kvik.vmm.loop import EventLoop
+    from kvik.vmm.loop import IoThread
     from kvik.vmm.machine import Machine
     from kvik.vmm.virtio.queue import Chain, Queue
 
@@ -78,15 +78,17 @@ class _Operation:
 
     __slots__ = ("began", "chain", "left", "op", "queue", "ranges", "result", "size", "status")
 
-    def __init__(self, op: int, queue: Queue, chain: Chain, status: memoryview, size: int, began: int) -> None:
-        self.op, self.queue, self.chain, self.status, self.size, self.began = op, queue, chain, status, size, began
+    def __init__(self, op: int, queue: Queue, chain: Chain, status: memoryview, size: int) -> None:
+        self.op, self.queue, self.chain, self.status, self.size = op, queue, chain, status, size
+        self.began = time.monotonic_ns()
         self.ranges: list[tuple[int, int, bool]] = []  # offset, length, may unmap
         self.left = 0
         self.result = 0
 
 
 class Blk(VirtioDevice):
-    """A disk on `image`. `serial` is what the guest reads as its identity (20 bytes). `loop`: an I/O thread's.
+    """A disk on `image`. `serial` is what the guest reads as its identity (20 bytes). `thread`, if given, serves this
+    disk alone; it is started and ended here.
 
     `rerror`, `werror`: what a failed read or write does: "report" it to the guest, "stop" the machine with status
     io-error and try again when it goes on, "ignore" it; "enospc" stops when the host is full, else reports.
@@ -107,7 +109,7 @@ class Blk(VirtioDevice):
         queue_size: int = 256,
         rerror: str = "report",
         werror: str = "enospc",
-        loop: EventLoop | None = None,
+        thread: IoThread | None = None,
     ) -> None:
         if rerror not in POLICIES or werror not in POLICIES or rerror == "enospc":
             raise InvalidArgument(f"disk {name}: rerror={rerror}, werror={werror}: use report, stop or ignore")
@@ -121,7 +123,7 @@ class Blk(VirtioDevice):
         self.block_stats = BlockStats()
         self.limits = {key: RateLimiter() for key in ("total", "read", "write")}
         self.paused = False
-        self._private = loop is not None
+        self.thread = thread
         self._parked: list[_Operation] = []
         self._pushed: set[Queue] = set()
         self._waiting: set[int] = set()  # queues that wait for the rate limit
@@ -134,8 +136,8 @@ class Blk(VirtioDevice):
             self.features |= RO
         else:
             self.features |= F_WRITE_ZEROES | (F_DISCARD if image.can_discard else 0)
-        if loop is not None:
-            self.loop = loop
+        if thread is not None:
+            self.loop = thread.loop
         super().__init__(name)
         self._fill_config()
 
@@ -156,8 +158,10 @@ class Blk(VirtioDevice):
 
     def attach(self, machine: Machine) -> None:
         super().attach(machine)
-        self.image.start(self.loop, private=self._private, on_ready=self._completions)
+        self.image.start(self.loop, private=self.thread is not None, on_ready=self._completions)
         self._started = True
+        if self.thread is not None:
+            self.thread.start()
 
     # The driver's side -------------------------------------------------------------------------------------------
 
@@ -234,14 +238,14 @@ class Blk(VirtioDevice):
             self.block_stats.invalid[op] += 1
             self._answer(queue, chain, status, S_IOERR)
             return True
-        operation = _Operation(op, queue, chain, status, size, time.monotonic_ns())
+        operation = _Operation(op, queue, chain, status, size)
         operation.ranges.append((offset, size, False))
         self._issue(operation)
         return True
 
     def _begin_other(self, queue: Queue, chain: Chain, status: memoryview, kind: int) -> None:
         if kind == T_FLUSH:
-            operation = _Operation(FLUSH, queue, chain, status, 0, time.monotonic_ns())
+            operation = _Operation(FLUSH, queue, chain, status, 0)
             operation.ranges.append((0, 0, False))
             self._issue(operation)
         elif kind == T_GET_ID:
@@ -257,7 +261,7 @@ class Blk(VirtioDevice):
     def _begin_ranges(self, queue: Queue, chain: Chain, status: memoryview, op: int) -> None:
         """A discard or write-zeroes: each segment is checked before the first is done (5.2.6.2)."""
         code = S_OK
-        operation = _Operation(op, queue, chain, status, 0, time.monotonic_ns())
+        operation = _Operation(op, queue, chain, status, 0)
         if not 0 < chain.readable_size <= MAX_SEGMENTS * _SEGMENT.size or chain.readable_size % _SEGMENT.size:
             code = S_IOERR
         else:
@@ -344,20 +348,19 @@ class Blk(VirtioDevice):
             policy = "stop" if full else "report"
         machine = self.machine
         if machine is not None:
-            machine.emit(
-                "BLOCK_IO_ERROR",
-                {
-                    "device": self.name,
-                    "qom-path": f"/machine/{self.name}",
-                    "node-name": self.name,
-                    "operation": "read" if operation.op == READ else "write",
-                    "action": policy,
-                    "nospace": full,
-                    "reason": os.strerror(number),
-                },
-            )
+            event = {
+                "device": self.name,
+                "qom-path": f"/machine/{self.name}",
+                "node-name": self.name,
+                "operation": "read" if operation.op == READ else "write",
+                "action": policy,
+                "nospace": full,
+                "reason": os.strerror(number),
+            }
             if policy == "stop":
-                machine.loop.call_soon(lambda: machine.pause("io-error"))
+                machine.request_stop("io-error", "BLOCK_IO_ERROR", event)
+            else:
+                machine.emit("BLOCK_IO_ERROR", event)
         return policy
 
     # Pause, snapshot ---------------------------------------------------------------------------------------------
@@ -365,7 +368,7 @@ class Blk(VirtioDevice):
     def _drain(self, what: str) -> None:
         if not self.image.drain(DRAIN_SECONDS):
             raise OperationTimeout(
-                f"disk {self.name} ({self.image.name}): I/O of the host has not ended for {DRAIN_SECONDS:.0f} s at {what}",
+                f"disk {self.name}: host I/O on {self.image.name} has not ended for {DRAIN_SECONDS:.0f} s at {what}",
                 remedy="look at the host's storage: the machine cannot go on before it answers",
             )
 
@@ -410,9 +413,10 @@ class Blk(VirtioDevice):
     def close(self) -> None:
         with self.lock:
             super().close()
-            if self._started:
-                self._started = False
             self.image.close()
+            started, self._started = self._started, False
+        if self.thread is not None and started:  # not under the lock, which a callback there may want first
+            self.thread.stop()
 
     # Control -----------------------------------------------------------------------------------------------------
 
