@@ -19,12 +19,13 @@ class Register(NamedTuple):
     name: str
     bits: int
     kind: str  # gdb's type
-    source: str  # which of KVM's structures has it: regs, sregs, fpu
+    source: str  # which of KVM's structures has it: regs, sregs, fpu, xsave
 
 
 _GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{number}" for number in range(8, 16)))
 _SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs")
 _X87 = ("fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop")
+_MXCSR = 24  # its offset in the XSAVE area (SDM 1, 13.4.1)
 _SYSTEM = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
 
 FEATURES: dict[str, tuple[Register, ...]] = {
@@ -38,7 +39,7 @@ FEATURES: dict[str, tuple[Register, ...]] = {
     ),
     "org.gnu.gdb.i386.sse": (
         *(Register(f"xmm{number}", 128, "uint128", "fpu") for number in range(16)),
-        Register("mxcsr", 32, "int", "fpu"),
+        Register("mxcsr", 32, "int", "xsave"),
     ),
     "org.gnu.gdb.i386.segments": (
         Register("fs_base", 64, "int64", "sregs"),
@@ -84,6 +85,8 @@ class RegisterFile:
         """Little-endian. Raises IndexError."""
         register = REGISTERS[number]
         size, held, name = register.bits // 8, self._set(register.source), register.name
+        if name == "mxcsr":  # KVM_GET_FPU leaves it out
+            return bytes(held[_MXCSR : _MXCSR + 4])
         if name.startswith("st"):
             return bytes(held.fpr[int(name[2:])])[:10]
         if name.startswith("xmm"):
@@ -114,7 +117,9 @@ class RegisterFile:
         held, name, value = self._set(register.source), register.name, int.from_bytes(data, "little")
         if self.read(number) == data:
             return
-        if name.startswith("st"):
+        if name == "mxcsr":
+            self._sets["xsave"] = held[:_MXCSR] + data + held[_MXCSR + 4 :]
+        elif name.startswith("st"):
             held.fpr[int(name[2:])][:10] = list(data)
         elif name.startswith("xmm"):
             held.xmm[int(name[3:])][:] = list(data)
@@ -133,7 +138,8 @@ class RegisterFile:
     def flush(self) -> None:
         """Raises KvmError if the kernel refuses a value; the vCPU then has what it had."""
         try:
-            for source in sorted(self._changed):
+            # XSAVE's area holds what KVM_SET_FPU sets, too: first the whole, then the part.
+            for source in sorted(self._changed, key=lambda source: source != "xsave"):
                 getattr(self._vcpu, f"set_{source}")(self._sets[source])
         finally:
             self._changed.clear()
