@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvik.vmm.device import Device
     from kvik.vmm.machine import Machine
 
-__all__ = ["LISTS", "make", "serial"]
+__all__ = ["LISTS", "debugcon", "make", "serial"]
 
 # The lists of MachineConfig whose items are devices of their own: (field, prefix of a name that nobody chose), in the
 # order in which they get the free PCI slots.
@@ -41,8 +41,20 @@ def serial(machine: Machine, config: c.CharConfig, index: int) -> Device:
     return Serial(name, chardev, index)
 
 
+def debugcon(machine: Machine, config: c.CharConfig, index: int) -> Device:
+    from kvik.vmm.backends.char import Chardev
+    from kvik.vmm.devices.debugcon import Debugcon
+
+    name = config.id or f"debugcon{index}"
+    return Debugcon(name, Chardev(config.backend, name))
+
+
 def make(machine: Machine, field: str, config: Any, name: str) -> Device:
     """The device that `config`, an item of MachineConfig's list `field`, describes."""
+    if field == "watchdog":
+        from kvik.vmm.devices.watchdog import Watchdog
+
+        return Watchdog(name, config.action)
     from kvik.vmm.virtio import make as virtio
 
     if field == "disks":
