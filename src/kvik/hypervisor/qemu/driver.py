@@ -26,18 +26,18 @@ from kvik.conf.os import Loader, Nvram
 from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError
 from kvik.host.process import find, find_program
 from kvik.host.tsc import tsc_khz
+from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
 from kvik.hypervisor.qemu import hotplug, process
 from kvik.hypervisor.qemu.argv.build import build
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
-from kvik.hypervisor.qemu.descriptors import open_all
 from kvik.hypervisor.qemu.firmware import find_firmware, installed_firmware
 from kvik.hypervisor.qemu.machine import QemuMachine
-from kvik.hypervisor.qemu.sidecars import swtpm
-from kvik.hypervisor.qemu.sidecars.group import attach_sidecars
-from kvik.hypervisor.qemu.sidecars.start import check as check_sidecars
-from kvik.hypervisor.qemu.sidecars.start import start_sidecars
-from kvik.hypervisor.qemu.words import shell_text
+from kvik.hypervisor.sidecars import swtpm
+from kvik.hypervisor.sidecars.group import attach_sidecars
+from kvik.hypervisor.sidecars.start import check as check_sidecars
+from kvik.hypervisor.sidecars.start import start_sidecars
+from kvik.hypervisor.words import shell_text
 from kvik.paths import Paths
 
 __all__ = ["QemuDriver"]

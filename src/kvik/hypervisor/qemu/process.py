@@ -9,9 +9,9 @@ from pathlib import Path
 from kvik.errors import HypervisorError, KvikError, OperationTimeout
 from kvik.host import process
 from kvik.host.process import BASE_ENVIRONMENT, ProcessHandle, describe_exit
-from kvik.hypervisor.qemu import words
+from kvik.hypervisor import words
+from kvik.hypervisor.descriptors import with_paths
 from kvik.hypervisor.qemu.argv.build import CommandLine
-from kvik.hypervisor.qemu.descriptors import with_paths
 
 __all__ = ["died", "environment", "remedy_for", "spawn"]
 
