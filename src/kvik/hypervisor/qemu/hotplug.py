@@ -38,7 +38,7 @@ from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.build import make_context, parts_of
 from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props
-from kvik.hypervisor.qemu.process import remedy_for
+from kvik.hypervisor.qemu.remedies import remedy_for
 
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
