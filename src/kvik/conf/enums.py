@@ -1,37 +1,12 @@
 """Numbers of libvirt's public API (9.0), without the vir prefix: what the wire and every client mean by an int.
 
-Plain ints in plain classes, on purpose: importing them costs a third of what IntEnum and IntFlag cost (3 against 11 ms
-for all of these), and `flags & DomainXMLFlags.SECURE` is an int operation in the daemon's hottest path. What an enum
-member knows about itself, the class answers here: `DomainState.name_of(1) == "RUNNING"`.
+Plain ints in plain classes (`kvik.numbers`): importing them costs a third of what IntEnum and IntFlag cost (3 against
+11 ms for all of these), and `flags & DomainXMLFlags.SECURE` is an int operation in the daemon's hottest path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-
-class _Table(type):
-    def __iter__(cls) -> Iterator[tuple[str, int]]:
-        """(name, number) in order of declaration."""
-        return ((name, value) for name, value in cls.__dict__.items() if name.isupper() and isinstance(value, int))
-
-    def __contains__(cls, value: object) -> bool:
-        return any(number == value for _, number in cls)
-
-    def name_of(cls, value: int) -> str:
-        """The name of a number, or the number as text if this table does not know it."""
-        return next((name for name, number in cls if number == value), str(value))
-
-    def mask(cls) -> int:
-        """All flags of this table together."""
-        mask = 0
-        for _, number in cls:
-            mask |= number
-        return mask
-
-
-class Numbers(metaclass=_Table):
-    """Base of one enum: every upper-case attribute is a number."""
+from kvik.numbers import Numbers
 
 
 class DomainDiskErrorCode(Numbers):

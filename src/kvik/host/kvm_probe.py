@@ -22,8 +22,8 @@ import sys
 import time
 from typing import Any
 
+from kvik.kvm import KvmError, System, Vcpu
 from kvik.kvm.constants import API_VERSION, Capability
-from kvik.kvm.device import KvmError, System, Vcpu
 from kvik.kvm.exits import Exit, HltExit, InterruptedExit, IoExit
 from kvik.kvm.structs import Regs, Segment, Sregs
 

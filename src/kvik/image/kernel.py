@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from kvik.errors import HostError, ImageError, NotFound, OperationUnsupported
+from kvik.image import kernel_index
 from kvik.image.compression import decompress, detect
 from kvik.image.elf import ElfFile
 
@@ -108,13 +108,10 @@ def uncompressed_kernel(path: str | Path, cache_dir: str | Path) -> Path | None:
     try:
         with path.open("rb") as stream:
             status = os.fstat(stream.fileno())
-            identity = "-".join(
-                f"{value:x}"
-                for value in (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            )
-            known = _lookup(cache, identity, path)
+            identity = kernel_index.identity(stream.fileno())
+            known = kernel_index.lookup(str(cache), identity, str(path))
             if known is not None:
-                return known or None
+                return Path(known) if known else None
             if not 0x250 <= status.st_size <= MAX_FILE:
                 return None
             data = stream.read(MAX_FILE + 1)
@@ -133,24 +130,6 @@ def uncompressed_kernel(path: str | Path, cache_dir: str | Path) -> Path | None:
         raise HostError(
             f"the kernel {str(path)!r} cannot be prepared: {error.strerror or error}", errno=error.errno or 0
         ) from error
-
-
-def _lookup(cache: Path, identity: str, path: Path) -> Path | Literal[False] | None:
-    """The cached kernel (or `path` itself); False for "known to have no PVH entry"; None for "not known"."""
-    try:
-        digest = (cache / "index" / identity).read_text("ascii")
-    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
-        return None
-    if digest == "none":
-        return False
-    if digest == "self":
-        return path
-    kernel = cache / f"{digest}.vmlinux"
-    try:
-        os.utime(kernel)  # what was used last stays longest
-    except OSError:
-        return None
-    return kernel
 
 
 def _unpack_into(cache: Path, identity: str, data: bytes) -> Path | None:

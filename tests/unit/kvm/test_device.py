@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvik.kvm import constants, structs
+from kvik.kvm import KvmError, System, Vcpu, constants, structs
 from kvik.kvm.constants import Capability, ExitReason
-from kvik.kvm.device import KvmError, System, Vcpu
 from kvik.kvm.exits import (
     FailEntryExit,
     HltExit,
@@ -66,12 +65,12 @@ def test_exits_are_typed(vcpu: Vcpu) -> None:
     run.exit_reason = ExitReason.IO
     run.u.io.direction, run.u.io.size, run.u.io.port, run.u.io.count, run.u.io.data_offset = 1, 2, 0x3F8, 2, 4096
     vcpu._view[4096:4100] = b"abcd"
-    reason = vcpu._exit()
+    reason = vcpu.exit()
     assert isinstance(reason, IoExit)
-    assert (reason.out, reason.port, reason.size, reason.count, bytes(reason.data)) == (True, 0x3F8, 2, 2, b"abcd")
+    assert (reason.out, reason.port, reason.size, reason.repeat, bytes(reason.data)) == (True, 0x3F8, 2, 2, b"abcd")
     run.exit_reason = ExitReason.MMIO
     run.u.mmio.phys_addr, run.u.mmio.len, run.u.mmio.is_write = 0xFEE00000, 4, 0
-    reason = vcpu._exit()
+    reason = vcpu.exit()
     assert isinstance(reason, MmioExit) and not reason.write and reason.address == 0xFEE00000
     reason.data[:] = b"\x01\x02\x03\x04"  # the answer to a read goes into the shared page
     assert bytes(run.u.mmio.data) == b"\x01\x02\x03\x04\0\0\0\0"
@@ -86,16 +85,16 @@ def test_exits_are_typed(vcpu: Vcpu) -> None:
         (ExitReason.X86_RDMSR, MsrExit),
     ):
         run.exit_reason = number
-        assert isinstance(vcpu._exit(), kind)
+        assert isinstance(vcpu.exit(), kind)
     run.exit_reason = 4242
-    found = vcpu._exit()
+    found = vcpu.exit()
     assert isinstance(found, UnknownExit) and found.reason == 4242
 
 
 def test_closing_is_idempotent_and_survives_held_data(vcpu: Vcpu) -> None:
     vcpu._run.exit_reason = ExitReason.MMIO
     vcpu._run.u.mmio.len = 4
-    held = vcpu._exit()
+    held = vcpu.exit()
     vcpu.close()
     vcpu.close()
     assert vcpu.fd == -1

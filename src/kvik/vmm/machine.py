@@ -1,0 +1,406 @@
+"""The machine: its parts, how they come together, and what can be done to the whole.
+
+    machine = Machine(MachineConfig(...))     # everything opened and in place, nothing runs
+    machine.add(SomeDevice("mine"))
+    outcome = machine.run()                   # the loop, until the guest powers off or somebody ends it
+
+Threads: the one that calls `run` owns the machine. All methods here belong to it, except `log`, `emit`,
+`request_reset`, `request_shutdown`, `request_stop` and `vcpu_failed`, which any thread may call.
+
+    status         stop        cont       guest powers off   reset        panic            bug of ours
+    prelaunch      -           running    -                  -            -                -
+    running        paused      -          shutdown           running      guest-panicked   internal-error
+    paused         -           running    shutdown           paused       -                -
+    shutdown, ...  -           refused before a reset                     (reset leads to paused)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from kvik.errors import AlreadyExists, HostError, NoDevice, OperationInvalid
+from kvik.kvm.constants import Capability
+from kvik.kvm.descriptor import KvmError
+from kvik.kvm.system import System
+from kvik.vmm import layout as at
+from kvik.vmm.bus import Bus
+from kvik.vmm.interrupts import Doorbells, Interrupts
+from kvik.vmm.loop import EventLoop
+from kvik.vmm.memory import GuestMemory, HostMemory, Region
+from kvik.vmm.slots import MemorySlots
+from kvik.vmm.vcpu import VcpuThread, prepare_signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Any
+
+    from kvik.kvm.exits import Exit
+    from kvik.kvm.vcpu import Vcpu
+    from kvik.vmm.config import MachineConfig
+    from kvik.vmm.device import Device
+    from kvik.vmm.trace import Trace
+
+__all__ = ["Machine"]
+
+# Status words in which vCPUs may not run before a reset (QEMU's RunState, qapi/run-state.json).
+ENDED = ("shutdown", "internal-error", "guest-panicked")
+
+
+class Machine:
+    """One machine on /dev/kvm. Closes what it opened in `close`, which `run` calls."""
+
+    def __init__(self, config: MachineConfig) -> None:
+        self.config = config
+        self.status = "prelaunch"
+        self.started = time.monotonic()
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
+        self.devices: dict[str, Device] = {}
+        self.vcpus: list[VcpuThread] = []
+        self.outcome = ""
+        self.exit_code = 0
+        self.trace: Trace | None = None
+        self.power_button: Callable[[], None] | None = None  # set by the ACPI device
+        self.loader: Callable[[], None] | None = None  # puts into memory and registers what runs at power-on
+        self.on_close: list[Callable[[], None]] = []
+        self._holds = 0  # `paused` contexts
+        self._going = False  # vCPUs run, or may
+        self._closed = False
+        self._power_on: Any = None
+        prepare_signal()
+        self.loop = EventLoop()
+        self.loop.on_error = self._callback_failed
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        try:
+            self.system = System()
+        except OSError as error:
+            raise HostError(
+                f"cannot open /dev/kvm: {error.strerror}",
+                errno=error.errno or 0,
+                remedy="see what `kvik doctor` says; without KVM, run the machine on QEMU",
+            ) from error
+        try:
+            self.vm = self.system.create_vm()
+            self.vm.set_identity_map_addr(at.KVM_IDENTITY_MAP)
+            self.vm.set_tss_addr(at.KVM_TSS)
+            self.vm.create_irqchip()
+            readonly = bool(self.vm.check_extension(Capability.READONLY_MEM))
+            limit = self.vm.check_extension(Capability.NR_MEMSLOTS) or 32
+            self.slots = MemorySlots(self.vm, readonly=readonly, limit=limit)
+        except KvmError as error:
+            raise HostError(
+                f"this host's KVM cannot make a machine: {error}",
+                errno=error.errno or 0,
+                remedy="see what `kvik doctor` says of this host",
+            ) from error
+        memory = self.config.memory
+        host = HostMemory(shared=memory.shared, hugepages=memory.hugepages, prealloc=memory.prealloc)
+        self.memory = GuestMemory.allocate(memory.size, host, memory.hotplug)
+        for region in self.memory.regions:
+            self.back(region)
+        self.ports = Bus("port", 0x1_0000)
+        self.mmio = Bus("memory", 1 << 52)
+        self.interrupts = Interrupts(self.vm)
+        self.doorbells = Doorbells(self.vm)
+
+    def back(self, region: Region, flags: int = 0) -> None:
+        """Make a piece of RAM known to KVM, or change its flags."""
+        if region.slot < 0:
+            region.slot = self.slots.take()
+            if region.slot < 0:
+                raise HostError("KVM has no memory slot left", remedy="give the machine fewer devices")
+        self.vm.set_user_memory_region(region.slot, region.start, region.size, region.address, flags)
+
+    def unback(self, region: Region) -> None:
+        """Take it away from the guest again."""
+        if region.slot >= 0:
+            self.vm.set_user_memory_region(region.slot, region.start, 0, region.address, 0)
+            self.slots.give(region.slot)
+            region.slot = -1
+
+    # Parts -------------------------------------------------------------------------------------------------------
+
+    def add(self, device: Device) -> Device:
+        """Take a device in. On an error nothing of it stays."""
+        if device.name in self.devices:
+            raise AlreadyExists(f"the machine has a device {device.name!r} already", remedy="choose another id")
+        try:
+            device.attach(self)
+        except BaseException:
+            device.close()
+            raise
+        self.devices[device.name] = device
+        return device
+
+    def remove(self, name: str) -> None:
+        device = self.devices.pop(name, None)
+        if device is None:
+            raise NoDevice(f"the machine has no device {name!r}")
+        device.close()
+
+    def add_vcpu(self, vcpu: Vcpu) -> VcpuThread:
+        thread = VcpuThread(self, len(self.vcpus), vcpu)
+        self.vcpus.append(thread)
+        return thread
+
+    # Life --------------------------------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """Put the loader's program into memory and the vCPUs to its start."""
+        if self.loader is not None:
+            self.loader()
+
+    def start(self, paused: bool = False) -> None:
+        """Start the threads, and with them the guest unless `paused`."""
+        for thread in self.vcpus:
+            if paused:
+                thread.ask_to_park()
+            thread.start()
+        if not paused:
+            self.status = "running"
+            self._going = True
+            self.emit("RESUME")
+
+    def run(self, paused: bool = False) -> str:
+        """Start, run the loop until the machine ends, give everything back; why it ended."""
+        try:
+            if self.status == "prelaunch" and not any(thread.thread_id for thread in self.vcpus):
+                self.start(paused)
+            self.loop.run()
+        finally:
+            self.close()
+        return self.outcome
+
+    def pause(self, status: str = "paused") -> None:
+        """Stop the guest, for a reason that becomes the status. Idempotent."""
+        if self.status == "running":
+            self.status = status
+            self._apply()
+            self.emit("STOP")
+
+    def resume(self) -> None:
+        if self.status == "running":
+            return
+        if self.status in ENDED:
+            raise OperationInvalid(f"the machine cannot go on: its status is {self.status}", remedy="reset it first")
+        self.status = "running"
+        self._apply()
+        self.emit("RESUME")
+
+    def reset(self, reason: str = "host-qmp-system-reset") -> None:
+        """As the reset button: devices, vCPUs and the program in memory as at power-on."""
+        guest = reason.startswith("guest")
+        if guest and self.config.on_reboot == "shutdown":
+            self.shutdown(reason)
+            return
+        if guest and self.config.on_reboot == "none":
+            self.pause("paused")
+            return
+        with self.paused():
+            for device in self.devices.values():
+                device.reset()
+            self._reset_vcpus()
+            self.boot()
+            self.interrupts.redrive()
+            if self.status in ENDED:
+                self.status = "paused"
+        self.emit("RESET", {"guest": guest, "reason": reason})
+
+    def _reset_vcpus(self) -> None:
+        from kvik.vmm.cpu.state import restore_machine
+
+        if self._power_on is not None:
+            restore_machine(self, self._power_on)
+
+    def remember_power_on(self) -> None:
+        """Keep the state that `reset` goes back to. Call when all vCPUs are made and none has run."""
+        from kvik.vmm.cpu.state import save_machine
+
+        self._power_on = save_machine(self)
+
+    def powerdown(self) -> None:
+        """Press the power button."""
+        self.emit("POWERDOWN")
+        if self.power_button is None:
+            raise OperationInvalid("the machine has no power button")
+        self.power_button()
+
+    def shutdown(self, reason: str = "guest-shutdown") -> None:
+        """The guest powered off, or somebody did it to it."""
+        guest = reason.startswith("guest")
+        self._end("shutdown", guest, reason)
+        if guest and self.config.on_poweroff == "pause" and reason == "guest-shutdown":
+            self.emit("STOP")
+        else:
+            self.quit(reason)
+
+    def quit(self, reason: str = "host-qmp-quit") -> None:
+        """End the process's work: `run` returns."""
+        if self.status != "shutdown":
+            self._end("shutdown", False, reason)
+        self.outcome = reason
+        self.loop.stop()
+
+    def _end(self, status: str, guest: bool, reason: str) -> None:
+        self.status = status
+        self._apply()
+        self.emit("SHUTDOWN", {"guest": guest, "reason": reason})
+
+    # Standing still ----------------------------------------------------------------------------------------------
+
+    def _apply(self) -> None:
+        """Let the guest run if the status says so and nobody holds it; stop it if not."""
+        go = self.status == "running" and self._holds == 0
+        if go == self._going:
+            return
+        self._going = go
+        if go:
+            for device in self.devices.values():
+                device.resume()
+            for thread in self.vcpus:
+                thread.unpark()
+            return
+        for thread in self.vcpus:
+            thread.ask_to_park()
+        for thread in self.vcpus:
+            thread.wait_parked()
+        for device in self.devices.values():
+            device.pause()
+
+    def _hold(self) -> None:
+        self._holds += 1
+        self._apply()
+
+    def _release(self) -> None:
+        self._holds -= 1
+        self._apply()
+
+    def paused(self) -> _Paused:
+        """`with machine.paused():` all vCPUs are parked and devices quiet; the status stays what it is."""
+        return _Paused(self._hold, self._release)
+
+    @property
+    def still(self) -> bool:
+        """Whether nothing of the guest runs."""
+        return not self._going
+
+    # From any thread ---------------------------------------------------------------------------------------------
+
+    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
+        """Tell the listeners, on the loop's thread."""
+        if not self.loop.in_loop() and self.loop.running:
+            self.loop.call_soon(lambda: self.emit(name, data))
+            return
+        for listener in self.listeners:
+            listener(name, data or {})
+
+    def log(self, text: str) -> None:
+        """One line on standard error."""
+        try:
+            os.write(2, f"kvik-vmm: {self.config.name}: {text}\n".encode("utf-8", "replace"))
+        except OSError:
+            pass  # whoever read it is gone: no reason for a machine to die
+
+    def request_reset(self, reason: str = "guest-reset") -> None:
+        self.loop.call_soon(lambda: self.reset(reason))
+
+    def request_shutdown(self, reason: str = "guest-shutdown") -> None:
+        self.loop.call_soon(lambda: self.shutdown(reason))
+
+    def request_stop(self, status: str, event: str = "", data: dict[str, Any] | None = None) -> None:
+        """Stop the guest for a reason that is not the user's: io-error, watchdog, guest-panicked."""
+
+        def stop() -> None:
+            if event:
+                self.emit(event, data)
+            self.pause(status)
+
+        self.loop.call_soon(stop)
+
+    def current_vcpu(self) -> VcpuThread | None:
+        """The vCPU whose thread calls, if one does: a device that asks for a reset holds it with this."""
+        import _thread
+
+        mine = _thread.get_native_id()
+        return next((thread for thread in self.vcpus if thread.thread_id == mine), None)
+
+    def hold_caller(self) -> None:
+        """Called by a device amid a guest's access: the vCPU is not to go on before the loop has dealt with it."""
+        if (thread := self.current_vcpu()) is not None:
+            thread.hold()
+
+    def vcpu_failed(self, thread: VcpuThread, text: str, error: BaseException | None) -> None:
+        self.log(f"vCPU {thread.index} cannot go on: {text}")
+        if error is not None:
+            sys.excepthook(type(error), error, error.__traceback__)
+        self.loop.call_soon(lambda: self.pause("internal-error"))
+
+    def system_event(self, event: Exit) -> None:
+        self.log(f"KVM asks for {event}")
+        self.request_shutdown("guest-shutdown")
+
+    def halted(self, thread: VcpuThread) -> None:
+        self.loop.call_soon(lambda: self.shutdown("guest-shutdown"))
+
+    def _callback_failed(self, error: BaseException) -> None:
+        """A callback of a device raised: a bug of ours, or a device whose host side is gone. The others go on."""
+        self.log(f"{type(error).__name__}: {error}")
+        if not isinstance(error, OSError):
+            sys.excepthook(type(error), error, error.__traceback__)
+
+    # The end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for thread in self.vcpus:
+            thread.end()
+        for callback in reversed(self.on_close):
+            callback()
+        for device in reversed(list(self.devices.values())):
+            device.close()
+        self.devices.clear()
+        for thread in self.vcpus:
+            thread.vcpu.close()
+        for name in ("vm", "system"):
+            if hasattr(self, name):
+                getattr(self, name).close()
+        if hasattr(self, "memory"):
+            self.memory.close()
+        self.loop.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Paused:
+    """A pair of calls as a context."""
+
+    __slots__ = ("_begin", "_end")
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self._begin, self._end = begin, end
+
+    def __enter__(self) -> None:
+        self._begin()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
