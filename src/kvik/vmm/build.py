@@ -56,7 +56,7 @@ def _add_platform(machine: Machine) -> None:
         from kvik.vmm.devices.serial import Serial
 
         name = serial.id or f"serial{index}"
-        chardev = Chardev(serial.backend, name)
+        chardev = Chardev(serial.backend, name, serial.log)
         chardev.on_quit = machine.quit
         machine.add(Serial(name, chardev, index))
 

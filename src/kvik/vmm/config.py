@@ -95,10 +95,12 @@ class SmbiosConfig:
 
 @settings
 class CharConfig:
-    """A character backend: `backend` is stdio, null, file:PATH, pty, unix:PATH or fd=N (`backends.char`)."""
+    """A character backend: `backend` is stdio, null, file:PATH, pty, unix:PATH or fd=N (`backends.char`); `log`, where
+    output goes as well, is file:PATH or fd=N."""
 
     backend: str = "null"
     id: str = ""
+    log: str = ""
 
 
 @settings
@@ -108,6 +110,7 @@ class ChannelConfig:
     name: str = "org.qemu.guest_agent.0"
     backend: str = "null"
     id: str = ""
+    log: str = ""
 
 
 @settings

@@ -268,7 +268,7 @@ def _chardev(device: Chardev, files: Files) -> str:
         backend = f"{device.type}:{path}"
     else:
         backend = device.type
-    options: Options = {"id": f"char{alias}"}
+    options: Options = {"id": alias}
     log = files.get(log_name(alias))
     if log is not None:
         options["log"] = f"fd={log}"

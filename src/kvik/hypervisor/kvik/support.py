@@ -95,6 +95,8 @@ def _disk(disk: Disk) -> Iterator[Refusal]:
     format_ = disk.driver.type if disk.driver is not None else None
     if format_ not in (None, "raw"):
         yield "/driver/@type", f"reads raw images, not {format_}", ("convert it (qemu-img convert -O raw), or use QEMU")
+    if disk.driver is not None and disk.driver.cache == "directsync":
+        yield "/driver/@cache", "has no cache mode directsync", "write cache='none', or 'writethrough'"
     if disk.encryption is not None or (disk.source is not None and disk.source.encryption is not None):
         yield "/encryption", "does not decrypt disks", "let the guest do it (LUKS), or use QEMU"
     if disk.backing_store is not None and disk.backing_store.type is not None:

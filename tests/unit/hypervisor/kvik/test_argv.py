@@ -22,6 +22,7 @@ from kvik.hypervisor.kvik.argv import CommandLine, build
 from kvik.hypervisor.kvik.driver import KvikDriver
 from kvik.hypervisor.words import shell_text
 from kvik.paths import Paths
+from kvik.vmm.options import parse
 
 DATA = Path(__file__).parents[3] / "data" / "kvik"
 NAMES = sorted(path.stem for path in DATA.glob("*.xml"))
@@ -59,6 +60,21 @@ async def test_document_becomes_this_command_line(name: str) -> None:
         expected.write_text(made)
     assert made == expected.read_text()
     assert line.fds == tuple(sorted(PASSED.get(name, {}).values()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_kvik_vmm_understands_every_option(name: str) -> None:
+    config = parse((await command_line((DATA / f"{name}.xml").read_text(), PASSED.get(name))).argv[1:])
+    domain = parse_domain((DATA / f"{name}.xml").read_text())
+    assert config.name == domain.name and config.uuid == domain.uuid and config.paused
+    plugged = sum(module.size for module in config.virtio_mem)
+    assert config.memory.size + plugged == domain.memory * 1024
+    assert [disk.id for disk in config.disks] == [f"virtio-disk{n}" for n in range(len(domain.devices.disks))]
+    assert [nic.mac for nic in config.nets] == [nic.mac and nic.mac.address for nic in domain.devices.interfaces]
+    if name == "passed-descriptors":
+        assert config.nets[0].fds == (15, 16) and config.nets[0].vhost_fds == (17, 18)
+        assert config.disks[0].fd == 11 and config.boot.kernel_fd == 13 and config.qmp == ["fd=10"]
+        assert config.serials[0].log == "fd=22" and config.channels[0].backend == "fd=21"
 
 
 async def test_a_comma_in_a_value_is_doubled_and_text_is_one_word() -> None:
