@@ -140,7 +140,7 @@ class QmpMachine:
         known = {item.get("label"): item for item in chardevs if isinstance(item, dict)}
         for device in character_devices(self.domain):
             alias = device.alias.name if device.alias else ""
-            item = known.get(self.chardev_label(alias))
+            item = known.get(f"char{alias}")
             if item is None:
                 continue
             filename = item.get("filename")
@@ -551,10 +551,6 @@ class QmpMachine:
 
     async def query_more(self) -> None:
         """After `refresh`: what else only this VMM knows."""
-
-    def chardev_label(self, alias: str) -> str:
-        """What query-chardev calls the host side of a serial line, console or channel."""
-        return f"char{alias}"
 
     def top_node(self, disk: Disk) -> str:
         """The name of the block node that a disk's device reads and writes."""

@@ -31,7 +31,7 @@ _DEADLINE = 20.0
 
 def node_name(alias: str) -> str:
     """The block node of a disk."""
-    return f"{alias}-node"
+    return f"{alias}-storage"  # kvik-vmm calls those of its command line so
 
 
 def netdev_name(alias: str) -> str:

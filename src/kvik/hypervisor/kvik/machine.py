@@ -17,9 +17,6 @@ __all__ = ["KvikMachine"]
 class KvikMachine(QmpMachine):
     product = "kvik-vmm"
 
-    def chardev_label(self, alias: str) -> str:
-        return alias
-
     def top_node(self, disk: Disk) -> str:
         return hotplug.node_name(alias_of(disk))
 
