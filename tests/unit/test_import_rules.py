@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "image": set(),
     "host": {"kvm"},
     "guest": {"image", "host"},
-    "vmm": {"kvm", "qmp", "image"},
+    "vmm": {"kvm", "qmp", "image", "host"},
     "hypervisor": {"conf", "qmp", "image", "host"},
     "network": {"conf", "host"},
     "storage": {"conf", "image", "host"},

@@ -27,6 +27,7 @@ from kvik.errors import HostError, KvikError, OperationTimeout
 from kvik.host import node, process
 from kvik.host.files import atomic_write, ensure_directory, try_read_file
 from kvik.host.kvm_probe import FAST, GUEST_DEADLINE, STAGES
+from kvik.kvm.extension import extension
 
 DEADLINE = 10.0  # seconds for the whole probe process: a busy host starts an interpreter slowly; the guest has its own
 HANG_KEPT = 600.0  # seconds that a verdict of "hangs" is believed: it may have been the load
@@ -74,34 +75,19 @@ class Virtualization:
 
 def virtualization(root: Path = _ROOT) -> Virtualization:
     cpu = node.cpu_model(root)
-    extension = "VMX" if "vmx" in cpu.flags else "SVM" if "svm" in cpu.flags else ""
-    modules = root / "sys/module"
-    loaded = [name for name in ("kvm_intel", "kvm_amd", "kvm_pvm") if (modules / name).is_dir()]
-    module = loaded[0] if loaded else ""
-    if "kvm_pvm" in loaded and not extension:
-        module = "kvm_pvm"  # kvm_amd and kvm_intel built in stay visible without the hardware they drive
-    parameters = modules / module / "parameters"
-    paging = ""
-    if module == "kvm_intel" and _flag(parameters / "ept"):
-        paging = "EPT"
-    elif module == "kvm_amd" and _flag(parameters / "npt"):
-        paging = "NPT"
+    beneath = extension(str(root))
     around = ("container" if container(root) else "", "virtual machine" if "hypervisor" in cpu.flags else "")
     inside = " in a ".join(part for part in around if part)
     return Virtualization(
         vendor=cpu.vendor or cpu.vendor_id,
-        extension=extension,
-        paging=paging,
-        module=module,
-        paravirtual=module == "kvm_pvm",
-        nested=_flag(parameters / "nested") if module in ("kvm_intel", "kvm_amd") else None,
+        extension=beneath.hardware,
+        paging=beneath.paging,
+        module=beneath.module,
+        paravirtual=beneath.paravirtual,
+        nested=beneath.nested,
         iommu=_has_entries(root / "sys/class/iommu") or _has_entries(root / "sys/kernel/iommu_groups"),
         inside=inside,
     )
-
-
-def _flag(path: Path) -> bool:
-    return node.read_text(path, 16) in ("Y", "1")
 
 
 def _has_entries(directory: Path) -> bool:
@@ -276,10 +262,10 @@ def judge(result: dict[str, Any], host: Virtualization) -> Verdict:
         return unusable(f"{error} (while: {result.get('step')})", "look into the kernel log: dmesg | grep -i kvm")
     if result.get("step") != "done" or speed <= 0 or result.get("stage") != len(STAGES) - 1:
         return unusable("the probe gave no complete answer", "look into the kernel log: dmesg | grep -i kvm")
-    extension = " with ".join(part for part in (host.extension or name, host.paging) if part)
+    carried = " with ".join(part for part in (host.extension or name, host.paging) if part)
     return Verdict(
         True,
-        f"KVM works ({extension}; {speed:.1f} ns an instruction)",
+        f"KVM works ({carried}; {speed:.1f} ns an instruction)",
         "",
         State.GOOD,
         instruction_ns=speed,

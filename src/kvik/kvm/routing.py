@@ -47,8 +47,8 @@ def default_routes() -> list[Route]:
 
 
 def msi_address(address: int) -> tuple[int, int]:
-    """The two halves as the kernel takes them: with 32-bit APIC ids enabled it refuses a message, or a whole table, whose
-    reserved bits 39:32 the guest has set; hardware ignores them."""
+    """The two halves as the kernel takes them: with 32-bit APIC ids enabled it refuses a message, or a whole table,
+    whose reserved bits 39:32 the guest has set; hardware ignores them."""
     return address & 0xFFFFFFFF, address >> 32 & 0xFFFFFF00
 
 

@@ -21,7 +21,7 @@ _RUN = c.RUN
 _INTR = ExitReason.INTR
 _UNION = Run.u.offset
 _IO = struct.Struct("<BBHIQ")  # direction (1: out), size, port, count, data_offset
-_MMIO = struct.Struct("<QQIB")  # phys_addr, data as a number, len, is_write
+_MMIO = struct.Struct("<Q8xIB")  # phys_addr, (data,) len, is_write
 _COALESCED = struct.Struct("<QII8s")  # phys_addr, len, pio, data
 _SYNC_REGS = Run.kvm_dirty_regs.offset + 8
 _EXIT_REASON_WORD = Run.exit_reason.offset // 4
@@ -58,6 +58,7 @@ class Vcpu(AttributeOwner):
         self._view = memoryview(self._map)
         self._run = Run.from_buffer(self._map)
         self._words = self._view[:_PAGE].cast("I")
+        self._mmio_data = self._view[_UNION + 8 : _UNION + 16]
 
     def close(self) -> None:
         if self.dirty_ring is not None:
@@ -66,6 +67,7 @@ class Vcpu(AttributeOwner):
             del self._run
             try:
                 self._words.release()
+                self._mmio_data.release()
                 self._view.release()
                 self._map.close()
             except BufferError:
@@ -105,13 +107,11 @@ class Vcpu(AttributeOwner):
         """Of an IO exit: direction (1: out), size, port, count, and the offset of the data in `page`."""
         return _IO.unpack_from(self._map, _UNION)
 
-    def mmio(self) -> tuple[int, int, int, int]:
-        """Of an MMIO exit: address, data (a little-endian number; mask it to the length), length, whether a write."""
-        return _MMIO.unpack_from(self._map, _UNION)
-
-    def set_mmio_data(self, value: int) -> None:
-        """The answer to a read, up to 8 bytes."""
-        struct.pack_into("<Q", self._map, _UNION + 8, value)
+    def mmio(self) -> tuple[int, int, int, memoryview]:
+        """Of an MMIO exit: address, size (1 to 8), whether a write, and the data, of which the first `size` bytes
+        count: what was written, or where to put the answer. Always the same view."""
+        address, size, write = _MMIO.unpack_from(self._map, _UNION)
+        return address, size, write, self._mmio_data
 
     @property
     def page(self) -> memoryview:

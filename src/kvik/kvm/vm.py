@@ -107,8 +107,8 @@ class Vm(AttributeOwner):
         address: int,
         size: int,
         datamatch: int | None = None,
-        *,
         pio: bool = False,
+        *,
         deassign: bool = False,
     ) -> None:
         """KVM_IOEVENTFD (4.59): a guest's write of `size` bytes (0: of any size) to `address`, a port with `pio`, adds

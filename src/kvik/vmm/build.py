@@ -6,7 +6,7 @@ Device modules are imported here and only when the machine has such a device.
 from __future__ import annotations
 
 from kvik.errors import InvalidArgument
-from kvik.vmm import acpi, boot
+from kvik.vmm import acpi, boot, parts
 from kvik.vmm.acpi.description import Cpu, Description, spread_ram
 from kvik.vmm.cpu.cpuid import cpuid_for
 from kvik.vmm.cpu.topology import Topology
@@ -35,8 +35,9 @@ def build(config: MachineConfig) -> Machine:
 
             machine.trace = Trace()
         _add_platform(machine)
+        _add_virtio(machine)
         _add_vcpus(machine)
-        machine.remember_power_on()
+        # machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
             machine.loader = KernelLoader(machine)
@@ -48,17 +49,26 @@ def build(config: MachineConfig) -> Machine:
 
 
 def _add_platform(machine: Machine) -> None:
+    """What is not on the PCI bus."""
     config = machine.config
     if len(config.serials) > len(COM_PORTS):
         raise InvalidArgument(f"a PC has {len(COM_PORTS)} serial lines, not {len(config.serials)}")
     for index, serial in enumerate(config.serials):
-        from kvik.vmm.backends.char import Chardev
-        from kvik.vmm.devices.serial import Serial
+        machine.add(parts.serial(machine, serial, index))
 
-        name = serial.id or f"serial{index}"
-        chardev = Chardev(serial.backend, name, serial.log)
-        chardev.on_quit = machine.quit
-        machine.add(Serial(name, chardev, index))
+
+def _add_virtio(machine: Machine) -> None:
+    """What is. In this order they get the free slots."""
+    config = machine.config
+    if config.consoles or config.channels:
+        slots = [port.slot for port in config.consoles] + [port.slot for port in config.channels]
+        machine.add(parts.console(machine, config.consoles, config.channels), max(slots))
+    for index, disk in enumerate(config.disks):
+        machine.add(parts.disk(machine, disk, index), disk.slot)
+    for index, rng in enumerate(config.rng):
+        machine.add(parts.rng(machine, rng, index), rng.slot)
+    for index, balloon in enumerate(config.balloon):
+        machine.add(parts.balloon(machine, balloon, index), balloon.slot)
 
 
 def _add_vcpus(machine: Machine) -> None:

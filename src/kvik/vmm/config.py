@@ -96,11 +96,12 @@ class SmbiosConfig:
 @settings
 class CharConfig:
     """A character backend: `backend` is stdio, null, file:PATH, pty, unix:PATH or fd=N (`backends.char`); `log`, where
-    output goes as well, is file:PATH or fd=N."""
+    output goes as well, is file:PATH or fd=N. Consoles and channels are ports of one device: `slot` is that device's."""
 
     backend: str = "null"
     id: str = ""
     log: str = ""
+    slot: int = 0
 
 
 @settings
@@ -111,6 +112,7 @@ class ChannelConfig:
     backend: str = "null"
     id: str = ""
     log: str = ""
+    slot: int = 0
 
 
 @settings

@@ -102,6 +102,7 @@ class EventLoop:
 
     @property
     def running(self) -> bool:
+        """Whether a thread is in `run`: if not, no other thread can be in a callback."""
         return self._thread != 0
 
     # Running -----------------------------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ from kvik.kvm.system import System
 from kvik.vmm import layout as at
 from kvik.vmm.bus import Bus
 from kvik.vmm.interrupts import Doorbells, Interrupts
-from kvik.vmm.loop import EventLoop
+from kvik.vmm.loop import EventLoop, IoThread
 from kvik.vmm.memory import GuestMemory, HostMemory, Region
+from kvik.vmm.pci.bus import PciBus
 from kvik.vmm.slots import MemorySlots
 from kvik.vmm.vcpu import VcpuThread, prepare_signal
 
@@ -60,6 +61,8 @@ class Machine:
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
         self.vcpus: list[VcpuThread] = []
+        self.io_threads: dict[str, IoThread] = {}
+        self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
         self.outcome = ""
         self.exit_code = 0
         self.trace: Trace | None = None
@@ -111,6 +114,12 @@ class Machine:
         self.mmio = Bus("memory", 1 << 52)
         self.interrupts = Interrupts(self.vm)
         self.doorbells = Doorbells(self.vm)
+        boot = self.config.boot
+        self.pci = PciBus(legacy_ports=bool(boot.firmware) or boot.firmware_fd >= 0)
+        self.pci.attach(self)
+        self.devices["pci"] = self.pci
+        for bridge in self.pci.devices.values():
+            self.devices[bridge.name] = bridge
 
     def back(self, region: Region, flags: int = 0) -> None:
         """Make a piece of RAM known to KVM, or change its flags."""
@@ -129,23 +138,53 @@ class Machine:
 
     # Parts -------------------------------------------------------------------------------------------------------
 
-    def add(self, device: Device) -> Device:
-        """Take a device in. On an error nothing of it stays."""
+    def add(self, device: Device, slot: int = 0) -> Device:
+        """Take a device in; a PCI or virtio device into PCI slot `slot` (0: the next free one), and if the machine
+        runs already, by hot-plug. On an error nothing of it stays."""
         if device.name in self.devices:
+            device.close()
             raise AlreadyExists(f"the machine has a device {device.name!r} already", remedy="choose another id")
+        carrier = device
         try:
-            device.attach(self)
+            if hasattr(device, "queue_sizes"):  # a virtio device
+                from kvik.vmm.virtio.transport import VirtioPci
+
+                carrier = VirtioPci(device)  # type: ignore[arg-type]  # said by the line above
+            if hasattr(carrier, "bars"):  # a PCI device
+                plug = self.pci.add if self.status == "prelaunch" else self.pci.plug
+                plug(carrier, slot or None)  # type: ignore[arg-type]
+            else:
+                carrier.attach(self)
         except BaseException:
+            carrier.close()
             device.close()
             raise
-        self.devices[device.name] = device
+        self.devices[device.name] = carrier
         return device
 
     def remove(self, name: str) -> None:
+        """Take a device away at once, whatever the guest thinks of it."""
         device = self.devices.pop(name, None)
         if device is None:
             raise NoDevice(f"the machine has no device {name!r}")
         device.close()
+
+    def find(self, name: str) -> Device:
+        """The device of that name: a virtio device, where one sits behind PCI."""
+        if name not in self.devices:
+            raise NoDevice(f"the machine has no device {name!r}")
+        carrier = self.devices[name]
+        inner: Device = getattr(carrier, "device", carrier)
+        return inner
+
+    def io_thread(self, name: str) -> IoThread:
+        """A new thread with a loop, for a device that must not wait for others; it ends with the machine."""
+        thread = IoThread(name)
+        thread.loop.on_error = self._callback_failed
+        thread.on_start = self.on_thread_start
+        thread.start()
+        self.io_threads[name] = thread
+        return thread
 
     def add_vcpu(self, vcpu: Vcpu) -> VcpuThread:
         thread = VcpuThread(self, len(self.vcpus), vcpu)
@@ -206,8 +245,9 @@ class Machine:
             self.pause("paused")
             return
         with self.paused():
-            for device in self.devices.values():
-                device.reset()
+            for device in list(self.devices.values()):
+                if not hasattr(device, "bars"):  # the PCI bus resets what sits on it
+                    device.reset()
             self._reset_vcpus()
             self.boot()
             self.interrupts.redrive()
@@ -371,6 +411,8 @@ class Machine:
         for device in reversed(list(self.devices.values())):
             device.close()
         self.devices.clear()
+        for io_thread in self.io_threads.values():
+            io_thread.stop()
         for thread in self.vcpus:
             thread.vcpu.close()
         for name in ("vm", "system"):

@@ -181,11 +181,11 @@ class VcpuThread:
                 data[at : at + size] = ports.read(port, size).to_bytes(size, "little")
 
     def _memory_access(self) -> None:
-        address, data, size, write = self.vcpu.mmio()
+        address, size, write, data = self.vcpu.mmio()
         if write:
-            self.machine.mmio.write(address, size, data & (1 << 8 * size) - 1)
+            self.machine.mmio.write(address, size, int.from_bytes(data[:size], "little"))
         else:
-            self.vcpu.set_mmio_data(self.machine.mmio.read(address, size))
+            data[:size] = self.machine.mmio.read(address, size).to_bytes(size, "little")
 
     def _serve(self) -> bool:
         """Do what was requested; False to end."""

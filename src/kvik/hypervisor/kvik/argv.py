@@ -100,11 +100,13 @@ def _options(domain: Domain, files: Files, now: float) -> Iterator[tuple[str, st
         yield "disk", _joined(disk_options(disk, files))
     for nic in devices.interfaces:
         yield "net", _joined(net_options(nic, files))
+    # All are ports of one device, whose place is that of the document's first virtio-serial controller.
+    ports = next((slot_of(item) for item in devices.controllers if item.type == "virtio-serial"), None)
     for console in devices.consoles:
         if console.target is not None and console.target.type == "virtio":
-            yield "console", _chardev(console, files)
+            yield "console", _chardev(console, files, ports)
     for channel in devices.channels:
-        yield "channel", _chardev(channel, files)
+        yield "channel", _chardev(channel, files, ports)
     for share in devices.filesystems:
         yield "fs", _joined(_filesystem(share, files))
     for rng in devices.rngs:
@@ -258,7 +260,7 @@ def _clock(domain: Domain, now: float) -> str:
 # -- devices
 
 
-def _chardev(device: Chardev, files: Files) -> str:
+def _chardev(device: Chardev, files: Files, slot: int | None = None) -> str:
     alias, source = alias_of(device), device.source
     fd = files.get(chardev_name(alias))
     path = (source.path if source is not None else None) or ""
@@ -268,7 +270,7 @@ def _chardev(device: Chardev, files: Files) -> str:
         backend = f"{device.type}:{path}"
     else:
         backend = device.type
-    options: Options = {"id": alias}
+    options: Options = {"id": alias, "slot": slot}
     log = files.get(log_name(alias))
     if log is not None:
         options["log"] = f"fd={log}"

@@ -94,6 +94,7 @@ class VirtioDevice(Device):
         self.acked = 0  # negotiated features, valid while active
         self.active = False  # the driver set DRIVER_OK, and nothing went wrong since
         self.broken = ""  # why the device needs a reset
+        self.paused = False
         self.kicks = 0
         self.faults = 0
         self.machine: Machine | None = None
@@ -121,6 +122,10 @@ class VirtioDevice(Device):
 
     def interrupt_changed(self, index: int) -> None:
         """While active: a queue's vector changed. Only of interest to those who use `transport.interrupt_fd`."""
+
+    def accepts(self, features: int) -> bool:
+        """Whether the device can work with this choice of the driver's; else FEATURES_OK is refused (2.2)."""
+        return True
 
     # --- for subclasses: to use
 
@@ -169,13 +174,16 @@ class VirtioDevice(Device):
             from kvik.vmm.virtio.packed import PackedQueue
 
             kind = PackedQueue
+        signal = self.transport.signal_queue
         self.queues[:] = [kind(self.memory, index, size) for index, size in enumerate(self.queue_sizes)]
+        for queue in self.queues:
+            queue.notify = lambda index=queue.index: signal(index)  # type: ignore[misc]
 
     def kick(self, index: int) -> None:
         """On the loop: queue `index` was notified."""
         with self.lock:
-            if not self.active or not self.queues[index].ready:
-                return
+            if not self.active or self.paused or not self.queues[index].ready:
+                return  # `resume` kicks every queue
             self.kicks += 1
             try:
                 self.queue_kicked(index)
@@ -225,6 +233,18 @@ class VirtioDevice(Device):
         for queue, saved in zip(self.queues, queues, strict=True):
             queue.restore(saved, self.acked)
         self.active = bool(state["active"])
+
+    def pause(self) -> None:
+        """No kick comes through until `resume`. A subclass finishes or holds its requests first."""
+        with self.lock:
+            self.paused = True
+
+    def resume(self) -> None:
+        """Kicks every queue: notifications that came meanwhile are not kept."""
+        with self.lock:
+            self.paused = False
+            for index in range(len(self.queues)):
+                self.loop.call_soon(lambda index=index: self.kick(index))  # type: ignore[misc]
 
     def close(self) -> None:
         if self.machine is not None and self._memory_changed in self.memory.on_change:

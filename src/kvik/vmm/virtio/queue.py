@@ -1,8 +1,8 @@
 """Virtqueues, the device's side: what both kinds share, and the split ring (virtio 1.2, 2.6, 2.7).
 
-A queue belongs to one event loop; no two threads may use it at once. All in the rings is the guest's and hostile:
-each descriptor is read once, chains are bounded by the queue's size and 2^32 bytes, every address is checked against
-RAM. What is malformed raises `GuestFault`, which the device layer turns into DEVICE_NEEDS_RESET.
+A queue belongs to one event loop; no two threads may use it at once. Everything in the rings is the guest's and
+hostile: each descriptor is read once, chains are bounded by the queue's size and 2^32 bytes, every address is checked
+against RAM. What is malformed raises `GuestFault`, which the device layer turns into DEVICE_NEEDS_RESET.
 
     queue.disable_notifications()
     while True:

@@ -1,0 +1,105 @@
+"""The event loop."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from kvik.vmm.loop import EventLoop, IoThread
+
+
+def test_descriptors_timers_and_calls_are_served_in_one_thread() -> None:
+    loop = EventLoop()
+    readable, writable = os.pipe()
+    seen: list[object] = []
+    loop.add_reader(readable, lambda: seen.append(os.read(readable, 10)))
+    loop.call_later(0.01, loop.stop)
+    loop.call_later(0.0, lambda: seen.append("timer"))
+    loop.call_later(0.0, lambda: seen.append("cancelled")).cancel()
+    loop.call_soon(lambda: os.write(writable, b"x") and None)
+    assert not loop.in_loop()
+    loop.run()
+    assert b"x" in seen and "timer" in seen and "cancelled" not in seen
+    loop.close()
+    os.close(readable)
+    os.close(writable)
+
+
+def test_a_callback_may_remove_another_of_the_same_round() -> None:
+    loop = EventLoop()
+    pipes = [os.pipe() for _ in range(2)]
+    seen = []
+
+    def first(mine: int, other: int) -> None:
+        seen.append(mine)
+        loop.remove_reader(other)
+        loop.remove_reader(mine)
+
+    for mine, other in (pipes, pipes[::-1]):
+        loop.add_reader(mine[0], lambda mine=mine, other=other: first(mine[0], other[0]))  # type: ignore[misc]
+        os.write(mine[1], b"x")
+    loop.run_once(1)
+    assert len(seen) == 1
+    loop.close()
+
+
+def test_readers_and_writers_of_one_descriptor_are_apart() -> None:
+    import socket
+
+    loop = EventLoop()
+    one, two = socket.socketpair()
+    seen: list[str] = []
+    loop.add_writer(one.fileno(), lambda: (seen.append("w"), loop.remove_writer(one.fileno())) and None)
+    loop.add_reader(one.fileno(), lambda: (seen.append("r"), one.recv(10)) and None)
+    two.send(b"x")
+    for _ in range(3):
+        loop.run_once(0)
+    assert sorted(seen) == ["r", "w"]
+    one.close()
+    loop.remove_reader(99999)  # unknown: no harm
+    loop.close()
+
+
+def test_an_error_in_a_callback_goes_to_who_wants_it() -> None:
+    loop = EventLoop()
+    loop.call_soon(lambda: 1 / 0)  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError):
+        loop.run_once()
+    seen: list[BaseException] = []
+    loop.on_error = seen.append
+    loop.call_soon(lambda: 1 / 0)  # type: ignore[arg-type]
+    loop.run_once()
+    assert isinstance(seen[0], ZeroDivisionError)
+    loop.close()
+
+
+def test_calls_from_many_threads_all_arrive() -> None:
+    loop = EventLoop()
+    seen: list[int] = []
+
+    def caller(number: int) -> None:
+        for index in range(200):
+            loop.call_soon(lambda: seen.append(number * 1000 + index))
+
+    threads = [threading.Thread(target=caller, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    loop.call_soon(loop.stop)
+    loop.run()
+    assert len(seen) == 800
+    loop.close()
+
+
+def test_an_io_thread_runs_calls_and_ends() -> None:
+    thread = IoThread("io")
+    thread.start()
+    seen: list[bool] = []
+    thread.call(lambda: seen.append(thread.loop.in_loop()))
+    with pytest.raises(ValueError, match="from there"):
+        thread.call(lambda: (_ for _ in ()).throw(ValueError("from there")))
+    thread.stop()
+    assert seen == [True] and thread.thread_id > 0
