@@ -78,7 +78,8 @@ def _add_virtio(machine: Machine) -> None:
     """What is."""
     config = machine.config
     if config.consoles or config.channels:
-        machine.add(parts.console(machine))
+        slots = [port.slot for port in (*config.consoles, *config.channels)]
+        machine.add(parts.console(machine), max(slots))
     for field in parts.KINDS:
         for index, item in enumerate(getattr(config, field)):
             machine.add(parts.make(machine, field, item, index), item.slot)

@@ -42,7 +42,7 @@ def serial(machine: Machine, config: c.CharConfig, index: int) -> Device:
     from kvik.vmm.devices.serial import Serial
 
     name = config.id or f"serial{index}"
-    chardev = Chardev(config.backend, name)
+    chardev = Chardev(config.backend, name, config.log)
     chardev.on_quit = machine.quit
     return Serial(name, chardev, index)
 
@@ -67,12 +67,12 @@ def console(machine: Machine) -> Device:
     try:
         for index, item in enumerate(machine.config.consoles):
             name = item.id or f"console{index}"
-            chardev = Chardev(item.backend, name)
+            chardev = Chardev(item.backend, name, item.log)
             chardev.on_quit = machine.quit
             ports.append(Port(chardev, console=True, alias=name))
         for index, channel in enumerate(machine.config.channels):
             name = channel.id or f"channel{index}"
-            ports.append(Port(Chardev(channel.backend, name), name=channel.name, alias=name))
+            ports.append(Port(Chardev(channel.backend, name, channel.log), name=channel.name, alias=name))
         return Console("virtio-serial0", ports)
     except BaseException:
         for port in ports:
