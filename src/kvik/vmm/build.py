@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.config import MachineConfig
 
-__all__ = ["build"]
+__all__ = ["add_vcpus", "build"]
 
 DEFAULT_CMDLINE = "console=ttyS0"
 
@@ -41,7 +41,7 @@ def build(config: MachineConfig) -> Machine:
             machine.trace = Trace()
         _add_platform(machine)
         _add_virtio(machine)
-        _add_vcpus(machine)
+        add_vcpus(machine)
         machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
@@ -78,15 +78,15 @@ def _add_virtio(machine: Machine) -> None:
     """What is."""
     config = machine.config
     if config.consoles or config.channels:
-        from kvik.vmm.virtio.make import make_console
-
-        machine.add(make_console(config.consoles, config.channels, "virtio-serial0"))
-    for field, prefix in parts.LISTS:
+        slots = [port.slot for port in (*config.consoles, *config.channels)]
+        machine.add(parts.console(machine), max(slots))
+    for field in parts.KINDS:
         for index, item in enumerate(getattr(config, field)):
-            machine.add(parts.make(machine, field, item, item.id or f"{prefix}{index}"), item.slot)
+            machine.add(parts.make(machine, field, item, index), item.slot)
 
 
-def _add_vcpus(machine: Machine) -> None:
+def add_vcpus(machine: Machine) -> None:
+    """The vCPUs that the configuration asks for, as they are at power-on."""
     config = machine.config.cpus
     supported = machine.system.supported_cpuid()
     topology = Topology.of(config)
