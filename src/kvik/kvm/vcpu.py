@@ -11,12 +11,12 @@ from fcntl import ioctl
 from kvik.kvm import constants as c
 from kvik.kvm.constants import ExitReason
 from kvik.kvm.descriptor import AttributeOwner, KvmError
-from kvik.kvm.dirty_ring import DirtyRing
 from kvik.kvm.msrs import read_msrs, write_msrs
 from kvik.kvm.structs import CpuidTable, Debugregs, Fpu, Regs, Run, Sregs, Sregs2, VcpuEvents, Xcrs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from kvik.kvm.dirty_ring import DirtyRing
     from kvik.kvm.exits import Exit
 
 _RUN = c.RUN
@@ -54,6 +54,8 @@ class Vcpu(AttributeOwner):
         try:
             self._map = mmap.mmap(fd, mmap_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             if ring_size:
+                from kvik.kvm.dirty_ring import DirtyRing
+
                 self.dirty_ring = DirtyRing(fd, ring_size)
         except BaseException:
             self.close()
