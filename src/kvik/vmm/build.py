@@ -27,8 +27,13 @@ __all__ = ["add_vcpus", "build"]
 DEFAULT_CMDLINE = "console=ttyS0"
 
 
-def build(config: MachineConfig) -> Machine:
-    """A machine with everything that `config` names, ready to start. On an error nothing is left open."""
+def build(config: MachineConfig, *, boot: bool = True) -> Machine:
+    """A machine with everything that `config` names, ready to start. On an error nothing is left open. Without `boot`
+    nothing is put into its memory, for the state of another is to come."""
+    if boot and config.restore:
+        from kvik.vmm.state.snapshot import restore
+
+        return restore(config)
     if not config.serials and not config.consoles:
         from kvik.vmm.config import CharConfig
 
@@ -45,8 +50,10 @@ def build(config: MachineConfig) -> Machine:
         machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
-            machine.loader = KernelLoader(machine)
-        machine.boot()
+            machine.loader = loader = KernelLoader(machine)
+            loader.fresh = boot
+        if boot:
+            machine.boot()
     except BaseException:
         machine.close()
         raise
