@@ -1,4 +1,4 @@
-"""virtio-net on a real tap, and on the kernel's vhost-net, in a network namespace of its own; no guest, the mock drives.
+"""virtio-net on a real tap, and on the kernel's vhost-net, in a network namespace of its own; the mock drives.
 
 The far end of the tap is a packet socket: what it sends, the device receives.
 """

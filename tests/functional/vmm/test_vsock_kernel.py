@@ -1,4 +1,4 @@
-"""virtio-vsock on the kernel's vhost-vsock: AF_VSOCK sockets of the host at one end, the mock as the guest at the other."""
+"""virtio-vsock on the kernel's vhost-vsock: AF_VSOCK sockets of the host at one end, the mock as guest at the other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvik.vmm.virtio.mock import MockDriver
 from kvik.vmm.virtio.queue import VERSION_1
 from kvik.vmm.virtio.vsock import REQUEST, RESPONSE, RST, RW, SHUTDOWN
 from kvik.vmm.virtio.vsock_vhost import VhostVsockDevice
-from kvik.vmm.virtio.vsockstream import Header
+from kvik.vmm.virtio.vsockstream import HEADER_SIZE, Header
 
 pytestmark = pytest.mark.root
 CID = 77
@@ -84,9 +84,9 @@ class Guest:
         """Wait for the next packet of that kind."""
         while True:
             for done in self.drivers[0].collect():
-                header = Header.unpack(done.data[: Header.SIZE])
+                header = Header.unpack(done.data[:HEADER_SIZE])
                 if header.op == op:
-                    return header, done.data[Header.SIZE :]
+                    return header, done.data[HEADER_SIZE:]
             assert select.select([self.transport.calls[0]], [], [], 20)[0], f"no packet of kind {op}"
             os.eventfd_read(self.transport.calls[0])
 

@@ -1,7 +1,7 @@
 """virtio-vsock (virtio 1.2, 5.10) over Unix sockets: streams between the guest and the host without a network.
 
-Host to guest: connect to `path`, send `CONNECT port\\n`; `OK port\\n` comes back when a guest's program accepted, or the
-connection ends. Guest to host: a connection to port N reaches who listens on the Unix socket `path_N`.
+Host to guest: connect to `path`, send `CONNECT port\\n`; `OK port\\n` comes back when a guest's program accepted, or
+the connection ends. Guest to host: a connection to port N reaches who listens on the Unix socket `path_N`.
 
 Every stream has credit (5.10.6.3): neither side sends more than the other has room for. What the guest sends beyond it
 resets that stream, so nothing here grows without bound.
@@ -18,7 +18,7 @@ from kvik.errors import HostError, InvalidArgument
 from kvik.vmm.faults import GuestFault
 from kvik.vmm.virtio.config import Field
 from kvik.vmm.virtio.device import VirtioDevice
-from kvik.vmm.virtio.vsockstream import HOST_CID, Header, Stream
+from kvik.vmm.virtio.vsockstream import HEADER_SIZE, HOST_CID, Header, Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class VsockDevice(VirtioDevice):
                 chain = queue.pop()
                 if chain is None:
                     break
-                header = Header.unpack(chain.take_front(Header.SIZE))
+                header = Header.unpack(chain.take_front(HEADER_SIZE))
                 if header.length != chain.readable_size:
                     raise GuestFault(f"a vsock packet of {chain.readable_size} bytes says {header.length}")
                 self._packet(header, chain)
@@ -310,7 +310,7 @@ class VsockDevice(VirtioDevice):
                 for stream in self.streams.values():
                     stream.unwatch_reader()
                 break
-            if chain.readable or chain.writable_size < Header.SIZE:
+            if chain.readable or chain.writable_size < HEADER_SIZE:
                 raise GuestFault(f"a vsock receive buffer of {chain.writable_size} writable bytes")
             written = self._fill(chain)
             if written:

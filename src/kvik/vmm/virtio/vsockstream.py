@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 HOST_CID = 2
 BUFFER = 1 << 18  # what the guest may send before the host's program reads it: our buf_alloc
 _HEADER = Struct("<QQIIIHHIII")  # struct virtio_vsock_hdr, 44 bytes
+HEADER_SIZE = _HEADER.size
 _RESPONSE, _RST, _SHUTDOWN, _RW, _CREDIT_UPDATE = 2, 3, 4, 5, 6
 SHUT_RECEIVE, SHUT_SEND = 1, 2
 _MAX_LINE = 32  # of the handshake
@@ -32,8 +33,6 @@ class Header(NamedTuple):
     flags: int
     buf_alloc: int
     fwd_cnt: int
-
-    SIZE = _HEADER.size
 
     @classmethod
     def unpack(cls, data: bytes) -> Header:
@@ -178,10 +177,10 @@ class Stream:
             return self.header(op)
         if self._readable and self.established and not self._eof:
             self._readable = False
-            size = min(self.room(), chain.writable_size - Header.SIZE)
+            size = min(self.room(), chain.writable_size - HEADER_SIZE)
             if size > 0:
                 try:
-                    count = self.socket.recvmsg_into(_behind(chain.writable, Header.SIZE, size))[0]
+                    count = self.socket.recvmsg_into(_behind(chain.writable, HEADER_SIZE, size))[0]
                 except BlockingIOError:
                     count = -1
                 except OSError:

@@ -15,7 +15,7 @@ from kvik.vmm.virtio import vsock
 from kvik.vmm.virtio.mock import MockDriver
 from kvik.vmm.virtio.queue import EVENT_IDX, VERSION_1
 from kvik.vmm.virtio.vsock import CREDIT_REQUEST, CREDIT_UPDATE, REQUEST, RESPONSE, RST, RW, SHUTDOWN, VsockDevice
-from kvik.vmm.virtio.vsockstream import BUFFER, Header
+from kvik.vmm.virtio.vsockstream import BUFFER, HEADER_SIZE, Header
 
 CID = 5
 
@@ -84,9 +84,9 @@ class Guest:
         self.turn()
         found = []
         for done in self.drivers[0].collect():
-            header = Header.unpack(done.data[: Header.SIZE])
-            assert done.written == Header.SIZE + header.length
-            found.append((header, done.data[Header.SIZE :]))
+            header = Header.unpack(done.data[:HEADER_SIZE])
+            assert done.written == HEADER_SIZE + header.length
+            found.append((header, done.data[HEADER_SIZE:]))
             if refill:
                 self.buffers(1)
         return found
