@@ -13,8 +13,8 @@ from kvik.vmm.layout import BOOT_GDT, BOOT_PAGE_TABLES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kvik.kvm.vcpu import Vcpu
     from kvik.kvm.structs import Segment
+    from kvik.kvm.vcpu import Vcpu
     from kvik.vmm.memory import GuestMemory
 
 CR0_PE, CR0_ET, CR0_PG = 1 << 0, 1 << 4, 1 << 31

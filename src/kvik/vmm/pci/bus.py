@@ -82,11 +82,16 @@ class _Ports:
 
 
 class PciBus(Device):
-    """Bus 0 of a machine. Methods belong to the main loop's thread, unless they say otherwise."""
+    """Bus 0 of a machine. Methods belong to the main loop's thread, unless they say otherwise.
+
+    `legacy_ports`: answer at 0xCF8. Linux prefers the ports to ECAM, and each access through them is two exits, where
+    a read through ECAM is none: so a kernel that was given finds only ECAM; firmware needs the ports.
+    """
 
     kind = "pci-bus"
 
-    def __init__(self, name: str = "pci") -> None:
+    def __init__(self, name: str = "pci", *, legacy_ports: bool = True) -> None:
+        self.legacy_ports = legacy_ports
         self.devices: dict[tuple[int, int], PciDevice] = {}
         self._waiting: list[tuple[_Window, int]] = []  # windows whose place is taken
         self._machine: Machine | None = None
@@ -101,9 +106,10 @@ class PciBus(Device):
         self._machine = machine
         self._slots = getattr(machine, "slots", None)
         self._next["mem64"] = machine.memory.layout.pci64[0]
-        self._ports = _Ports(self)
         machine.mmio.attach(layout.ECAM, layout.ECAM_SIZE, _Ecam(self), "PCI configuration space")
-        machine.ports.attach(layout.PCI_CONFIG_ADDRESS, 8, self._ports, "PCI configuration")
+        if self.legacy_ports:
+            self._ports = _Ports(self)
+            machine.ports.attach(layout.PCI_CONFIG_ADDRESS, 8, self._ports, "PCI configuration")
         self.hotplug.attach(machine)
         self.add(HostBridge("host-bridge"), slot=0)
 

@@ -51,7 +51,14 @@ class MockDriver:
     in flight smaller than the area."""
 
     def __init__(
-        self, memory: GuestMemory, queue: Queue, *, base: int = 0x10000, area: int = 1 << 20, features: int = 0
+        self,
+        memory: GuestMemory,
+        queue: Queue,
+        *,
+        base: int = 0x10000,
+        area: int = 1 << 20,
+        features: int = 0,
+        start: bool = True,
     ) -> None:
         self.memory, self.queue = memory, queue
         self.size = queue.size
@@ -70,8 +77,9 @@ class MockDriver:
         if self.buffers + 4096 > self.end:
             raise ValueError("the area is too small for rings of this size")
         self.rewind()
-        queue.desc, queue.avail, queue.used = self.desc, self.avail, self.used
-        queue.start(self.features)
+        if start:
+            queue.desc, queue.avail, queue.used = self.desc, self.avail, self.used
+            queue.start(self.features)
 
     def rewind(self) -> None:
         """Empty rings."""
@@ -211,7 +219,7 @@ class MockDriver:
         return done
 
     def _collect_packed(self) -> list[MockRequest]:
-        done = []
+        done: list[MockRequest] = []
         while True:
             _, written, head, flags = struct.unpack("<QIHH", self.memory.read(self.desc + 16 * self._used_at, 16))
             if not bool(flags & _AVAIL) == bool(flags & _USED) == self._used_wrap or not self.in_flight:
