@@ -18,7 +18,7 @@ from kvik.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvik.vmm.memory import GuestMemory
     from kvik.vmm.virtio.device import VirtioDevice
@@ -52,11 +52,12 @@ _REGION = struct.Struct("=QQQQ")
 
 
 class Vhost:
-    """One open vhost device. Every method raises OSError with the ioctl's name when the kernel refuses."""
+    """One open vhost device, `fd` if it was passed. Every method raises OSError with the ioctl's name when the kernel
+    refuses."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int = -1) -> None:
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self.fd = fd if fd >= 0 else os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             module = path.rpartition("/")[2].replace("-", "_")
             raise HostError(
@@ -354,13 +355,13 @@ class VhostNet:
     # What needs the kernel's consent when it is the datapath; all else is the tap's or the device's own business.
     HANDLED = _MRG_RXBUF | _INDIRECT_DESC | _EVENT_IDX | _VERSION_1 | _IN_ORDER | _RING_PACKED | _RING_RESET
 
-    def __init__(self, device: NetDevice, pairs: int) -> None:
-        """HostError where there is no vhost-net."""
+    def __init__(self, device: NetDevice, pairs: int, fds: Sequence[int] = ()) -> None:
+        """`fds`: of /dev/vhost-net, one a pair, if somebody opened them. HostError where there is no vhost-net."""
         self.device = device
         vhosts: list[Vhost] = []
         try:
-            for _ in range(pairs):
-                vhosts.append(Vhost("/dev/vhost-net"))
+            for pair in range(pairs):
+                vhosts.append(Vhost("/dev/vhost-net", fds[pair] if pair < len(fds) else -1))
             self.features = vhosts[0].features()
         except OSError as error:
             for vhost in vhosts:

@@ -27,12 +27,12 @@ class VhostVsockDevice(VirtioDevice):
     queue_sizes = (128, 128, 16)
     config_fields = (Field("guest_cid", 0, 8),)
 
-    def __init__(self, name: str, cid: int) -> None:
+    def __init__(self, name: str, cid: int, *, fd: int = -1) -> None:
         check_cid(name, cid)
         self.cid = cid
         self._paused = False
         self._tell_reset = False
-        self._vhost = Vhost("/dev/vhost-vsock")
+        self._vhost = Vhost("/dev/vhost-vsock", fd)
         try:
             self._vhost.set_guest_cid(cid)
         except OSError as error:
