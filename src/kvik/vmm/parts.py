@@ -121,6 +121,21 @@ def disk(machine: Machine, config: c.DiskConfig, name: str) -> Device:
     return device
 
 
+def net(machine: Machine, config: c.NetConfig, name: str) -> Device:
+    from kvik.vmm.nets import make_net
+
+    device = make_net(config, name)
+    if (loop := _loop(machine, config.iothread, name)) is not None:
+        device.loop = loop
+    return device
+
+
+def vsock(machine: Machine, config: c.VsockConfig, name: str) -> Device:
+    from kvik.vmm.nets import make_vsock
+
+    return make_vsock(config, name)
+
+
 def vhost_user_blk(machine: Machine, config: c.VhostUserBlkConfig, name: str) -> Device:
     from kvik.vmm.virtio.vhost_user_blk import VhostUserBlk
 
@@ -175,6 +190,8 @@ def watchdog(machine: Machine, config: c.WatchdogConfig, name: str) -> Device:
 KINDS: dict[str, tuple[str, Callable[[Machine, Any, str], Device]]] = {
     "disks": ("disk", disk),
     "vhost_user_blk": ("vhost-user-blk", vhost_user_blk),
+    "nets": ("net", net),
+    "vsock": ("vsock", vsock),
     "rng": ("rng", rng),
     "balloon": ("balloon", balloon),
     "fs": ("fs", fs),

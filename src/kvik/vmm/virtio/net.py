@@ -138,7 +138,7 @@ class NetDevice(VirtioDevice):
 
     def attach(self, machine: Machine) -> None:
         super().attach(machine)
-        if self.vhost_reason:
+        if self.vhost_reason and self.backend.kind == "tap":
             machine.log(f"{self.name}: vhost-net is not used: {self.vhost_reason}")
 
     @property
