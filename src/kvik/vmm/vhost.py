@@ -189,6 +189,7 @@ class Rings:
         self.vhosts = list(dict.fromkeys(vhost for vhost, _ in places.values()))
         self.log: DirtyLog | None = None
         self.running = False
+        self.on_error: Callable[[], None] = self._broken
         self._started: list[int] = []
         self._calls: dict[int, int] = {}  # eventfds of queues without an irqfd, which the loop reads
         self._errors: dict[Vhost, int] = {}
@@ -252,6 +253,14 @@ class Rings:
             self.device.transport.signal_queue(index)
 
     def _failed(self) -> None:
+        for fd in self._errors.values():
+            try:
+                os.eventfd_read(fd)
+            except BlockingIOError:
+                pass
+        self.on_error()
+
+    def _broken(self) -> None:
         self.device.needs_reset("the kernel's vhost met a ring that it cannot use")
 
     def interrupt_changed(self, index: int) -> None:
@@ -375,6 +384,18 @@ class VhostNet:
         self.ring_features = ~self.HANDLED | self.features & (_INDIRECT_DESC | _EVENT_IDX | _VERSION_1)
         places = {2 * pair + ring: (vhost, ring) for pair, vhost in enumerate(vhosts) for ring in (0, 1)}
         self.rings = Rings(device, places)
+        self.rings.on_error = self._failed
+
+    def _failed(self) -> None:
+        """The kernel wrote to the error eventfd: a ring is broken, or the tap is gone."""
+        device = self.device
+        with device.lock:
+            if not self.running:
+                return
+            if reason := device.backend.ended():
+                device.backend_ended(reason)
+            else:
+                device.needs_reset("the kernel's vhost met a ring that it cannot use")
 
     @property
     def running(self) -> bool:

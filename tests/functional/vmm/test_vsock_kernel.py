@@ -45,6 +45,9 @@ class Transport:
     def interrupt_fd(self, index):
         return self.calls[index]
 
+    def signal_queue(self, index):
+        os.eventfd_write(self.calls[index], 1)
+
     def needs_reset(self):
         raise AssertionError("the device broke")
 

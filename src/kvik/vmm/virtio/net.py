@@ -288,6 +288,8 @@ class NetDevice(VirtioDevice):
         if self.gone:
             return
         self.gone = reason
+        if self.vhost is not None:
+            self.vhost.stop()
         self._end()
         self.backend.close()
         self.backend = NoBackend(self.pairs)
