@@ -65,6 +65,9 @@ class MockMachine:
         self.devices[device.name] = device
         return VirtioDriver(self, self.pci.find(device.name))
 
+    def remove(self, name: str) -> None:
+        self.devices.pop(name).close()
+
     def turn(self, rounds: int = 4) -> None:
         """Let the loop deal with what is there."""
         for _ in range(rounds):
