@@ -78,12 +78,11 @@ def _add_virtio(machine: Machine) -> None:
     """What is."""
     config = machine.config
     if config.consoles or config.channels:
-        from kvik.vmm.virtio.make import make_console
-
-        machine.add(make_console(config.consoles, config.channels, "virtio-serial0"))
-    for field, prefix in parts.LISTS:
+        slots = [port.slot for port in (*config.consoles, *config.channels)]
+        machine.add(parts.console(machine), max(slots))
+    for field in parts.KINDS:
         for index, item in enumerate(getattr(config, field)):
-            machine.add(parts.make(machine, field, item, item.id or f"{prefix}{index}"), item.slot)
+            machine.add(parts.make(machine, field, item, index), item.slot)
 
 
 def add_vcpus(machine: Machine) -> None:

@@ -103,9 +103,8 @@ class Hotplug:
         if self.on_removed is not None:
             self.on_removed(device)
             return
-        device.close()
         machine = self.bus.machine
-        machine.devices.pop(device.name, None)
+        machine.remove(device.name)
         machine.emit("DEVICE_DELETED", {"device": device.name, "path": f"/machine/peripheral/{device.name}"})
 
     def reset(self) -> None:

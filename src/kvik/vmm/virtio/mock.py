@@ -87,7 +87,7 @@ class MockDriver:
         self._free = list(range(self.size - 1, -1, -1))
         self._next_buffer = self.buffers
         self._avail_index = self._used_index = 0
-        self._kicked = 0
+        self._kicked = 1 << 15 if self.packed else 0  # packed: position and wrap counter
         self._at, self._wrap, self._used_at, self._used_wrap = 0, True, 0, True
         self._room = self.size
         self.in_flight: dict[int, MockRequest] = {}
@@ -177,9 +177,9 @@ class MockDriver:
         memory = self.memory
         if self.packed:
             offset, flags = memory.u16(self.used), memory.u16(self.used + 2) & 3
+            old, self._kicked = self._kicked, self._at | self._wrap << 15
             if flags == 2:
                 here = offset & 0x7FFF
-                old, self._kicked = self._kicked, self._at | self._wrap << 15
                 new_line = self._at + (0 if (old >> 15) == self._wrap else self.size)
                 event_line = here + (0 if (old >> 15) == offset >> 15 else self.size)
                 return (old & 0x7FFF) <= event_line < new_line

@@ -15,8 +15,8 @@ from kvik.conf.devices.other import Filesystem, FilesystemBinary
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported
 from kvik.host import process
-from kvik.hypervisor.qemu.argv.options import alias_of
-from kvik.hypervisor.qemu.sidecars.group import Command, program
+from kvik.hypervisor.names import alias_of
+from kvik.hypervisor.sidecars.group import Command, program
 
 __all__ = ["check", "shares", "virtiofsd_command"]
 

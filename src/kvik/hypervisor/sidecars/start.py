@@ -8,11 +8,10 @@ from pathlib import Path
 
 from kvik.conf.domain import Domain
 from kvik.errors import HostError
-from kvik.hypervisor.qemu.argv.interfaces import passt_name
-from kvik.hypervisor.qemu.argv.options import alias_of
-from kvik.hypervisor.qemu.descriptors import Opened, listen_unix
-from kvik.hypervisor.qemu.sidecars import passt, swtpm, virtiofsd
-from kvik.hypervisor.qemu.sidecars.group import Sidecar, Sidecars, wait_confined
+from kvik.hypervisor.descriptors import Opened, listen_unix
+from kvik.hypervisor.names import alias_of, passt_name
+from kvik.hypervisor.sidecars import passt, swtpm, virtiofsd
+from kvik.hypervisor.sidecars.group import Sidecar, Sidecars, wait_confined
 from kvik.qmp.aio import short_unix_path
 
 __all__ = ["check", "start_sidecars"]

@@ -19,8 +19,8 @@ from kvik.errors import ConfigUnsupported, HostError, HypervisorError
 from kvik.host import process
 from kvik.host.files import ensure_directory, host_error
 from kvik.host.process import BASE_ENVIRONMENT, find_program
-from kvik.hypervisor.qemu import words
-from kvik.hypervisor.qemu.sidecars.group import Command, program
+from kvik.hypervisor import words
+from kvik.hypervisor.sidecars.group import Command, program
 
 __all__ = ["emulated", "forget_state", "manufacture", "state_directory", "swtpm_command"]
 

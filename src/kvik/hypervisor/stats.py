@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvik.conf.enums import DomainDiskErrorCode
 from kvik.errors import HypervisorError, KvikError, MonitorError
-from kvik.hypervisor.qemu import cpus
-from kvik.hypervisor.qemu.argv import disks
+from kvik.hypervisor import cpus
 
 if TYPE_CHECKING:
-    from kvik.hypervisor.qemu.machine import QemuMachine
+    from kvik.hypervisor.machine import QmpMachine
 
 __all__ = ["balloon", "collect", "disk_errors"]
 
@@ -38,7 +37,7 @@ _GUEST = {
 _NUMBERS = {"major_fault", "minor_fault", "hugetlb_pgalloc", "hugetlb_pgfail", "last_update"}
 
 
-async def collect(machine: QemuMachine, groups: frozenset[str]) -> dict[str, int | str]:
+async def collect(machine: QmpMachine, groups: frozenset[str]) -> dict[str, int | str]:
     """Groups: "cpu", "net" and those in `_ASKED`; empty: all. What QEMU does not answer in time is left out."""
     wanted = groups or frozenset({"cpu", "net", *_ASKED})
     figures: dict[str, int | str] = {}
@@ -55,7 +54,7 @@ async def collect(machine: QemuMachine, groups: frozenset[str]) -> dict[str, int
     return figures
 
 
-def _cpu(machine: QemuMachine) -> dict[str, int | str]:
+def _cpu(machine: QmpMachine) -> dict[str, int | str]:
     stat = machine.process.stat()
     if stat is None:
         return {}
@@ -69,7 +68,7 @@ def _cpu(machine: QemuMachine) -> dict[str, int | str]:
     }
 
 
-def _halt_polling(machine: QemuMachine, end: str) -> int:
+def _halt_polling(machine: QmpMachine, end: str) -> int:
     """ns that KVM waited, awake, for a halted vCPU; 0 under emulation, and where nobody mounted debugfs."""
     total = 0
     if machine.accelerator == "kvm":
@@ -79,7 +78,7 @@ def _halt_polling(machine: QemuMachine, end: str) -> int:
     return total
 
 
-def _net(machine: QemuMachine) -> dict[str, int | str]:
+def _net(machine: QmpMachine) -> dict[str, int | str]:
     figures: dict[str, int | str] = {"net.count": len(machine.domain.devices.interfaces)}
     for number, nic in enumerate(machine.domain.devices.interfaces):
         name = nic.target.dev if nic.target else None
@@ -94,7 +93,7 @@ def _net(machine: QemuMachine) -> dict[str, int | str]:
     return figures
 
 
-async def _block(machine: QemuMachine) -> dict[str, int | str]:
+async def _block(machine: QmpMachine) -> dict[str, int | str]:
     reply = await machine.execute("query-blockstats", deadline=_DEADLINE)
     if not isinstance(reply, list):
         raise HypervisorError(f"{machine.name}: the reply to query-blockstats is no list")
@@ -118,7 +117,7 @@ async def _block(machine: QemuMachine) -> dict[str, int | str]:
             value = counted.get(name)
             if isinstance(value, int):
                 figures[f"{prefix}.{key}"] = value
-        sizes = nodes.get(disks.top_node(disk))
+        sizes = nodes.get(machine.top_node(disk))
         if sizes is not None:
             figures |= {f"{prefix}.capacity": sizes[0], f"{prefix}.physical": sizes[1]}
             offset = counted.get("wr_highest_offset")
@@ -130,7 +129,7 @@ async def _block(machine: QemuMachine) -> dict[str, int | str]:
 _ERRORS = {"failed": DomainDiskErrorCode.UNSPEC, "nospace": DomainDiskErrorCode.NO_SPACE}  # io-status -> ours
 
 
-async def disk_errors(machine: QemuMachine) -> dict[str, int]:
+async def disk_errors(machine: QmpMachine) -> dict[str, int]:
     """alias -> virDomainDiskErrorCode of the disks whose last request failed and stopped the machine."""
     reply = await machine.execute("query-block", deadline=_DEADLINE)
     found: dict[str, int] = {}
@@ -141,7 +140,7 @@ async def disk_errors(machine: QemuMachine) -> dict[str, int]:
     return found
 
 
-async def _image_sizes(machine: QemuMachine) -> dict[str, tuple[int, int]]:
+async def _image_sizes(machine: QmpMachine) -> dict[str, tuple[int, int]]:
     """node name -> (virtual size, size on the host), in bytes."""
     found: dict[str, tuple[int, int]] = {}
     reply = await machine.execute("query-named-block-nodes", {"flat": True}, deadline=_DEADLINE)
@@ -153,7 +152,7 @@ async def _image_sizes(machine: QemuMachine) -> dict[str, tuple[int, int]]:
     return found
 
 
-async def _vcpu(machine: QemuMachine) -> dict[str, int | str]:
+async def _vcpu(machine: QmpMachine) -> dict[str, int | str]:
     listed = await cpus.vcpus(machine)
     most = machine.domain.vcpu.value if machine.domain.vcpu else 1
     figures: dict[str, int | str] = {"vcpu.current": len(listed), "vcpu.maximum": most}
@@ -179,7 +178,7 @@ def _waited(thread: Path) -> int:
     return 0
 
 
-async def _iothread(machine: QemuMachine) -> dict[str, int | str]:
+async def _iothread(machine: QmpMachine) -> dict[str, int | str]:
     if not machine.domain.iothreads and machine.domain.iothreadids is None:
         return {}
     reply = await machine.execute("query-iothreads", deadline=_DEADLINE)
@@ -195,7 +194,7 @@ async def _iothread(machine: QemuMachine) -> dict[str, int | str]:
 _DIRTY_RATE = {"unstarted": 0, "measuring": 1, "measured": 2}  # virDomainDirtyRateStatus
 
 
-async def _dirtyrate(machine: QemuMachine) -> dict[str, int | str]:
+async def _dirtyrate(machine: QmpMachine) -> dict[str, int | str]:
     reply = await machine.execute("query-dirty-rate", deadline=_DEADLINE)
     if not isinstance(reply, dict):
         return {}
@@ -209,7 +208,7 @@ async def _dirtyrate(machine: QemuMachine) -> dict[str, int | str]:
     return figures
 
 
-async def _balloon(machine: QemuMachine) -> dict[str, int | str]:
+async def _balloon(machine: QmpMachine) -> dict[str, int | str]:
     memory = await balloon(machine)
     figures: dict[str, int | str] = {"balloon.maximum": machine.domain.memory}
     for name, value in memory.items():
@@ -218,7 +217,7 @@ async def _balloon(machine: QemuMachine) -> dict[str, int | str]:
     return figures
 
 
-async def balloon(machine: QemuMachine) -> Mapping[str, int]:
+async def balloon(machine: QmpMachine) -> Mapping[str, int]:
     """Bytes: "current", "rss", and what the guest's driver reports ("available", "unused", "usable", ...)."""
     figures: dict[str, int] = {}
     stat = machine.process.stat()

@@ -19,7 +19,7 @@ from kvik.errors import HypervisorError, MissingPackages
 from kvik.host import process
 from kvik.host.packages import how_to_install, package_for
 from kvik.host.process import BASE_ENVIRONMENT, ProcessHandle, describe_exit, find_program
-from kvik.hypervisor.qemu import words
+from kvik.hypervisor import words
 
 __all__ = ["Command", "Sidecar", "Sidecars", "attach_sidecars", "program"]
 

@@ -26,7 +26,7 @@ import re
 import socket
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,14 +36,24 @@ from kvik.conf.devices.other import Cid, Vsock
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported, HostError
 from kvik.host import files as host_files
-from kvik.hypervisor.qemu.argv import chardevs, disks
-from kvik.hypervisor.qemu.argv.build import MONITOR
-from kvik.hypervisor.qemu.argv.interfaces import TAP_TYPES, tap_name, vhost_name
-from kvik.hypervisor.qemu.argv.options import alias_of
-from kvik.hypervisor.qemu.chain import qcow2_backing
+from kvik.hypervisor.chain import qcow2_backing
+from kvik.hypervisor.layers import Layer, has_medium, layers
+from kvik.hypervisor.names import (
+    MONITOR,
+    TAP_TYPES,
+    alias_of,
+    character_devices,
+    chardev_name,
+    first_output,
+    image_name,
+    listens,
+    log_name,
+    tap_name,
+    vhost_name,
+)
 from kvik.qmp.aio import short_unix_path
 
-__all__ = ["Opened", "character_devices", "listen_unix", "open_all", "open_chardev", "open_disk", "with_paths"]
+__all__ = ["Opened", "listen_unix", "open_all", "open_chardev", "open_disk", "with_paths"]
 
 _MAX_CHAIN = 200
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
@@ -105,11 +115,11 @@ def open_all(
     _listen(opened, MONITOR, directory / "monitor.sock")
     for device in character_devices(domain):
         open_chardev(opened, device, directory)
-    first = chardevs.first_output(domain)
+    first = first_output(domain)
     if first is not None and first.log is None:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(writer, True)
-        opened.add(chardevs.log_name(alias_of(first)), writer)
+        opened.add(log_name(alias_of(first)), writer)
         opened.output = reader
         undo.callback(opened.drop_output)
     for disk in domain.devices.disks:
@@ -124,15 +134,6 @@ def open_all(
 def with_paths(text: str, paths: Mapping[int, str]) -> str:
     """What QEMU said, with the files' own names instead of its fdsets'."""
     return re.sub(r"/dev/fdset/(\d+)", lambda match: paths.get(int(match[1]), match[0]), text)
-
-
-def character_devices(domain: Domain) -> Iterator[Chardev]:
-    """Those with a host side of their own: a console of type serial is the first serial line under another name."""
-    devices = domain.devices
-    yield from devices.serials
-    yield from devices.parallels
-    yield from (item for item in devices.consoles if item.target is not None and item.target.type == "virtio")
-    yield from devices.channels
 
 
 def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
@@ -161,7 +162,7 @@ def _listen(opened: Opened, name: str, path: Path) -> None:
 
 def open_chardev(opened: Opened, device: Chardev, directory: Path) -> None:
     alias = alias_of(device)
-    if chardevs.listens(device):
+    if listens(device):
         source = device.source
         if source is None:
             source = ChardevSource(mode="bind")
@@ -169,15 +170,15 @@ def open_chardev(opened: Opened, device: Chardev, directory: Path) -> None:
         if not source.path:
             source.path = str(directory / f"{alias}.sock")
         source.mode = source.mode or "bind"
-        _listen(opened, f"chardev:{alias}", Path(source.path))
+        _listen(opened, chardev_name(alias), Path(source.path))
     elif device.type == "file" and device.source is not None and device.source.path:
         flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if device.source.append else os.O_TRUNC)
-        opened.open(f"chardev:{alias}", device.source.path, flags | os.O_NOFOLLOW)
+        opened.open(chardev_name(alias), device.source.path, flags | os.O_NOFOLLOW)
     if device.log is not None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
         # Always for appending, so that the manager can cut a log that grows under QEMU's hands.
         flags |= os.O_APPEND | (os.O_TRUNC if device.log.append is False else 0)
-        opened.open(chardevs.log_name(alias), device.log.file, flags)
+        opened.open(log_name(alias), device.log.file, flags)
 
 
 # -- disks
@@ -185,7 +186,7 @@ def open_chardev(opened: Opened, device: Chardev, directory: Path) -> None:
 
 def open_disk(opened: Opened, disk: Disk) -> None:
     """Opens every image of the chain; a chain that the document does not name is read from qcow2 headers."""
-    if not disks.has_medium(disk):
+    if not has_medium(disk):
         return
     if disk.type in ("file", "block") and _optional_and_missing(disk):
         disk.source = None
@@ -193,7 +194,7 @@ def open_disk(opened: Opened, disk: Disk) -> None:
     alias = alias_of(disk)
     top = disk.driver.type if disk.driver and disk.driver.type else "raw"
     above: Disk | BackingStore = disk
-    for number, layer in enumerate(list(disks.layers(disk))):
+    for number, layer in enumerate(list(layers(disk))):
         if layer.type not in ("file", "block"):
             return  # QEMU reaches it by protocol
         fd = _open_image(opened, alias, number, layer.source, layer.read_only)
@@ -206,7 +207,7 @@ def open_disk(opened: Opened, disk: Disk) -> None:
         return
     source = above.source
     while source is not None and source.location:
-        found = qcow2_backing(opened.fds[disks.file_name(alias, number)], source.location)
+        found = qcow2_backing(opened.fds[image_name(alias, number)], source.location)
         if found is None:
             break
         number += 1
@@ -230,7 +231,7 @@ def _optional_and_missing(disk: Disk) -> bool:
 
 
 def _open_image(opened: Opened, alias: str, number: int, source: DiskSource, read_only: bool) -> int:
-    name = disks.file_name(alias, number)
+    name = image_name(alias, number)
     if source.fdgroup:
         passed = opened.passed.get(source.fdgroup)
         if passed is None:
@@ -241,7 +242,7 @@ def _open_image(opened: Opened, alias: str, number: int, source: DiskSource, rea
     return opened.open(name, source.location, (os.O_RDONLY | os.O_NONBLOCK) if read_only else os.O_RDWR)
 
 
-def _check_kind(fd: int, layer: disks.Layer, disk: Disk) -> None:
+def _check_kind(fd: int, layer: Layer, disk: Disk) -> None:
     mode = os.fstat(fd).st_mode
     if layer.type == "file" and not stat.S_ISREG(mode):
         raise ConfigError(

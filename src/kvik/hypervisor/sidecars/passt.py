@@ -10,9 +10,8 @@ import socket
 from kvik.conf.devices.interface import Interface, PortForward
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.qemu.argv.interfaces import is_passt
-from kvik.hypervisor.qemu.argv.options import alias_of
-from kvik.hypervisor.qemu.sidecars.group import Command, program
+from kvik.hypervisor.names import alias_of, is_passt
+from kvik.hypervisor.sidecars.group import Command, program
 
 __all__ = ["passt_command", "users"]
 

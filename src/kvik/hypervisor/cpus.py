@@ -9,7 +9,7 @@ from kvik.conf.cpu import Vcpu, VcpuEntry
 from kvik.errors import HypervisorError, OperationFailed, OperationInvalid
 
 if TYPE_CHECKING:
-    from kvik.hypervisor.qemu.machine import QemuMachine
+    from kvik.hypervisor.machine import QmpMachine
 
 __all__ = ["plug_listed", "set_vcpus", "vcpus"]
 
@@ -20,7 +20,7 @@ def _objects(value: Any, what: str) -> list[dict[str, Any]]:
     return value
 
 
-async def vcpus(machine: QemuMachine) -> list[Mapping[str, Any]]:
+async def vcpus(machine: QmpMachine) -> list[Mapping[str, Any]]:
     """`id`, `thread` (Linux thread id), `online`; in the order of ids."""
     found: list[Mapping[str, Any]] = []
     for item in _objects(await machine.execute("query-cpus-fast"), "query-cpus-fast"):
@@ -30,7 +30,7 @@ async def vcpus(machine: QemuMachine) -> list[Mapping[str, Any]]:
     return sorted(found, key=lambda item: int(item["id"]))
 
 
-async def set_vcpus(machine: QemuMachine, count: int) -> None:
+async def set_vcpus(machine: QmpMachine, count: int) -> None:
     """Plug or unplug until `count` are there. Raises `OperationInvalid`, `OperationFailed`.
 
     Only vCPUs that were plugged can be unplugged, and the guest must agree; this returns when it was asked.
@@ -67,18 +67,18 @@ async def set_vcpus(machine: QemuMachine, count: int) -> None:
         await _tell(machine, most)
 
 
-async def _plug(machine: QemuMachine, slot: Mapping[str, Any]) -> None:
+async def _plug(machine: QmpMachine, slot: Mapping[str, Any]) -> None:
     name = "vcpu" + "-".join(str(number) for number in _position(slot))
     await machine.execute("device_add", {"driver": slot["type"], "id": name, **slot["props"]}, deadline=30.0)
 
 
-async def _slots(machine: QemuMachine) -> list[dict[str, Any]]:
+async def _slots(machine: QmpMachine) -> list[dict[str, Any]]:
     """In the order of the vCPUs' numbers."""
     slots = _objects(await machine.execute("query-hotpluggable-cpus"), "query-hotpluggable-cpus")
     return sorted(slots, key=_position)
 
 
-async def plug_listed(machine: QemuMachine) -> None:
+async def plug_listed(machine: QmpMachine) -> None:
     """Before the guest runs: the vCPUs that the document wants there and able to go, in its order."""
     entries = machine.domain.vcpus.vcpus if machine.domain.vcpus else []
     wanted = [entry for entry in entries if entry.enabled and entry.hotpluggable]
@@ -91,7 +91,7 @@ async def plug_listed(machine: QemuMachine) -> None:
         await _plug(machine, slots[entry.id])
 
 
-async def _tell(machine: QemuMachine, most: int) -> None:
+async def _tell(machine: QmpMachine, most: int) -> None:
     """What <vcpus> of the live document says: who is there now."""
     domain = machine.domain
     slots = await _slots(machine)
