@@ -9,10 +9,10 @@ Client (kvik's drivers)                       Server (kvik's own VMM)
     any          bad input    FAILED              any          bad line            same (error reply)
     any          end          CLOSED              any          line too long, end  FAILED, CLOSED
 
-One message is one JSON object, on one line; a server takes commands without line ends too, as QEMU does. What the peer sends is not trusted: lines are bounded before they are
-buffered, every field is type-checked, and whatever is wrong is a `HypervisorError`, never another exception. A
-reply to a command that nobody waits for any more (its deadline passed) is dropped; a reply to a command that was
-never sent fails the connection.
+One message is one JSON object on one line; a server takes commands without line ends too, as QEMU does. What the peer
+sends is not trusted: lines are bounded before they are buffered, every field is type-checked, and whatever is wrong is
+a `HypervisorError`, never another exception. A reply to a command that nobody waits for any more (its deadline passed)
+is dropped; a reply to a command that was never sent fails the connection.
 
 Reference: QEMU's docs/interop/qmp-spec.
 """
@@ -161,8 +161,8 @@ class LineBuffer:
 
 
 class ObjectBuffer:
-    """Splits a byte stream into JSON objects as QEMU does: by their braces, not by lines. Some clients (qemu.qmp) end no
-    line, and people paste objects of several lines. Holds at most `limit` bytes of an unfinished one.
+    """Splits a byte stream into JSON objects as QEMU does: by their braces, not by lines. Some clients (qemu.qmp) end
+    no line, and people paste objects of several lines. Holds at most `limit` bytes of an unfinished one.
 
     What cannot be an object comes out as a piece of its own, for the parser to refuse: a line without braces, a line
     end inside a string, and whatever is nested deeper than `MAX_DEPTH`, up to the end of its line.
