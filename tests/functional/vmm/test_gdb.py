@@ -17,7 +17,7 @@ from kvik.vmm.gdb import GdbServer
 from kvik.vmm.machine import Machine
 
 GDB = shutil.which("gdb")
-# KVM-PVM emulates instructions: it gives up at an int3 and sees no watchpoint. tests/lab runs these on a true KVM.
+# KVM-PVM emulates instructions: it gives up at an int3 and sees no watchpoint.
 true_kvm = pytest.mark.skipif(Path("/sys/module/kvm_pvm").exists(), reason="this host's KVM is KVM-PVM: no int3 exits")
 needs_gdb = pytest.mark.skipif(GDB is None, reason="gdb is not installed: apt-get install gdb")
 
