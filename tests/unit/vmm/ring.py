@@ -76,11 +76,13 @@ class FakeTransport:
 class Driver:
     """Drives one device: `put` a chain, `kick`, `take` what came back. Descriptors are never reused."""
 
+    transport_class = FakeTransport
+
     def __init__(self, device: VirtioDevice, features: int = -1, *, machine: Any = None) -> None:
         self.device = device
         self.machine = machine if machine is not None else FakeMachine()
         self.memory = self.machine.memory
-        self.transport = FakeTransport()
+        self.transport = self.transport_class()
         device.transport = self.transport
         device.attach(self.machine)
         self.start(features)
