@@ -9,7 +9,7 @@ from kvik.vmm.layout import MIB
 from kvik.vmm.loop import EventLoop
 from kvik.vmm.memory import GuestMemory
 from kvik.vmm.virtio.device import VirtioDevice
-from kvik.vmm.virtio.queue import DESC_NEXT, DESC_WRITE, VERSION_1
+from kvik.vmm.virtio.queue import DESC_NEXT, DESC_WRITE, EVENT_IDX, VERSION_1
 
 RING_SPACE = 0x8000
 DATA = 0x20_0000
@@ -90,10 +90,11 @@ class Driver:
 
     def start(self, features: int = -1) -> None:
         device = self.device
-        acked = (device.features if features < 0 else features) | VERSION_1
+        acked = (device.features if features < 0 else features) | VERSION_1 | device.ring_features & EVENT_IDX
         device.make_queues(acked)
         self.free = [0] * len(device.queues)
         self.avail = [0] * len(device.queues)
+        self.kicked = [0] * len(device.queues)
         self.used = [0] * len(device.queues)
         for queue in device.queues:
             base = RING_SPACE * (1 + queue.index)
@@ -127,7 +128,17 @@ class Driver:
         return head
 
     def kick(self, index: int) -> None:
-        self.device.kick(index)
+        """Kick, if the device asked for it as 2.7.10 has it: a device that forgets to ask stands still here too."""
+        queue = self.device.queues[index]
+        new, old = self.avail[index], self.kicked[index]
+        if queue.event_idx:
+            event = self.memory.u16(queue.used + 4 + 8 * queue.size)
+            wanted = (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
+        else:
+            wanted = not self.memory.u16(queue.used) & 1
+        self.kicked[index] = new
+        if wanted:
+            self.device.kick(index)
 
     def take(self, index: int) -> list[tuple[int, int]]:
         """(head, written) of what the device gave back since."""
