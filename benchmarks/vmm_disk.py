@@ -17,9 +17,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "src")]
 
+from report import Report  # noqa: E402
+
 from lab.harness import SHARE, Lab, LabOptions  # noqa: E402 - found by the line above
 from lab.vmm_guest import initramfs, vmm_command  # noqa: E402
-from report import Report  # noqa: E402
 
 LOADS = [("randread", 4096, depth) for depth in (1, 8, 32)]
 LOADS += [("randwrite", 4096, depth) for depth in (1, 32)]
