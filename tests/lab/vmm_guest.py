@@ -34,8 +34,9 @@ sleep 60
 """
 
 
-def initramfs(script: str, modules: Sequence[str] = ()) -> bytes:
-    """A cpio archive: the lab's busybox, the generic kernel's modules (with what they need), and the script as root."""
+def initramfs(script: str, modules: Sequence[str] = (), files: Mapping[str, bytes] | None = None) -> bytes:
+    """A cpio archive: the lab's busybox, the generic kernel's modules (with what they need), programs of the caller's,
+    and the script as root."""
     kernel = ensure_kernel()
     paths = kernel.load_order(modules) if modules else []
     stream = io.BytesIO()
@@ -48,6 +49,8 @@ def initramfs(script: str, modules: Sequence[str] = ()) -> bytes:
             archive.file(f"modules/{path.rpartition('/')[2]}", (kernel.modules / path).read_bytes())
         names = " ".join(path.rpartition("/")[2] for path in paths)
         text = INIT.format(begin=BEGIN, end=END, script=script, modules=names)
+        for place, content in (files or {}).items():
+            archive.file(place, content, 0o755)
         archive.file("init", text.encode(), 0o755)
     return stream.getvalue()
 
