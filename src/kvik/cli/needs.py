@@ -12,20 +12,34 @@ if TYPE_CHECKING:
 
     from kvik.cli.context import Context
     from kvik.cli.progress import Progress
+    from kvik.guest.packages import Need
 
     Result = TypeVar("Result")
 
 
 def ensure_packages(ctx: Context, progress: Progress, *, uefi: bool, yes: bool) -> None:
     """QEMU (and firmware): installed by root after being named; for anybody else the command, and exit code 77."""
-    from kvik.guest.packages import QEMU, UEFI, ensure
+    from kvik.guest.packages import QEMU, UEFI
+
+    _ensure(ctx, progress, [QEMU, UEFI] if uefi else [QEMU], yes=yes)
+
+
+def ensure_passt(ctx: Context, progress: Progress, *, yes: bool) -> None:
+    """What a machine on kvik-vmm needs for user networking."""
+    from kvik.guest.packages import PASST
+
+    _ensure(ctx, progress, [PASST], yes=yes)
+
+
+def _ensure(ctx: Context, progress: Progress, needs: list[Need], *, yes: bool) -> None:
+    from kvik.guest.packages import ensure
 
     def ask(question: str) -> bool:
         progress.clear()
         return ctx.ask(f"{question} [Y/n] ").lower() in ("", "y", "yes")
 
     interactive = term.is_terminal(ctx.stdin) and not yes
-    ensure([QEMU, UEFI] if uefi else [QEMU], say=progress.line, ask=ask if interactive else None)
+    ensure(needs, say=progress.line, ask=ask if interactive else None)
 
 
 def with_qemu(ctx: Context, action: Callable[[], Result]) -> Result:

@@ -7,7 +7,7 @@ import os
 from kvik.cli import term
 from kvik.cli.common import scaled
 from kvik.cli.guest_exec import STDIN_MAX, run_in, seconds
-from kvik.cli.needs import ensure_packages
+from kvik.cli.needs import ensure_packages, ensure_passt
 from kvik.cli.options import FLAG, NUMBER, REST, TEXT, Option, UsageError, Verb
 from kvik.cli.progress import Progress
 from kvik.errors import AlreadyExists, ConfigError, InvalidArgument, KvikError, NotFound, OperationFailed
@@ -29,6 +29,7 @@ NAME_TRIES = 50
 AUTODESTROY = 2
 BACKLOG = 2048  # bytes of console output shown when the console is attached
 UNDEFINE_NVRAM = 4
+OURS = "kvik-vmm"  # the emulator that --vmm kvik names
 
 
 def local_paths(ctx: Context) -> Paths:
@@ -110,6 +111,7 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
         raise UsageError("a machine has at least one vCPU and 1 MiB of memory, and less than 4 PiB")
     machine.cpu = options.text("cpu")
     machine.machine = options.text("machine") or "q35"
+    choose_vmm(options, machine, verdict)
     machine.firmware = options.text("firmware") or "bios"
     if machine.firmware not in ("bios", "uefi"):
         raise UsageError(f"no firmware '{machine.firmware}'", remedy="one of: bios, uefi")
@@ -117,6 +119,28 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
     for disk in machine.disks:
         progress.line(f"disk {disk.path}: {disk.format}, {disk.why}")
     return machine, is_tiny
+
+
+def choose_vmm(options: Options, machine: Machine, verdict: Verdict) -> None:
+    """QEMU unless told otherwise; what kvik-vmm cannot do is said before anything is fetched or written."""
+    vmm = options.text("vmm") or "qemu"
+    if vmm not in ("qemu", "kvik"):
+        raise UsageError(f"no VMM '{vmm}'", remedy="one of: qemu, kvik")
+    if vmm == "qemu":
+        return
+    if not verdict.usable:
+        raise InvalidArgument(
+            f"kvik-vmm needs KVM, which cannot be used here: {verdict.reason}",
+            remedy="'kvik doctor' says what is wrong; without --vmm, QEMU emulates",
+        )
+    if machine.disks and machine.kernel is None:
+        raise InvalidArgument(
+            "kvik-vmm starts a kernel and has no firmware that reads one from a disk",
+            remedy="give --kernel and --initrd with it; without --vmm, QEMU boots the disk",
+        )
+    machine.emulator = OURS
+    machine.machine = options.text("machine") or "kvik"
+    machine.graphics = False
 
 
 def free_name(connection: Connection, stem: str) -> str:
@@ -234,7 +258,10 @@ def run(ctx: Context, options: Options) -> int:
         # Before anything is installed, downloaded or written: what the user gave must make sense.
         machine, is_tiny = build(ctx, options, paths, verdict, progress)
         check_name(ctx, options.text("name"))
-        ensure_packages(ctx, progress, uefi=machine.firmware == "uefi", yes=options.flag("yes"))
+        if not machine.emulator:
+            ensure_packages(ctx, progress, uefi=machine.firmware == "uefi", yes=options.flag("yes"))
+        elif "type='user'" in machine.network:
+            ensure_passt(ctx, progress, yes=options.flag("yes"))
         progress.line(acceleration_line(verdict))
         finisher = Finisher(paths, progress, options.text("append"), is_tiny=is_tiny)
         domain = start(ctx, options, machine, paths, finisher)
@@ -373,6 +400,7 @@ COMMANDS = {
         Option("memory", TEXT, "memory, as scaled integer (default MiB)", short="m", metavar="size", named_only=True),
         Option("vcpus", NUMBER, "number of virtual CPUs", named_only=True),
         Option("cpu", TEXT, "CPU model, or host, host-model, max", named_only=True, complete=("host", "max")),
+        Option("vmm", TEXT, "what runs it: qemu, or kvik (kvik-vmm)", named_only=True, complete=("qemu", "kvik")),
         Option("machine", TEXT, "machine type", named_only=True, complete=("q35", "pc", "microvm")),
         Option("firmware", TEXT, "bios or uefi", named_only=True, complete=("bios", "uefi")),
         Option("network", TEXT, "none, user, or a bridge of this host", named_only=True, complete=("none", "user")),

@@ -146,7 +146,7 @@ class Machine:
     """All that the document says."""
 
     __slots__ = (
-        "accelerated", "append", "cdrom", "cpu", "disks", "firmware", "graphics", "initrd", "kernel", "log", "machine",
+        "accelerated", "append", "cdrom", "cpu", "disks", "emulator", "firmware", "graphics", "initrd", "kernel", "log", "machine",
         "memory_kib", "name", "network", "uuid", "vcpus",
     )  # fmt: skip
 
@@ -160,6 +160,7 @@ class Machine:
         self.vcpus = 1
         self.cpu: str | None = None
         self.machine = "q35"
+        self.emulator = ""  # empty: the driver's own choice, which is QEMU
         self.firmware = "bios"
         self.kernel: str | None = None
         self.initrd: str | None = None
@@ -260,6 +261,7 @@ def domain_xml(machine: Machine) -> str:
         "  <on_reboot>restart</on_reboot>",
         "  <on_crash>destroy</on_crash>",
         "  <devices>",
+        *([f"    <emulator>{escape(machine.emulator)}</emulator>"] if machine.emulator else []),
         *disks_xml(machine),
         *([machine.network.rstrip("\n")] if machine.network else []),
         "    <serial type='pty'>",

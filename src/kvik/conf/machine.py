@@ -1,4 +1,9 @@
-"""What a machine type implies: which bus is its root and what is soldered on. Facts of QEMU's boards, by name only."""
+"""What a machine type implies: which bus is its root and what is soldered on. Facts of QEMU's boards, and of ours, by
+name only.
+
+`kvik-N` is the board of kvik-vmm: one PCI Express bus with 31 slots, on which everything is virtio, and nothing else
+on board but a serial line, a clock and the power buttons.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,8 @@ class MachineDefaults:
     random: Callable[[int], bytes] = os.urandom
 
 
-Q35, I440FX, PCIE, PCI, MMIO, NONE = "q35", "i440fx", "pcie", "pci", "mmio", "none"
+Q35, I440FX, PCIE, PCI, MMIO, KVIK, NONE = "q35", "i440fx", "pcie", "pci", "mmio", "kvik", "none"
+BARE = (MMIO, KVIK)  # nothing is on these boards that the document does not name
 
 
 def family(domain: Domain) -> str:
@@ -34,6 +40,8 @@ def family(domain: Domain) -> str:
     machine = domain.os.type.machine or "pc"
     if machine.startswith(("pc-q35", "q35")):
         return Q35
+    if machine == "kvik" or machine.startswith("kvik-"):
+        return KVIK
     if machine.startswith("microvm"):
         return MMIO
     if machine in ("isapc", "none"):

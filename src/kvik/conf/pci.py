@@ -2,7 +2,8 @@
 
 What is placed where follows libvirt: on PCI Express machines modern endpoints sit alone behind root ports (so that
 they can be unplugged), conventional ones behind a pcie-to-pci-bridge, the primary display and what the chipset has on
-board on the root bus; on i440fx everything sits on the root bus. Root ports are packed eight to a slot of pcie.0.
+board on the root bus; on i440fx, and on kvik-vmm's board, everything sits on the root bus. Root ports are packed
+eight to a slot of pcie.0.
 
 Two rounds: the first finds out which controllers are missing, the second places everything, bridges first. Addresses
 that a document already has are never touched, so a document that went through here once comes out unchanged.
@@ -16,7 +17,7 @@ from kvik.conf.devices.common import Address, Device
 from kvik.conf.devices.controller import Controller, ControllerModelName, ControllerTarget
 from kvik.conf.devices_xml import path_of
 from kvik.conf.domain import Devices, Domain
-from kvik.conf.machine import I440FX, PCI, PCIE, Q35, family
+from kvik.conf.machine import I440FX, KVIK, PCI, PCIE, Q35, family
 from kvik.errors import ConfigError
 
 Slot = tuple[int, int, int]  # bus, slot, function
@@ -140,10 +141,10 @@ class _Map:
 
     def __init__(self, devices: Devices, machine: str, grow: bool) -> None:
         self.devices, self.machine, self.grow = devices, machine, grow
-        self.root = "root" if machine in (Q35, PCIE) else CONVENTIONAL
+        self.root = "root" if machine in (Q35, PCIE, KVIK) else CONVENTIONAL
         self.used: dict[Slot, Device | None] = {}
         self.slots: set[tuple[int, int]] = set()  # (bus, slot) with a function in use
-        self.buses: dict[int, str] = {0: "pcie-root" if machine in (Q35, PCIE) else "pci-root"}
+        self.buses: dict[int, str] = {0: "pcie-root" if self.root == "root" else "pci-root"}
         self.created: list[Controller] = []
         self.above: dict[int, int | None] = {}  # bus -> the bus that its controller sits on, None while it has no place
         for item in devices.controllers:
@@ -268,6 +269,8 @@ class _Map:
 
     def place(self, device: Device, need: str) -> None:
         """Find it a slot of the kind it needs, making one where that is allowed."""
+        if self.machine == KVIK:
+            need = "root"  # its one bus takes everything, and lets go of everything
         slot = self.find(need, device)
         if slot is None:
             raise ConfigError(
@@ -355,6 +358,8 @@ def _is_root_port(device: Device | None) -> bool:
 def _remedy(machine: str, need: str) -> str:
     if need == "switch":
         return "add <controller type='pci' model='pcie-switch-upstream-port'/> to the definition"
+    if machine == KVIK:
+        return "kvik-vmm has one PCI bus of 31 slots: leave a device out"
     if machine not in (Q35, PCIE) and need != CONVENTIONAL:
         return "this machine type has no PCI Express: use q35, or leave the controller out"
     if machine in (Q35, PCIE):
@@ -366,7 +371,7 @@ def assign_pci(domain: Domain, *, grow: bool = True, spare_root_ports: int = 0) 
     """Give every PCI device that has no address one. With `grow`, missing controllers are added; without (a running
     machine), ConfigError when no slot is left."""
     machine = family(domain)
-    if machine not in (Q35, I440FX, PCIE, PCI):
+    if machine not in (Q35, I440FX, PCIE, PCI, KVIK):
         return
     devices = domain.devices
     _complete_controllers(devices)
@@ -404,7 +409,7 @@ def _add_missing(devices: Devices, machine: str, spare: int) -> None:
         if machine in (Q35, PCIE):
             for _ in range(spare):
                 trial.make(EXPRESS)
-        else:
+        elif machine != KVIK:
             # A bridge needs a slot itself: it is made while there is one, for the devices that come later.
             trial.find(CONVENTIONAL)
     finally:

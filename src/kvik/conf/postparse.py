@@ -27,7 +27,7 @@ from kvik.conf.devices.other import Vsock
 from kvik.conf.devices_xml import bootable_devices
 from kvik.conf.domain import Devices, Domain
 from kvik.conf.features import Clock
-from kvik.conf.machine import I440FX, MMIO, PCIE, Q35, MachineDefaults, family, is_x86
+from kvik.conf.machine import BARE, I440FX, KVIK, MMIO, PCIE, Q35, MachineDefaults, family, is_x86
 from kvik.conf.os import OsBoot
 from kvik.conf.tree import clone
 
@@ -231,7 +231,7 @@ def _displays(domain: Domain, caps: MachineDefaults) -> None:
             model.vgamem = 16384 if model.vgamem is None else model.vgamem
     if (
         is_x86(domain)
-        and family(domain) != MMIO
+        and family(domain) not in BARE
         and not (domain.features is not None and domain.features.ps2 is not None and domain.features.ps2.state is False)
     ):
         for kind in ("mouse", "keyboard"):
@@ -242,7 +242,7 @@ def _displays(domain: Domain, caps: MachineDefaults) -> None:
             input_.bus = "ps2" if input_.type in ("mouse", "keyboard") and is_x86(domain) else "usb"
             if input_.type == "passthrough":
                 input_.bus = "virtio"
-    if not devices.audios and is_x86(domain) and family(domain) != MMIO:
+    if not devices.audios and is_x86(domain) and family(domain) not in BARE:
         spice = any(item.type == "spice" for item in devices.graphics)
         devices.audios.append(Audio(id=1, type="spice" if spice else "none"))
 
@@ -308,14 +308,14 @@ def _controllers(domain: Domain, caps: MachineDefaults) -> None:
     machine = family(domain)
     _indexes(devices)
     add = devices.controllers.append
-    if machine != MMIO and not _has(devices, "usb") and (is_x86(domain) or any(usb_devices(devices))):
+    if machine not in BARE and not _has(devices, "usb") and (is_x86(domain) or any(usb_devices(devices))):
         add(Controller(type="usb", index=0, model="piix3-uhci" if machine == I440FX else "qemu-xhci"))
     for item in devices.controllers:
         if item.type == "usb" and item.model is None:
             item.model = "piix3-uhci" if machine == I440FX else "qemu-xhci"
     if machine == Q35 and not any(item.type == "sata" for item in devices.controllers):
         add(Controller(type="sata", index=0))
-    root = {Q35: "pcie-root", PCIE: "pcie-root", MMIO: ""}.get(machine, "pci-root")
+    root = {Q35: "pcie-root", PCIE: "pcie-root", KVIK: "pcie-root", MMIO: ""}.get(machine, "pci-root")
     for item in devices.controllers:
         if item.type == "pci" and item.index == 0 and item.model is None:
             item.model = root

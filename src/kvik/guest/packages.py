@@ -15,7 +15,7 @@ from kvik.errors import HostError, MissingPackages
 from kvik.guest.debs import SYSTEM_LISTS, run_apt
 from kvik.host import process
 
-__all__ = ["QEMU", "UEFI", "Need", "ensure", "missing"]
+__all__ = ["PASST", "QEMU", "UEFI", "Need", "ensure", "missing"]
 
 INSTALL = ("apt-get", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120", "install")
 
@@ -37,6 +37,7 @@ class Need:
 
 
 QEMU = Need("the QEMU emulator", "qemu-system-x86", program="qemu-system-x86_64")
+PASST = Need("passt, which kvik-vmm has for user networking,", "passt", program="passt")
 UEFI = Need("UEFI firmware", "ovmf", files=("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd"))
 
 

@@ -105,7 +105,10 @@ class Machine(Protocol):
 
     pid: int
     accelerator: str  # "kvm" or "tcg" ("test" in the in-memory driver)
-    output_tail: bytes  # the last output of the first serial line or console that was seen: where a boot stalled
+
+    @property
+    def output_tail(self) -> bytes:
+        """The last output of the first serial line or console that was seen: where a boot stalled."""
 
     def handle(self) -> dict[str, Any]:
         """JSON-able facts from which `Driver.attach` finds this machine again; goes into the status file."""

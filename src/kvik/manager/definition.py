@@ -19,6 +19,7 @@ class Definition:
         "arch",
         "current_memory",
         "disks",
+        "emulator",
         "interfaces",
         "max_vcpus",
         "memory",
@@ -39,6 +40,7 @@ class Definition:
         self._public: str | None = None
         self.name = domain.name
         self.type = domain.type
+        self.emulator = domain.devices.emulator or ""
         self.uuid = bytes.fromhex(domain.uuid.replace("-", ""))
         self.title = domain.title or ""
         self.memory = domain.memory

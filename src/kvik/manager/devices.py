@@ -171,7 +171,7 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
     trial = run.live.copy()
     add_device(trial.devices, given)
     prepare.fill_live(trial)
-    await domain.driver.validate(trial)
+    await domain.manager.driver_of(trial).validate(trial)
     known = {device.alias.name for _, device in guest_devices(run.live.devices) if device.alias}
     fresh = [device for _, device in guest_devices(trial.devices) if device.alias and device.alias.name not in known]
     use = None

@@ -191,7 +191,10 @@ class DomainObject:
 
     @property
     def driver(self) -> Driver:
-        return self.manager.driver_for(self.config.type)
+        """Of the machine that runs, whose definition may be another by now; else of the definition."""
+        if self.run is not None:
+            return self.manager.driver_of(self.run.live)
+        return self.manager.driver_for(self.config.type, self.config.emulator)
 
     @property
     def log(self) -> MachineLog:

@@ -1,4 +1,4 @@
-"""Which hypervisor drivers a daemon has: domain types -> driver."""
+"""Which hypervisor drivers a daemon has: emulators and domain types -> driver (see `Manager.driver_for`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def make_drivers(paths: Paths, which: str = "qemu") -> dict[str, Driver]:
         test = TestDriver()
         return {"test": test, "qemu": test, "kvm": test}
     from kvik.host.probe import kvm_verdict
+    from kvik.hypervisor.kvik.driver import EMULATOR, KvikDriver
     from kvik.hypervisor.qemu.driver import QemuDriver
 
     def probe() -> HostVerdict:
@@ -23,4 +24,4 @@ def make_drivers(paths: Paths, which: str = "qemu") -> dict[str, Driver]:
         return HostVerdict(found.usable, found.reason, found.remedy)
 
     qemu = QemuDriver(paths, probe)
-    return {"qemu": qemu, "kvm": qemu}
+    return {"qemu": qemu, "kvm": qemu, EMULATOR: KvikDriver(paths, probe)}

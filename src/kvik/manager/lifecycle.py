@@ -98,12 +98,12 @@ async def boot(
         raise OperationInvalid(f"machine {domain.name!r} is already {state_text(domain.state)}")
     if domain.cleaning:
         await asyncio.shield(domain.cleaning)
-    manager, driver, log = domain.manager, domain.driver, domain.log
+    manager, log = domain.manager, domain.log
     definition = (config or domain.config).parse()
     assign_aliases(definition)
     run = Run(definition, Path(), BootStages(definition))
     uses = await manager.store.run(_look_at_files, definition, tuple(files))
-    await driver.validate(definition)
+    await manager.driver_of(definition).validate(definition)
     # No await between this check and the next line: two starts with one disk cannot pass it together.
     disks.check_unused(uses, manager.disk_uses(domain))
     run.uses = uses
@@ -392,7 +392,7 @@ async def _clean(domain: DomainObject, run: Run, note: str) -> None:
         domain.log.note(note)
         await domain.manager.store.remove_status(name, run.directory)
         if transient:
-            await domain.driver.forget(run.live, keep_tpm=domain.keep_tpm)
+            await domain.manager.driver_of(run.live).forget(run.live, keep_tpm=domain.keep_tpm)
     except KvikError as error:
         logger.warning("machine %s: %s", name, error)
     finally:

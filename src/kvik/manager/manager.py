@@ -53,7 +53,8 @@ _TPM = DomainUndefineFlags.TPM | DomainUndefineFlags.KEEP_TPM
 
 
 class Manager:
-    """`drivers` are named by domain type ("test") or VMM ("qemu", which serves every other type)."""
+    """`drivers` are named by the emulator they alone serve ("kvik-vmm": a file name), by domain type ("test") or VMM
+    ("qemu", which serves every other type)."""
 
     def __init__(self, paths: Paths, drivers: Mapping[str, Driver]) -> None:
         self.paths = paths
@@ -132,8 +133,14 @@ class Manager:
                 return domain.name
         return ""
 
-    def driver_for(self, type_: str) -> Driver:
-        driver = self.drivers.get(type_) or self.drivers.get("qemu")
+    def driver_of(self, document: Domain) -> Driver:
+        """Raises `ConfigUnsupported`."""
+        return self.driver_for(document.type, document.devices.emulator or "")
+
+    def driver_for(self, type_: str, emulator: str = "") -> Driver:
+        """By the last part of the emulator's path, where that names a driver; else by domain type."""
+        driver = self.drivers.get(emulator.rsplit("/", 1)[-1])
+        driver = driver or self.drivers.get(type_) or self.drivers.get("qemu")
         if driver is None and len(self.drivers) == 1:
             driver = next(iter(self.drivers.values()))
         if driver is None:
@@ -212,12 +219,12 @@ class Manager:
             document = domain.config.parse()
             yield document
             prepare.fill(document)
-            await domain.driver.validate(document)
+            await self.driver_of(document).validate(document)
             await domain.save_config(document)
 
     async def _prepare(self, xml: str) -> tuple[Domain, Definition]:
         document = prepare.parse(xml)
-        await prepare.complete(document, self.driver_for(document.type), xml)
+        await prepare.complete(document, self.driver_of(document), xml)
         return document, Definition(document)
 
     def _check_unique(self, config: Definition) -> DomainObject | None:

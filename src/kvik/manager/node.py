@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Node"]
 
 INCOMPATIBLE, IDENTICAL, SUPERSET = 0, 1, 2  # virCPUCompareResult
-MACHINE_ALIASES = ("q35", "pc")
+MACHINE_ALIASES = ("q35", "pc", "kvik")
 DMI = Path("/sys/class/dmi/id")
 KSM = Path("/sys/kernel/mm/ksm")
 
@@ -100,9 +100,10 @@ class Node:
 
     # drivers
 
-    def _driver(self, kind: str = "") -> Driver:
+    def _driver(self, kind: str = "", emulator: str = "") -> Driver:
         drivers = self._manager.drivers
-        found = drivers.get(kind) if kind else next(iter(drivers.values()))
+        found = drivers.get(emulator.rsplit("/", 1)[-1])
+        found = found or (drivers.get(kind) if kind else next(iter(drivers.values())))
         if found is None:
             raise OperationUnsupported(f"no hypervisor here runs machines of type '{kind}'")
         return found
@@ -122,12 +123,12 @@ class Node:
         return read_xml(await driver.domain_capabilities(arch, machine, virttype, emulator), "domain capabilities")
 
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str:
-        return await self._driver(virttype).domain_capabilities(arch, machine, virttype, emulator)
+        return await self._driver(virttype, emulator).domain_capabilities(arch, machine, virttype, emulator)
 
     async def native(self, xml: str) -> str:
         """The command line that would run the machine `xml` describes."""
         domain = parse_domain(xml)
-        return await self._driver(domain.type).native(domain)
+        return await self._driver(domain.type, domain.devices.emulator or "").native(domain)
 
     async def capabilities(self) -> str:
         cpu = node.cpu_model()
@@ -157,6 +158,8 @@ class Node:
         for driver in dict.fromkeys(self._manager.drivers.values()):
             features = driver.features()
             types = [name for name, needed in (("qemu", Feature.EMULATION), ("kvm", Feature.KVM)) if needed in features]
+            if not types:
+                continue  # kvik-vmm where KVM cannot be used
             try:
                 emulator = await driver.default_emulator(arch)
                 machines: dict[str, GuestMachine] = {}

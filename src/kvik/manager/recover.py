@@ -70,7 +70,7 @@ async def _load_definitions(manager: Manager, loaded: Loaded) -> None:
             document = parse_domain(text)
             if document.uuid is None:  # written by hand
                 document.name = document.name or name
-                await prepare.complete(document, manager.driver_for(document.type))
+                await prepare.complete(document, manager.driver_of(document))
                 config = Definition(document)
                 await manager.store.save_definition(name, config.text)
             else:
@@ -154,7 +154,8 @@ async def _end_unconfirmed(manager: Manager, status: Status) -> None:
     domain = _object(manager, status)
     with contextlib.suppress(KvikError, TimeoutError):
         async with asyncio.timeout(ATTACH_WAIT):
-            machine = await domain.driver.attach(parse_domain(status.document), directory, {}, lambda event: None)
+            live = parse_domain(status.document)
+            machine = await manager.driver_of(live).attach(live, directory, {}, lambda event: None)
         if machine is not None:
             await machine.quit(0)
     await _end_orphans(directory)

@@ -12,6 +12,8 @@ from kvik.vmm.acpi.dsdt import PCI_HOTPLUG
 from kvik.vmm.cpu.cpuid import cpuid_for
 from kvik.vmm.cpu.topology import Topology
 from kvik.vmm.devices.acpi_events import AcpiEvents, CpuHotplug
+from kvik.vmm.devices.pvpanic import Pvpanic
+from kvik.vmm.devices.rtc import Rtc
 from kvik.vmm.devices.vmgenid import VmGenId
 from kvik.vmm.layout import COM_PORTS, RSDP
 from kvik.vmm.machine import Machine
@@ -20,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.config import MachineConfig
 
-__all__ = ["build"]
+__all__ = ["add_vcpus", "build"]
 
 DEFAULT_CMDLINE = "console=ttyS0"
 
@@ -39,7 +41,7 @@ def build(config: MachineConfig) -> Machine:
             machine.trace = Trace()
         _add_platform(machine)
         _add_virtio(machine)
-        _add_vcpus(machine)
+        add_vcpus(machine)
         machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
@@ -59,27 +61,32 @@ def _add_platform(machine: Machine) -> None:
     machine.pci.hotplug.on_event = lambda: events.raise_event(PCI_HOTPLUG)
     if config.vmgenid:
         machine.add(VmGenId(events))
+    machine.add(Rtc("rtc", config.rtc.base))
+    if config.pvpanic:
+        machine.add(Pvpanic("pvpanic"))
     if config.cpus.maximum > config.cpus.count:
         machine.add(CpuHotplug(events, config.cpus.count, config.cpus.maximum))
     if len(config.serials) > len(COM_PORTS):
         raise InvalidArgument(f"a PC has {len(COM_PORTS)} serial lines, not {len(config.serials)}")
     for index, serial in enumerate(config.serials):
         machine.add(parts.serial(machine, serial, index))
+    for index, debugcon in enumerate(config.debugcon):
+        machine.add(parts.debugcon(machine, debugcon, index))
 
 
 def _add_virtio(machine: Machine) -> None:
     """What is."""
     config = machine.config
     if config.consoles or config.channels:
-        from kvik.vmm.virtio.make import make_console
-
-        machine.add(make_console(config.consoles, config.channels, "virtio-serial0"))
-    for field, prefix in parts.LISTS:
+        slots = [port.slot for port in (*config.consoles, *config.channels)]
+        machine.add(parts.console(machine), max(slots))
+    for field in parts.KINDS:
         for index, item in enumerate(getattr(config, field)):
-            machine.add(parts.make(machine, field, item, item.id or f"{prefix}{index}"), item.slot)
+            machine.add(parts.make(machine, field, item, index), item.slot)
 
 
-def _add_vcpus(machine: Machine) -> None:
+def add_vcpus(machine: Machine) -> None:
+    """The vCPUs that the configuration asks for, as they are at power-on."""
     config = machine.config.cpus
     supported = machine.system.supported_cpuid()
     topology = Topology.of(config)

@@ -95,10 +95,13 @@ class SmbiosConfig:
 
 @settings
 class CharConfig:
-    """A character backend: `backend` is stdio, null, file:PATH, pty, unix:PATH or fd=N (`backends.char`)."""
+    """A character backend: `backend` is stdio, null, file:PATH, pty, unix:PATH or fd=N (`backends.char`); `log`, where
+    output goes as well, is file:PATH or fd=N. Consoles and channels are ports of one device: `slot` is that device's."""
 
     backend: str = "null"
     id: str = ""
+    log: str = ""
+    slot: int = 0
 
 
 @settings
@@ -108,6 +111,8 @@ class ChannelConfig:
     name: str = "org.qemu.guest_agent.0"
     backend: str = "null"
     id: str = ""
+    log: str = ""
+    slot: int = 0
 
 
 @settings

@@ -27,7 +27,7 @@ from kvik.kvm.system import System
 from kvik.vmm import layout as at
 from kvik.vmm.bus import Bus
 from kvik.vmm.interrupts import Doorbells, Interrupts
-from kvik.vmm.loop import EventLoop
+from kvik.vmm.loop import EventLoop, IoThread
 from kvik.vmm.memory import GuestMemory, HostMemory, Region
 from kvik.vmm.pci.bus import PciBus
 from kvik.vmm.slots import MemorySlots
@@ -61,6 +61,8 @@ class Machine:
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
         self.vcpus: list[VcpuThread] = []
+        self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
+        self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
         self.outcome = ""
         self.exit_code = 0
         self.trace: Trace | None = None
@@ -166,6 +168,17 @@ class Machine:
         if device is None:
             raise NoDevice(f"the machine has no device {name!r}")
         device.close()
+        if (thread := self.io_threads.pop(name, None)) is not None:
+            thread.stop()
+
+    def io_thread(self, name: str) -> IoThread:
+        """A new thread with a loop, for a device of that name that must not wait for others; it ends with the device."""
+        thread = IoThread(name)
+        thread.loop.on_error = self._callback_failed
+        thread.on_start = self.on_thread_start
+        thread.start()
+        self.io_threads[name] = thread
+        return thread
 
     def find(self, name: str) -> Device:
         """The device of that name: a virtio device, where one sits behind PCI."""
@@ -400,6 +413,9 @@ class Machine:
         for device in reversed(list(self.devices.values())):
             device.close()
         self.devices.clear()
+        for io_thread in self.io_threads.values():
+            io_thread.stop()
+        self.io_threads.clear()
         for thread in self.vcpus:
             thread.vcpu.close()
         for name in ("vm", "system"):

@@ -19,7 +19,7 @@ from kvik.host.process import find, find_program
 from kvik.hypervisor.driver import EventKind
 from kvik.hypervisor.qemu.driver import QemuDriver
 from kvik.hypervisor.qemu.machine import QemuMachine
-from kvik.hypervisor.qemu.sidecars import group, virtiofsd
+from kvik.hypervisor.sidecars import group, virtiofsd
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_machine import document, placed

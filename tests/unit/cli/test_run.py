@@ -77,6 +77,34 @@ def test_under_kvm_it_says_so(kvik: Any, host: Any) -> None:
     assert document(kvik).find("cpu").get("mode") == "host-passthrough"  # type: ignore[union-attr]
 
 
+def test_on_kvik_vmm_the_document_names_it_and_qemu_is_not_needed(
+    kvik: Any, host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.verdict = SimpleNamespace(usable=True, reason="a loop ran at 0.3 ns an instruction")
+    asked: list[dict[str, bool]] = []
+    monkeypatch.setattr("kvik.cli.run.ensure_passt", lambda ctx, progress, **how: asked.append(how))
+    assert kvik("run", "--vmm", "kvik", "--detach") == 0, kvik.err
+    root = document(kvik)
+    assert root.findtext("devices/emulator") == "kvik-vmm"
+    assert root.find("os/type").get("machine") == "kvik"  # type: ignore[union-attr]
+    assert root.get("type") == "kvm" and root.find("devices/graphics") is None
+    assert host.packages == [] and asked == [{"yes": False}]
+    assert kvik("run", "--vmm", "kvik", "--detach", "--network", "none") == 0, kvik.err
+    assert len(asked) == 1
+
+
+def test_what_kvik_vmm_cannot_do_is_said_before_anything_is_made(kvik: Any, host: Any, tmp_path: Path) -> None:
+    (tmp_path / "debian.raw").write_bytes(bytes(512))
+    assert kvik("run", "--vmm", "kvik") != 0
+    assert "kvik-vmm needs KVM" in kvik.err and "/dev/kvm is absent" in kvik.err and "QEMU" in kvik.err
+    host.verdict = SimpleNamespace(usable=True, reason="fine")
+    assert kvik("run", "--vmm", "kvik", str(tmp_path / "debian.raw")) != 0
+    assert "no firmware" in kvik.err and "--kernel" in kvik.err
+    assert kvik("run", "--vmm", "xen") != 0
+    assert "one of: qemu, kvik" in kvik.err
+    assert kvik.connection.made("define") == [] and host.packages == []
+
+
 def test_every_option_reaches_the_document(kvik: Any, host: Any, tmp_path: Path) -> None:
     for name in ("k", "i", "c.iso"):
         (tmp_path / name).write_bytes(b"x" * 600)

@@ -249,18 +249,18 @@ def test_a_state_moves_to_another_device(disk: Disk, raw: Path) -> None:
 
 
 def test_a_thread_of_its_own_serves_it(raw: Path) -> None:
-    disk = Disk(Blk("disk0", BlockImage(str(raw)), thread=IoThread("disk0")))
-    loop = disk.device.loop
+    thread = IoThread("disk0")
+    thread.start()
+    disk = Disk(Blk("disk0", BlockImage(str(raw)), loop=thread.loop))
     header = disk.space(16, struct.pack("<IIQ", blk.T_OUT, 0, 8))
     data, status = disk.space(4096, b"z" * 4096), disk.space(1)
     disk.put(0, [(header, 16, False), (data, 4096, False), (status, 1, True)])
-    assert disk.device.thread is not None
-    disk.device.thread.call(lambda: disk.kick(0))
+    thread.call(lambda: disk.kick(0))
     disk.finish()
     assert disk.take(0) == [(0, 1)]
     assert raw.read_bytes()[4096:8192] == b"z" * 4096
-    assert loop is not disk.machine.loop
     disk.close()
+    thread.stop()
     disk.close()
 
 

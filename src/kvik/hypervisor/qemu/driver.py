@@ -26,18 +26,21 @@ from kvik.conf.os import Loader, Nvram
 from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError
 from kvik.host.process import find, find_program
 from kvik.host.tsc import tsc_khz
+from kvik.hypervisor import process
+from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
-from kvik.hypervisor.qemu import hotplug, process
+from kvik.hypervisor.kernels import unpacked_kernel
+from kvik.hypervisor.qemu import hotplug
 from kvik.hypervisor.qemu.argv.build import build
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
-from kvik.hypervisor.qemu.descriptors import open_all
 from kvik.hypervisor.qemu.firmware import find_firmware, installed_firmware
 from kvik.hypervisor.qemu.machine import QemuMachine
-from kvik.hypervisor.qemu.sidecars import swtpm
-from kvik.hypervisor.qemu.sidecars.group import attach_sidecars
-from kvik.hypervisor.qemu.sidecars.start import check as check_sidecars
-from kvik.hypervisor.qemu.sidecars.start import start_sidecars
-from kvik.hypervisor.qemu.words import shell_text
+from kvik.hypervisor.qemu.remedies import remedy_for
+from kvik.hypervisor.sidecars import swtpm
+from kvik.hypervisor.sidecars.group import attach_sidecars
+from kvik.hypervisor.sidecars.start import check as check_sidecars
+from kvik.hypervisor.sidecars.start import start_sidecars
+from kvik.hypervisor.words import shell_text
 from kvik.paths import Paths
 
 __all__ = ["QemuDriver"]
@@ -193,7 +196,7 @@ class QemuDriver:
         emulator = domain.devices.emulator or await self.default_emulator(arch)
         capabilities = await self.capabilities(emulator)
         assign_aliases(domain)
-        kernel = await self._kernel(domain)
+        kernel = await unpacked_kernel(domain, self._paths.cache)
         await _tell_tsc_rate(domain)
         _choose_spice_ports(domain)
         with ExitStack() as undo, ExitStack() as close:
@@ -202,7 +205,14 @@ class QemuDriver:
                 domain, request.directory, opened, tpm_states=self._tpm_states, log_fd=request.log_fd, undo=undo
             )
             line = build(domain, capabilities, opened.fds, now=time.time())
-            handle, position = process.spawn(line, request.directory, request.log_fd, capabilities.version_text)
+            handle, position = process.spawn(
+                line.argv,
+                line.fds,
+                request.directory,
+                request.log_fd,
+                product=f"QEMU {capabilities.version_text}",
+                env=line.env,
+            )
             undo.callback(handle.close)
             undo.callback(handle.kill)
             images = opened.paths()
@@ -224,7 +234,16 @@ class QemuDriver:
             except BaseException as error:
                 reason = error
                 if isinstance(error, KvikError):
-                    reason = await process.died(domain.name, handle, request.log_fd, position, error, images=images)
+                    reason = await process.died(
+                        domain.name,
+                        handle,
+                        request.log_fd,
+                        position,
+                        error,
+                        product=self.name,
+                        images=images,
+                        remedy_for=remedy_for,
+                    )
                     reason = sidecars.failure(request.log_fd, qemu_alive=handle.alive) or reason
                 await asyncio.shield(machine.quit(0.0))
                 if reason is error:
@@ -234,19 +253,6 @@ class QemuDriver:
             machine.watch_sidecars()
             machine.release_events()
             return machine
-
-    async def _kernel(self, domain: Domain) -> str | None:
-        """The unpacked kernel with a PVH entry, if the document boots a kernel by BIOS and it has one."""
-        described = domain.os
-        if not described.kernel or described.firmware is not None or described.loader is not None:
-            return None
-        from kvik.image.kernel import uncompressed_kernel
-
-        try:
-            found = await asyncio.to_thread(uncompressed_kernel, described.kernel, self._paths.cache / "kernels")
-        except (KvikError, OSError):
-            return None  # QEMU says better what is wrong with the kernel itself
-        return str(found) if found is not None else None
 
     async def attach(
         self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink

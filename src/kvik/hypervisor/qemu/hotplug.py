@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvik.conf.devices.chardev import Channel, Chardev, ChardevSource, Console
+from kvik.conf.devices.chardev import Channel, Chardev
 from kvik.conf.devices.controller import Controller
 from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.display import Graphics, Input
 from kvik.conf.devices.hostdev import Hostdev, Redirdev
 from kvik.conf.devices.interface import Interface
-from kvik.conf.devices.memory import BalloonStats, Memballoon, Memory, Shmem
+from kvik.conf.devices.memory import Memballoon, Memory, Shmem
 from kvik.conf.devices.other import Rng, Vsock
 from kvik.errors import (
     ConfigUnsupported,
@@ -28,27 +28,25 @@ from kvik.errors import (
     KvikError,
     MonitorError,
     OperationFailed,
-    OperationInvalid,
     OperationUnsupported,
 )
-from kvik.hypervisor.qemu import cpus
+from kvik.hypervisor import cpus
+from kvik.hypervisor.consoles import set_pty
+from kvik.hypervisor.descriptors import Opened, open_chardev, open_disk, with_paths
+from kvik.hypervisor.layers import has_medium
+from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.build import make_context, parts_of
-from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props, alias_of
-from kvik.hypervisor.qemu.descriptors import Opened, open_chardev, open_disk, with_paths
-from kvik.hypervisor.qemu.process import remedy_for
+from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props
+from kvik.hypervisor.qemu.remedies import remedy_for
 
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
 
 __all__ = [
     "attach",
-    "detach",
     "finish_detach",
-    "mirror_console",
     "query_graphics",
-    "set_balloon_period",
-    "set_pty",
     "start_settings",
     "update",
 ]
@@ -168,21 +166,6 @@ async def add_fd(machine: QemuMachine, fd: int, name: str) -> str:
 # -- detach
 
 
-async def detach(machine: QemuMachine, device: Any) -> None:
-    """Asks the guest to let go; `DEVICE_REMOVED` tells when it has. Raises `MonitorError`."""
-    alias = alias_of(device)
-    machine.leaving[alias] = device
-    try:
-        await machine.execute("device_del", {"id": alias})
-    except MonitorError as error:
-        if "in the process of unplug" not in error.message:  # asked a second time: still leaving
-            machine.leaving.pop(alias, None)
-            raise
-    except KvikError:
-        machine.leaving.pop(alias, None)
-        raise
-
-
 async def finish_detach(machine: QemuMachine, device: Any) -> None:
     """The device is gone: its host side goes as well."""
     context = make_context(machine.domain, machine.capabilities, Files({}, {}))
@@ -238,7 +221,7 @@ async def update(machine: QemuMachine, old: Any, new: Any) -> None:
     elif isinstance(new, Graphics):
         await _password(machine, new)
     elif isinstance(new, Memballoon):
-        await _balloon_period(machine, new)
+        await machine.tell_balloon_period(new)
     else:
         raise OperationUnsupported(f"a {type(new).__name__.lower()} cannot be changed while the machine runs")
 
@@ -269,12 +252,12 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
         new.alias = old.alias
         open_disk(opened, new)  # a medium that cannot be opened leaves the old one in
         await _take_medium(machine, alias)
-        nodes = disks.block_nodes(_context(machine, {}, {}), old) if disks.has_medium(old) else []
+        nodes = disks.block_nodes(_context(machine, {}, {}), old) if has_medium(old) else []
         for node in reversed(nodes):
             with contextlib.suppress(MonitorError):
                 await machine.execute("blockdev-del", {"node-name": node["node-name"]})
         await remove_fdsets(machine, alias)
-        if disks.has_medium(new):
+        if has_medium(new):
             undone = _Undo(machine)
             try:
                 paths = {name: await add_fd(machine, fd, name) for name, fd in opened.fds.items()}
@@ -326,7 +309,7 @@ async def start_settings(machine: QemuMachine) -> None:
     balloon = domain.devices.memballoon
     if balloon is not None and balloon.model not in ("none", "xen"):
         if balloon.stats is not None:
-            waits.append(_balloon_period(machine, balloon))
+            waits.append(machine.tell_balloon_period(balloon))
         if domain.current_memory and domain.current_memory < domain.memory:
             waits.append(machine.set_balloon(domain.current_memory * 1024))
     for wait in waits:
@@ -350,22 +333,6 @@ def _epoch(text: str) -> str:
         return str(int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()))
     except ValueError as error:
         raise ConfigUnsupported(f"passwdValidTo {text!r} is no date like 2030-01-31T12:00:00") from error
-
-
-async def set_balloon_period(machine: QemuMachine, seconds: int) -> None:
-    """How often the guest is asked for its figures; 0: never. Raises `OperationInvalid` without a balloon."""
-    device = machine.domain.devices.memballoon
-    if device is None or device.model in ("none", "xen") or device.alias is None:
-        raise OperationInvalid(
-            f"machine {machine.name} has no balloon device", remedy="add <memballoon model='virtio'/>"
-        )
-    device.stats = BalloonStats(period=seconds)
-    await _balloon_period(machine, device)
-
-
-async def _balloon_period(machine: QemuMachine, device: Memballoon) -> None:
-    place = {"path": f"/machine/peripheral/{alias_of(device)}", "property": "guest-stats-polling-interval"}
-    await machine.execute("qom-set", place | {"value": device.stats.period if device.stats else 0})
 
 
 _LIMITS = {
@@ -401,23 +368,6 @@ async def settle(machine: QemuMachine, device: Any) -> None:
 
 
 # -- read back
-
-
-def set_pty(device: Chardev, path: str) -> None:
-    if not path.startswith("/dev/pts/") or not path.removeprefix("/dev/pts/").isdecimal():
-        return  # QEMU's word is not trusted to name any other file
-    if not device.sources:
-        device.sources = [ChardevSource()]
-    device.sources[0].path = path
-    device.tty = path if isinstance(device, Console) else device.tty
-
-
-def mirror_console(console: Console, serial: Chardev) -> None:
-    """The first console of type serial is the first serial line under another name."""
-    console.type = serial.type
-    path = serial.source.path if serial.source else None
-    if path and serial.type == "pty":
-        set_pty(console, path)
 
 
 async def query_graphics(machine: QemuMachine) -> None:

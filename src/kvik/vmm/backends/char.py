@@ -9,7 +9,8 @@
 | unix:PATH | a listening Unix socket; one client at a time, the next may come when it has gone |
 | fd=N | a connected socket, pipe or terminal that the caller opened; a listening socket is accepted from |
 
-Output that nobody takes is kept up to a bound, then refused: the device decides whether to wait or to drop.
+Output that nobody takes is kept up to a bound, then refused: the device decides whether to wait or to drop. On a pty,
+where nobody may ever look, it is dropped. With a log, all that the guest writes goes there as well.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Chardev:
     """One backend. All methods belong to the loop's thread, but for `write`, which any thread may call under its
     device's lock."""
 
-    def __init__(self, backend: str, name: str = "") -> None:
+    def __init__(self, backend: str, name: str = "", log: str = "") -> None:
+        """`log`: file:PATH or fd=N, or empty."""
         self.backend, self.name = backend, name
         self.filename = backend
         self.on_quit: Callable[[], None] | None = None  # Ctrl-] on a terminal
@@ -58,7 +60,10 @@ class Chardev:
         self._terminal: list[Any] | None = None
         self._is_stdio = False
         self._path = ""
+        self._log = -1
         self._open()
+        if log:
+            self._open_log(log)
 
     # Opening, before the sandbox ----------------------------------------------------------------------------------
 
@@ -87,6 +92,22 @@ class Chardev:
                 remedy="use stdio, null, pty, file:PATH, unix:PATH or fd=N",
             )
         self.connected = self._in >= 0 or self._out >= 0
+
+    def _open_log(self, log: str) -> None:
+        kind, _, rest = log.replace("=", ":", 1).partition(":")
+        try:
+            if kind == "fd" and rest.isdecimal():
+                self._log = int(rest)
+                os.set_inheritable(self._log, False)
+                if not stat.S_ISREG(os.fstat(self._log).st_mode):
+                    os.set_blocking(self._log, False)  # a reader that is stopped must not stop the guest
+            elif kind == "file" and rest:
+                self._log = os.open(rest, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            else:
+                raise InvalidArgument(f"{self.name}: a log is file:PATH or fd=N, not {log!r}")
+        except OSError as error:
+            raise self._cannot(f"log to {rest}", error) from error
+        self._owned.append(self._log)
 
     def _cannot(self, what: str, error: OSError) -> HostError:
         return HostError(f"{self.name}: cannot {what}: {error.strerror}", errno=error.errno or 0)
@@ -251,6 +272,17 @@ class Chardev:
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Bytes taken. Less than all: `on_writable` tells when to go on. Where nobody is connected all are taken, and
         lost."""
+        taken = self._put(data)
+        if self._log >= 0 and taken:
+            try:
+                os.write(self._log, memoryview(data)[:taken])
+            except BlockingIOError:
+                pass  # what its reader has no time for is lost there
+            except OSError:
+                self._log = -1  # the reader went away, or the disk is full: the guest goes on without
+        return taken
+
+    def _put(self, data: bytes | bytearray | memoryview) -> int:
         if self._out < 0:
             if self._listener is None or not self.backend.startswith("unix:"):
                 self.dropped += len(data)
@@ -269,7 +301,11 @@ class Chardev:
         if rest:
             self._pending += rest
             self._wait_writable()
-        return sent + len(rest)
+        taken = sent + len(rest)
+        if taken < len(view) and self.backend == "pty":
+            self.dropped += len(view) - taken
+            return len(view)
+        return taken
 
     def _wait_writable(self) -> None:
         if self._writing or self._loop is None:

@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.backends.block import BlockImage
     from kvik.vmm.device import State
-    from kvik.vmm.loop import IoThread
+    from kvik.vmm.loop import EventLoop
     from kvik.vmm.machine import Machine
     from kvik.vmm.virtio.queue import Chain, Queue
 
@@ -87,8 +87,8 @@ class _Operation:
 
 
 class Blk(VirtioDevice):
-    """A disk on `image`. `serial` is what the guest reads as its identity (20 bytes). `thread`, if given, serves this
-    disk alone; it is started and ended here.
+    """A disk on `image`. `serial` is what the guest reads as its identity (20 bytes). `loop`: of an I/O thread that
+    serves this disk alone; without it the machine's own.
 
     `rerror`, `werror`: what a failed read or write does: "report" it to the guest, "stop" the machine with status
     io-error and try again when it goes on, "ignore" it; "enospc" stops when the host is full, else reports.
@@ -109,7 +109,7 @@ class Blk(VirtioDevice):
         queue_size: int = 256,
         rerror: str = "report",
         werror: str = "enospc",
-        thread: IoThread | None = None,
+        loop: EventLoop | None = None,
     ) -> None:
         if rerror not in POLICIES or werror not in POLICIES or rerror == "enospc":
             raise InvalidArgument(f"disk {name}: rerror={rerror}, werror={werror}: use report, stop or ignore")
@@ -123,7 +123,7 @@ class Blk(VirtioDevice):
         self.block_stats = BlockStats()
         self.limits = {key: RateLimiter() for key in ("total", "read", "write")}
         self.paused = False
-        self.thread = thread
+        self._private = loop is not None
         self._parked: list[_Operation] = []
         self._pushed: set[Queue] = set()
         self._waiting: set[int] = set()  # queues that wait for the rate limit
@@ -136,8 +136,8 @@ class Blk(VirtioDevice):
             self.features |= RO
         else:
             self.features |= F_WRITE_ZEROES | (F_DISCARD if image.can_discard else 0)
-        if thread is not None:
-            self.loop = thread.loop
+        if loop is not None:
+            self.loop = loop
         super().__init__(name)
         self._fill_config()
 
@@ -158,10 +158,8 @@ class Blk(VirtioDevice):
 
     def attach(self, machine: Machine) -> None:
         super().attach(machine)
-        self.image.start(self.loop, private=self.thread is not None, on_ready=self._completions)
+        self.image.start(self.loop, private=self._private, on_ready=self._completions)
         self._started = True
-        if self.thread is not None:
-            self.thread.start()
 
     # The driver's side -------------------------------------------------------------------------------------------
 
@@ -414,9 +412,7 @@ class Blk(VirtioDevice):
         with self.lock:
             super().close()
             self.image.close()
-            started, self._started = self._started, False
-        if self.thread is not None and started:  # not under the lock, which a callback there may want first
-            self.thread.stop()
+            self._started = False
 
     # Control -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from kvik.conf.machine import MachineDefaults
 from kvik.conf.postparse import postparse
 from kvik.hypervisor.qemu.argv.build import CommandLine, build
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
-from kvik.hypervisor.qemu.words import shell_text
+from kvik.hypervisor.words import shell_text
 
 DATA = Path(__file__).parents[3] / "data" / "qemu"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvik.errors import AgentError
-from kvik.hypervisor.qemu.agent import GuestAgent, check_reply
+from kvik.hypervisor.agent import GuestAgent, check_reply
 
 
 class FakeAgent:

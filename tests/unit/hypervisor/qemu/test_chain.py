@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.qemu.chain import Backing, qcow2_backing
+from kvik.hypervisor.chain import Backing, qcow2_backing
 
 
 def header(name: bytes = b"", image_format: bytes = b"raw", features: int = 0, version: int = 3) -> bytes:

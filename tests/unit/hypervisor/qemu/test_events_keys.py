@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvik.errors import InvalidArgument
 from kvik.hypervisor.driver import EventKind
-from kvik.hypervisor.qemu.events import TABLE, translate
+from kvik.hypervisor.events import TABLE, translate
 from kvik.hypervisor.qemu.keys import QCODES, qcodes
 from kvik.qmp.protocol import Event
 

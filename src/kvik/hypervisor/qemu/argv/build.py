@@ -15,6 +15,7 @@ from kvik.conf.devices import chardev, controller, disk, hostdev, interface, mem
 from kvik.conf.devices import display as screens
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
+from kvik.hypervisor.names import MONITOR
 from kvik.hypervisor.qemu.argv import chardevs, controllers, disks, display, interfaces, machine, processor, small
 from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, json_text, keyval
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
@@ -22,7 +23,6 @@ from kvik.hypervisor.qemu.capabilities import QemuCapabilities
 __all__ = ["CommandLine", "build", "make_context", "netdev_argument", "parts_of"]
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-MONITOR = "monitor"
 
 
 @dataclass(frozen=True, slots=True)

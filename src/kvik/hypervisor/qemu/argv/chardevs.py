@@ -7,22 +7,17 @@ machine's first output is noticed.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 from kvik.conf.devices.chardev import Channel, ChardevSource, Console, Parallel, Serial
-from kvik.conf.devices.chardev import Chardev as ChardevDevice
 from kvik.conf.devices.hostdev import Redirdev, Smartcard
-from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, alias_of
+from kvik.hypervisor.names import HostSide, alias_of, chardev_name, log_name
+from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props
 
 __all__ = [
     "backend",
     "channel_parts",
     "chardev_id",
     "console_parts",
-    "first_output",
-    "listens",
     "parallel_parts",
     "redirdev_parts",
     "serial_parts",
@@ -30,39 +25,8 @@ __all__ = [
 ]
 
 
-class HostSide(Protocol):
-    """What <rng>'s egd backend shares with the character devices."""
-
-    type: Any
-    sources: list[ChardevSource]
-    protocol: Any
-
-
 def chardev_id(alias: str) -> str:
     return f"char{alias}"
-
-
-def file_name(alias: str) -> str:
-    """The name under which a listening socket or an open file is passed."""
-    return f"chardev:{alias}"
-
-
-def log_name(alias: str) -> str:
-    return f"log:{alias}"
-
-
-def listens(device: HostSide) -> bool:
-    """Whether we bind a Unix socket for it."""
-    source = device.sources[0] if device.sources else None
-    return device.type == "unix" and (source is None or source.mode != "connect")
-
-
-def first_output(domain: Domain) -> ChardevDevice | None:
-    """The device whose first byte shows that the guest has begun to speak."""
-    devices = domain.devices
-    if devices.serials:
-        return devices.serials[0]
-    return next((item for item in devices.consoles if item.target and item.target.type == "virtio"), None)
 
 
 def backend(context: Context, device: HostSide, alias: str) -> Chardev:
@@ -91,7 +55,7 @@ def _backend(context: Context, device: HostSide, alias: str) -> Chardev:
     if kind == "udp":
         return _udp(device, name)
     if kind == "file":
-        path = context.files.path(file_name(alias), source.path or "")
+        path = context.files.path(chardev_name(alias), source.path or "")
         append = None if source.append is None else source.append
         return Chardev(name, "file", {"path": path, "append": append}, {"out": path, "append": append})
     if kind in ("pipe", "dev"):
@@ -128,7 +92,7 @@ def _unix(context: Context, name: str, alias: str, source: ChardevSource) -> Cha
             {"path": source.path, "reconnect": reconnect},
             {"addr": {"type": "unix", "data": {"path": source.path}}, "server": False, "reconnect": reconnect},
         )
-    fd = context.files.fd(file_name(alias))
+    fd = context.files.fd(chardev_name(alias))
     if fd is not None:
         return Chardev(
             name,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvik.conf.devices.controller import Controller
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.qemu.argv.options import Context, Parts, Props, alias_of, virtio_options
+from kvik.hypervisor.names import alias_of
+from kvik.hypervisor.qemu.argv.options import Context, Parts, Props, virtio_options
 
 __all__ = ["controller_parts"]
 

@@ -6,23 +6,13 @@ the chain names the next layer or it ends with `backing: null`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-from kvik.conf.devices.disk import BackingStore, Disk, DiskSource, Encryption, Host
+from kvik.conf.devices.disk import Disk, DiskSource, Encryption, Host
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.qemu.argv.options import (
-    Chardev,
-    Context,
-    Parts,
-    Props,
-    alias_of,
-    node_name,
-    on_off,
-    virtio_options,
-)
+from kvik.hypervisor.layers import Layer, layers
+from kvik.hypervisor.names import alias_of, image_name
+from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, node_name, on_off, virtio_options
 
-__all__ = ["Layer", "block_nodes", "disk_parts", "file_name", "layers", "top_node"]
+__all__ = ["block_nodes", "disk_parts", "top_node"]
 
 FORMATS = frozenset(
     {"raw", "qcow2", "qcow", "vmdk", "vdi", "vpc", "vhdx", "qed", "luks", "bochs", "cloop", "dmg", "parallels"}
@@ -36,47 +26,6 @@ CACHE: dict[str, tuple[bool, bool, bool]] = {
     "unsafe": (False, True, True),
 }
 _PORTS = {"nbd": "10809", "iscsi": "3260", "rbd": "6789", "ssh": "22", "gluster": "24007"}
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One image of a chain: `number` 0 is the one the guest writes to."""
-
-    number: int
-    type: str
-    format: str
-    source: DiskSource
-    read_only: bool
-
-
-def layers(disk: Disk) -> Iterator[Layer]:
-    """From the top down; nothing for an empty drive. Raises `ConfigUnsupported` for a layer without a format."""
-    if disk.source is None or not has_medium(disk):
-        return
-    read_only = disk.readonly or disk.device == "cdrom"
-    yield Layer(0, disk.type, disk.driver.type if disk.driver and disk.driver.type else "raw", disk.source, read_only)
-    below: BackingStore | None = disk.backing_store
-    number = 1
-    while below is not None and below.type is not None:
-        if below.source is None or below.format is None:
-            raise ConfigUnsupported(f"disk {disk.target.dev}: layer {number} of its chain lacks source or format")
-        yield Layer(number, below.type, below.format.type, below.source, True)
-        below = below.backing_store
-        number += 1
-
-
-def has_medium(disk: Disk) -> bool:
-    source = disk.source
-    if source is None:
-        return False
-    if disk.type in ("file", "block", "dir"):
-        return bool(source.location)
-    return True
-
-
-def file_name(alias: str, layer: int) -> str:
-    """The name under which a layer's descriptor is passed."""
-    return f"disk:{alias}:{layer}"
 
 
 def top_node(disk: Disk) -> str:
@@ -184,7 +133,7 @@ def _storage(context: Context, disk: Disk, layer: Layer) -> Props:
             driver = "host_cdrom"
         return {
             "driver": driver,
-            "filename": context.files.path(file_name(alias_of(disk), layer.number), path),
+            "filename": context.files.path(image_name(alias_of(disk), layer.number), path),
             "aio": disk.driver.io if disk.driver else None,
         }
     if layer.type == "dir":

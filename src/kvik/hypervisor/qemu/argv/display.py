@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvik.conf.devices.display import Audio, Graphics, Input, Sound, Video
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.qemu.argv.options import Context, Parts, Props, alias_of, json_text, keyval, virtio_options
+from kvik.hypervisor.names import alias_of
+from kvik.hypervisor.qemu.argv.options import Context, Parts, Props, json_text, keyval, virtio_options
 
 __all__ = ["audio_arguments", "graphics_arguments", "input_parts", "sound_parts", "video_parts"]
 

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 from kvik.conf.devices.interface import Interface
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, alias_of, on_off, virtio_options
+from kvik.hypervisor.names import TAP_TYPES, alias_of, is_passt, passt_name, tap_name, vhost_name
+from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, on_off, virtio_options
 
-__all__ = ["TAP_TYPES", "interface_parts", "is_passt", "netdev_id", "passt_name", "tap_name", "vhost_name"]
+__all__ = ["interface_parts", "netdev_id"]
 
-TAP_TYPES = frozenset({"ethernet", "network", "bridge", "direct"})
 # document's model -> QEMU's device; others pass through by their own name, if this QEMU has them
 _MODELS = {"virtio": "virtio-net", "i82551": "i82551", "ne2k_isa": "ne2k_isa", "ne2k_pci": "ne2k_pci"}
 
 
 def netdev_id(alias: str) -> str:
     return f"host{alias}"
-
-
-def tap_name(alias: str) -> str:
-    """Descriptors are passed as `net:ALIAS:0`, `net:ALIAS:1`, ... one for each queue."""
-    return f"net:{alias}"
-
-
-def vhost_name(alias: str) -> str:
-    return f"vhost:{alias}"
-
-
-def passt_name(alias: str) -> str:
-    """The connection to passt is passed as `passt:ALIAS`."""
-    return f"passt:{alias}"
-
-
-def is_passt(device: Interface) -> bool:
-    return device.type == "user" and device.backend is not None and device.backend.type == "passt"
 
 
 def interface_parts(context: Context, device: Interface) -> Parts:

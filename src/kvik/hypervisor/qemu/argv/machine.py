@@ -9,7 +9,8 @@ from kvik.conf.devices.hostdev import Redirdev
 from kvik.conf.domain import Domain
 from kvik.conf.os import Sysinfo
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.qemu.argv.options import Context, Props, alias_of, json_text, keyval
+from kvik.hypervisor.names import alias_of
+from kvik.hypervisor.qemu.argv.options import Context, Props, json_text, keyval
 
 __all__ = ["boot_indexes", "clock", "clock_environment", "firmware", "machine", "power_actions", "smbios", "uses_qboot"]
 

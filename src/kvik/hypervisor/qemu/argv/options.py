@@ -17,6 +17,7 @@ import msgspec
 from kvik.conf.devices.common import Address, BootableDevice, Device, VirtioOptions
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
+from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "Context",
     "Files",
     "Parts",
-    "alias_of",
     "json_text",
     "keyval",
     "node_name",
@@ -70,12 +70,6 @@ def node_name(alias: str, layer: int, kind: str) -> str:
     """
     base = alias if len(alias) <= 14 else "d" + hashlib.sha1(alias.encode()).hexdigest()[:13]
     return f"{base}-{layer}-{kind}"
-
-
-def alias_of(device: Device) -> str:
-    if device.alias is None or not device.alias.name:
-        raise ConfigUnsupported(f"a {type(device).__name__.lower()} has no alias")
-    return device.alias.name
 
 
 @dataclass(slots=True)

@@ -7,8 +7,9 @@ from kvik.conf.devices.hostdev import Hostdev
 from kvik.conf.devices.memory import Memballoon, Memory, Shmem
 from kvik.conf.devices.other import Crypto, Filesystem, Hub, Iommu, Panic, Rng, Tpm, Vsock, Watchdog
 from kvik.errors import ConfigUnsupported
+from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.qemu.argv.chardevs import backend, chardev_id
-from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, alias_of, keyval, on_off, virtio_options
+from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, keyval, on_off, virtio_options
 from kvik.hypervisor.qemu.argv.processor import parse_set
 
 __all__ = [

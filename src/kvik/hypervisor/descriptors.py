@@ -1,0 +1,334 @@
+"""Everything a machine needs open, opened before QEMU starts: what is missing or forbidden is an error that names it,
+and QEMU itself needs no right to open anything.
+
+    name              what it is
+    monitor           listening socket for QMP, `monitor.sock` in the machine's directory
+    chardev:ALIAS     listening socket of a serial line or channel, or its output file
+    log:ALIAS         pipe that carries the first line's output to us
+    disk:ALIAS:N      image number N of a disk's chain
+    kernel, initrd    for direct boot
+    loader, nvram     UEFI flash
+    net:ALIAS:N       tap queue N (the network's part opened it)
+    vhost:ALIAS:N     /dev/vhost-net for queue N
+    vsock:ALIAS       /dev/vhost-vsock
+    tpm:ALIAS         control channel of swtpm
+    fs:ALIAS          connection to virtiofsd
+    passt:ALIAS       connection to passt
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import socket
+import stat
+import struct
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from kvik.conf.devices.chardev import Chardev, ChardevSource
+from kvik.conf.devices.disk import BackingStore, Disk, DiskSource, Format
+from kvik.conf.devices.other import Cid, Vsock
+from kvik.conf.domain import Domain
+from kvik.errors import ConfigError, ConfigUnsupported, HostError
+from kvik.host import files as host_files
+from kvik.hypervisor.chain import qcow2_backing
+from kvik.hypervisor.layers import Layer, has_medium, layers
+from kvik.hypervisor.names import (
+    MONITOR,
+    TAP_TYPES,
+    alias_of,
+    character_devices,
+    chardev_name,
+    first_output,
+    image_name,
+    listens,
+    log_name,
+    tap_name,
+    vhost_name,
+)
+from kvik.qmp.aio import short_unix_path
+
+__all__ = ["Opened", "listen_unix", "open_all", "open_chardev", "open_disk", "with_paths"]
+
+_MAX_CHAIN = 200
+_VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
+_FIRST_CID = 3
+
+
+class Opened:
+    """Descriptors by name. `close` closes them, in any case; `undo` removes what only a running machine needs."""
+
+    def __init__(self, close: ExitStack, undo: ExitStack, passed: Mapping[str, int]) -> None:
+        self.fds: dict[str, int] = {}
+        self.close = close
+        self.undo = undo
+        self.output: int | None = None  # our end of the first line's pipe
+        self.made: list[Path] = []  # sockets to remove when the machine is gone
+        self.passed = passed
+        for name, fd in passed.items():
+            if name.startswith(("net:", "vhost:", "vdpa:", "tpm:", "fs:")):
+                self.add(name, os.dup(fd))
+
+    def add(self, name: str, fd: int) -> None:
+        self.fds[name] = fd
+        self.close.callback(os.close, fd)
+
+    def paths(self) -> dict[int, str]:
+        """Descriptor -> file, for messages: QEMU knows its images by number only."""
+        found = {}
+        for name, fd in self.fds.items():
+            if name.startswith("disk:"):
+                with contextlib.suppress(OSError):
+                    found[fd] = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+        return found
+
+    def drop_output(self) -> None:
+        if self.output is not None:
+            os.close(self.output)
+            self.output = None
+
+    def open(self, name: str, path: str, flags: int) -> int:
+        try:
+            fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise host_files.host_error("open", path, error) from error
+        self.add(name, fd)
+        return fd
+
+
+def open_all(
+    domain: Domain,
+    directory: Path,
+    passed: Mapping[str, int],
+    kernel: str | None,
+    *,
+    close: ExitStack,
+    undo: ExitStack,
+) -> Opened:
+    """`kernel` replaces the document's (the unpacked one). Writes found chains and socket paths into the document."""
+    opened = Opened(close, undo, passed)
+    _listen(opened, MONITOR, directory / "monitor.sock")
+    for device in character_devices(domain):
+        open_chardev(opened, device, directory)
+    first = first_output(domain)
+    if first is not None and first.log is None:
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(writer, True)
+        opened.add(log_name(alias_of(first)), writer)
+        opened.output = reader
+        undo.callback(opened.drop_output)
+    for disk in domain.devices.disks:
+        open_disk(opened, disk)
+    _open_boot(opened, domain, kernel)
+    _open_networks(opened, domain)
+    if domain.devices.vsock is not None:
+        _open_vsock(opened, domain.devices.vsock)
+    return opened
+
+
+def with_paths(text: str, paths: Mapping[int, str]) -> str:
+    """What QEMU said, with the files' own names instead of its fdsets'."""
+    return re.sub(r"/dev/fdset/(\d+)", lambda match: paths.get(int(match[1]), match[0]), text)
+
+
+def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
+    """A listening socket in place of a stale one. Raises `HostError`; never removes what is no socket."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        os.fchmod(sock.fileno(), mode)  # the file takes the socket's mode: it is never open to others
+        with short_unix_path(path) as name:
+            sock.bind(name)
+        sock.listen(1)
+    except OSError as error:
+        sock.close()
+        raise host_files.host_error("listen on", path, error) from error
+    return sock
+
+
+def _listen(opened: Opened, name: str, path: Path) -> None:
+    sock = listen_unix(path)
+    opened.made.append(path)
+    opened.undo.callback(path.unlink, missing_ok=True)
+    opened.add(name, sock.detach())
+
+
+def open_chardev(opened: Opened, device: Chardev, directory: Path) -> None:
+    alias = alias_of(device)
+    if listens(device):
+        source = device.source
+        if source is None:
+            source = ChardevSource(mode="bind")
+            device.sources = [source]
+        if not source.path:
+            source.path = str(directory / f"{alias}.sock")
+        source.mode = source.mode or "bind"
+        _listen(opened, chardev_name(alias), Path(source.path))
+    elif device.type == "file" and device.source is not None and device.source.path:
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if device.source.append else os.O_TRUNC)
+        opened.open(chardev_name(alias), device.source.path, flags | os.O_NOFOLLOW)
+    if device.log is not None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+        # Always for appending, so that the manager can cut a log that grows under QEMU's hands.
+        flags |= os.O_APPEND | (os.O_TRUNC if device.log.append is False else 0)
+        opened.open(log_name(alias), device.log.file, flags)
+
+
+# -- disks
+
+
+def open_disk(opened: Opened, disk: Disk) -> None:
+    """Opens every image of the chain; a chain that the document does not name is read from qcow2 headers."""
+    if not has_medium(disk):
+        return
+    if disk.type in ("file", "block") and _optional_and_missing(disk):
+        disk.source = None
+        return
+    alias = alias_of(disk)
+    top = disk.driver.type if disk.driver and disk.driver.type else "raw"
+    above: Disk | BackingStore = disk
+    for number, layer in enumerate(list(layers(disk))):
+        if layer.type not in ("file", "block"):
+            return  # QEMU reaches it by protocol
+        fd = _open_image(opened, alias, number, layer.source, layer.read_only)
+        _check_kind(fd, layer, disk)
+        if number:
+            assert above.backing_store is not None
+            above = above.backing_store
+        top = layer.format
+    if above.backing_store is not None or top != "qcow2":
+        return
+    source = above.source
+    while source is not None and source.location:
+        found = qcow2_backing(opened.fds[image_name(alias, number)], source.location)
+        if found is None:
+            break
+        number += 1
+        if number > _MAX_CHAIN:
+            raise ConfigUnsupported(f"disk {disk.target.dev}: its chain is longer than {_MAX_CHAIN} images")
+        source = DiskSource(file=found.path)
+        _open_image(opened, alias, number, source, True)
+        below = BackingStore(type="file", format=Format(type=found.format), source=source)
+        above.backing_store = below
+        above = below
+        if found.format != "qcow2":
+            break
+    above.backing_store = BackingStore()  # the end
+
+
+def _optional_and_missing(disk: Disk) -> bool:
+    source = disk.source
+    if source is None or source.startup_policy != "optional" or not source.location:
+        return False
+    return not Path(source.location).exists()
+
+
+def _open_image(opened: Opened, alias: str, number: int, source: DiskSource, read_only: bool) -> int:
+    name = image_name(alias, number)
+    if source.fdgroup:
+        passed = opened.passed.get(source.fdgroup)
+        if passed is None:
+            raise ConfigError(f"no descriptor was passed for the fdgroup {source.fdgroup!r}")
+        opened.add(name, os.dup(passed))
+        return opened.fds[name]
+    assert source.location
+    return opened.open(name, source.location, (os.O_RDONLY | os.O_NONBLOCK) if read_only else os.O_RDWR)
+
+
+def _check_kind(fd: int, layer: Layer, disk: Disk) -> None:
+    mode = os.fstat(fd).st_mode
+    if layer.type == "file" and not stat.S_ISREG(mode):
+        raise ConfigError(
+            f"disk {disk.target.dev}: {layer.source.location} is no regular file",
+            remedy="use <disk type='block'> for a block device",
+        )
+    if layer.type == "block" and not stat.S_ISBLK(mode):
+        raise ConfigError(f"disk {disk.target.dev}: {layer.source.location} is no block device")
+
+
+# -- boot files
+
+
+def _open_boot(opened: Opened, domain: Domain, kernel: str | None) -> None:
+    described = domain.os
+    if described.kernel:
+        _regular(opened, "kernel", kernel or described.kernel)
+        if described.initrd:
+            _regular(opened, "initrd", described.initrd)
+    loader = described.loader
+    if loader is not None and loader.value and loader.type == "pflash":
+        opened.open("loader", loader.value, os.O_RDONLY if loader.readonly is not False else os.O_RDWR)
+        nvram = described.nvram
+        path = ((nvram.source.location if nvram.source else None) or nvram.value) if nvram else None
+        if nvram is not None and path:
+            _make_nvram(path, nvram.template)
+            opened.open("nvram", path, os.O_RDWR)
+
+
+def _regular(opened: Opened, name: str, path: str) -> None:
+    fd = opened.open(name, path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise ConfigError(f"the {name} {path} is no regular file", path=f"/domain/os/{name}")
+
+
+def _make_nvram(path: str, template: str | None) -> None:
+    """A machine's own UEFI variables: made from the template at the first start, kept from then on."""
+    target = Path(path)
+    if target.exists():
+        return
+    if not template:
+        raise ConfigError(f"the NVRAM file {path} does not exist and no template is named", path="/domain/os/nvram")
+    try:
+        data = Path(template).read_bytes()
+    except OSError as error:
+        raise host_files.host_error("read", template, error) from error
+    host_files.ensure_directory(target.parent)
+    host_files.atomic_write(target, data)
+
+
+# -- network, vsock
+
+
+def _open_networks(opened: Opened, domain: Domain) -> None:
+    for nic in domain.devices.interfaces:
+        if nic.type not in TAP_TYPES:
+            continue
+        alias = alias_of(nic)
+        model = nic.model.type if nic.model else "virtio"
+        backend = nic.driver.name if nic.driver else None
+        if not model.startswith("virtio") or backend == "qemu" or (domain.type != "kvm" and backend != "vhost"):
+            continue
+        queues = sum(1 for name in opened.fds if name.startswith(f"{tap_name(alias)}:"))
+        path = (nic.backend.vhost if nic.backend else None) or "/dev/vhost-net"
+        for number in range(queues):
+            name = f"{vhost_name(alias)}:{number}"
+            if name in opened.fds:
+                continue
+            try:
+                opened.open(name, path, os.O_RDWR)
+            except HostError:
+                if backend == "vhost":
+                    raise
+                break  # an accelerator, not a need
+
+
+def _open_vsock(opened: Opened, device: Vsock) -> None:
+    """The CID is claimed here, where a taken one can be told from other errors (and another tried)."""
+    fd = opened.open(f"vsock:{alias_of(device)}", "/dev/vhost-vsock", os.O_RDWR)
+    wanted = device.cid.address if device.cid and not device.cid.auto else None
+    for cid in [wanted] if wanted is not None else range(_FIRST_CID, _FIRST_CID + 65536):
+        try:
+            fcntl.ioctl(fd, _VHOST_VSOCK_SET_GUEST_CID, struct.pack("=Q", cid))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and wanted is None:
+                continue
+            raise HostError(f"cannot use vsock CID {cid}: {error.strerror}", errno=error.errno or 0) from error
+        device.cid = Cid(auto=device.cid.auto if device.cid else True, address=cid)
+        return

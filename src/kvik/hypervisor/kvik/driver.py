@@ -1,0 +1,265 @@
+"""kvik-vmm as a driver: completes and checks documents, starts machines and finds them again.
+
+A machine is ours when its document's <emulator> is a path that ends in `kvik-vmm`. Starting is as for QEMU: every
+file is opened here, the VMM gets descriptors and speaks QMP; whatever fails on the way is undone in reverse, and if
+the VMM itself gave up, its own words are the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from kvik import __version__
+from kvik.conf.aliases import assign_aliases
+from kvik.conf.capabilities import DomainCapabilities, format_domain_capabilities
+from kvik.conf.cpu import Cpu
+from kvik.conf.devices.interface import Backend, InterfaceModel
+from kvik.conf.domain import Domain
+from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError
+from kvik.host.process import find, find_program
+from kvik.hypervisor import process
+from kvik.hypervisor.descriptors import open_all
+from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
+from kvik.hypervisor.kernels import unpacked_kernel
+from kvik.hypervisor.kvik import hotplug, support
+from kvik.hypervisor.kvik.argv import build
+from kvik.hypervisor.kvik.machine import KvikMachine
+from kvik.hypervisor.sidecars import virtiofsd
+from kvik.hypervisor.sidecars.group import attach_sidecars
+from kvik.hypervisor.sidecars.start import start_sidecars
+from kvik.hypervisor.words import shell_text
+from kvik.paths import Paths
+
+__all__ = ["EMULATOR", "KvikDriver"]
+
+EMULATOR = "kvik-vmm"
+START_DEADLINE = 30.0
+ATTACH_DEADLINE = 2.0
+_FEATURES = frozenset(
+    {
+        Feature.REBOOT_IN_PLACE,
+        Feature.VCPU_HOTPLUG,
+        Feature.BALLOON,
+        Feature.DEVICE_HOTPLUG,
+        Feature.NMI,
+        Feature.AGENT,
+        Feature.TAPS,
+    }
+)
+
+
+class KvikDriver:
+    name = EMULATOR
+
+    def __init__(self, paths: Paths, probe: Callable[[], HostVerdict], *, emulator: str = "") -> None:
+        """`probe` runs the host's acceleration probe (blocking, cached); `emulator` overrides the search."""
+        self._paths = paths
+        self._probe = probe
+        self._verdict = probe()
+        self._emulator = emulator
+
+    def features(self) -> frozenset[Feature]:
+        return _FEATURES | ({Feature.KVM} if self._verdict.usable else set())
+
+    def verdict(self) -> HostVerdict:
+        return self._verdict
+
+    async def version(self) -> int:
+        """kvik's own: the two come in one package."""
+        return _version()
+
+    async def default_emulator(self, arch: str) -> str:
+        if arch not in ("", "x86_64", "amd64"):
+            raise HypervisorError(f"kvik-vmm runs x86_64 guests, not {arch}", remedy="use QEMU")
+        beside = str(Path(sys.executable).parent)  # where pip puts it
+        found = self._emulator or find_program(EMULATOR, beside) or find_program(EMULATOR)
+        if not found:
+            raise HypervisorError(
+                f"kvik-vmm is not installed (looked in {beside} and the system's paths)", remedy="pip install kvik"
+            )
+        return found
+
+    # -- documents
+
+    async def complete(self, definition: Domain) -> None:
+        support.check(definition)
+        described = definition.os.type
+        described.arch = "x86_64"
+        described.machine = support.MACHINES[described.machine or "kvik"]
+        if "/" not in (definition.devices.emulator or ""):
+            definition.devices.emulator = await self.default_emulator(described.arch)
+        if definition.cpu is None or (definition.cpu.mode is None and definition.cpu.model is None):
+            definition.cpu = definition.cpu or Cpu()
+            definition.cpu.mode = "host-passthrough"
+        for nic in definition.devices.interfaces:
+            nic.model = nic.model or InterfaceModel(type="virtio")
+            if nic.type == "user" and nic.backend is None:
+                nic.backend = Backend(type="passt")
+
+    async def validate(self, definition: Domain) -> None:
+        support.check(definition)
+        virtiofsd.check(definition)
+        if not self._verdict.usable:
+            # Perhaps a module was loaded or a permission given since; cached, so this costs a millisecond if not.
+            self._verdict = await asyncio.to_thread(self._probe)
+        if not self._verdict.usable:
+            remedy = "<domain type='qemu'> without this <emulator> runs on QEMU's software emulation"
+            if self._verdict.remedy:
+                remedy = f"{self._verdict.remedy}; or {remedy}"
+            raise ConfigUnsupported(
+                f"kvik-vmm needs KVM, which cannot be used here: {self._verdict.reason}",
+                path="/domain/devices/emulator",
+                remedy=remedy,
+            )
+        emulator = definition.devices.emulator or ""
+        if not os.access(emulator, os.X_OK):
+            raise ConfigUnsupported(
+                f"{emulator} cannot be run", path="/domain/devices/emulator", remedy=f"<emulator>{EMULATOR}</emulator>"
+            )
+
+    async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
+        """Nothing is kept between runs: there is no TPM."""
+
+    async def native(self, definition: Domain) -> str:
+        copy = definition.copy()
+        await self.complete(copy)
+        assign_aliases(copy)
+        line = build(copy, copy.devices.emulator or EMULATOR, paused=False, now=time.time())
+        return shell_text(line.argv) + "\n"
+
+    # -- machines
+
+    async def start(self, request: StartRequest) -> KvikMachine:
+        domain = request.definition
+        await self.validate(domain)
+        assign_aliases(domain)
+        kernel = await unpacked_kernel(domain, self._paths.cache)
+        with ExitStack() as undo, ExitStack() as close:
+            opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
+            sidecars = await start_sidecars(
+                domain, request.directory, opened, tpm_states=self._paths.data, log_fd=request.log_fd, undo=undo
+            )
+            line = build(domain, domain.devices.emulator or EMULATOR, opened.fds, now=time.time())
+            handle, position = process.spawn(line.argv, line.fds, request.directory, request.log_fd, product=self.name)
+            undo.callback(handle.close)
+            undo.callback(handle.kill)
+            close.close()  # the VMM has its own; ours would keep its monitor from ending with it
+            machine = KvikMachine(
+                domain,
+                request.directory,
+                handle,
+                emulator=line.argv[0],
+                version=_version(),
+                sink=request.sink,
+                sidecars=sidecars,
+            )
+            machine.hold_events()
+            try:
+                await machine.connect(START_DEADLINE)
+                await machine.refresh()
+                await hotplug.start_settings(machine)
+                if opened.output is not None:
+                    machine.watch_output(opened.output)
+                    opened.output = None
+                failure = sidecars.failure(request.log_fd)
+                if failure is not None:
+                    raise failure
+                if not request.paused:
+                    await machine.resume()
+            except BaseException as error:
+                reason = error
+                if isinstance(error, KvikError):
+                    reason = await process.died(domain.name, handle, request.log_fd, position, error, product=self.name)
+                    reason = sidecars.failure(request.log_fd, qemu_alive=handle.alive) or reason
+                await asyncio.shield(machine.quit(0.0))
+                if reason is error:
+                    raise
+                raise reason from error
+            undo.pop_all()
+            machine.watch_sidecars()
+            machine.release_events()
+            return machine
+
+    async def attach(
+        self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink
+    ) -> KvikMachine | None:
+        """A machine whose monitor does not answer is found all the same; its monitor is tried until it does."""
+        pid, start_time, boot = handle.get("pid"), handle.get("start_time"), handle.get("boot")
+        if not isinstance(pid, int) or not isinstance(start_time, int) or not isinstance(boot, str):
+            raise ConfigError(f"the status of machine {definition.name} does not say which process it is")
+        found = find(pid, start_time, boot)
+        sidecars, lost = attach_sidecars(definition.name, handle.get("sidecars"), boot)
+        if found is None:
+            await sidecars.end()
+            return None
+        machine = KvikMachine(
+            definition,
+            directory,
+            found,
+            emulator=str(handle.get("emulator") or EMULATOR),
+            version=int(handle.get("version") or _version()),
+            sink=sink,
+            sidecars=sidecars,
+        )
+        if handle.get("started") is not False:
+            machine.mark_started()
+        machine.clock_base = int(handle.get("clock_base") or 0)
+        try:
+            await machine.connect(ATTACH_DEADLINE)
+            await machine.refresh()
+        except KvikError:
+            if not machine.ended:
+                machine.keep_reconnecting()
+        machine.watch_sidecars(lost)
+        return machine
+
+    async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str:
+        path = emulator if "/" in emulator else await self.default_emulator(arch)
+        name = support.MACHINES.get(machine or "kvik")
+        if name is None:
+            raise ConfigUnsupported(
+                f"kvik-vmm has no machine type {machine!r}",
+                path="/domain/os/type/@machine",
+                remedy=f"one of: {', '.join(support.MACHINES)}",
+            )
+        if virttype not in ("", "kvm"):
+            raise ConfigUnsupported(f"kvik-vmm needs KVM and runs no domains of type {virttype!r}", remedy="use QEMU")
+        if not self._verdict.usable:
+            raise ConfigUnsupported(
+                f"kvik-vmm needs KVM, which cannot be used here: {self._verdict.reason}",
+                remedy=self._verdict.remedy or "use QEMU",
+            )
+        return format_domain_capabilities(_domain_capabilities(path, name))
+
+
+def _version() -> int:
+    parts = [int(part) for part in __version__.split(".")[:3] if part.isdecimal()]
+    major, minor, micro = (*parts, 0, 0, 0)[:3]
+    return major * 1_000_000 + minor * 1_000 + micro
+
+
+def _domain_capabilities(path: str, machine: str) -> DomainCapabilities:
+    return DomainCapabilities(
+        path=path,
+        domain="kvm",
+        machine=machine,
+        arch="x86_64",
+        max_vcpus=support.MAX_VCPUS,
+        iothreads=False,
+        cpu_modes=["host-passthrough", "maximum"],
+        memory_sources=["anonymous", "memfd"],
+        devices={
+            "disk": {"diskDevice": ["disk"], "bus": ["virtio"], "model": ["virtio", "virtio-non-transitional"]},
+            "rng": {"model": ["virtio"], "backendModel": ["random", "builtin"]},
+            "filesystem": {"driverType": ["virtiofs"]},
+            "channel": {"type": list(support.CHARDEVS)},
+        },
+        features={"genid": True},
+    )

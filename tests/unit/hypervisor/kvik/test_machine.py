@@ -1,0 +1,181 @@
+"""Machines of the kvik driver under a manager, their VMM played by `fake_vmm.py`: what is asked of it, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvik
+from kvik.conf.enums import DomainState
+from kvik.errors import HypervisorError, MonitorError, OperationTimeout, OperationUnsupported
+from kvik.host.process import read_stat
+from kvik.hypervisor.driver import HostVerdict
+from kvik.hypervisor.kvik import driver as module
+from kvik.hypervisor.kvik.driver import KvikDriver
+from kvik.hypervisor.test.driver import TestDriver
+from kvik.manager.domain import DomainObject
+from kvik.manager.manager import Manager
+from kvik.paths import Paths
+
+FAKE = Path(__file__).with_name("fake_vmm.py")
+DOMAIN = """<domain type='kvm'><name>m</name><memory unit='MiB'>128</memory><vcpu>2</vcpu>
+<os><type machine='kvik'>hvm</type><kernel>{root}/kernel</kernel><cmdline>{cmdline}</cmdline></os>
+<devices><emulator>{root}/kvik-vmm</emulator>
+<disk type='file'><driver name='qemu' type='raw'/><source file='{root}/a.raw'/><target dev='vda'/></disk>
+<serial type='pty'/>
+<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+</devices></domain>"""
+DISK = "<disk type='file'><driver type='raw'/><source file='{0}'/><target dev='vdb'/><serial>{1}</serial></disk>"
+
+
+class World:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("kernel", "a.raw", "b.raw"):
+            (root / name).write_bytes(bytes(512))
+        emulator = root / "kvik-vmm"
+        source = Path(kvik.__file__).parents[1]
+        emulator.write_text(f'#!/bin/sh\nPYTHONPATH="{source}" exec {sys.executable} {FAKE} "$@"\n')
+        emulator.chmod(0o755)
+        self.managers: list[Manager] = []
+
+    async def manager(self) -> Manager:
+        paths = Paths.system(self.root / "state")
+        ours = KvikDriver(paths, lambda: HostVerdict(True, "told so"))
+        manager = Manager(paths, {"qemu": TestDriver(), "kvik-vmm": ours})
+        self.managers.append(manager)
+        await manager.open()
+        return manager
+
+    def document(self, cmdline: str = "quiet") -> str:
+        return DOMAIN.format(root=self.root, cmdline=cmdline)
+
+    async def started(self) -> tuple[Manager, DomainObject]:
+        manager = await self.manager()
+        domain = await manager.define(self.document())
+        await domain.start()
+        return manager, domain
+
+    def commands(self, domain: DomainObject) -> list[tuple[str, dict[str, Any], int]]:
+        assert domain.run is not None
+        lines = (domain.run.directory / "commands").read_text().splitlines()
+        return [(name, arguments, fds) for name, arguments, fds in map(json.loads, lines)]
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    made = World(tmp_path)
+    yield made
+    last = made.managers[-1]
+    for domain in last.domains():
+        if domain.is_active:
+            await domain.destroy()
+    await last.close()
+
+
+async def soon(condition: Any) -> None:
+    async with asyncio.timeout(5.0):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_the_life_of_a_machine(world: World) -> None:
+    _, domain = await world.started()
+    assert domain.state == DomainState.RUNNING and domain.accelerator == "kvm"
+    assert domain.console_path == "/dev/pts/99"
+    assert [name for name, _, _ in world.commands(domain)][-1] == "cont"
+    await domain.suspend()
+    await domain.resume()
+    await domain.reset()
+    assert [name for name, _, _ in world.commands(domain)][-3:] == ["stop", "cont", "system_reset"]
+    figures = await domain.stats()
+    assert figures["block.0.rd.reqs"] == 3 and figures["vcpu.current"] == 2 and int(figures["cpu.time"]) > 0
+    assert json.loads(await domain.monitor_command('{"execute": "query-status"}'))["return"]["status"] == "running"
+    await domain.shutdown(1)
+    await soon(lambda: not domain.is_active)
+    assert domain.state == DomainState.SHUTOFF
+
+
+async def test_everything_it_needs_is_passed_open_and_no_path_of_an_image_is_told(world: World) -> None:
+    _, domain = await world.started()
+    argv = Path(f"/proc/{domain.pid}/cmdline").read_bytes().decode().split("\0")
+    disk = argv[argv.index("--disk") + 1]
+    number = disk.split(",")[0].removeprefix("fd=")
+    assert os.readlink(f"/proc/{domain.pid}/fd/{number}") == str(world.root / "a.raw")
+    assert str(world.root / "a.raw") not in argv
+    environment = Path(f"/proc/{domain.pid}/environ").read_bytes().decode()
+    assert domain.run is not None and f"HOME={domain.run.directory}\0" in environment
+
+
+async def test_a_disk_comes_and_goes(world: World) -> None:
+    _, domain = await world.started()
+    await domain.attach_device(DISK.format(world.root / "b.raw", "two"))
+    said = world.commands(domain)
+    names = [name for name, _, _ in said]
+    assert names[-3:] == ["add-fd", "blockdev-add", "device_add"]
+    assert said[-3][2] == 1  # a descriptor went along
+    node, device = said[-2][1], said[-1][1]
+    assert node["file"] == {"driver": "file", "filename": "/dev/fdset/0"}
+    assert device["drive"] == node["node-name"] and device["driver"] == "virtio-blk-pci" and device["addr"] == "0x4"
+    await domain.detach_device(DISK.format(world.root / "b.raw", "two"))
+    assert domain.live is not None and [disk.target.dev for disk in domain.live.devices.disks] == ["vda"]
+    assert [name for name, _, _ in world.commands(domain)][-4:] == [
+        "device_del", "blockdev-del", "query-fdsets", "remove-fd",
+    ]  # fmt: skip
+
+
+async def test_a_disk_that_is_refused_leaves_nothing(world: World) -> None:
+    _, domain = await world.started()
+    with pytest.raises(MonitorError, match=r"b\.raw: .*no room for it"):
+        await domain.attach_device(DISK.format(world.root / "b.raw", "refuse"))
+    names = [name for name, _, _ in world.commands(domain)]
+    assert names[-2:] == ["blockdev-del", "remove-fd"]
+    assert domain.live is not None and len(domain.live.devices.disks) == 1
+
+
+async def test_what_it_has_not_is_said(world: World) -> None:
+    _, domain = await world.started()
+    for ask in (domain.screenshot(), domain.send_key(0, 0, [30])):
+        with pytest.raises(OperationUnsupported, match="neither screen nor keyboard"):
+            await ask
+    with pytest.raises(OperationUnsupported, match="rng"):
+        await domain.attach_device("<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>")
+
+
+async def test_a_later_daemon_finds_it_again(world: World) -> None:
+    manager, domain = await world.started()
+    pid = domain.pid
+    await manager.close()
+    again = (await world.manager()).lookup_name("m")
+    assert again.is_active and again.pid == pid and again.state == DomainState.RUNNING
+    await again.suspend()
+    assert again.state == DomainState.PAUSED
+    await again.destroy()
+    stat = read_stat(pid)
+    assert stat is None or stat.ended
+
+
+async def test_a_vmm_that_gives_up_is_quoted(world: World) -> None:
+    manager = await world.manager()
+    domain = await manager.define(world.document("die"))
+    with pytest.raises(HypervisorError, match=r"kvik-vmm ended .*exit code 1.*the kernel is no kernel"):
+        await domain.start()
+    assert not domain.is_active and list((world.root / "state/run/kvik/qemu").glob("*.xml")) == []
+
+
+async def test_a_vmm_that_is_silent_is_given_up_and_ended(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "START_DEADLINE", 0.5)
+    manager = await world.manager()
+    domain = await manager.define(world.document("silent"))
+    with pytest.raises(OperationTimeout, match="within"):
+        await domain.start()
+    needle = str(world.root / "kvik-vmm").encode()
+    running = [Path(f"/proc/{entry}/cmdline") for entry in os.listdir("/proc") if entry.isdecimal()]
+    assert not any(needle in path.read_bytes() for path in running if path.exists())
