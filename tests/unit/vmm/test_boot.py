@@ -108,6 +108,7 @@ def test_an_elf_kernel_is_placed_and_entered_by_pvh(memory: GuestMemory, tmp_pat
     listed = [struct.unpack("<QQII", memory.read(table + 24 * n, 24))[:3] for n in range(count)]
     assert listed == memory_map(memory)
     assert memory.u64(BOOT_GDT + 0x10) == 0x00CF9B000000FFFF
+    assert memory.read(0xFFFF0, 9) == bytes.fromhex("ba0206 b001 ee f4 ebfd")  # a BIOS that resets
 
 
 def test_after_a_reset_what_must_be_zero_is_made_zero(memory: GuestMemory, tmp_path: Path) -> None:
