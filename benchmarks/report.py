@@ -26,6 +26,11 @@ class Report:
         a, b = statistics.median(ours), statistics.median(peer)
         self.rows.append(Row(what, a, b, unit, f"<= 1/{times:g} of the peer's", a * times <= b))
 
+    def within(self, what: str, ours: list[float], peer: list[float], unit: str, times: float) -> None:
+        """Durations: the target is met when ours is at most `times` the peer's."""
+        a, b = statistics.median(ours), statistics.median(peer)
+        self.rows.append(Row(what, a, b, unit, f"<= {times:g}x the peer's", a <= times * b))
+
     def more(self, what: str, ours: list[float], peer: list[float], unit: str, times: float) -> None:
         """Rates: the target is met when ours is at least `times` the peer's."""
         a, b = statistics.median(ours), statistics.median(peer)

@@ -16,7 +16,7 @@ def test_the_tests_of_the_binding_and_of_the_probe_pass_with_a_true_kvm(lab: Lab
     done = lab.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "--junitxml=/run/lab/kvm.xml"),
-            *("tests/unit/kvm", "tests/unit/host/test_probe.py"),
+            *("tests/unit/kvm", "tests/unit/host/test_probe.py", "tests/functional/test_kvm_examples.py"),
         ],
         timeout=150,
         cwd=str(REPOSITORY),

@@ -18,7 +18,7 @@ from kvik.cli.options import parse
 from kvik.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
-SHARED = {"errors", "named", "paths"}  # leaves that everything may import
+SHARED = {"errors", "named", "numbers", "paths"}  # leaves that everything may import
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)```([a-z]*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")

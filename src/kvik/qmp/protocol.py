@@ -295,7 +295,7 @@ def _event(message: dict[str, Any]) -> Event:
 class Server:
     """The obeying side: greets, reads commands, writes replies and events."""
 
-    __slots__ = ("_lines", "_version", "capabilities", "state")
+    __slots__ = ("_lines", "_version", "capabilities", "enabled", "state")
 
     def __init__(
         self,
@@ -307,6 +307,7 @@ class Server:
     ) -> None:
         self.state = State.NEGOTIATING
         self.capabilities = tuple(capabilities)
+        self.enabled: frozenset[str] = frozenset()  # what the client asked for, known after negotiation
         self._version = {
             "qemu": {"major": version[0], "minor": version[1], "micro": version[2]},
             "package": package,
@@ -337,9 +338,9 @@ class Server:
         for line in lines:
             identity = None
             try:
-                message = decode_object(line, "a QMP command")
+                message = _input(line)
                 identity = message.get("id")
-                command = _command(message)
+                command = _command(message, out_of_band="oob" in self.enabled)
             except HypervisorError as error:
                 answer += self.failure(identity, "GenericError", error.message)
                 continue
@@ -359,6 +360,7 @@ class Server:
         wanted = command.arguments.get("enable", [])
         if not isinstance(wanted, list) or any(item not in self.capabilities for item in wanted):
             return self.failure(command.id, "GenericError", "a capability to enable is not available")
+        self.enabled = frozenset(wanted)
         self.state = State.READY
         return self.reply(command.id, {})
 
@@ -386,12 +388,32 @@ class Server:
         return _encode(message) + b"\r\n"
 
 
-def _command(message: dict[str, Any]) -> Command:
-    out_of_band = "exec-oob" in message
-    name = message.get("exec-oob" if out_of_band else "execute")
-    arguments = message.get("arguments", {})
-    if not isinstance(name, str):
+def _input(line: bytes) -> dict[str, Any]:
+    """One command from untrusted bytes. Raises `HypervisorError` in QEMU's words."""
+    try:
+        value = _decode(line)
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        raise HypervisorError(f"JSON parse error, {error}") from error
+    if not isinstance(value, dict):
+        raise HypervisorError("QMP input must be a JSON object")
+    return value
+
+
+def _command(message: dict[str, Any], *, out_of_band: bool) -> Command:
+    """The checks of QEMU's qmp_dispatch_check_obj(), in its order. Raises `HypervisorError`."""
+    word = None
+    for member, value in message.items():
+        if member == "execute" or (member == "exec-oob" and out_of_band):
+            if not isinstance(value, str):
+                raise HypervisorError(f"QMP input member '{member}' must be a string")
+            if word is not None:
+                raise HypervisorError(f"QMP input member '{member}' clashes with '{word}'")
+            word = member
+        elif member == "arguments":
+            if not isinstance(value, dict):
+                raise HypervisorError("QMP input member 'arguments' must be an object")
+        elif member != "id":
+            raise HypervisorError(f"QMP input member '{member[:80]}' is unexpected")
+    if word is None:
         raise HypervisorError("QMP input lacks member 'execute'")
-    if not isinstance(arguments, dict):
-        raise HypervisorError("QMP input member 'arguments' must be an object")
-    return Command(name, arguments, message.get("id"), out_of_band)
+    return Command(message[word], message.get("arguments", {}), message.get("id"), word == "exec-oob")

@@ -6,10 +6,15 @@ Device modules are imported here and only when the machine has such a device.
 from __future__ import annotations
 
 from kvik.errors import InvalidArgument
-from kvik.vmm import acpi, boot, parts
+from kvik.vmm import acpi, boot, parts, smbios
 from kvik.vmm.acpi.description import Cpu, Description, spread_ram
+from kvik.vmm.acpi.dsdt import PCI_HOTPLUG
 from kvik.vmm.cpu.cpuid import cpuid_for
 from kvik.vmm.cpu.topology import Topology
+from kvik.vmm.devices.acpi_events import AcpiEvents, CpuHotplug
+from kvik.vmm.devices.pvpanic import Pvpanic
+from kvik.vmm.devices.rtc import Rtc
+from kvik.vmm.devices.vmgenid import VmGenId
 from kvik.vmm.layout import COM_PORTS, RSDP
 from kvik.vmm.machine import Machine
 
@@ -17,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.config import MachineConfig
 
-__all__ = ["build"]
+__all__ = ["add_vcpus", "build"]
 
 DEFAULT_CMDLINE = "console=ttyS0"
 
@@ -36,8 +41,8 @@ def build(config: MachineConfig) -> Machine:
             machine.trace = Trace()
         _add_platform(machine)
         _add_virtio(machine)
-        _add_vcpus(machine)
-        # machine.remember_power_on()
+        add_vcpus(machine)
+        machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
             machine.loader = KernelLoader(machine)
@@ -51,27 +56,37 @@ def build(config: MachineConfig) -> Machine:
 def _add_platform(machine: Machine) -> None:
     """What is not on the PCI bus."""
     config = machine.config
+    events = AcpiEvents()
+    machine.add(events)
+    machine.pci.hotplug.on_event = lambda: events.raise_event(PCI_HOTPLUG)
+    if config.vmgenid:
+        machine.add(VmGenId(events))
+    machine.add(Rtc("rtc", config.rtc.base))
+    if config.pvpanic:
+        machine.add(Pvpanic("pvpanic"))
+    if config.cpus.maximum > config.cpus.count:
+        machine.add(CpuHotplug(events, config.cpus.count, config.cpus.maximum))
     if len(config.serials) > len(COM_PORTS):
         raise InvalidArgument(f"a PC has {len(COM_PORTS)} serial lines, not {len(config.serials)}")
     for index, serial in enumerate(config.serials):
         machine.add(parts.serial(machine, serial, index))
+    for index, debugcon in enumerate(config.debugcon):
+        machine.add(parts.debugcon(machine, debugcon, index))
 
 
 def _add_virtio(machine: Machine) -> None:
-    """What is. In this order they get the free slots."""
+    """What is."""
     config = machine.config
     if config.consoles or config.channels:
-        slots = [port.slot for port in config.consoles] + [port.slot for port in config.channels]
-        machine.add(parts.console(machine, config.consoles, config.channels), max(slots))
-    for index, disk in enumerate(config.disks):
-        machine.add(parts.disk(machine, disk, index), disk.slot)
-    for index, rng in enumerate(config.rng):
-        machine.add(parts.rng(machine, rng, index), rng.slot)
-    for index, balloon in enumerate(config.balloon):
-        machine.add(parts.balloon(machine, balloon, index), balloon.slot)
+        slots = [port.slot for port in (*config.consoles, *config.channels)]
+        machine.add(parts.console(machine), max(slots))
+    for field in parts.KINDS:
+        for index, item in enumerate(getattr(config, field)):
+            machine.add(parts.make(machine, field, item, index), item.slot)
 
 
-def _add_vcpus(machine: Machine) -> None:
+def add_vcpus(machine: Machine) -> None:
+    """The vCPUs that the configuration asks for, as they are at power-on."""
     config = machine.config.cpus
     supported = machine.system.supported_cpuid()
     topology = Topology.of(config)
@@ -91,8 +106,16 @@ class KernelLoader:
 
     def __call__(self) -> None:
         machine = self.machine
+        config = machine.config
         tables = acpi.build(self.description)
-        for address, data in tables:
+        names = smbios.build(
+            config.smbios,
+            uuid=config.uuid,
+            memory=machine.memory.size,
+            topology=Topology.of(config.cpus),
+            ram=machine.memory.layout.ram,
+        )
+        for address, data in tables + names:
             machine.memory.write(address, data)
         assert tables[0][0] == RSDP
         entry = boot.load_kernel(machine.memory, machine.config.boot, tables=tables, fresh=self.fresh)
@@ -119,5 +142,6 @@ def _describe(machine: Machine) -> Description:
         slots=tuple(range(1, 32)),
         com_ports=tuple(range(len(config.serials))),
         pvpanic="pvpanic" in machine.devices,
+        vmgenid=config.vmgenid,
         cpu_hotplug=len(cpus) > count,
     )

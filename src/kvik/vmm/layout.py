@@ -33,6 +33,7 @@ CMDLINE_MAX = 0x1_0000  # far beyond COMMAND_LINE_SIZE (2048) of any x86 kernel
 EBDA = 0x9_FC00  # end of conventional memory, as firmware reports it
 ROM_AREA = 0xE_0000  # where an operating system looks for tables without UEFI (ACPI 5.2.5.1), up to 1 MiB
 RSDP = ROM_AREA
+VMGENID = 0xE_F000  # a page of its own, behind the ACPI tables
 SMBIOS = 0xF_0000  # searched from here on (SMBIOS 5.2.1)
 HIGH_MEMORY = 0x10_0000
 KERNEL = 0x100_0000  # 16 MiB: a bzImage's usual preferred address

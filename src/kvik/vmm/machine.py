@@ -61,7 +61,7 @@ class Machine:
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
         self.vcpus: list[VcpuThread] = []
-        self.io_threads: dict[str, IoThread] = {}
+        self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
         self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
         self.outcome = ""
         self.exit_code = 0
@@ -168,6 +168,17 @@ class Machine:
         if device is None:
             raise NoDevice(f"the machine has no device {name!r}")
         device.close()
+        if (thread := self.io_threads.pop(name, None)) is not None:
+            thread.stop()
+
+    def io_thread(self, name: str) -> IoThread:
+        """A new thread with a loop, for a device of that name that must not wait for others; it ends with the device."""
+        thread = IoThread(name)
+        thread.loop.on_error = self._callback_failed
+        thread.on_start = self.on_thread_start
+        thread.start()
+        self.io_threads[name] = thread
+        return thread
 
     def find(self, name: str) -> Device:
         """The device of that name: a virtio device, where one sits behind PCI."""
@@ -176,15 +187,6 @@ class Machine:
         carrier = self.devices[name]
         inner: Device = getattr(carrier, "device", carrier)
         return inner
-
-    def io_thread(self, name: str) -> IoThread:
-        """A new thread with a loop, for a device that must not wait for others; it ends with the machine."""
-        thread = IoThread(name)
-        thread.loop.on_error = self._callback_failed
-        thread.on_start = self.on_thread_start
-        thread.start()
-        self.io_threads[name] = thread
-        return thread
 
     def add_vcpu(self, vcpu: Vcpu) -> VcpuThread:
         thread = VcpuThread(self, len(self.vcpus), vcpu)
@@ -413,6 +415,7 @@ class Machine:
         self.devices.clear()
         for io_thread in self.io_threads.values():
             io_thread.stop()
+        self.io_threads.clear()
         for thread in self.vcpus:
             thread.vcpu.close()
         for name in ("vm", "system"):

@@ -122,6 +122,22 @@ class RateLimiter:
             by_ops.take(ops)
         return 0.0
 
+    def delay(self) -> float:
+        """Seconds until the next request may come, for those whose size is known only afterwards; 0.0: now."""
+        wait = 0
+        if self._bytes is not None or self._ops is not None:
+            now = self._clock()
+            for bucket in (self._bytes, self._ops):
+                if bucket is not None:
+                    bucket.refill(now)
+                    wait = max(wait, bucket.wait(1))
+        self.throttled += wait > 0
+        return wait / _NANO
+
+    def spend(self, size: int, ops: int = 1) -> None:
+        """A request of `size` bytes was made; it may put the buckets in debt."""
+        self.refund(-size, -ops)
+
     def refund(self, size: int, ops: int = 1) -> None:
         """Give back what `take` took for a request that was not made after all."""
         if self._bytes is not None:

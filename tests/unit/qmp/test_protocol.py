@@ -161,9 +161,12 @@ def test_arguments_that_are_not_json_are_refused() -> None:
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        (b"junk\n", "not JSON"),
-        (b"[1]\n", "not a JSON object"),
-        (b'{"exec": 1}\n', "execute"),
+        (b"junk\n", "JSON parse error"),
+        (b"[1]\n", "QMP input must be a JSON object"),
+        (b'{"id": 1}\n', "lacks member 'execute'"),
+        (b'{"execute": "a", "exec": 1}\n', "member 'exec' is unexpected"),
+        (b'{"exec-oob": "a"}\n', "member 'exec-oob' is unexpected"),
+        (b'{"execute": 3}\n', "member 'execute' must be a string"),
         (b'{"execute": "a", "arguments": 3}\n', "arguments"),
     ],
 )

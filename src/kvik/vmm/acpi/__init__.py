@@ -12,7 +12,7 @@ from kvik.errors import InvalidArgument
 from kvik.vmm.acpi import dsdt, fadt, madt, mcfg, numa
 from kvik.vmm.acpi.description import Cpu, Description, MemoryRange, spread_ram
 from kvik.vmm.acpi.table import OEM_ID, checksum, table
-from kvik.vmm.layout import HIGH_MEMORY, PAGE, RSDP, SMBIOS
+from kvik.vmm.layout import HIGH_MEMORY, PAGE, RSDP, VMGENID
 
 __all__ = ["Cpu", "Description", "MemoryRange", "build", "spread_ram"]
 
@@ -34,7 +34,7 @@ def build(description: Description) -> list[tuple[int, bytes]]:
     xsdt_size = 36 + 8 * (1 + len(small))
     total = sum(_up(size) for size in (xsdt_size, facp_size, len(code), *map(len, small)))
     at = RSDP + _up(RSDP_SIZE)
-    if at + total > SMBIOS:
+    if at + total > VMGENID:
         _, low = description.layout.ram[0]
         at = (low - total) & ~(PAGE - 1)
         if at < 2 * HIGH_MEMORY:

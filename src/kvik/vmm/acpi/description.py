@@ -26,7 +26,7 @@ class MemoryRange(NamedTuple):
 class Description:
     """`cpus` in the order of their indices; `ram` empty means no NUMA. `distances[i][j]` as in SLIT: 10 is local.
 
-    `slots`: PCI slots that devices may come into and go from. `vmgenid`: address of its GUID, 0 for none. `com_ports`:
+    `slots`: PCI slots that devices may come into and go from. `com_ports`:
     indices of the 16550s that exist. `cpu_hotplug`: processors may come; the registers answer.
     """
 
@@ -46,7 +46,7 @@ class Description:
         com_ports: tuple[int, ...] = (0,),
         rtc: bool = True,
         pvpanic: bool = False,
-        vmgenid: int = 0,
+        vmgenid: bool = False,
         cpu_hotplug: bool = False,
     ) -> None:
         self.layout, self.cpus, self.ram, self.distances = layout, cpus, ram or [], distances or []

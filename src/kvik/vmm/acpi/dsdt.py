@@ -32,6 +32,7 @@ from kvik.vmm.layout import (
     RTC_PORT,
     pci_gsi,
 )
+from kvik.vmm.layout import VMGENID as VMGENID_ADDRESS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _platform(description: Description) -> list[bytes]:
         crs = res.template(res.io(PVPANIC_PORT, 1))
         devices.append(aml.device("PEVT", aml.name("_HID", aml.string("QEMU0001")), _present(), aml.name("_CRS", crs)))
     if description.vmgenid:
-        address = aml.package(description.vmgenid & 0xFFFFFFFF, description.vmgenid >> 32)
+        address = aml.package(VMGENID_ADDRESS, 0)
         devices.append(
             aml.device(
                 "VGEN",

@@ -167,7 +167,7 @@ class BlockImage:
     # Size --------------------------------------------------------------------------------------------------------
 
     def refresh_size(self) -> bool:
-        """Look at the size again. Whether it changed. A last partial sector counts, and reads as if padded with zeros."""
+        """Look at the size again; whether it changed. A last partial sector counts, as if padded with zeros."""
         end = os.lseek(self.fd, 0, os.SEEK_END)
         size = -(-end // SECTOR) * SECTOR
         changed = size != self.size

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import struct
 
+from kvik.errors import InvalidArgument
 from kvik.vmm.cpu.topology import Topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from kvik.kvm.structs import CpuidTable
     from kvik.vmm.cpu.topology import TopologyConfig
+
+    class ProcessorConfig(TopologyConfig, Protocol):
+        """`features`: "+name" or "-name"."""
+
+        model: str
+        features: tuple[str, ...]
 
     Leaves = dict[tuple[int, int], list[int]]  # (function, index) -> [eax, ebx, ecx, edx]
 
@@ -21,6 +30,8 @@ SIGNIFICANT_INDEX = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 EAX, EBX, ECX, EDX = range(4)
 X2APIC, TSC_DEADLINE, OSXSAVE, HYPERVISOR = 1 << 21, 1 << 24, 1 << 27, 1 << 31  # leaf 1 ecx
 HTT = 1 << 28  # leaf 1 edx
+MSI_EXT_DEST_ID = 1 << 15  # leaf 0x40000001 eax
+LARGEST_PLAIN_DESTINATION = 254  # of an interrupt message without that
 CMP_LEGACY, TOPOEXT = 1 << 1, 1 << 22  # leaf 0x80000001 ecx
 _ENTRY = struct.Struct("<7I12x")
 
@@ -50,19 +61,39 @@ def fill(table: CpuidTable, found: Leaves, indexed: set[int]) -> CpuidTable:
     return table
 
 
-def cpuid_for(supported: CpuidTable, config: TopologyConfig, index: int) -> CpuidTable:
-    """The table for the processor with that index, for KVM_SET_CPUID2."""
+def cpuid_for(supported: CpuidTable, config: ProcessorConfig, index: int) -> CpuidTable:
+    """The table for the processor with that index, for KVM_SET_CPUID2. Raises `InvalidArgument` for a model or feature
+    that does not exist, `OperationUnsupported` for one that this host has not."""
     found, indexed = leaves(supported)
     topology = Topology.of(config)
+    one = found[1, 0]
+    one[ECX] = one[ECX] & ~OSXSAVE | X2APIC | TSC_DEADLINE | HYPERVISOR  # KVM emulates them, and keeps OSXSAVE right
+    if topology.largest_apic_id > LARGEST_PLAIN_DESTINATION:
+        # Interrupts reach such processors only if message addresses have room for the id: 15 bits of it.
+        found[0x40000001, 0][EAX] |= MSI_EXT_DEST_ID
+    if config.model not in ("host", "max") or config.features:
+        from kvik.vmm.cpu.models import apply_model
+
+        apply_model(found, config.model, config.features)
     _topology(found, indexed, topology, topology.apic_id(index))
     return fill(type(supported)(), found, indexed)
+
+
+def check_physical_bits(table: CpuidTable, end: int) -> None:
+    """Raises `InvalidArgument` if the guest's address map, up to `end`, is larger than its CPUs can name."""
+    found, _ = leaves(table)
+    bits = found.get((0x80000008, 0), [36])[EAX] & 0xFF
+    if end > 1 << bits:
+        raise InvalidArgument(
+            f"the machine's addresses reach {end >> 30} GiB, its CPUs have {bits} bits: {1 << bits >> 30} GiB",
+            remedy="give it less memory, or the CPU model host on a host that can address more",
+        )
 
 
 def _topology(found: Leaves, indexed: set[int], topology: Topology, apic_id: int) -> None:
     many = topology.per_socket > 1
     one = found[1, 0]
     one[EBX] = one[EBX] & 0xFFFF | min(topology.per_socket, 255) << 16 | (apic_id & 0xFF) << 24
-    one[ECX] = one[ECX] & ~OSXSAVE | X2APIC | TSC_DEADLINE | HYPERVISOR
     one[EDX] = one[EDX] | HTT if many else one[EDX] & ~HTT
     _caches(found, topology)
     _extended_topology(found, indexed, topology, apic_id)

@@ -71,6 +71,10 @@ class Topology:
     def per_socket(self) -> int:
         return self.dies * self.cores * self.threads
 
+    @property
+    def largest_apic_id(self) -> int:
+        return self.apic_id(self.sockets * self.per_socket - 1)
+
     def apic_id(self, index: int) -> int:
         index, thread = divmod(index, self.threads)
         index, core = divmod(index, self.cores)

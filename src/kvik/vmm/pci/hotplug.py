@@ -94,15 +94,17 @@ class Hotplug:
         loop = self.bus.machine.loop
         for device in leaving:
             self.bus.forget(device)  # at once: the guest looks whether it is gone
-            loop.call_soon(lambda device=device: self._removed(device))
+            loop.call_soon(self._removal(device))
+
+    def _removal(self, device: PciDevice) -> Callable[[], None]:
+        return lambda: self._removed(device)
 
     def _removed(self, device: PciDevice) -> None:
         if self.on_removed is not None:
             self.on_removed(device)
             return
-        device.close()
         machine = self.bus.machine
-        machine.devices.pop(device.name, None)
+        machine.remove(device.name)
         machine.emit("DEVICE_DELETED", {"device": device.name, "path": f"/machine/peripheral/{device.name}"})
 
     def reset(self) -> None:

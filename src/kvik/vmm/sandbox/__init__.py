@@ -1,0 +1,84 @@
+"""The machine's process confines itself before it looks at anything the guest made.
+
+    sandbox.close_stray(keep)            # first of all: descriptors that the caller leaked
+    ...                                  # open everything, import everything
+    sandbox.enter("main", policy)        # main thread: limits, capabilities, Landlock, seccomp
+    sandbox.enter("vcpu", policy)        # first thing in each vCPU thread: the narrower list
+
+Landlock, capabilities and seccomp belong to a thread and pass on to threads it starts later. So a vCPU thread may be
+started before the main thread has imported its control plane: it confines itself, and the main thread enters before it
+runs its loop, which is the first time that it handles a guest's request. After that no import works: preload.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kvik.vmm.sandbox import landlock, privileges, seccomp
+from kvik.vmm.sandbox.policy import program
+from kvik.vmm.sandbox.privileges import close_stray
+
+__all__ = ["Policy", "close_stray", "enter", "preload"]
+
+# What the standard library imports inside functions that a running machine calls; an import cannot be done inside.
+_LATE = ("encodings.idna", "encodings.ascii", "encodings.latin_1", "traceback", "linecache", "array", "socket", "json")
+
+
+class Policy:
+    """`action`: what a forbidden call meets: "kill" (the process ends), "errno" (EPERM), "log" (audit log only).
+
+    `readable`, `writable`: directories that stay open to it, none by default. `unix_connect`: connecting to Unix
+    sockets stays possible, which a vsock device with guest-initiated connections needs. `descriptors`: their bound.
+    """
+
+    __slots__ = ("action", "descriptors", "readable", "unix_connect", "writable")
+
+    def __init__(
+        self,
+        action: str = "errno",
+        *,
+        readable: tuple[str, ...] = (),
+        writable: tuple[str, ...] = (),
+        unix_connect: bool = False,
+        descriptors: int = 4096,
+    ) -> None:
+        if action not in seccomp.ACTIONS:
+            raise ValueError(f"sandbox action {action!r}: one of {', '.join(seccomp.ACTIONS)}")
+        self.action = action
+        self.readable = readable
+        self.writable = writable
+        self.unix_connect = unix_connect
+        self.descriptors = descriptors
+
+
+def preload() -> None:
+    """Import what would otherwise be imported on first use."""
+    import importlib
+
+    for name in _LATE:
+        importlib.import_module(name)
+
+
+def enter(role: str, policy: Policy) -> dict[str, int | str]:
+    """Confine the calling thread, for good; the role "main" also bounds the whole process. Says what is in force.
+
+    Threads started before are not touched: each enters by itself. Raises OSError when the kernel refuses a part; a
+    kernel without Landlock is no error but told ("landlock": 0), since seccomp forbids opening as well.
+    """
+    if role not in ("main", "vcpu"):
+        raise ValueError(f"sandbox role {role!r}: main or vcpu")
+    if role == "main":
+        preload()
+        privileges.limit(policy.descriptors)
+    code = program(
+        role,
+        os.getpid(),
+        seccomp.ACTIONS[policy.action],
+        paths=bool(policy.readable or policy.writable),
+        unix_connect=policy.unix_connect,
+    )
+    privileges.no_new_privileges()
+    version = landlock.restrict(policy.readable, policy.writable)
+    privileges.drop_capabilities()
+    seccomp.load(code)
+    return {"role": role, "landlock": version, "seccomp": policy.action, "instructions": len(code)}

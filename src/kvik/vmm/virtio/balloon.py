@@ -46,11 +46,11 @@ STATS = (
 
 
 class Balloon(VirtioDevice):
-    """`deflate_on_oom`: the guest may take pages back when it would kill processes. `reporting`: it reports free pages."""
+    """`deflate_on_oom`: a guest short of memory may take pages back. `reporting`: it tells which are free."""
 
     kind = "virtio-balloon"
     device_id = 5
-    queue_sizes = (128, 128, 128, 128)
+    queue_sizes: tuple[int, ...] = (128, 128, 128, 128)
     config_fields = (
         Field("num_pages", 0, 4),
         Field("actual", 4, 4, writable=True),

@@ -78,15 +78,17 @@ class _Operation:
 
     __slots__ = ("began", "chain", "left", "op", "queue", "ranges", "result", "size", "status")
 
-    def __init__(self, op: int, queue: Queue, chain: Chain, status: memoryview, size: int, began: int) -> None:
-        self.op, self.queue, self.chain, self.status, self.size, self.began = op, queue, chain, status, size, began
+    def __init__(self, op: int, queue: Queue, chain: Chain, status: memoryview, size: int) -> None:
+        self.op, self.queue, self.chain, self.status, self.size = op, queue, chain, status, size
+        self.began = time.monotonic_ns()
         self.ranges: list[tuple[int, int, bool]] = []  # offset, length, may unmap
         self.left = 0
         self.result = 0
 
 
 class Blk(VirtioDevice):
-    """A disk on `image`. `serial` is what the guest reads as its identity (20 bytes). `loop`: an I/O thread's.
+    """A disk on `image`. `serial` is what the guest reads as its identity (20 bytes). `loop`: of an I/O thread that
+    serves this disk alone; without it the machine's own.
 
     `rerror`, `werror`: what a failed read or write does: "report" it to the guest, "stop" the machine with status
     io-error and try again when it goes on, "ignore" it; "enospc" stops when the host is full, else reports.
@@ -234,14 +236,14 @@ class Blk(VirtioDevice):
             self.block_stats.invalid[op] += 1
             self._answer(queue, chain, status, S_IOERR)
             return True
-        operation = _Operation(op, queue, chain, status, size, time.monotonic_ns())
+        operation = _Operation(op, queue, chain, status, size)
         operation.ranges.append((offset, size, False))
         self._issue(operation)
         return True
 
     def _begin_other(self, queue: Queue, chain: Chain, status: memoryview, kind: int) -> None:
         if kind == T_FLUSH:
-            operation = _Operation(FLUSH, queue, chain, status, 0, time.monotonic_ns())
+            operation = _Operation(FLUSH, queue, chain, status, 0)
             operation.ranges.append((0, 0, False))
             self._issue(operation)
         elif kind == T_GET_ID:
@@ -257,7 +259,7 @@ class Blk(VirtioDevice):
     def _begin_ranges(self, queue: Queue, chain: Chain, status: memoryview, op: int) -> None:
         """A discard or write-zeroes: each segment is checked before the first is done (5.2.6.2)."""
         code = S_OK
-        operation = _Operation(op, queue, chain, status, 0, time.monotonic_ns())
+        operation = _Operation(op, queue, chain, status, 0)
         if not 0 < chain.readable_size <= MAX_SEGMENTS * _SEGMENT.size or chain.readable_size % _SEGMENT.size:
             code = S_IOERR
         else:
@@ -344,20 +346,19 @@ class Blk(VirtioDevice):
             policy = "stop" if full else "report"
         machine = self.machine
         if machine is not None:
-            machine.emit(
-                "BLOCK_IO_ERROR",
-                {
-                    "device": self.name,
-                    "qom-path": f"/machine/{self.name}",
-                    "node-name": self.name,
-                    "operation": "read" if operation.op == READ else "write",
-                    "action": policy,
-                    "nospace": full,
-                    "reason": os.strerror(number),
-                },
-            )
+            event = {
+                "device": self.name,
+                "qom-path": f"/machine/{self.name}",
+                "node-name": self.name,
+                "operation": "read" if operation.op == READ else "write",
+                "action": policy,
+                "nospace": full,
+                "reason": os.strerror(number),
+            }
             if policy == "stop":
-                machine.loop.call_soon(lambda: machine.pause("io-error"))
+                machine.request_stop("io-error", "BLOCK_IO_ERROR", event)
+            else:
+                machine.emit("BLOCK_IO_ERROR", event)
         return policy
 
     # Pause, snapshot ---------------------------------------------------------------------------------------------
@@ -365,7 +366,7 @@ class Blk(VirtioDevice):
     def _drain(self, what: str) -> None:
         if not self.image.drain(DRAIN_SECONDS):
             raise OperationTimeout(
-                f"disk {self.name} ({self.image.name}): I/O of the host has not ended for {DRAIN_SECONDS:.0f} s at {what}",
+                f"disk {self.name}: host I/O on {self.image.name} has not ended for {DRAIN_SECONDS:.0f} s at {what}",
                 remedy="look at the host's storage: the machine cannot go on before it answers",
             )
 
@@ -410,9 +411,8 @@ class Blk(VirtioDevice):
     def close(self) -> None:
         with self.lock:
             super().close()
-            if self._started:
-                self._started = False
             self.image.close()
+            self._started = False
 
     # Control -----------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,14 @@ class MockDriver:
     in flight smaller than the area."""
 
     def __init__(
-        self, memory: GuestMemory, queue: Queue, *, base: int = 0x10000, area: int = 1 << 20, features: int = 0
+        self,
+        memory: GuestMemory,
+        queue: Queue,
+        *,
+        base: int = 0x10000,
+        area: int = 1 << 20,
+        features: int = 0,
+        start: bool = True,
     ) -> None:
         self.memory, self.queue = memory, queue
         self.size = queue.size
@@ -70,8 +77,9 @@ class MockDriver:
         if self.buffers + 4096 > self.end:
             raise ValueError("the area is too small for rings of this size")
         self.rewind()
-        queue.desc, queue.avail, queue.used = self.desc, self.avail, self.used
-        queue.start(self.features)
+        if start:
+            queue.desc, queue.avail, queue.used = self.desc, self.avail, self.used
+            queue.start(self.features)
 
     def rewind(self) -> None:
         """Empty rings."""
@@ -79,7 +87,7 @@ class MockDriver:
         self._free = list(range(self.size - 1, -1, -1))
         self._next_buffer = self.buffers
         self._avail_index = self._used_index = 0
-        self._kicked = 0
+        self._kicked = 1 << 15 if self.packed else 0  # packed: position and wrap counter
         self._at, self._wrap, self._used_at, self._used_wrap = 0, True, 0, True
         self._room = self.size
         self.in_flight: dict[int, MockRequest] = {}
@@ -169,9 +177,9 @@ class MockDriver:
         memory = self.memory
         if self.packed:
             offset, flags = memory.u16(self.used), memory.u16(self.used + 2) & 3
+            old, self._kicked = self._kicked, self._at | self._wrap << 15
             if flags == 2:
                 here = offset & 0x7FFF
-                old, self._kicked = self._kicked, self._at | self._wrap << 15
                 new_line = self._at + (0 if (old >> 15) == self._wrap else self.size)
                 event_line = here + (0 if (old >> 15) == offset >> 15 else self.size)
                 return (old & 0x7FFF) <= event_line < new_line
@@ -211,7 +219,7 @@ class MockDriver:
         return done
 
     def _collect_packed(self) -> list[MockRequest]:
-        done = []
+        done: list[MockRequest] = []
         while True:
             _, written, head, flags = struct.unpack("<QIHH", self.memory.read(self.desc + 16 * self._used_at, 16))
             if not bool(flags & _AVAIL) == bool(flags & _USED) == self._used_wrap or not self.in_flight:

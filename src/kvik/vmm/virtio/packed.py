@@ -100,7 +100,7 @@ class PackedQueue(Queue):
 
     def _put(self, chain: Chain, written: int) -> None:
         at = self._used_at
-        self._words[4 * at + 2] = written
+        self._words[4 * at + 2] = written & 0xFFFFFFFF
         self._flags[8 * at + 6] = chain.head
         # Last, and x86 keeps the order of stores: with the flags the descriptor is the driver's.
         self._flags[8 * at + 7] = (AVAIL | USED if self._used_wrap else 0) | (DESC_WRITE if written else 0)

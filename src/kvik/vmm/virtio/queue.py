@@ -412,7 +412,7 @@ class SplitQueue(Queue):
         slot = self._next_used & self._mask
         ring = self._used_ring
         ring[2 * slot] = chain.head
-        ring[2 * slot + 1] = written
+        ring[2 * slot + 1] = written & 0xFFFFFFFF
         self._next_used = following = (self._next_used + 1) & 0xFFFF
         self._used[1] = following  # x86 keeps the order of stores
         if memory.dirty_log is not None:

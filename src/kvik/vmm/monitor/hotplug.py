@@ -1,0 +1,68 @@
+"""Hot-plug for device_add: a settings object -> `vmm.parts` makes the device, the machine takes it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvik.vmm import config as c
+from kvik.vmm import parts
+from kvik.vmm.monitor.errors import QmpError, device_not_found, refused
+
+if TYPE_CHECKING:
+    from kvik.vmm.device import Device
+    from kvik.vmm.machine import Machine
+
+# settings class -> the function of vmm.parts
+MAKERS = {
+    c.DiskConfig: "disk",
+    c.NetConfig: "net",
+    c.RngConfig: "rng",
+    c.BalloonConfig: "balloon",
+    c.VsockConfig: "vsock",
+    c.FsConfig: "fs",
+    c.VhostUserBlkConfig: "vhost_user_blk",
+    c.VirtioMemConfig: "virtio_mem",
+}
+
+
+class MachineHotplug:
+    """`table.Hotplug` for a machine that `vmm.build` made."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._made = 0
+
+    def plug(self, settings: Any) -> Device:
+        name = MAKERS[type(settings)]
+        make: Callable[..., Any] | None = getattr(parts, name, None)
+        if make is None:
+            raise refused(f"cannot plug a {name}", "this version has no such device")
+        self._made += 1
+        # The index names a device without an id; ours have one.
+        device: Device = self._machine.add(make(self._machine, settings, self._made), settings.slot)
+        return device
+
+    def unplug(self, name: str) -> None:
+        carrier: Any = self._machine.devices.get(name)
+        if carrier is None:
+            raise device_not_found(name)
+        if not hasattr(carrier, "bars"):
+            raise QmpError(f"Device '{name}' does not support hotplugging")
+        if self._machine.status == "prelaunch":
+            self._machine.remove(name)
+            self._machine.emit("DEVICE_DELETED", {"device": name, "path": f"/machine/peripheral/{name}"})
+            return
+        self._machine.pci.request_unplug(carrier)
+
+    def plug_vcpu(self, number: int) -> None:
+        self._vcpus("plug_vcpu")(number)
+
+    def unplug_vcpu(self, number: int) -> None:
+        self._vcpus("unplug_vcpu")(number)
+
+    def _vcpus(self, name: str) -> Callable[[int], None]:
+        method: Callable[[int], None] | None = getattr(self._machine, name, None)
+        if method is None:
+            raise refused("cannot change the number of vCPUs", "this machine was built without CPU hot-plug")
+        return method

@@ -1,0 +1,217 @@
+"""The vhost-user protocol, front end's side: another process serves a device's queues (QEMU's docs/interop/vhost-user).
+
+Messages over a Unix socket: a header of request, flags and size, a payload, and descriptors beside it. The back end
+maps the guest's memory from the memfds it is given, and works on the rings by itself; this process only says where
+they are. The answers are another program's: each is bounded, and each has a deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+
+from kvik.errors import HostError, InvalidArgument, OperationFailed, OperationTimeout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvik.vmm.memory import GuestMemory, Region
+
+__all__ = ["MAX_CONFIG_SIZE", "VhostUser"]
+
+GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5
+SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
+SET_VRING_KICK, SET_VRING_CALL = 12, 13
+GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
+GET_CONFIG, SET_CONFIG = 24, 25
+
+F_PROTOCOL_FEATURES = 1 << 30
+P_MQ, P_REPLY_ACK, P_CONFIG = 1 << 0, 1 << 3, 1 << 9
+
+VERSION, REPLY, NEED_REPLY = 1, 1 << 2, 1 << 3
+NO_FD = 1 << 8  # in the payload of SET_VRING_KICK and _CALL
+MAX_REGIONS = 8  # VHOST_MEMORY_BASELINE_NREGIONS
+MAX_CONFIG_SIZE = 256
+MAX_PAYLOAD = 4096
+DEADLINE = 5.0  # seconds for one answer
+
+_HEADER = struct.Struct("=III")
+_U64 = struct.Struct("=Q")
+_STATE = struct.Struct("=II")  # index, number
+_ADDR = struct.Struct("=IIQQQQ")  # index, flags, descriptors, used, available, log: addresses in this process
+_REGION = struct.Struct("=QQQQ")  # guest address, size, address in this process, offset in the file
+_CONFIG = struct.Struct("=III")  # offset, size, flags
+
+
+class VhostUser:
+    """A connection. `HostError` when the back end is gone, `OperationFailed` when it answers nonsense."""
+
+    def __init__(self, source: str | int) -> None:
+        """`source`: the back end's socket, or the descriptor of a connected one."""
+        self.name = source if isinstance(source, str) else f"descriptor {source}"
+        self.features = self.protocol = 0
+        self.queues = 1
+        if isinstance(source, int):
+            self.socket = socket.socket(fileno=source)
+            os.set_inheritable(source, False)
+        else:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self.socket.settimeout(DEADLINE)
+            if isinstance(source, str):
+                self._connect(source)
+            self._introduce()
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def _connect(self, path: str) -> None:
+        try:
+            self.socket.connect(path)
+        except OSError as error:
+            raise HostError(
+                f"cannot connect to the vhost-user back end at {path}: {error.strerror or error}",
+                errno=error.errno or 0,
+                remedy="start it first (qemu-storage-daemon, virtiofsd); it serves one machine at a time",
+            ) from error
+
+    def _introduce(self) -> None:
+        self.features = self._get(GET_FEATURES)
+        if self.features & F_PROTOCOL_FEATURES:
+            offered = self._get(GET_PROTOCOL_FEATURES)
+            self.protocol = offered & (P_MQ | P_REPLY_ACK | P_CONFIG)
+            self._send(SET_PROTOCOL_FEATURES, _U64.pack(self.protocol))
+        self._send(SET_OWNER)
+        if self.protocol & P_MQ:
+            self.queues = self._get(GET_QUEUE_NUM)
+
+    # Messages ----------------------------------------------------------------------------------------------------
+
+    def _send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, checked: bool = False) -> None:
+        """`checked`: have the back end say that it took it, where it can."""
+        checked = checked and bool(self.protocol & P_REPLY_ACK)
+        flags = VERSION | (NEED_REPLY if checked else 0)
+        message = _HEADER.pack(request, flags, len(payload)) + payload
+        try:
+            sent = socket.send_fds(self.socket, [message], list(fds)) if fds else self.socket.send(message)
+            if sent < len(message):
+                self.socket.sendall(message[sent:])
+        except TimeoutError as error:
+            raise self._late(request) from error
+        except OSError as error:
+            raise self._gone(error) from error
+        if checked and _U64.unpack(self._answer(request, _U64.size))[0]:
+            raise OperationFailed(f"the vhost-user back end at {self.name} refused request {request}")
+
+    def _answer(self, request: int, size: int) -> bytes:
+        answered, flags, length = _HEADER.unpack(self._receive(request, _HEADER.size))
+        if answered != request or not flags & REPLY or not size <= length <= MAX_PAYLOAD:
+            raise OperationFailed(
+                f"the vhost-user back end at {self.name} answered request {request} with {answered}, {length} bytes"
+            )
+        return self._receive(request, length)
+
+    def _receive(self, request: int, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                part = self.socket.recv(size - len(data))
+            except TimeoutError as error:
+                raise self._late(request) from error
+            except OSError as error:
+                raise self._gone(error) from error
+            if not part:
+                raise self._gone(None)
+            data += part
+        return data
+
+    def _gone(self, error: OSError | None) -> HostError:
+        why = f": {error.strerror}" if error is not None else ""
+        return HostError(f"the vhost-user back end at {self.name} is gone{why}", errno=(error and error.errno) or 0)
+
+    def _late(self, request: int) -> OperationTimeout:
+        return OperationTimeout(
+            f"the vhost-user back end at {self.name} did not answer request {request} in {DEADLINE} s"
+        )
+
+    def _get(self, request: int) -> int:
+        self._send(request)
+        return int(_U64.unpack_from(self._answer(request, _U64.size))[0])
+
+    # What a device says ------------------------------------------------------------------------------------------
+
+    def set_features(self, features: int) -> None:
+        self._send(SET_FEATURES, _U64.pack(features | self.features & F_PROTOCOL_FEATURES))
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        """The table of RAM. Every region needs a memfd."""
+        regions: list[Region] = memory.regions
+        if any(region.fd < 0 for region in regions):
+            raise InvalidArgument(
+                "a vhost-user device needs memory that another process can map", remedy="give the memory shared=on"
+            )
+        if len(regions) > MAX_REGIONS:
+            raise InvalidArgument(f"vhost-user carries {MAX_REGIONS} pieces of memory, not {len(regions)}")
+        table = struct.pack("=II", len(regions), 0)
+        for region in regions:
+            table += _REGION.pack(region.start, region.size, region.address, region.fd_offset)
+        self._send(SET_MEM_TABLE, table, [region.fd for region in regions], checked=True)
+
+    def start_queue(
+        self, index: int, size: int, base: int, addresses: tuple[int, int, int], *, kick: int, call: int
+    ) -> None:
+        """`base`: index of the next available entry. `addresses`: descriptors, used, available, in this process."""
+        self._send(SET_VRING_NUM, _STATE.pack(index, size))
+        self._send(SET_VRING_BASE, _STATE.pack(index, base))
+        self._send(SET_VRING_ADDR, _ADDR.pack(index, 0, *addresses, 0), checked=True)
+        self.set_call(index, call)
+        self._send(SET_VRING_KICK, _U64.pack(index), [kick])
+        if self.features & F_PROTOCOL_FEATURES:
+            self._send(SET_VRING_ENABLE, _STATE.pack(index, 1), checked=True)
+
+    def set_call(self, index: int, fd: int) -> None:
+        """The eventfd by which the back end tells that it used buffers; -1: none."""
+        if fd < 0:
+            self._send(SET_VRING_CALL, _U64.pack(index | NO_FD))
+        else:
+            self._send(SET_VRING_CALL, _U64.pack(index), [fd])
+
+    def stop_queue(self, index: int) -> int:
+        """Have the back end finish and let go of a queue: the index of the next available entry."""
+        self._send(GET_VRING_BASE, _STATE.pack(index, 0))
+        return int(_STATE.unpack_from(self._answer(GET_VRING_BASE, _STATE.size))[1]) & 0xFFFF
+
+    def get_config(self, size: int) -> bytes:
+        """The first `size` bytes of the device's configuration space; what the back end lacks of them is zero."""
+        if not self.protocol & P_CONFIG:
+            raise OperationFailed(f"the vhost-user back end at {self.name} tells no configuration")
+        self._send(GET_CONFIG, _CONFIG.pack(0, size, 0) + bytes(size))
+        data = self._answer(GET_CONFIG, 0)
+        if len(data) < _CONFIG.size:
+            raise OperationFailed(f"the vhost-user back end at {self.name} has no configuration of {size} bytes")
+        return data[_CONFIG.size : _CONFIG.size + size].ljust(size, b"\0")
+
+    def set_config(self, offset: int, data: bytes) -> None:
+        if self.protocol & P_CONFIG:
+            self._send(SET_CONFIG, _CONFIG.pack(offset, len(data), 0) + data, checked=True)
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def hung_up(self) -> bool:
+        """Whether the back end has closed. Nothing is expected from it unasked, so bytes count as that too."""
+        try:
+            self.socket.setblocking(False)
+            self.socket.recv(1, socket.MSG_PEEK)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self.socket.settimeout(DEADLINE)
+
+    def close(self) -> None:
+        self.socket.close()

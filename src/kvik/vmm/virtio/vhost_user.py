@@ -1,0 +1,210 @@
+"""A virtio device whose queues another process serves: base of `vhost_user_blk` and `fs`.
+
+When the back end goes away, the device needs a reset, the event VHOST_USER_DISCONNECTED tells it, and the machine goes
+on. When the guest then resets the device, its back end is connected anew, if somebody has started it again.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kvik.errors import InvalidArgument, KvikError
+from kvik.vmm.faults import GuestFault
+from kvik.vmm.vhost_user import VhostUser
+from kvik.vmm.virtio.device import VirtioDevice
+from kvik.vmm.virtio.queue import EVENT_IDX, INDIRECT_DESC, VERSION_1
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvik.vmm.machine import Machine
+
+__all__ = ["VhostUserDevice"]
+
+
+class VhostUserDevice(VirtioDevice):
+    """`source`: the back end's socket, or a connected descriptor. `known`: feature bits a subclass lets through."""
+
+    known = 0
+    queue_size = 256
+    extra_queues = 0  # beside the request queues
+    _call_fds: dict[int, int]
+    _running: set[int]
+
+    def __init__(self, name: str, source: str | int, queues: int = 1) -> None:
+        self.source = source
+        self.back_end: VhostUser | None = VhostUser(source)
+        self._call_fds = {}  # our own eventfds, where the transport has no irqfd to give
+        self._running = set()
+        self._memory_told = False
+        self.disconnects = 0
+        if queues < 1 or queues + self.extra_queues > max(self.back_end.queues, 1 + self.extra_queues):
+            self.back_end.close()
+            raise InvalidArgument(f"{name}: its back end has {self.back_end.queues} queues, not {queues}")
+        self.queue_sizes = (self.queue_size,) * (queues + self.extra_queues)
+        self.features = self.back_end.features & self.known
+        self.ring_features = VERSION_1 | self.back_end.features & (EVENT_IDX | INDIRECT_DESC)
+        super().__init__(name)
+        try:
+            self.load_config(self.back_end)
+        except BaseException:
+            self.back_end.close()
+            raise
+
+    def load_config(self, back_end: VhostUser) -> None:
+        """Fill the configuration space."""
+
+    def attach(self, machine: Machine) -> None:
+        super().attach(machine)
+        assert self.back_end is not None
+        self.back_end.set_memory(self.memory)
+        self.memory.on_change.append(self._table_changed)
+        self.loop.add_reader(self.back_end.fileno(), self._heard)
+
+    # Life of the queues ------------------------------------------------------------------------------------------
+
+    def activate(self) -> None:
+        try:
+            back_end = self._connected()
+            back_end.set_features(self.acked)
+            for queue in self.queues:
+                if queue.ready:
+                    self._start_queue(back_end, queue.index)
+        except KvikError as error:
+            self._lost(str(error))
+
+    def _connected(self) -> VhostUser:
+        if self.back_end is None:
+            back_end = VhostUser(self.source) if isinstance(self.source, str) else None
+            if back_end is None:
+                raise InvalidArgument(f"{self.name}: its back end was given as a descriptor, and has gone")
+            if self.acked & ~(back_end.features | VERSION_1):
+                back_end.close()
+                raise InvalidArgument(f"{self.name}: the new back end lacks features of the one before")
+            self.back_end = back_end
+            back_end.set_memory(self.memory)
+            self.loop.add_reader(back_end.fileno(), self._heard)
+        return self.back_end
+
+    def _start_queue(self, back_end: VhostUser, index: int) -> None:
+        queue, memory = self.queues[index], self.memory
+        try:
+            addresses = (
+                memory.host_address(queue.desc, 16 * queue.size),
+                memory.host_address(queue.used, 6 + 8 * queue.size),
+                memory.host_address(queue.avail, 6 + 2 * queue.size),
+            )
+        except GuestFault as fault:
+            self.needs_reset(str(fault))
+            return
+        base = queue.state()["next_avail"]
+        kick, call = self.transport.notifier_fd(index), self._call_fd(index)
+        self._running.add(index)
+        back_end.start_queue(index, queue.size, base, addresses, kick=kick, call=call)
+        os.eventfd_write(kick, 1)  # for what the driver put before anybody listened
+
+    def _call_fd(self, index: int) -> int:
+        fd = self.transport.interrupt_fd(index)
+        if fd is not None:
+            return fd
+        own = self._call_fds.get(index, -1)
+        if own < 0:
+            own = self._call_fds[index] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self.loop.add_reader(own, lambda: self._called(index, own))
+        return own
+
+    def _called(self, index: int, fd: int) -> None:
+        try:
+            os.eventfd_read(fd)
+        except BlockingIOError:
+            return
+        if self.active:
+            self.transport.signal_queue(index)
+
+    def interrupt_changed(self, index: int) -> None:
+        if self.back_end is not None and index in self._running:
+            try:
+                self.back_end.set_call(index, self._call_fd(index))
+            except KvikError as error:
+                self._lost(str(error))
+
+    def _stop_queues(self) -> None:
+        """Take the queues back. Where the back end is gone, the rings' own indices must do."""
+        for index in sorted(self._running):
+            if index not in self._running:
+                continue  # the back end was lost meanwhile, which took all of them back
+            self._running.discard(index)
+            queue = self.queues[index]
+            position = {}
+            if self.back_end is not None:
+                try:
+                    used = self.memory.u16(queue.used + 2)
+                    position = {"next_avail": self.back_end.stop_queue(index), "next_used": used, "signalled": used}
+                except (KvikError, GuestFault) as error:
+                    self._lost(str(error))
+            if position:
+                queue._set_position(position)
+            self.transport.release_notifier(index)
+
+    def deactivate(self) -> None:
+        self._stop_queues()
+
+    def reset(self) -> None:
+        super().reset()
+        if self._running:
+            self._stop_queues()
+
+    def pause(self) -> None:
+        with self.lock:
+            self._stop_queues()
+
+    def resume(self) -> None:
+        with self.lock:
+            if self.active and not self._running:
+                self.activate()
+
+    def queue_kicked(self, index: int) -> None:
+        """The back end hears the kicks; one that came here first is passed on."""
+        if index in self._running:
+            os.eventfd_write(self.transport.notifier_fd(index), 1)
+
+    def _table_changed(self) -> None:
+        if self.back_end is not None:
+            try:
+                self.back_end.set_memory(self.memory)
+            except KvikError as error:
+                self._lost(str(error))
+
+    # The back end's life -----------------------------------------------------------------------------------------
+
+    def _heard(self) -> None:
+        with self.lock:
+            if self.back_end is not None and self.back_end.hung_up():
+                self._lost(f"its back end at {self.back_end.name} has gone")
+
+    def _lost(self, reason: str) -> None:
+        back_end, self.back_end = self.back_end, None
+        if back_end is not None:
+            self.loop.remove_reader(back_end.fileno())
+            back_end.close()
+            self.disconnects += 1
+            if self.machine is not None:
+                self.machine.emit("VHOST_USER_DISCONNECTED", {"device": self.name, "reason": reason})
+        self.needs_reset(reason)
+
+    def close(self) -> None:
+        with self.lock:
+            super().close()
+            if self.machine is not None and self._table_changed in self.memory.on_change:
+                self.memory.on_change.remove(self._table_changed)
+            back_end, self.back_end = self.back_end, None
+            if back_end is not None:
+                if self.machine is not None:
+                    self.loop.remove_reader(back_end.fileno())
+                back_end.close()
+            for fd in self._call_fds.values():
+                self.loop.remove_reader(fd)
+                os.close(fd)
+            self._call_fds.clear()
+
+    def stats(self) -> dict[str, int]:
+        return {**super().stats(), "connected": int(self.back_end is not None), "disconnects": self.disconnects}

@@ -1,0 +1,39 @@
+"""virtio-blk (virtio 1.2, 5.2) served by another process over vhost-user: every image format that process knows.
+
+    qemu-storage-daemon --blockdev file,node-name=f,filename=disk.qcow2 --blockdev qcow2,node-name=q,file=f \\
+        --export vhost-user-blk,id=e,node-name=q,writable=on,addr.type=unix,addr.path=SOCKET
+"""
+
+from __future__ import annotations
+
+from kvik.errors import KvikError
+from kvik.vmm.virtio.blk import FIELDS
+from kvik.vmm.virtio.vhost_user import VhostUserDevice
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvik.vmm.vhost_user import VhostUser
+
+__all__ = ["VhostUserBlk"]
+
+
+class VhostUserBlk(VhostUserDevice):
+    """A disk (virtio 1.2, 5.2) that another process serves, in whatever format."""
+
+    kind = "vhost-user-blk"
+    device_id = 2
+    pci_class = 0x010000
+    config_fields = FIELDS
+    # SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES
+    known = sum(1 << bit for bit in (1, 2, 4, 5, 6, 9, 10, 11, 12, 13, 14))
+
+    def load_config(self, back_end: VhostUser) -> None:
+        self.config.restore(back_end.get_config(self.config.size))
+        self.config["num_queues"] = len(self.queue_sizes)
+
+    def config_written(self, offset: int, size: int) -> None:
+        if self.back_end is not None:
+            try:
+                self.back_end.set_config(offset, bytes(self.config)[offset : offset + size])
+            except KvikError as error:
+                self._lost(str(error))

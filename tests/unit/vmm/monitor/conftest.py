@@ -1,0 +1,195 @@
+"""A machine without KVM: real loop, memory and buses; vCPUs that only remember."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvik.errors import OperationInvalid
+from kvik.vmm.bus import Bus
+from kvik.vmm.config import MachineConfig
+from kvik.vmm.loop import EventLoop
+from kvik.vmm.memory import GuestMemory
+from kvik.vmm.monitor.server import MonitorServer
+
+MIB = 1 << 20
+
+
+class FakeVcpu:
+    def __init__(self) -> None:
+        self.nmis = 0
+
+    def nmi(self) -> None:
+        self.nmis += 1
+
+
+class FakeThread:
+    def __init__(self, index: int) -> None:
+        self.index, self.thread_id, self.exits, self.vcpu = index, 1000 + index, [0] * 64, FakeVcpu()
+
+
+class FakeMachine:
+    """What the monitor uses of `Machine`, with the same rules about its status."""
+
+    def __init__(self) -> None:
+        self.config = MachineConfig(name="fake", uuid="c7a5fdbd-edaf-9455-926a-d65c16db1809")
+        self.config.memory.size = 16 * MIB
+        self.config.cpus.count, self.config.cpus.maximum = 2, 4
+        self.status = "running"
+        self.loop = EventLoop()
+        self.memory = GuestMemory.allocate(16 * MIB)
+        self.ports, self.mmio = Bus("port", 0x10000), Bus("memory", 1 << 52)
+        self.vcpus = [FakeThread(0), FakeThread(1)]
+        self.devices: dict[str, Any] = {}
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
+        self.calls: list[str] = []
+        self.holds = 0
+        self.on_close: list[Callable[[], None]] = []
+
+    def find(self, name: str) -> Any:
+        return self.devices[name]
+
+    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
+        for listener in self.listeners:
+            listener(name, data or {})
+
+    def pause(self, status: str = "paused") -> None:
+        if self.status == "running":
+            self.status = status
+            self.emit("STOP")
+
+    def resume(self) -> None:
+        if self.status in ("shutdown", "guest-panicked"):
+            raise OperationInvalid("the machine cannot go on")
+        self.status = "running"
+        self.emit("RESUME")
+
+    def reset(self, reason: str = "host-qmp-system-reset") -> None:
+        self.calls.append("reset")
+        self.emit("RESET", {"guest": False, "reason": reason})
+
+    def powerdown(self) -> None:
+        self.calls.append("powerdown")
+        self.emit("POWERDOWN")
+
+    def quit(self, reason: str = "host-qmp-quit") -> None:
+        self.calls.append("quit")
+        self.emit("SHUTDOWN", {"guest": False, "reason": reason})
+
+    def paused(self) -> Any:
+        machine = self
+
+        class Paused:
+            def __enter__(self) -> None:
+                machine.holds += 1
+
+            def __exit__(self, *_: object) -> None:
+                machine.holds -= 1
+
+        return Paused()
+
+
+class Client:
+    """The other end, on the same thread: it lets the loop run while it waits."""
+
+    def __init__(self, loop: EventLoop, path: str) -> None:
+        self.loop = loop
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(path)
+        self.sock.setblocking(False)
+        self.buffer = b""
+        self.events: list[dict[str, Any]] = []
+
+    def pump(self) -> bool:
+        """One round; False when the server closed."""
+        self.loop.run_once(0.005)
+        try:
+            data = self.sock.recv(1 << 20)
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:
+            return False
+        self.buffer += data
+        return bool(data)
+
+    def line(self, seconds: float = 10.0) -> dict[str, Any]:
+        end = time.monotonic() + seconds
+        while b"\n" not in self.buffer:
+            assert self.pump() or b"\n" in self.buffer, "the server closed"
+            assert time.monotonic() < end, "nothing came"
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def reply(self) -> dict[str, Any]:
+        while True:
+            message = self.line()
+            if "event" not in message:
+                return message
+            self.events.append(message)
+
+    def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        self.sock.setblocking(True)
+        socket.send_fds(self.sock, [data], list(fds))
+        self.sock.setblocking(False)
+
+    def ask(self, command: str, arguments: Any = None, *, fds: tuple[int, ...] = (), **more: Any) -> dict[str, Any]:
+        message = {"execute": command} | more
+        if arguments is not None:
+            message["arguments"] = arguments
+        self.send(json.dumps(message).encode() + b"\n", fds)
+        return self.reply()
+
+    def get(self, command: str, arguments: Any = None, **more: Any) -> Any:
+        message = self.ask(command, arguments, **more)
+        assert "return" in message, message
+        return message["return"]
+
+    def error(self, command: str, arguments: Any = None, **more: Any) -> tuple[str, str]:
+        message = self.ask(command, arguments, **more)
+        assert "error" in message, message
+        return message["error"]["class"], message["error"]["desc"]
+
+
+@pytest.fixture
+def machine() -> Iterator[FakeMachine]:
+    made = FakeMachine()
+    yield made
+    made.memory.close()
+    made.loop.close()
+
+
+@pytest.fixture
+def server(machine: FakeMachine, tmp_path: Path) -> Iterator[MonitorServer]:
+    made = MonitorServer(machine)  # type: ignore[arg-type]
+    made.listen(str(tmp_path / "qmp"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def connect(server: MonitorServer, machine: FakeMachine, tmp_path: Path) -> Iterator[Callable[..., Client]]:
+    clients: list[Client] = []
+
+    def make(negotiate: bool = True, enable: tuple[str, ...] = ()) -> Client:
+        client = Client(machine.loop, str(tmp_path / "qmp"))
+        clients.append(client)
+        if negotiate:
+            assert "QMP" in client.line()
+            assert client.get("qmp_capabilities", {"enable": list(enable)} if enable else None) == {}
+        return client
+
+    yield make
+    for client in clients:
+        client.sock.close()
+
+
+@pytest.fixture
+def client(connect: Callable[..., Client]) -> Client:
+    return connect()
