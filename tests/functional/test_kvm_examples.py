@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/guide/kvm.md").read_text(), re.DOTALL | re.MULTILINE)
 SAID = (
     "the guest says 5\nthe guest halted\n",
-    "the interrupt handler wrote 42\nit runs at 0x6104 in code of 64 bits\n",
+    "the interrupt handler wrote 42\nrax is 42 in code of 64 bits\n",
 )
 
 pytestmark = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm may not be opened here")

@@ -146,8 +146,8 @@ class Machine:
     """All that the document says."""
 
     __slots__ = (
-        "accelerated", "append", "cdrom", "cpu", "disks", "emulator", "firmware", "graphics", "initrd", "kernel", "log", "machine",
-        "memory_kib", "name", "network", "uuid", "vcpus",
+        "accelerated", "append", "cdrom", "cpu", "disks", "emulator", "firmware", "graphics", "initrd", "kernel", "log",
+        "machine", "memory_kib", "name", "network", "uuid", "vcpus",
     )  # fmt: skip
 
     def __init__(self, name: str, *, accelerated: bool) -> None:

@@ -63,7 +63,7 @@ class ExceptionExit(NamedTuple):
 
 
 class HypercallExit(NamedTuple):
-    """A hypercall that user space asked to handle (KVM_CAP_EXIT_HYPERCALL, api.rst 7.25): answer with
+    """A hypercall that user space asked to handle (KVM_CAP_EXIT_HYPERCALL): answer with
     `Vcpu.set_hypercall_result`."""
 
     number: int
@@ -140,13 +140,13 @@ class BusLockExit(NamedTuple):
 
 
 class NotifyExit(NamedTuple):
-    """The guest let no event window open for too long (KVM_CAP_X86_NOTIFY_VMEXIT, api.rst 7.32)."""
+    """The guest let no event window open for too long (KVM_CAP_X86_NOTIFY_VMEXIT)."""
 
     context_invalid: bool
 
 
 class MemoryFaultExit(NamedTuple):
-    """Guest memory that cannot be had (KVM_CAP_MEMORY_FAULT_INFO, api.rst 7.34); KVM_RUN failed with EFAULT."""
+    """Guest memory that cannot be had (KVM_CAP_MEMORY_FAULT_INFO); KVM_RUN failed with EFAULT."""
 
     flags: int
     address: int

@@ -10,12 +10,14 @@ from fcntl import ioctl
 
 from kvik.kvm import constants as c
 from kvik.kvm.constants import ExitReason
-from kvik.kvm.decode import decode
 from kvik.kvm.descriptor import AttributeOwner, KvmError
-from kvik.kvm.dirty_ring import DirtyRing
-from kvik.kvm.exits import Exit, InterruptedExit
 from kvik.kvm.msrs import read_msrs, write_msrs
 from kvik.kvm.structs import CpuidTable, Debugregs, Fpu, Regs, Run, Sregs, Sregs2, VcpuEvents, Xcrs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvik.kvm.dirty_ring import DirtyRing
+    from kvik.kvm.exits import Exit
 
 _RUN = c.RUN
 _INTR = ExitReason.INTR
@@ -26,6 +28,7 @@ _COALESCED = struct.Struct("<QII8s")  # phys_addr, len, pio, data
 _SYNC_REGS = Run.kvm_dirty_regs.offset + 8
 _EXIT_REASON_WORD = Run.exit_reason.offset // 4
 _PAGE = 4096
+_EHWPOISON = 133  # `errno` has no name for it
 
 
 class Translation(ctypes.Structure):
@@ -51,6 +54,8 @@ class Vcpu(AttributeOwner):
         try:
             self._map = mmap.mmap(fd, mmap_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             if ring_size:
+                from kvik.kvm.dirty_ring import DirtyRing
+
                 self.dirty_ring = DirtyRing(fd, ring_size)
         except BaseException:
             self.close()
@@ -90,18 +95,24 @@ class Vcpu(AttributeOwner):
             number = error.errno
             if number in (errno.EINTR, errno.EAGAIN):
                 return _INTR
-            if number in (errno.EFAULT, 133) and self._words[_EXIT_REASON_WORD] == ExitReason.MEMORY_FAULT:
-                return ExitReason.MEMORY_FAULT  # api.rst 7.34: told beside EFAULT or EHWPOISON
+            if number in (errno.EFAULT, _EHWPOISON) and self._words[_EXIT_REASON_WORD] == ExitReason.MEMORY_FAULT:
+                return ExitReason.MEMORY_FAULT  # KVM_CAP_MEMORY_FAULT_INFO: told beside EFAULT or EHWPOISON
             raise KvmError(number or 0, "RUN") from None
         return self._words[_EXIT_REASON_WORD]
 
     def exit(self) -> Exit:
         """The last exit as a value, while it was not INTR."""
+        from kvik.kvm.decode import decode  # thirty classes, that a machine's start must not wait for
+
         return decode(self._run, self._view)
 
     def run(self) -> Exit:
         """`enter` and `exit` in one."""
-        return InterruptedExit() if self.enter() == _INTR else decode(self._run, self._view)
+        if self.enter() != _INTR:
+            return self.exit()
+        from kvik.kvm.exits import InterruptedExit
+
+        return InterruptedExit()
 
     def io(self) -> tuple[int, int, int, int, int]:
         """Of an IO exit: direction (1: out), size, port, count, and the offset of the data in `page`."""
@@ -158,7 +169,7 @@ class Vcpu(AttributeOwner):
     # Registers
 
     def set_cpuid(self, table: CpuidTable) -> None:
-        """KVM_SET_CPUID2 (4.47): before the first run."""
+        """KVM_SET_CPUID2 (as 4.20): before the first run."""
         self._struct("SET_CPUID2", table)
 
     def cpuid(self) -> CpuidTable:
@@ -327,7 +338,7 @@ class Vcpu(AttributeOwner):
         self._int("SET_TSC_KHZ", khz)
 
     def kvmclock_ctrl(self) -> None:
-        """KVM_KVMCLOCK_CTRL (4.68): tell the guest that it was paused, so that its watchdogs stay calm. EINVAL if the
+        """KVM_KVMCLOCK_CTRL (4.70): tell the guest that it was paused, so that its watchdogs stay calm. EINVAL if the
         guest uses no kvmclock."""
         self._int("KVMCLOCK_CTRL")
 

@@ -125,7 +125,7 @@ class Vm(AttributeOwner):
         self._bytes("IRQ_LINE", _IRQ_LEVEL.pack(gsi, level))
 
     def signal_msi(self, address: int, data: int) -> bool:
-        """KVM_SIGNAL_MSI (4.70): send a message at once. False if no local APIC took it, as when the guest programmed
+        """KVM_SIGNAL_MSI (4.71): send a message at once. False if no local APIC took it, as when the guest programmed
         an address where none is."""
         low, high = routing.msi_address(address)
         try:

@@ -78,7 +78,7 @@ def _add_virtio(machine: Machine) -> None:
     """What is."""
     config = machine.config
     if config.consoles or config.channels:
-        slots = [port.slot for port in (*config.consoles, *config.channels)]
+        slots = [port.slot for port in config.consoles] + [port.slot for port in config.channels]
         machine.add(parts.console(machine), max(slots))
     for field in parts.KINDS:
         for index, item in enumerate(getattr(config, field)):

@@ -96,7 +96,7 @@ class SmbiosConfig:
 @settings
 class CharConfig:
     """A character backend: `backend` is stdio, null, file:PATH, pty, unix:PATH or fd=N (`backends.char`); `log`, where
-    output goes as well, is file:PATH or fd=N. Consoles and channels are ports of one device: `slot` is that device's."""
+    output goes as well, is file:PATH or fd=N. Consoles and channels are ports of one device, in `slot`."""
 
     backend: str = "null"
     id: str = ""

@@ -16,7 +16,6 @@ Threads: the one that calls `run` owns the machine. All methods here belong to i
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 
@@ -27,6 +26,7 @@ from kvik.kvm.system import System
 from kvik.vmm import layout as at
 from kvik.vmm.bus import Bus
 from kvik.vmm.interrupts import Doorbells, Interrupts
+from kvik.vmm.log import Log, LogLimit
 from kvik.vmm.loop import EventLoop, IoThread
 from kvik.vmm.memory import GuestMemory, HostMemory, Region
 from kvik.vmm.pci.bus import PciBus
@@ -57,6 +57,7 @@ class Machine:
     def __init__(self, config: MachineConfig) -> None:
         self.config = config
         self.status = "prelaunch"
+        self._log = LogLimit(Log(name=config.name, json=config.log == "json"))
         self.started = time.monotonic()
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
@@ -71,7 +72,7 @@ class Machine:
         self.on_close: list[Callable[[], None]] = []
         self._holds = 0  # `paused` contexts
         self._going = False  # vCPUs run, or may
-        self._closed = False
+        self._started = self._closed = False
         self._power_on: Any = None
         prepare_signal()
         self.loop = EventLoop()
@@ -172,7 +173,7 @@ class Machine:
             thread.stop()
 
     def io_thread(self, name: str) -> IoThread:
-        """A new thread with a loop, for a device of that name that must not wait for others; it ends with the device."""
+        """A new thread with a loop, for the device of that name; it ends with the device."""
         thread = IoThread(name)
         thread.loop.on_error = self._callback_failed
         thread.on_start = self.on_thread_start
@@ -202,6 +203,7 @@ class Machine:
 
     def start(self, paused: bool = False) -> None:
         """Start the threads, and with them the guest unless `paused`."""
+        self._started = True
         for thread in self.vcpus:
             if paused:
                 thread.ask_to_park()
@@ -214,7 +216,7 @@ class Machine:
     def run(self, paused: bool = False) -> str:
         """Start, run the loop until the machine ends, give everything back; why it ended."""
         try:
-            if self.status == "prelaunch" and not any(thread.thread_id for thread in self.vcpus):
+            if not self._started:
                 self.start(paused)
             self.loop.run()
         finally:
@@ -346,11 +348,8 @@ class Machine:
             listener(name, data or {})
 
     def log(self, text: str) -> None:
-        """One line on standard error."""
-        try:
-            os.write(2, f"kvik-vmm: {self.config.name}: {text}\n".encode("utf-8", "replace"))
-        except OSError:
-            pass  # whoever read it is gone: no reason for a machine to die
+        """One line on standard error. A guest cannot flood it."""
+        self._log.write("warning", text)
 
     def request_reset(self, reason: str = "guest-reset") -> None:
         self.loop.call_soon(lambda: self.reset(reason))

@@ -55,11 +55,40 @@ def run(config: MachineConfig) -> int:
     from kvik.vmm.build import build
 
     machine = build(config)
-    for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
-        _signal.signal(number, _quit_on_signal(machine))
-    machine.run(config.paused)
+    try:
+        for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
+            _signal.signal(number, _quit_on_signal(machine))
+        machine.start(config.paused)
+        # From here on the guest runs, and nobody waits for what is imported.
+        _open_control(machine)
+        machine.run()
+    finally:
+        machine.close()
     _report(machine)
     return machine.exit_code
+
+
+def _open_control(machine: Machine) -> None:
+    """Monitors, a debugger's port, metrics."""
+    config = machine.config
+    if config.qmp:
+        from kvik.vmm.monitor.server import MonitorServer
+
+        server = MonitorServer(machine)
+        machine.on_close.append(server.close)
+        for place in config.qmp:
+            if place.startswith("fd="):
+                server.adopt(int(place[3:]))
+            else:
+                server.listen(place.removeprefix("unix:"))
+    if config.gdb:
+        from kvik.vmm.gdb import GdbServer
+
+        machine.on_close.append(GdbServer(machine, config.gdb).close)
+    if config.metrics:
+        from kvik.vmm.metrics import MetricsServer
+
+        machine.on_close.append(MetricsServer(machine, config.metrics).close)
 
 
 def _quit_on_signal(machine: Machine) -> Callable[[int, FrameType | None], None]:

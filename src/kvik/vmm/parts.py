@@ -6,6 +6,8 @@ module of a device is imported when the first such device is made.
 
 from __future__ import annotations
 
+import os
+
 from kvik.errors import InvalidArgument
 
 TYPE_CHECKING = False
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvik.vmm import config as c
+    from kvik.vmm.backends.net import NetBackend
     from kvik.vmm.device import Device
     from kvik.vmm.loop import EventLoop
     from kvik.vmm.machine import Machine
@@ -139,6 +142,56 @@ def _socket(config: c.VhostUserBlkConfig | c.FsConfig, name: str) -> str | int:
     return config.socket or config.fd
 
 
+def net(machine: Machine, config: c.NetConfig, name: str) -> Device:
+    from kvik.vmm.backends.net import NoBackend
+    from kvik.vmm.backends.tap import TapBackend
+    from kvik.vmm.ratelimit import RateLimiter
+    from kvik.vmm.virtio.net import NetDevice
+
+    backend: NetBackend
+    if config.fds and config.backend in ("tap", ""):
+        backend = TapBackend(config.fds)
+    elif config.backend == "tap":
+        backend = TapBackend.open(config.ifname or f"kvik{name}"[:15], config.queues)
+    elif config.backend in ("passt", "stream", "dgram"):
+        from kvik.vmm.backends.netsocket import DatagramBackend, StreamBackend
+
+        if config.backend == "dgram":
+            if not config.fds:
+                raise InvalidArgument(f"net {name}: dgram needs a descriptor", remedy="give fds=N")
+            backend = DatagramBackend(config.fds[0])
+        else:
+            backend = StreamBackend(config.fds[0]) if config.fds else StreamBackend.connect(config.path)
+    elif config.backend == "none":
+        backend = NoBackend(config.queues)
+    else:
+        raise InvalidArgument(
+            f"net {name}: there is no backend {config.backend!r}", remedy="use tap, passt, stream, dgram or none"
+        )
+    try:
+        device = NetDevice(
+            name,
+            backend,
+            config.mac or random_mac(),
+            mtu=config.mtu,
+            queue_size=config.queue_size,
+            vhost=config.vhost,
+            receive_limit=RateLimiter(config.rx_bps, config.rx_pps),
+            transmit_limit=RateLimiter(config.tx_bps, config.tx_pps),
+        )
+    except BaseException:
+        backend.close()
+        raise
+    if not config.link:
+        device.set_link(False)
+    return device
+
+
+def random_mac() -> str:
+    """One of those that QEMU and its kin give to guests."""
+    return "52:54:00:" + os.urandom(3).hex(":")
+
+
 def rng(machine: Machine, config: c.RngConfig, name: str) -> Device:
     from kvik.vmm.virtio.rng import Rng
 
@@ -175,6 +228,7 @@ def watchdog(machine: Machine, config: c.WatchdogConfig, name: str) -> Device:
 KINDS: dict[str, tuple[str, Callable[[Machine, Any, str], Device]]] = {
     "disks": ("disk", disk),
     "vhost_user_blk": ("vhost-user-blk", vhost_user_blk),
+    "nets": ("net", net),
     "rng": ("rng", rng),
     "balloon": ("balloon", balloon),
     "fs": ("fs", fs),

@@ -86,8 +86,8 @@ def test_registers_memory_and_going_on(debugged: Machine, tmp_path: Path) -> Non
 def test_breakpoints(debugged: Machine, tmp_path: Path, kind: str) -> None:
     place = CODE + 3
     text = gdb(
-        debugged, tmp_path, f"{kind} *{place:#x}", "continue", "p/x $rip", f"x/xb {place:#x}", "continue", "p $rax", "continue",
-        "p $rax", "delete", "detach",
+        debugged, tmp_path, f"{kind} *{place:#x}", "continue", "p/x $rip", f"x/xb {place:#x}", "continue", "p $rax",
+        "continue", "p $rax", "delete", "detach",
     )  # fmt: skip
     assert f"= {place:#x}" in text
     assert f"{place:#x}:\t0x48" in text  # gdb is shown the program, not the int3
@@ -99,7 +99,9 @@ def test_breakpoints(debugged: Machine, tmp_path: Path, kind: str) -> None:
 
 @needs_gdb
 def test_single_steps(debugged: Machine, tmp_path: Path) -> None:
-    text = gdb(debugged, tmp_path, f"hbreak *{CODE:#x}", "continue", "stepi", "stepi", "stepi", "p/x $rip", "stepi", "p/x $rip")
+    text = gdb(
+        debugged, tmp_path, f"hbreak *{CODE:#x}", "continue", "stepi", "stepi", "stepi", "p/x $rip", "stepi", "p/x $rip"
+    )
     assert re.findall(r"\$\d = (0x[0-9a-f]+)", text) == [f"{CODE:#x}", f"{CODE + 3:#x}"]
 
 

@@ -238,7 +238,12 @@ def test_a_device_that_raises_stops_the_machine_and_not_the_process(capfd: pytes
     machine = machine_with(out(1) + END)
     machine.add(Broken())
     states: list[str] = []
-    machine.loop.call_later(0.3, lambda: (states.append(machine.status), machine.quit()) and None)
+
+    def look() -> None:
+        states.append(machine.status)
+        machine.quit()
+
+    machine.loop.call_later(0.3, look)
     machine.run()
     assert states == ["internal-error"]
     assert "vCPU 0 cannot go on: ValueError: a bug of a device" in capfd.readouterr().err

@@ -12,15 +12,24 @@ import pytest
 from kvik.kvm import KvmError, System, Vcpu, constants, structs
 from kvik.kvm.constants import Capability, ExitReason
 from kvik.kvm.exits import (
+    BusLockExit,
+    DebugExit,
+    DirtyRingFullExit,
     FailEntryExit,
     HltExit,
+    HypercallExit,
     InternalErrorExit,
     InterruptedExit,
+    IoapicEoiExit,
     IoExit,
+    IrqWindowExit,
+    MemoryFaultExit,
     MmioExit,
     MsrExit,
+    NotifyExit,
     ShutdownExit,
     SystemEventExit,
+    TprAccessExit,
     UnknownExit,
 )
 
@@ -89,6 +98,57 @@ def test_exits_are_typed(vcpu: Vcpu) -> None:
     run.exit_reason = 4242
     found = vcpu.exit()
     assert isinstance(found, UnknownExit) and found.reason == 4242
+
+
+def test_an_emulation_failure_tells_the_instruction(vcpu: Vcpu) -> None:
+    run = vcpu._run
+    run.exit_reason = ExitReason.INTERNAL_ERROR
+    run.u.internal.suberror, run.u.internal.ndata = 1, 4
+    code = bytes.fromhex("0f0b90")
+    run.u.internal.data[0] = 1  # the bytes are valid
+    packed = bytes([len(code)]) + code.ljust(15, b"\0")
+    run.u.internal.data[1], run.u.internal.data[2] = (int.from_bytes(packed[at : at + 8], "little") for at in (0, 8))
+    found = vcpu.exit()
+    assert isinstance(found, InternalErrorExit)
+    assert (found.kind, found.flags, found.instruction) == (1, 1, code)
+    assert str(found) == "KVM_INTERNAL_ERROR_EMULATION: instruction 0f 0b 90"
+    run.u.internal.data[0] = 0
+    found = vcpu.exit()
+    assert isinstance(found, InternalErrorExit) and found.instruction == b""
+    run.u.internal.ndata = 0
+    assert str(vcpu.exit()) == "KVM_INTERNAL_ERROR_EMULATION"
+
+
+def test_the_rarer_exits_carry_what_the_kernel_says(vcpu: Vcpu) -> None:
+    run, u = vcpu._run, vcpu._run.u
+
+    def exit_of(reason: int) -> object:
+        run.exit_reason = reason
+        return vcpu.exit()
+
+    u.debug.exception, u.debug.pc, u.debug.dr6, u.debug.dr7 = 1, 0x1000, 0x4000, 0x400
+    assert exit_of(ExitReason.DEBUG) == DebugExit(1, 0x1000, 0x4000, 0x400)
+    u.hypercall.nr, u.hypercall.args[0], u.hypercall.args[5], u.hypercall.longmode = 12, 7, 9, 1
+    assert exit_of(ExitReason.HYPERCALL) == HypercallExit(12, (7, 0x4000, 0x400, 0, 0, 9), True)
+    vcpu.set_hypercall_result(5)
+    assert u.hypercall.ret == 5
+    u.memory_fault.flags, u.memory_fault.gpa, u.memory_fault.size = 8, 0xC000, 4096
+    assert exit_of(ExitReason.MEMORY_FAULT) == MemoryFaultExit(8, 0xC000, 4096)
+    u.tpr_access.rip, u.tpr_access.is_write = 0x1234, 1
+    assert exit_of(ExitReason.TPR_ACCESS) == TprAccessExit(0x1234, True)
+    u.eoi_vector = 0x55
+    assert exit_of(ExitReason.IOAPIC_EOI) == IoapicEoiExit(0x55)
+    u.notify_flags = 1
+    assert exit_of(ExitReason.NOTIFY) == NotifyExit(True)
+    u.system_event.type, u.system_event.ndata = 2, 0
+    assert str(exit_of(ExitReason.SYSTEM_EVENT)) == "KVM_SYSTEM_EVENT_RESET"
+    for reason, kind in (
+        (ExitReason.X86_BUS_LOCK, BusLockExit),
+        (ExitReason.DIRTY_RING_FULL, DirtyRingFullExit),
+        (ExitReason.IRQ_WINDOW_OPEN, IrqWindowExit),
+    ):
+        assert isinstance(exit_of(reason), kind)
+    assert "KVM_EXIT_HYPERV" in str(exit_of(ExitReason.HYPERV))
 
 
 def test_closing_is_idempotent_and_survives_held_data(vcpu: Vcpu) -> None:

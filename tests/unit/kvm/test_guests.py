@@ -233,6 +233,8 @@ def test_single_steps_come_one_by_one() -> None:
 
 
 def test_a_hardware_breakpoint_stops_at_its_address() -> None:
+    if "QEMU TCG" in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU is TCG, whose SVM leaves a guest's breakpoints out; KVM-PVM and hardware have them")
     with Tiny("90 90 90 f4") as tiny:
         tiny.vcpu.set_guest_debug(
             constants.GUESTDBG_ENABLE | constants.GUESTDBG_USE_HW_BP, (CODE + 2, 0, 0, 0, 0, 0, 0, 0x402)
@@ -399,4 +401,4 @@ def test_importing_the_binding_is_cheap() -> None:
     source = str(Path(kvik.__file__).parent.parent)
     done = subprocess.run([sys.executable, "-ISc", code, source], capture_output=True, text=True, check=True)
     assert "kvik.kvm.vcpu" in done.stdout.split()
-    assert not set(done.stdout.split()) & {*banned.split(), "inspect", "re"}
+    assert not set(done.stdout.split()) & {*banned.split(), "inspect", "re", "kvik.kvm.exits"}

@@ -51,8 +51,17 @@ def test_readers_and_writers_of_one_descriptor_are_apart() -> None:
     loop = EventLoop()
     one, two = socket.socketpair()
     seen: list[str] = []
-    loop.add_writer(one.fileno(), lambda: (seen.append("w"), loop.remove_writer(one.fileno())) and None)
-    loop.add_reader(one.fileno(), lambda: (seen.append("r"), one.recv(10)) and None)
+
+    def writable() -> None:
+        seen.append("w")
+        loop.remove_writer(one.fileno())
+
+    def readable() -> None:
+        seen.append("r")
+        one.recv(10)
+
+    loop.add_writer(one.fileno(), writable)
+    loop.add_reader(one.fileno(), readable)
     two.send(b"x")
     for _ in range(3):
         loop.run_once(0)
@@ -81,7 +90,7 @@ def test_calls_from_many_threads_all_arrive() -> None:
 
     def caller(number: int) -> None:
         for index in range(200):
-            loop.call_soon(lambda: seen.append(number * 1000 + index))
+            loop.call_soon(lambda index=index: seen.append(number * 1000 + index))  # type: ignore[misc]
 
     threads = [threading.Thread(target=caller, args=(number,)) for number in range(4)]
     for thread in threads:

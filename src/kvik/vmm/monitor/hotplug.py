@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from kvik.vmm.device import Device
     from kvik.vmm.machine import Machine
 
-# settings class -> the function of vmm.parts
-MAKERS = {
-    c.DiskConfig: "disk",
-    c.NetConfig: "net",
+# settings class -> the list of MachineConfig that such settings belong to
+FIELDS = {
+    c.DiskConfig: "disks",
+    c.NetConfig: "nets",
     c.RngConfig: "rng",
     c.BalloonConfig: "balloon",
     c.VsockConfig: "vsock",
@@ -34,13 +34,12 @@ class MachineHotplug:
         self._made = 0
 
     def plug(self, settings: Any) -> Device:
-        name = MAKERS[type(settings)]
-        make: Callable[..., Any] | None = getattr(parts, name, None)
-        if make is None:
-            raise refused(f"cannot plug a {name}", "this version has no such device")
+        field = FIELDS[type(settings)]
+        if field not in parts.KINDS:
+            raise refused(f"cannot plug one of {field}", "this version has no such device")
         self._made += 1
         # The index names a device without an id; ours have one.
-        device: Device = self._machine.add(make(self._machine, settings, self._made), settings.slot)
+        device = self._machine.add(parts.make(self._machine, field, settings, self._made), settings.slot)
         return device
 
     def unplug(self, name: str) -> None:

@@ -60,6 +60,11 @@ class MockMachine:
             device.attach(self)
         self.devices[device.name] = device
 
+    def remove(self, name: str) -> None:
+        device = self.devices.pop(name, None)
+        if device is not None:
+            device.close()
+
     def add_virtio(self, device: VirtioDevice, slot: int | None = None) -> VirtioDriver:
         self.pci.add(VirtioPci(device), slot)
         self.devices[device.name] = device
