@@ -61,16 +61,6 @@ class MockMachine:
         self.devices[device.name] = device
 
     def remove(self, name: str) -> None:
-        device = self.devices.pop(name, None)
-        if device is not None:
-            device.close()
-
-    def add_virtio(self, device: VirtioDevice, slot: int | None = None) -> VirtioDriver:
-        self.pci.add(VirtioPci(device), slot)
-        self.devices[device.name] = device
-        return VirtioDriver(self, self.pci.find(device.name))
-
-    def remove(self, name: str) -> None:
         self.devices.pop(name).close()
 
     def turn(self, rounds: int = 4) -> None:
