@@ -1,7 +1,8 @@
 """Whether this host can be the CPU that a state was taken on.
 
 KVM_SET_CPUID2 takes nearly anything; a guest that then uses a feature which is not there dies of an invalid opcode. So
-every feature bit of the saved CPUID is looked for in what KVM supports here (api.rst 4.46).
+every feature bit of the saved CPUID is looked for in what KVM supports here (api.rst 4.46), and in what a vCPU of this
+machine has already (KVM-PVM tells there of more than it says to support).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = ["check_cpu", "cpuid_equal"]
 # Bits that KVM or the VMM provides whatever the host's table says, that follow the guest's own registers, or topology.
 _NOT_THE_HOSTS = {"x2apic", "tsc-deadline", "hypervisor", "osxsave", "ospke", "ht", "monitor", "cmp-legacy", "topoext"}
 _NOT_THE_HOSTS |= {"kvm-msi-ext-dest-id", "kvm-hint-dedicated", "apic"}
+_NONE = [0, 0, 0, 0]
 
 
 def check_cpu(machine: Machine, cpu: Fields) -> None:
@@ -33,14 +35,17 @@ def check_cpu(machine: Machine, cpu: Fields) -> None:
             remedy="leave --cpus out, or give the same number",
         )
     supported, _ = leaves(machine.system.supported_cpuid())
+    here, _ = leaves(machine.vcpus[0].vcpu.cpuid())
     missing: dict[str, None] = {}
     for vcpu in saved:
         table = _table(vcpu.blob("cpuid"))
         found, _ = leaves(table)
         for name, (function, index, register, mask) in FEATURES.items():
-            if name in _NOT_THE_HOSTS or not found.get((function, index), [0] * 4)[register] & mask:
-                continue
-            if not supported.get((function, index), [0] * 4)[register] & mask:
+            place = function, index
+            had, has = (
+                sum(t.get(place, _NONE)[register] & mask for t in tables) for tables in ([found], [supported, here])
+            )
+            if had and not has and name not in _NOT_THE_HOSTS:
                 missing[name] = None
     if missing:
         raise OperationFailed(

@@ -2,8 +2,8 @@
 
 Uncompressed, the file is RAM as it is: regions one behind the other, pages of zeroes are holes. Restoring maps it
 copy-on-write: nothing is read before the guest touches it, and machines restored from one file share what they do not
-write. Compressed, it is a row of chunks, each <guest address, bytes, bytes stored, CRC> and a zlib stream, ended by a
-chunk of no bytes; it must be read as a whole.
+write. Compressed, it is a row of chunks, each <guest address, bytes, bytes stored, CRC of these and of the bytes> and a zlib stream, ended by a chunk of
+no bytes; it must be read as a whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["data_runs", "is_zero", "load", "map_file", "read_compressed", "write
 
 CHUNK = 2 * MIB  # what is looked at in one piece; a transparent huge page
 MAX_RUNS = 4096  # mappings of one region; Linux allows a process 65530 (vm.max_map_count)
-_HEADER = struct.Struct("<QIII")
+_HEADER, _CRC = struct.Struct("<QII"), struct.Struct("<I")
 _libc = ctypes.CDLL(None)
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -106,10 +106,12 @@ def write_compressed(memory: GuestMemory, fd: int, level: int = 1) -> Iterator[i
         for offset, size in data_runs(region):
             raw = region.view[offset : offset + size]
             data = zlib.compress(raw, level)
-            _put(fd, _HEADER.pack(region.start + offset, size, len(data), zlib.crc32(raw)) + data)
+            header = _HEADER.pack(region.start + offset, size, len(data))
+            _put(fd, header + _CRC.pack(zlib.crc32(raw, zlib.crc32(header))) + data)
             yield base + offset
         base += region.size
-    _put(fd, _HEADER.pack(0, 0, 0, 0))
+    header = _HEADER.pack(0, 0, 0)
+    _put(fd, header + _CRC.pack(zlib.crc32(header)))
     yield base
 
 
@@ -180,15 +182,16 @@ def read_compressed(memory: GuestMemory, fd: int, where: str) -> None:
         return data
 
     while True:
-        address, size, stored, crc = _HEADER.unpack(take(_HEADER.size))
-        if not size:
+        header, (crc,) = take(_HEADER.size), _CRC.unpack(take(_CRC.size))
+        address, size, stored = _HEADER.unpack(header)
+        if not size and crc == zlib.crc32(header):
             return
         if size > CHUNK or stored > CHUNK + 4096:
             raise OperationFailed(f"{where} is damaged: a chunk of {size} bytes, {stored} stored")
         unpacker = zlib.decompressobj()
         try:
             data = unpacker.decompress(take(stored), size)
-            if len(data) != size or zlib.crc32(data) != crc:
+            if len(data) != size or zlib.crc32(data, zlib.crc32(header)) != crc:
                 raise OperationFailed(f"{where} is damaged: the chunk for address {address:#x} fails its check")
             memory.write(address, data)
         except (zlib.error, GuestFault) as error:

@@ -41,7 +41,7 @@ def _check_value(written: str, value: Any, where: str) -> None:
     inner = written.removeprefix("list[").removeprefix("tuple[").removesuffix("]").removesuffix(", ...")
     if inner == written:
         kind = _PLAIN[written]
-        if not isinstance(value, kind) or kind is int and isinstance(value, bool):
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise OperationFailed(f"{where} is damaged: {written} was expected, not {str(value)[:40]!r}")
     elif not isinstance(value, list):
         raise OperationFailed(f"{where} is damaged: a list was expected")

@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kvik
@@ -51,16 +52,16 @@ def save_steps(machine: Machine, directory: str, compression: str = "none") -> I
     """As `save`, in steps; yields how many bytes of RAM are done."""
     if compression not in COMPRESSIONS:
         raise InvalidArgument(f"there is no compression {compression!r}", remedy=f"use {' or '.join(COMPRESSIONS)}")
-    directory = os.path.abspath(directory)
-    if os.path.lexists(directory):
-        raise AlreadyExists(f"{directory} exists already", remedy="choose another name, or remove it")
-    unfinished = f"{directory}.{os.getpid()}.partial"
+    place = Path(directory).absolute()
+    if place.is_symlink() or place.exists():
+        raise AlreadyExists(f"{place} exists already", remedy="choose another name, or remove it")
+    unfinished = place.with_name(f"{place.name}.{os.getpid()}.partial")
     try:
-        os.mkdir(unfinished, 0o700)
+        unfinished.mkdir(0o700)
         with machine.paused():
             yield from _write(machine, unfinished, compression)
-        os.rename(unfinished, directory)
-        _sync(os.path.dirname(directory))
+        unfinished.rename(place)
+        _sync(place.parent)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, HostError):
@@ -68,7 +69,7 @@ def save_steps(machine: Machine, directory: str, compression: str = "none") -> I
         raise
 
 
-def _write(machine: Machine, directory: str, compression: str) -> Iterator[int]:
+def _write(machine: Machine, directory: Path, compression: str) -> Iterator[int]:
     state = capture(machine)
     regions, offset = [], 0
     for region in machine.memory.regions:
@@ -94,12 +95,12 @@ def _write(machine: Machine, directory: str, compression: str) -> Iterator[int]:
     _sync(directory)
 
 
-def _create(directory: str, name: str) -> Any:
-    fd = os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    return open(fd, "wb")
+def _create(directory: Path, name: str) -> Any:
+    fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    return os.fdopen(fd, "wb")
 
 
-def _sync(directory: str) -> None:
+def _sync(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -136,9 +137,8 @@ def config_of(machine: Machine) -> MachineConfig:
 class Snapshot:
     """What a directory holds, checked but for what only a machine can check."""
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        self.where = os.path.join(directory, STATE)
+    def __init__(self, directory: Path) -> None:
+        self.where = str(directory / STATE)
         document = Fields(decode(_read(self.where), self.where), self.where)
         if document.text("format") != FORMAT:
             raise OperationFailed(f"{self.where} is no snapshot of kvik-vmm")
@@ -146,7 +146,7 @@ class Snapshot:
         if version != VERSION:
             raise OperationFailed(
                 f"{self.where} has version {version}, this kvik reads {VERSION}",
-                remedy=f"restore it with the kvik that wrote it ({document.str('kvik')[:20]})",
+                remedy=f"restore it with the kvik that wrote it ({document.text('kvik')[:20]})",
             )
         self.document = document
         self.state = document.object("state")
@@ -157,9 +157,10 @@ class Snapshot:
         if memory.text("file") != MEMORY:
             raise OperationFailed(f"{self.where}: memory: file is damaged: it is always {MEMORY!r}")
         self.regions = [
-            (region.number("start"), region.number("size"), region.number("offset")) for region in memory.each("regions")
+            (region.number("start"), region.number("size"), region.number("offset"))
+            for region in memory.each("regions")
         ]
-        self.memory = os.path.join(directory, MEMORY)
+        self.memory = directory / MEMORY
 
     def config(self) -> MachineConfig:
         return read_config(self.document.object("config"), self.where)
@@ -186,7 +187,7 @@ class Snapshot:
                     else:
                         memory_file.map_file(region, fd, offset)
             else:
-                memory_file.read_compressed(machine.memory, fd, self.memory)
+                memory_file.read_compressed(machine.memory, fd, str(self.memory))
         finally:
             os.close(fd)
 
@@ -200,10 +201,10 @@ class Snapshot:
 
 def read(directory: str) -> Snapshot:
     """Raises `NotFound`, `HostError`, or OperationFailed that names file and member."""
-    return Snapshot(os.path.abspath(directory))
+    return Snapshot(Path(directory).absolute())
 
 
-def _open(path: str) -> int:
+def _open(path: str | Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -218,7 +219,7 @@ def _open(path: str) -> int:
 
 def _read(path: str) -> bytes:
     fd = _open(path)
-    with open(fd, "rb") as stream:
+    with os.fdopen(fd, "rb") as stream:
         return stream.read(MAX_STATE + 1)
 
 

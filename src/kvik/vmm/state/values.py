@@ -58,7 +58,7 @@ class Fields:
 
     def _get(self, name: str, kind: type) -> Any:
         value = self._value.get(name)
-        if not isinstance(value, kind) or kind is int and isinstance(value, bool):
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             found = "nothing" if name not in self._value else f"{type(value).__name__} {str(value)[:40]!r}"
             raise OperationFailed(f"{self._where}: {name} is damaged: {kind.__name__} was expected, not {found}")
         return value
