@@ -54,11 +54,16 @@ def run(config: MachineConfig) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL)
     from kvik.vmm.build import build
 
-    machine = build(config)
+    machine = build(config, boot=not config.incoming)
     try:
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _quit_on_signal(machine))
-        machine.start(config.paused)
+        if config.incoming:
+            from kvik.vmm.state.migration import await_incoming
+
+            await_incoming(machine, config.incoming)
+        else:
+            machine.start(machine.config.paused)
         # From here on the guest runs, and nobody waits for what is imported.
         _open_control(machine)
         machine.run()
