@@ -6,8 +6,6 @@ module of a device is imported when the first such device is made.
 
 from __future__ import annotations
 
-import os
-
 from kvik.errors import InvalidArgument
 
 TYPE_CHECKING = False
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvik.vmm import config as c
-    from kvik.vmm.backends.net import NetBackend
     from kvik.vmm.device import Device
     from kvik.vmm.loop import EventLoop
     from kvik.vmm.machine import Machine
@@ -124,6 +121,21 @@ def disk(machine: Machine, config: c.DiskConfig, name: str) -> Device:
     return device
 
 
+def net(machine: Machine, config: c.NetConfig, name: str) -> Device:
+    from kvik.vmm.nets import make_net
+
+    device = make_net(config, name)
+    if (loop := _loop(machine, config.iothread, name)) is not None:
+        device.loop = loop
+    return device
+
+
+def vsock(machine: Machine, config: c.VsockConfig, name: str) -> Device:
+    from kvik.vmm.nets import make_vsock
+
+    return make_vsock(config, name)
+
+
 def vhost_user_blk(machine: Machine, config: c.VhostUserBlkConfig, name: str) -> Device:
     from kvik.vmm.virtio.vhost_user_blk import VhostUserBlk
 
@@ -140,56 +152,6 @@ def _socket(config: c.VhostUserBlkConfig | c.FsConfig, name: str) -> str | int:
     if bool(config.socket) == (config.fd >= 0):
         raise InvalidArgument(f"{name} needs its back end's socket, by path or by descriptor")
     return config.socket or config.fd
-
-
-def net(machine: Machine, config: c.NetConfig, name: str) -> Device:
-    from kvik.vmm.backends.net import NoBackend
-    from kvik.vmm.backends.tap import TapBackend
-    from kvik.vmm.ratelimit import RateLimiter
-    from kvik.vmm.virtio.net import NetDevice
-
-    backend: NetBackend
-    if config.fds and config.backend in ("tap", ""):
-        backend = TapBackend(config.fds)
-    elif config.backend == "tap":
-        backend = TapBackend.open(config.ifname or f"kvik{name}"[:15], config.queues)
-    elif config.backend in ("passt", "stream", "dgram"):
-        from kvik.vmm.backends.netsocket import DatagramBackend, StreamBackend
-
-        if config.backend == "dgram":
-            if not config.fds:
-                raise InvalidArgument(f"net {name}: dgram needs a descriptor", remedy="give fds=N")
-            backend = DatagramBackend(config.fds[0])
-        else:
-            backend = StreamBackend(config.fds[0]) if config.fds else StreamBackend.connect(config.path)
-    elif config.backend == "none":
-        backend = NoBackend(config.queues)
-    else:
-        raise InvalidArgument(
-            f"net {name}: there is no backend {config.backend!r}", remedy="use tap, passt, stream, dgram or none"
-        )
-    try:
-        device = NetDevice(
-            name,
-            backend,
-            config.mac or random_mac(),
-            mtu=config.mtu,
-            queue_size=config.queue_size,
-            vhost=config.vhost,
-            receive_limit=RateLimiter(config.rx_bps, config.rx_pps),
-            transmit_limit=RateLimiter(config.tx_bps, config.tx_pps),
-        )
-    except BaseException:
-        backend.close()
-        raise
-    if not config.link:
-        device.set_link(False)
-    return device
-
-
-def random_mac() -> str:
-    """One of those that QEMU and its kin give to guests."""
-    return "52:54:00:" + os.urandom(3).hex(":")
 
 
 def rng(machine: Machine, config: c.RngConfig, name: str) -> Device:
@@ -229,6 +191,7 @@ KINDS: dict[str, tuple[str, Callable[[Machine, Any, str], Device]]] = {
     "disks": ("disk", disk),
     "vhost_user_blk": ("vhost-user-blk", vhost_user_blk),
     "nets": ("net", net),
+    "vsock": ("vsock", vsock),
     "rng": ("rng", rng),
     "balloon": ("balloon", balloon),
     "fs": ("fs", fs),

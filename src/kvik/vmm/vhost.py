@@ -18,7 +18,7 @@ from kvik.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvik.vmm.memory import GuestMemory
     from kvik.vmm.virtio.device import VirtioDevice
@@ -52,11 +52,12 @@ _REGION = struct.Struct("=QQQQ")
 
 
 class Vhost:
-    """One open vhost device. Every method raises OSError with the ioctl's name when the kernel refuses."""
+    """One open vhost device, `fd` if it was passed. Every method raises OSError with the ioctl's name when the kernel
+    refuses."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int = -1) -> None:
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self.fd = fd if fd >= 0 else os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             module = path.rpartition("/")[2].replace("-", "_")
             raise HostError(
@@ -188,6 +189,7 @@ class Rings:
         self.vhosts = list(dict.fromkeys(vhost for vhost, _ in places.values()))
         self.log: DirtyLog | None = None
         self.running = False
+        self.on_error: Callable[[], None] = self._broken
         self._started: list[int] = []
         self._calls: dict[int, int] = {}  # eventfds of queues without an irqfd, which the loop reads
         self._errors: dict[Vhost, int] = {}
@@ -251,6 +253,14 @@ class Rings:
             self.device.transport.signal_queue(index)
 
     def _failed(self) -> None:
+        for fd in self._errors.values():
+            try:
+                os.eventfd_read(fd)
+            except BlockingIOError:
+                pass
+        self.on_error()
+
+    def _broken(self) -> None:
         self.device.needs_reset("the kernel's vhost met a ring that it cannot use")
 
     def interrupt_changed(self, index: int) -> None:
@@ -354,13 +364,13 @@ class VhostNet:
     # What needs the kernel's consent when it is the datapath; all else is the tap's or the device's own business.
     HANDLED = _MRG_RXBUF | _INDIRECT_DESC | _EVENT_IDX | _VERSION_1 | _IN_ORDER | _RING_PACKED | _RING_RESET
 
-    def __init__(self, device: NetDevice, pairs: int) -> None:
-        """HostError where there is no vhost-net."""
+    def __init__(self, device: NetDevice, pairs: int, fds: Sequence[int] = ()) -> None:
+        """`fds`: of /dev/vhost-net, one a pair, if somebody opened them. HostError where there is no vhost-net."""
         self.device = device
         vhosts: list[Vhost] = []
         try:
-            for _ in range(pairs):
-                vhosts.append(Vhost("/dev/vhost-net"))
+            for pair in range(pairs):
+                vhosts.append(Vhost("/dev/vhost-net", fds[pair] if pair < len(fds) else -1))
             self.features = vhosts[0].features()
         except OSError as error:
             for vhost in vhosts:
@@ -374,6 +384,18 @@ class VhostNet:
         self.ring_features = ~self.HANDLED | self.features & (_INDIRECT_DESC | _EVENT_IDX | _VERSION_1)
         places = {2 * pair + ring: (vhost, ring) for pair, vhost in enumerate(vhosts) for ring in (0, 1)}
         self.rings = Rings(device, places)
+        self.rings.on_error = self._failed
+
+    def _failed(self) -> None:
+        """The kernel wrote to the error eventfd: a ring is broken, or the tap is gone."""
+        device = self.device
+        with device.lock:
+            if not self.running:
+                return
+            if reason := device.backend.ended():
+                device.backend_ended(reason)
+            else:
+                device.needs_reset("the kernel's vhost met a ring that it cannot use")
 
     @property
     def running(self) -> bool:

@@ -54,5 +54,5 @@ def test_what_is_no_log_is_refused(log: str) -> None:
 
 
 def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="serial0: cannot log to .*absent/log"):
+    with pytest.raises(HostError, match=r"serial0: cannot log to .*absent/log"):
         Chardev("null", "serial0", f"file:{tmp_path}/absent/log")

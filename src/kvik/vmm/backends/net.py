@@ -57,6 +57,10 @@ class NetBackend:
     def set_pairs(self, count: int) -> None:
         """Deliver packets to the first `count` pairs only."""
 
+    def ended(self) -> str:
+        """Why the backend has ended, as far as it can be told without a packet; empty if it has not."""
+        return ""
+
     def close(self) -> None:
         """Close the descriptors."""
 

@@ -153,6 +153,13 @@ class TapBackend(NetBackend):
                     raise BackendGone(f"tap {self.name}: queue {index}: {error.strerror}") from error
         self._attached = count
 
+    def ended(self) -> str:
+        try:
+            fcntl.ioctl(self.fds[0], _TUNGETIFF, bytearray(_IFREQ.size))
+        except OSError:
+            return f"tap {self.name} was deleted"
+        return ""
+
     def close(self) -> None:
         while self.fds:
             os.close(self.fds.pop())

@@ -19,7 +19,7 @@ from kvik.vmm.virtio.netqueue import Receiver, Transmitter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvik.vmm.device import State
     from kvik.vmm.machine import Machine
@@ -75,6 +75,7 @@ class NetDevice(VirtioDevice):
         mtu: int = 0,
         queue_size: int = 256,
         vhost: str = "off",
+        vhost_fds: Sequence[int] = (),
         receive_limit: RateLimiter | None = None,
         transmit_limit: RateLimiter | None = None,
     ) -> None:
@@ -114,7 +115,7 @@ class NetDevice(VirtioDevice):
         self.config["max_virtqueue_pairs"] = self.pairs
         self.config["mtu"] = mtu
         if vhost != "off":
-            self._prepare_vhost(required=vhost == "on")
+            self._prepare_vhost(vhost_fds, required=vhost == "on")
 
     # --- life
 
@@ -137,7 +138,7 @@ class NetDevice(VirtioDevice):
 
     def attach(self, machine: Machine) -> None:
         super().attach(machine)
-        if self.vhost_reason:
+        if self.vhost_reason and self.backend.kind == "tap":
             machine.log(f"{self.name}: vhost-net is not used: {self.vhost_reason}")
 
     @property
@@ -287,6 +288,8 @@ class NetDevice(VirtioDevice):
         if self.gone:
             return
         self.gone = reason
+        if self.vhost is not None:
+            self.vhost.stop()
         self._end()
         self.backend.close()
         self.backend = NoBackend(self.pairs)
@@ -425,7 +428,7 @@ class NetDevice(VirtioDevice):
 
     # --- vhost
 
-    def _prepare_vhost(self, *, required: bool) -> None:
+    def _prepare_vhost(self, fds: Sequence[int], *, required: bool) -> None:
         """Open the kernel's datapath, and offer only what it can."""
         from kvik.vmm.vhost import VhostNet
 
@@ -434,7 +437,7 @@ class NetDevice(VirtioDevice):
                 raise HostError(f"a {self.backend.kind} backend has no kernel datapath")
             if self.receive_limit.limited or self.transmit_limit.limited:
                 raise HostError("it has no rate limits")
-            self.vhost = VhostNet(self, self.pairs)
+            self.vhost = VhostNet(self, self.pairs, fds)
         except HostError as error:
             if required:
                 raise

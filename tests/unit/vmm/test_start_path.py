@@ -1,0 +1,34 @@
+"""What a starting machine does not import (docs/adr/0011-vmm-start.md)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BANNED = {
+    "dataclasses",
+    "typing",
+    "threading",
+    "json",
+    "msgspec",
+    "logging",
+    "argparse",
+    "asyncio",
+    "inspect",
+    "pathlib",
+}
+
+START = """
+import kvik.vmm.build, kvik.vmm.main, kvik.vmm.options, kvik.vmm.parts, kvik.vmm.trace
+import kvik.vmm.devices.serial, kvik.vmm.backends.char, kvik.vmm.backends.block, kvik.vmm.backends.tap
+import kvik.vmm.virtio.blk, kvik.vmm.virtio.net, kvik.vmm.virtio.console, kvik.vmm.virtio.rng, kvik.vmm.virtio.balloon
+import kvik.vmm.virtio.transport, kvik.vmm.boot, kvik.vmm.cpu.state
+import sys
+print(*sys.modules)
+"""
+
+
+def test_the_start_path_imports_nothing_costly() -> None:
+    bare = subprocess.run([sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", START], capture_output=True, check=True)
+    assert not (set(done.stdout.decode().split()) - set(bare.stdout.decode().split())) & BANNED
