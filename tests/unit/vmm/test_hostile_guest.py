@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from kvik.vmm.backends import pool
+from kvik.vmm.backends.block import BlockImage
 from kvik.vmm.backends.net import NoBackend
+from kvik.vmm.backends.request import FLUSH, WRITE, Request
 from kvik.vmm.faults import GuestFault
 from kvik.vmm.loop import EventLoop
 from kvik.vmm.memory import GuestMemory
@@ -86,3 +91,33 @@ def test_the_balloon_forgets_its_statistics_buffer_with_the_queue(machine):
     device.resume()
     machine.turn()
     assert device.active and not device.broken
+
+
+@pytest.mark.parametrize("aio", ["auto", "threads"])
+def test_a_request_that_was_not_sent_yet_does_not_hold_up_a_drain(tmp_path, aio):
+    """A good request before a malformed one: the device stops with the first still in the batch."""
+    (tmp_path / "disk").write_bytes(bytes(1 << 16))
+    loop, done = EventLoop(), []
+    image = BlockImage(str(tmp_path / "disk"), aio=aio, locking=False)
+    image.start(loop, private=False)
+    data = memoryview(bytearray(512))
+    assert not image.submit(Request(WRITE, 0, 512, [data], done.append))
+    assert image.drain(5)
+    assert [request.result for request in done] == [0]
+    image.close()
+    loop.close()
+
+
+def test_disk_i_o_goes_on_where_no_thread_can_be_started(tmp_path, monkeypatch):
+    def none(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(pool, "start_new_thread", none)
+    threads, done = pool.ThreadPool(), []
+    with open(tmp_path / "disk", "w+b") as disk:
+        request = Request(FLUSH, done=done.append)
+        request.fd = disk.fileno()
+        threads.submit(request)
+        assert threads.wait(5) and done == [request] and not request.result
+    threads.close()
+    assert os.listdir(tmp_path) == ["disk"]
