@@ -131,7 +131,7 @@ class PeerMachine(MockMachine):
         return _Hold()
 
 
-WORDS = ("", "x", "disk0", "net0", "rng0", "balloon0", "fd:a", "a", "/dev/fdset/0", "/machine/net0", "\ud800", "ä" * 300,
+WORDS = ("", "x", "disk0", "net0", "rng0", "balloon0", "fd:", "a", "/dev/fdset/0", "/machine/net0", "\ud800", "ä" * 300,
          "virtio-blk-pci", "virtio-net-pci", "memory-backend-ram", "tap", "raw", "file", "info registers", "x/9999xg 0",
          "xp /3i 0x10", "info mtree", "9" * 400, "\n", "id=x,file=y", "guest-stats", "type")  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 512, 4096, 2**31, 2**32, 2**53, 2**63 - 1, -(2**63), 2**64, 10**300)

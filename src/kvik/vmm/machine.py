@@ -64,6 +64,7 @@ class Machine:
         self.vcpus: list[VcpuThread] = []
         self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
         self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
+        self.on_vcpu_start: Callable[[], None] | None = None  # and on each vCPU's
         self.outcome = ""
         self.exit_code = 0
         self.trace: Trace | None = None
@@ -191,6 +192,7 @@ class Machine:
 
     def add_vcpu(self, vcpu: Vcpu) -> VcpuThread:
         thread = VcpuThread(self, len(self.vcpus), vcpu)
+        thread.on_start = self.on_vcpu_start
         self.vcpus.append(thread)
         return thread
 
