@@ -48,11 +48,13 @@ def handled(version: int) -> tuple[int, int, int]:
     return files, _NET if version >= 4 else 0, _SCOPE if version >= 6 else 0
 
 
-def restrict(readable: tuple[str, ...] = (), writable: tuple[str, ...] = ()) -> int:
+def restrict(
+    readable: tuple[str, ...] = (), writable: tuple[str, ...] = (), removable: tuple[str, ...] = ()
+) -> int:
     """Take every right from this thread and those it will start; the ABI used, 0 if the kernel has none.
 
-    Below the directories of `readable` files can be read, below those of `writable` also made, written and removed.
-    Needs no_new_privs. Raises OSError.
+    Below the directories of `readable` files can be read, below those of `writable` also made, written and removed; in
+    those of `removable` files can be removed. Needs no_new_privs. Raises OSError.
     """
     version = abi()
     if not version:
@@ -64,7 +66,7 @@ def restrict(readable: tuple[str, ...] = (), writable: tuple[str, ...] = ()) -> 
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), f"landlock_create_ruleset: {os.strerror(ctypes.get_errno())}")
     try:
-        for paths, rights in ((readable, _READ), (writable, _WRITE)):
+        for paths, rights in ((readable, _READ), (writable, _WRITE), (removable, REMOVE_FILE)):
             for path in paths:
                 _allow(ruleset, path, rights & files)
         if _syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) < 0:
