@@ -29,9 +29,16 @@ __all__ = ["add_vcpus", "build"]
 DEFAULT_CMDLINE = "console=ttyS0"
 
 
-def build(config: MachineConfig, confinement: Confinement | None = None) -> Machine:
+def build(config: MachineConfig, confinement: Confinement | None = None, *, boot: bool = True) -> Machine:
     """A machine with everything that `config` names, ready to start. On an error nothing is left open.
-    `confinement`: what its threads do first of all."""
+
+    `confinement`: what its threads do first of all. Without `boot` nothing is put into its memory, for the state of
+    another is to come.
+    """
+    if boot and config.restore:
+        from kvik.vmm.state.snapshot import restore
+
+        return restore(config, confinement)
     if not config.serials and not config.consoles:
         from kvik.vmm.config import CharConfig
 
@@ -50,8 +57,10 @@ def build(config: MachineConfig, confinement: Confinement | None = None) -> Mach
         machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
-            machine.loader = KernelLoader(machine)
-        machine.boot()
+            machine.loader = loader = KernelLoader(machine)
+            loader.fresh = boot
+        if boot:
+            machine.boot()
     except BaseException:
         machine.close()
         raise

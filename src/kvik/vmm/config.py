@@ -262,6 +262,7 @@ class MachineConfig:
     paused: bool = False
     incoming: str = ""  # wait for a migration from this address
     restore: str = ""  # a snapshot's directory
+    catch_up: bool = False  # a restored guest's clock counts the time at rest
     sandbox: str = "on"  # on, log, off
     trace: str = ""
     log: str = "text"  # text, json

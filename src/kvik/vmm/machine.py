@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from kvik.kvm.vcpu import Vcpu
     from kvik.vmm.config import MachineConfig
     from kvik.vmm.device import Device
+    from kvik.vmm.state.rewind import Checkpoint
     from kvik.vmm.trace import Trace
 
 __all__ = ["Machine"]
@@ -61,6 +62,7 @@ class Machine:
         self.started = time.monotonic()
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
+        self.made: dict[str, tuple[str, Any]] = {}  # by a device's name: list of MachineConfig and item it was made of
         self.vcpus: list[VcpuThread] = []
         self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
         self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
@@ -75,6 +77,8 @@ class Machine:
         self._going = False  # vCPUs run, or may
         self._started = self._closed = False
         self._power_on: Any = None
+        self._devices_held = False  # devices of a restored machine wait for its start
+        self._checkpoint: Checkpoint | None = None
         prepare_signal()
         self.loop = EventLoop()
         self.loop.on_error = self._callback_failed
@@ -213,6 +217,9 @@ class Machine:
         if not paused:
             self.status = "running"
             self._going = True
+            if self._devices_held:
+                for device in self.devices.values():
+                    device.resume()
             self.emit("RESUME")
 
     def run(self, paused: bool = False) -> str:
@@ -339,6 +346,49 @@ class Machine:
         """Whether nothing of the guest runs."""
         return not self._going
 
+    # State: what these do is in `kvik.vmm.state`, which no start has to wait for ---------------------------------
+
+    def hold_devices(self) -> None:
+        """Before the first start, while a state is put in: devices do nothing until the guest runs."""
+        self._devices_held = True
+        for device in self.devices.values():
+            device.pause()
+
+    def save(self, directory: str, compression: str = "none") -> None:
+        """Write the whole machine to a new directory: RAM without zeroes, CPUs, devices. It goes on afterwards.
+        `compression`: none (restored lazily) or zlib."""
+        from kvik.vmm.state.snapshot import save
+
+        save(self, directory, compression)
+
+    @classmethod
+    def restore(cls, directory: str, config: MachineConfig | None = None) -> Machine:
+        """A machine out of what `save` wrote, not started yet. `config` says what is different on the host's side."""
+        from kvik.vmm.config import MachineConfig
+        from kvik.vmm.state.snapshot import restore
+
+        config = config or MachineConfig()
+        config.restore = directory
+        return restore(config)
+
+    def checkpoint(self) -> None:
+        """Remember everything as it is now, for `rewind`. Costs as much memory as the guest has in use."""
+        from kvik.vmm.state.rewind import Checkpoint
+
+        self.forget_checkpoint()
+        self._checkpoint = Checkpoint(self)
+
+    def rewind(self) -> int:
+        """Back to the checkpoint, in place: the pages that changed since, CPUs and devices; how many pages."""
+        if self._checkpoint is None:
+            raise OperationInvalid("there is no checkpoint to go back to", remedy="call checkpoint() first")
+        return self._checkpoint.rewind()
+
+    def forget_checkpoint(self) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.close()
+            self._checkpoint = None
+
     # From any thread ---------------------------------------------------------------------------------------------
 
     def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
@@ -409,6 +459,7 @@ class Machine:
         self._closed = True
         for thread in self.vcpus:
             thread.end()
+        self.forget_checkpoint()
         for callback in reversed(self.on_close):
             callback()
         for device in reversed(list(self.devices.values())):

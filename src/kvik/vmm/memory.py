@@ -302,6 +302,7 @@ class GuestMemory:
         A mapped part costs nothing until it is touched, and what nobody writes stays one copy for all machines.
         """
         region = self.find(address, size)
+        self.touched(address, size)
         whole = size - size % PAGE
         if region.fd < 0 and address % PAGE == 0 and offset % PAGE == 0 and whole:
             at = region.address + address - region.start

@@ -174,9 +174,7 @@ def command_line(text: str, limit: int) -> bytes:
     return data
 
 
-def load_initrd(
-    memory: GuestMemory, source: Source | None, *, above: int, ceiling: int
-) -> tuple[int, int] | None:
+def load_initrd(memory: GuestMemory, source: Source | None, *, above: int, ceiling: int) -> tuple[int, int] | None:
     """Put the initrd as high as possible below `ceiling`, out of the way of a kernel that unpacks itself; its
     (address, size). `above`: where the kernel ends."""
     if source is None:
