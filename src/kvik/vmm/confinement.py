@@ -54,12 +54,16 @@ LATE_CONTROL = (
     "kvik.vmm.devices.serial",
     "kvik.vmm.devices.watchdog",
     "kvik.vmm.dump",
+    "kvik.vmm.memory",
     "kvik.vmm.monitor.commands",
     "kvik.vmm.monitor.hotplug",
     "kvik.vmm.nets",
     "kvik.vmm.options",
+    "kvik.vmm.parts",
     "kvik.vmm.ratelimit",
     "kvik.vmm.settings",
+    "kvik.vmm.state.rewind",
+    "kvik.vmm.state.snapshot",
     "kvik.vmm.vhost",
     "kvik.vmm.virtio.balloon",
     "kvik.vmm.virtio.blk",
@@ -107,6 +111,7 @@ class Confinement:
         self.inside = False  # the main thread is: threads that it starts inherit what it has
         self.policy = sandbox.Policy(
             MODES[config.sandbox],
+            writable=(config.snapshots,) if config.snapshots else (),
             removable=_directories(config),
             # The back ends of these are spoken to by vCPU threads, when the guest resets a device.
             sockets=bool(config.fs or config.vhost_user_blk),

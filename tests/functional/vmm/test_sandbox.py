@@ -294,6 +294,53 @@ def test_a_machine_that_was_taken_over_gets_nothing(start: Callable[..., Running
     assert not Path("/tmp/kvik-taken").exists()
 
 
+SAVES = """
+    import os, sys
+    from kvik.vmm import build, main
+    from kvik.vmm.device import PortDevice
+    from kvik.vmm.options import parse
+
+    class Saver(PortDevice):
+        kind, base, size = "saver", 0x5F0, 1
+
+        def attach(self, machine):
+            super().attach(machine)
+            self.machine = machine
+
+        def write(self, offset, size, value):
+            self.machine.loop.call_soon(self.save)
+
+        def save(self):
+            config = self.machine.config
+            self.machine.save(config.snapshots + "/one")
+            try:
+                self.machine.save(os.path.dirname(config.snapshots) + "/elsewhere")
+            except Exception as error:
+                os.write(1, f"refused: {error}\\n".encode())
+
+    usual = build._add_platform
+    def more(machine):
+        usual(machine)
+        machine.add(Saver("saver"))
+    build._add_platform = more
+    sys.exit(main.run(parse(sys.argv[1:])))
+"""
+
+
+@needs_kvm
+def test_a_snapshot_is_written_where_that_was_allowed_and_nowhere_else(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    (tmp_path / "snapshots").mkdir()
+    vm = start(out(0x5F0, 1) + say(b"up\n") + IDLE, "--snapshots", str(tmp_path / "snapshots"), program=SAVES)
+    vm.until(lambda: vm.said(b"refused"), "the snapshot")
+    vm.connect()
+    vm.ask("quit")
+    assert vm.wait() == 0
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["one"]
+    assert not [path for path in tmp_path.iterdir() if "elsewhere" in path.name]
+
+
 @needs_kvm
 def test_off_means_off_and_the_log_forbids_nothing(start: Callable[..., Running]) -> None:
     vm = start(say(b"up\n") + IDLE, "--sandbox", "off")

@@ -23,7 +23,7 @@ NR = {
     "msync": 26, "madvise": 28, "dup": 32, "dup2": 33, "nanosleep": 35, "getpid": 39, "socket": 41, "connect": 42,
     "accept": 43, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "getsockname": 51,
     "getpeername": 52, "setsockopt": 54, "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61, "uname": 63,
-    "fcntl": 72, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "rename": 82, "unlink": 87, "getrusage": 98,
+    "fcntl": 72, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "rename": 82, "mkdir": 83, "rmdir": 84, "unlink": 87, "getrusage": 98,
     "sigaltstack": 131, "mlock": 149, "munlock": 150, "prctl": 157, "gettid": 186, "futex": 202,
     "sched_setaffinity": 203, "sched_getaffinity": 204, "getdents64": 217, "restart_syscall": 219,
     "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232,
@@ -126,7 +126,7 @@ _MAIN = (
 )  # fmt: skip
 _PATHS = (
     "openat", "newfstatat", "statx", "stat", "lstat", "getdents64", "unlinkat", "unlink", "renameat", "renameat2",
-    "rename", "mkdirat",
+    "rename", "mkdir", "mkdirat", "rmdir",
 )  # fmt: skip
 # For a vCPU thread that speaks to a vhost-user back end over a socket that is open.
 _SOCKETS = ("sendto", "sendmsg", "recvfrom", "recvmsg")
