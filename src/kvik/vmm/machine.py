@@ -26,7 +26,7 @@ from kvik.kvm.system import System
 from kvik.vmm import layout as at
 from kvik.vmm.bus import Bus
 from kvik.vmm.interrupts import Doorbells, Interrupts
-from kvik.vmm.log import Log, LogLimit
+from kvik.vmm.log import Log, LogLimit, ready
 from kvik.vmm.loop import EventLoop, IoThread
 from kvik.vmm.memory import GuestMemory, HostMemory, Region
 from kvik.vmm.pci.bus import PciBus
@@ -258,15 +258,26 @@ class Machine:
             self.pause("paused")
             return
         with self.paused():
-            for device in list(self.devices.values()):
-                if not hasattr(device, "bars"):  # the PCI bus resets what sits on it
-                    device.reset()
-            self._reset_vcpus()
-            self.boot()
-            self.interrupts.redrive()
+            try:
+                self._reset()
+            except BaseException as error:
+                # Half of it is at power-on, half is not: the guest must not go on like that.
+                self.log(f"the machine cannot be reset: {error}")
+                if self.status == "running":
+                    self.emit("STOP")
+                self.status = "internal-error"
+                raise
             if self.status in ENDED:
                 self.status = "paused"
         self.emit("RESET", {"guest": guest, "reason": reason})
+
+    def _reset(self) -> None:
+        for device in list(self.devices.values()):
+            if not hasattr(device, "bars"):  # the PCI bus resets what sits on it
+                device.reset()
+        self._reset_vcpus()
+        self.boot()
+        self.interrupts.redrive()
 
     def _reset_vcpus(self) -> None:
         from kvik.vmm.cpu.state import restore_machine
@@ -399,9 +410,11 @@ class Machine:
         for listener in self.listeners:
             listener(name, data or {})
 
-    def log(self, text: str) -> None:
-        """One line on standard error. A guest cannot flood it."""
-        self._log.write("warning", text)
+    def log(self, text: str, error: BaseException | None = None) -> None:
+        """One line on standard error, and where an `error` came from. A guest cannot flood it, nor can a reader that
+        does not read stop it."""
+        if self._log.write("warning", text) and error is not None and ready(2):
+            sys.excepthook(type(error), error, error.__traceback__)
 
     def request_reset(self, reason: str = "guest-reset") -> None:
         self.loop.call_soon(lambda: self.reset(reason))
@@ -432,9 +445,7 @@ class Machine:
             thread.hold()
 
     def vcpu_failed(self, thread: VcpuThread, text: str, error: BaseException | None) -> None:
-        self.log(f"vCPU {thread.index} cannot go on: {text}")
-        if error is not None:
-            sys.excepthook(type(error), error, error.__traceback__)
+        self.log(f"vCPU {thread.index} cannot go on: {text}", error)
         self.loop.call_soon(lambda: self.pause("internal-error"))
 
     def system_event(self, event: Exit) -> None:
@@ -446,9 +457,7 @@ class Machine:
 
     def _callback_failed(self, error: BaseException) -> None:
         """A callback of a device raised: a bug of ours, or a device whose host side is gone. The others go on."""
-        self.log(f"{type(error).__name__}: {error}")
-        if not isinstance(error, OSError):
-            sys.excepthook(type(error), error, error.__traceback__)
+        self.log(f"{type(error).__name__}: {error}", None if isinstance(error, OSError) else error)
 
     # The end -----------------------------------------------------------------------------------------------------
 
@@ -460,10 +469,12 @@ class Machine:
         for thread in self.vcpus:
             thread.end()
         self.forget_checkpoint()
-        for callback in reversed(self.on_close):
-            callback()
-        for device in reversed(list(self.devices.values())):
-            device.close()
+        # One that cannot be closed must not keep the others open.
+        for close in [*reversed(self.on_close), *(device.close for device in reversed(list(self.devices.values())))]:
+            try:
+                close()
+            except Exception as error:
+                self.log(f"{type(error).__name__} at the end: {error}", error)
         self.devices.clear()
         for io_thread in self.io_threads.values():
             io_thread.stop()
