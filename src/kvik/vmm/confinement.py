@@ -154,7 +154,7 @@ class Confinement:
 
 def _directories(config: MachineConfig) -> tuple[str, ...]:
     """Where sockets are that the machine makes, and removes when it ends: nothing else may be removed there."""
-    places = [item.backend for item in (*config.serials, *config.consoles, *config.channels)]
+    places = [item.backend for item in config.serials + config.consoles] + [item.backend for item in config.channels]
     places += [config.gdb, config.metrics, *(vsock.uds and f"unix:{vsock.uds}" for vsock in config.vsock)]
     places += [f"unix:{place.removeprefix('unix:')}" for place in config.qmp if not place.startswith("fd=")]
     paths = (place[5:].partition(",")[0] for place in places if place.startswith("unix:"))

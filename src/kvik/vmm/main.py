@@ -5,6 +5,7 @@ Exit codes: 0 the guest powered off or somebody ended the machine, 1 it could no
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -32,6 +33,8 @@ SWITCH_INTERVAL = 1e-4
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, run."""
+    if arguments is None:
+        _have_standard_streams()
     words = sys.argv[1:] if arguments is None else arguments
     if "--help" in words or "-h" in words:
         from kvik.vmm.options import help_text
@@ -49,7 +52,21 @@ def main(arguments: list[str] | None = None) -> int:
         return run(parse(words), alone=arguments is None)
     except KvikError as error:
         print(f"kvik-vmm: {error}", file=sys.stderr)
-        return 1
+    except MemoryError:
+        print("kvik-vmm: the host has no memory left; give the machine less, or free some", file=sys.stderr)
+    except OSError as error:
+        hint = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
+        print(f"kvik-vmm: the host refuses something that a machine needs: {error}{hint}", file=sys.stderr)
+    return 1
+
+
+def _have_standard_streams() -> None:
+    """Without them, the first three files that are opened (/dev/kvm, a disk) would get what is said and logged."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open("/dev/null", os.O_RDWR)  # the lowest number that is free: this one
 
 
 def run(config: MachineConfig, *, alone: bool = False) -> int:

@@ -2,127 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from guests import needs_kvm
-from tiny_kernel import IDLE, POWER_OFF, elf, out, say
+from running import ROOT, Running
+from tiny_kernel import IDLE, POWER_OFF, out, say
 
-import kvik
 from kvik.vmm import confinement
 from kvik.vmm.config import DiskConfig, MachineConfig, NetConfig
 from kvik.vmm.options import parse
-
-ROOT = Path(kvik.__file__).parents[1]
-SECONDS = 60
-
-
-class Running:
-    """kvik-vmm as a process of its own."""
-
-    def __init__(self, directory: Path, code: bytes, *options: str, program: str = "", fds: tuple[int, ...] = ()) -> None:
-        (directory / "kernel").write_bytes(elf(code))
-        self.qmp_path = directory / "qmp"
-        words = ["--kernel", str(directory / "kernel"), "--memory", "32M", "--qmp", str(self.qmp_path), *options]
-        start = ["-c", textwrap.dedent(program)] if program else ["-m", "kvik.vmm.main"]
-        self.process = subprocess.Popen(
-            [sys.executable, *start, *words],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=fds,
-            env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        os.set_blocking(self.process.stdout.fileno(), False)
-        self.text = b""
-        self.buffer = b""
-        self.sock: socket.socket | None = None
-        self.events: list[str] = []
-
-    def until(self, condition: Callable[[], object], what: str = "it") -> None:
-        end = time.monotonic() + SECONDS
-        while not condition():
-            assert time.monotonic() < end, f"{what} did not come about: {self.text!r}"
-            assert self.process.poll() is None or condition(), (self.text, self.errors())
-            time.sleep(0.01)
-
-    def said(self, pattern: bytes, count: int = 1) -> bool:
-        assert self.process.stdout is not None
-        self.text += self.process.stdout.read() or b""
-        return len(re.findall(pattern, self.text)) >= count
-
-    def errors(self) -> str:
-        assert self.process.stderr is not None
-        self.process.kill()
-        return self.process.stderr.read().decode()
-
-    def connect(self) -> None:
-        self.until(self.qmp_path.exists, "the monitor")
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(SECONDS)
-        self.sock.connect(str(self.qmp_path))
-        self._line()
-        self.ask("qmp_capabilities")
-
-    def _line(self) -> dict[str, Any]:
-        assert self.sock is not None
-        while b"\n" not in self.buffer:
-            data = self.sock.recv(65536)
-            assert data, "the monitor closed"
-            self.buffer += data
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def ask(self, command: str, *, fds: tuple[int, ...] = (), **arguments: Any) -> Any:
-        assert self.sock is not None
-        names = {name.replace("_", "-"): value for name, value in arguments.items()}
-        message = json.dumps({"execute": command, "arguments": names}).encode() + b"\n"
-        socket.send_fds(self.sock, [message], list(fds))
-        while True:
-            answer = self._line()
-            if "event" in answer:
-                self.events.append(answer["event"])
-                continue
-            assert "return" in answer, (command, answer)
-            return answer["return"]
-
-    def wait(self) -> int:
-        code = self.process.wait(SECONDS)
-        self.said(b"")
-        return code
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
-        if self.sock is not None:
-            self.sock.close()
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    made: list[Running] = []
-
-    def run(code: bytes, *options: str, **named: Any) -> Running:
-        made.append(Running(tmp_path, code, *options, **named))
-        return made[-1]
-
-    yield run
-    for one in made:
-        one.close()
 
 
 def confined(process: subprocess.Popen[bytes]) -> list[str]:
@@ -153,7 +47,9 @@ def test_a_whole_life_inside_the_sandbox(start: Callable[..., Running], tmp_path
     with (tmp_path / "other").open("w+b") as other:
         other.truncate(1 << 20)
         number = vm.ask("add-fd", fds=(other.fileno(),), fdset_id=1)["fdset-id"]
-        vm.ask("blockdev-add", driver="raw", node_name="n1", file={"driver": "file", "filename": f"/dev/fdset/{number}"})
+        vm.ask(
+            "blockdev-add", driver="raw", node_name="n1", file={"driver": "file", "filename": f"/dev/fdset/{number}"}
+        )
         vm.ask("device_add", driver="virtio-blk-pci", id="disk9", drive="n1")
     assert any("disk9" in item["qdev"] for item in vm.ask("query-block"))
     ours, theirs = socket.socketpair()
@@ -357,7 +253,9 @@ def test_descriptors_that_a_configuration_names_are_found() -> None:
 
 
 def test_only_directories_of_own_sockets_may_lose_files() -> None:
-    config = parse(["--qmp", "/run/a/qmp", "--serial", "unix:/run/b/serial", "--serial", "file:/var/log/x", "--kernel", "k"])
+    config = parse(
+        ["--qmp", "/run/a/qmp", "--serial", "unix:/run/b/serial", "--serial", "file:/var/log/x", "--kernel", "k"]
+    )
     assert confinement._directories(config) == ("/run/a", "/run/b")
 
 

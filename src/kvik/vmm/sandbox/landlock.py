@@ -48,9 +48,7 @@ def handled(version: int) -> tuple[int, int, int]:
     return files, _NET if version >= 4 else 0, _SCOPE if version >= 6 else 0
 
 
-def restrict(
-    readable: tuple[str, ...] = (), writable: tuple[str, ...] = (), removable: tuple[str, ...] = ()
-) -> int:
+def restrict(readable: tuple[str, ...] = (), writable: tuple[str, ...] = (), removable: tuple[str, ...] = ()) -> int:
     """Take every right from this thread and those it will start; the ABI used, 0 if the kernel has none.
 
     Below the directories of `readable` files can be read, below those of `writable` also made, written and removed; in
