@@ -91,9 +91,7 @@ def add_vcpus(machine: Machine) -> None:
     supported = machine.system.supported_cpuid()
     topology = Topology.of(config)
     for index in range(config.count):
-        vcpu = machine.vm.create_vcpu(topology.apic_id(index))
-        machine.add_vcpu(vcpu)
-        vcpu.set_cpuid(cpuid_for(supported, config, index))
+        machine.add_vcpu(topology.apic_id(index)).vcpu.set_cpuid(cpuid_for(supported, config, index))
 
 
 class KernelLoader:
