@@ -59,6 +59,11 @@ class MockMachine:
             device.attach(self)
         self.devices[device.name] = device
 
+    def add_virtio(self, device: VirtioDevice, slot: int | None = None) -> VirtioDriver:
+        self.pci.add(VirtioPci(device), slot)
+        self.devices[device.name] = device
+        return VirtioDriver(self, self.pci.find(device.name))
+
     def remove(self, name: str) -> None:
         self.devices.pop(name).close()
 
