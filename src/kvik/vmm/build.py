@@ -111,9 +111,7 @@ def add_vcpus(machine: Machine) -> None:
         table = cpuid_for(supported, config, index)
         if not index:
             check_physical_bits(table, machine.memory.layout.end)
-        vcpu = machine.vm.create_vcpu(topology.apic_id(index))
-        machine.add_vcpu(vcpu)
-        vcpu.set_cpuid(table)
+        machine.add_vcpu(topology.apic_id(index)).vcpu.set_cpuid(table)
 
 
 class KernelLoader:

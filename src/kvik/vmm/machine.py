@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvik.kvm.exits import Exit
-    from kvik.kvm.vcpu import Vcpu
     from kvik.vmm.config import MachineConfig
     from kvik.vmm.device import Device
     from kvik.vmm.state.rewind import Checkpoint
@@ -101,7 +100,6 @@ class Machine:
             self.vm = self.system.create_vm()
             self.vm.set_identity_map_addr(at.KVM_IDENTITY_MAP)
             self.vm.set_tss_addr(at.KVM_TSS)
-            self.vm.create_irqchip()
             readonly = bool(self.vm.check_extension(Capability.READONLY_MEM))
             limit = self.vm.check_extension(Capability.NR_MEMSLOTS) or 32
             self.slots = MemorySlots(self.vm, readonly=readonly, limit=limit)
@@ -112,7 +110,7 @@ class Machine:
                 remedy="see what `kvik doctor` says of this host",
             ) from error
         memory = self.config.memory
-        host = HostMemory(shared=memory.shared, hugepages=memory.hugepages, prealloc=memory.prealloc)
+        host = HostMemory(shared=memory.shared, hugepages=memory.hugepages, prealloc=memory.prealloc, huge_later=True)
         self.memory = GuestMemory.allocate(memory.size, host, memory.hotplug)
         for region in self.memory.regions:
             self.back(region)
@@ -194,8 +192,13 @@ class Machine:
         inner: Device = getattr(carrier, "device", carrier)
         return inner
 
-    def add_vcpu(self, vcpu: Vcpu) -> VcpuThread:
-        thread = VcpuThread(self, len(self.vcpus), vcpu)
+    def add_vcpu(self, apic_id: int) -> VcpuThread:
+        """A new vCPU, and with the first one the interrupt controllers: KVM wants them before any vCPU, but after
+        everything else. Their routes are set by an RCU update, and for 4 to 8 ms from then on each change of a memory
+        slot (RAM, and a few pages of each device) waits for its grace period."""
+        if not self.vcpus:
+            self.vm.create_irqchip()
+        thread = VcpuThread(self, len(self.vcpus), self.vm.create_vcpu(apic_id), apic_id)
         thread.on_start = self.on_vcpu_start
         self.vcpus.append(thread)
         return thread
@@ -210,6 +213,7 @@ class Machine:
     def start(self, paused: bool = False) -> None:
         """Start the threads, and with them the guest unless `paused`."""
         self._started = True
+        self.memory.allow_huge_pages()
         for thread in self.vcpus:
             if paused:
                 thread.ask_to_park()
@@ -280,16 +284,20 @@ class Machine:
         self.interrupts.redrive()
 
     def _reset_vcpus(self) -> None:
-        from kvik.vmm.cpu.state import restore_machine
+        from kvik.vmm.cpu.state import application_processor, restore_machine
 
         if self._power_on is not None:
-            restore_machine(self, self._power_on)
+            boot_processor = self._power_on["vcpus"][0]
+            others = [application_processor(boot_processor, thread.apic_id) for thread in self.vcpus[1:]]
+            restore_machine(self, {**self._power_on, "vcpus": [boot_processor, *others]})
 
     def remember_power_on(self) -> None:
-        """Keep the state that `reset` goes back to. Call when all vCPUs are made and none has run."""
-        from kvik.vmm.cpu.state import save_machine
+        """Keep the state that `reset` goes back to: the boot processor's, from which the others' follow. Call when all
+        vCPUs are made and none has run."""
+        from kvik.vmm.cpu.state import msr_indices, save_vcpu, save_vm
 
-        self._power_on = save_machine(self)
+        boot_processor = save_vcpu(self.vcpus[0].vcpu, msr_indices(self.system))
+        self._power_on = {"vm": save_vm(self.vm), "vcpus": [boot_processor]}
 
     def powerdown(self) -> None:
         """Press the power button."""

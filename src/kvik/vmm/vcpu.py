@@ -48,8 +48,8 @@ def _ignore(*_: object) -> None: ...
 class VcpuThread:
     """One vCPU and its thread. `exits` counts by exit reason."""
 
-    def __init__(self, machine: Machine, index: int, vcpu: Vcpu) -> None:
-        self.machine, self.index, self.vcpu = machine, index, vcpu
+    def __init__(self, machine: Machine, index: int, vcpu: Vcpu, apic_id: int = 0) -> None:
+        self.machine, self.index, self.vcpu, self.apic_id = machine, index, vcpu, apic_id
         self.thread_id = 0  # the kernel's; 0 before it runs
         self.exits = [0] * REASONS
         self.parked = False

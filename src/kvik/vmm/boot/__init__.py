@@ -84,7 +84,7 @@ def load_kernel(
     source = files.kernel
     start = source.read(0, 1024)
     if start[:4] == b"\x7fELF":
-        entry = _load_pvh(memory, config, source, files.initrd, kept, stable=False, fresh=fresh)
+        entry = _load_pvh(memory, config, source, files.initrd, kept, stable=config.stable, fresh=fresh)
     elif not bzimage.is_bzimage(start):
         raise ImageError(
             f"the kernel {source.name} is neither a bzImage nor an ELF kernel", remedy="give the file of a kernel"
@@ -121,7 +121,7 @@ def _load_pvh(
         )
     cmdline = command_line(config.cmdline, COMMAND_LINE_SIZE - 1)
     end = pvh.load(memory, source, elf, stable=stable, fresh=fresh)
-    initrd = load_initrd(memory, initrd_file, above=end, ceiling=_ceiling(memory, kept))
+    initrd = load_initrd(memory, initrd_file, above=end, ceiling=_ceiling(memory, kept), stable=config.stable)
     pvh.write_start_info(memory, memory_map(memory, kept), cmdline=cmdline, initrd=initrd)
     return pvh.entry(elf)
 
@@ -137,7 +137,7 @@ def _load_bzimage(
     cmdline = command_line(config.cmdline, kernel.cmdline_size)
     address, end = bzimage.load(memory, source, kernel)
     ceiling = min(_ceiling(memory, kept), kernel.initrd_addr_max + 1)
-    initrd = load_initrd(memory, initrd_file, above=end, ceiling=ceiling)
+    initrd = load_initrd(memory, initrd_file, above=end, ceiling=ceiling, stable=config.stable)
     bzimage.write_zero_page(memory, kernel, memory_map(memory, kept), cmdline=cmdline, initrd=initrd)
     return bzimage.entry(address)
 
@@ -174,7 +174,9 @@ def command_line(text: str, limit: int) -> bytes:
     return data
 
 
-def load_initrd(memory: GuestMemory, source: Source | None, *, above: int, ceiling: int) -> tuple[int, int] | None:
+def load_initrd(
+    memory: GuestMemory, source: Source | None, *, above: int, ceiling: int, stable: bool = False
+) -> tuple[int, int] | None:
     """Put the initrd as high as possible below `ceiling`, out of the way of a kernel that unpacks itself; its
     (address, size). `above`: where the kernel ends."""
     if source is None:
@@ -186,7 +188,12 @@ def load_initrd(memory: GuestMemory, source: Source | None, *, above: int, ceili
             f"the initrd {source.name} ({source.size >> 20} MiB) does not fit behind the kernel",
             remedy=f"give the machine at least {(need >> 20) + 32} MiB of memory, or a smaller initrd",
         )
-    source.load(memory, address, 0, source.size)
+    if stable:
+        # Copy-on-write: 10 MiB that are not read. A file that is written nevertheless shows its new bytes to a
+        # guest that has not unpacked it yet; one that is cut short ends this machine (KVM_RUN: EFAULT), no other.
+        memory.map_file(address, source.fd, 0, source.size)
+    else:
+        source.load(memory, address, 0, source.size)
     return address, source.size
 
 
