@@ -5,12 +5,9 @@ Exit codes: 0 the guest powered off or somebody ended the machine, 1 it could no
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import errno
-import os
-=======
 import gc
->>>>>>> main
+import os
 import sys
 
 from kvik.errors import HostError, KvikError
@@ -77,12 +74,9 @@ def run(config: MachineConfig, *, alone: bool = False) -> int:
     """Build the machine and run it to its end. `alone`: the process does nothing else, so that descriptors which the
     configuration does not name are the caller's oversight, and closed."""
     sys.setswitchinterval(SWITCH_INTERVAL)
-<<<<<<< HEAD
+    gc.disable()  # what is made until the guest runs stays: looking for garbage among it is lost time
     for number in ENDS:
         _signal.signal(number, _end_at_once)
-=======
-    gc.disable()  # what is made until the guest runs stays: looking for garbage among it is lost time
->>>>>>> main
     from kvik.vmm.build import build
 
     confinement = None
@@ -102,13 +96,10 @@ def run(config: MachineConfig, *, alone: bool = False) -> int:
         machine.start(config.paused)
         # From here on the guest runs, and nobody waits for what is imported.
         _open_control(machine)
-<<<<<<< HEAD
         if confinement is not None:
             confinement.enter_main(machine)
-=======
         gc.freeze()
         gc.enable()
->>>>>>> main
         machine.run()
     finally:
         machine.close()

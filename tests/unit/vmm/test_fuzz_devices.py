@@ -21,7 +21,6 @@ OTHERS = [(module, name) for module in (vmm_ports, vmm_images, vmm_peers) for na
 @pytest.mark.parametrize("name", sorted(vmm_devices.TARGETS))
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_hostile_guest_breaks_its_device_and_nothing_else(name, seed):
-<<<<<<< HEAD
     faults = vmm_devices.fuzz(name, 3000, seed)
     assert name in vmm_devices.NO_RINGS or faults > 0  # it got as far as the rings
 
@@ -32,10 +31,6 @@ def test_whoever_else_is_hostile_gets_an_answer_and_no_more(module, name):
         pytest.skip("/dev/kvm is not there, or may not be opened")
     refused = module.fuzz(name, 2000, 1)
     assert module is vmm_ports or refused > 0
-=======
-    faults = fuzzer.fuzz(name, 3000, seed)
-    assert name in ("pci", "watchdog") or faults > 0  # it got as far as the rings
->>>>>>> main
 
 
 def test_an_exception_of_a_device_is_found(monkeypatch):
