@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from kvik.kvm.exits import Exit
     from kvik.vmm.config import MachineConfig
     from kvik.vmm.device import Device
+    from kvik.vmm.state.migration import Migration
     from kvik.vmm.state.rewind import Checkpoint
     from kvik.vmm.trace import Trace
 
@@ -78,6 +79,7 @@ class Machine:
         self._power_on: Any = None
         self._devices_held = False  # devices of a restored machine wait for its start
         self._checkpoint: Checkpoint | None = None
+        self.migration: Migration | None = None  # parameters, and what came of them, once somebody asked
         prepare_signal()
         self.loop = EventLoop()
         self.loop.on_error = self._callback_failed
@@ -348,17 +350,18 @@ class Machine:
         for device in self.devices.values():
             device.pause()
 
-    def _hold(self) -> None:
+    def hold(self) -> None:
+        """Stand still, whatever the status says, until `release`."""
         self._holds += 1
         self._apply()
 
-    def _release(self) -> None:
+    def release(self) -> None:
         self._holds -= 1
         self._apply()
 
     def paused(self) -> _Paused:
         """`with machine.paused():` all vCPUs are parked and devices quiet; the status stays what it is."""
-        return _Paused(self._hold, self._release)
+        return _Paused(self.hold, self.release)
 
     @property
     def still(self) -> bool:
