@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from kvik.kvm.exits import Exit
     from kvik.kvm.vcpu import Vcpu
     from kvik.vmm.config import MachineConfig
+    from kvik.vmm.cpu.hotplug import VcpuHotplug
     from kvik.vmm.device import Device
     from kvik.vmm.trace import Trace
 
@@ -61,7 +62,8 @@ class Machine:
         self.started = time.monotonic()
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
-        self.vcpus: list[VcpuThread] = []
+        self.vcpus: list[VcpuThread] = []  # those that are there, by ascending index
+        self.vcpu_hotplug: VcpuHotplug | None = None  # where more of them may come
         self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
         self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
         self.outcome = ""
@@ -189,8 +191,8 @@ class Machine:
         inner: Device = getattr(carrier, "device", carrier)
         return inner
 
-    def add_vcpu(self, vcpu: Vcpu) -> VcpuThread:
-        thread = VcpuThread(self, len(self.vcpus), vcpu)
+    def add_vcpu(self, vcpu: Vcpu, index: int = -1) -> VcpuThread:
+        thread = VcpuThread(self, len(self.vcpus) if index < 0 else index, vcpu)
         self.vcpus.append(thread)
         return thread
 
@@ -263,13 +265,28 @@ class Machine:
         from kvik.vmm.cpu.state import restore_machine
 
         if self._power_on is not None:
-            restore_machine(self, self._power_on)
+            states = [self.vcpu_at_power_on(thread) for thread in self.vcpus]
+            restore_machine(self, {**self._power_on, "vcpus": states})
 
     def remember_power_on(self) -> None:
         """Keep the state that `reset` goes back to. Call when all vCPUs are made and none has run."""
-        from kvik.vmm.cpu.state import save_machine
+        from kvik.vmm.cpu.state import save_vm
 
-        self._power_on = save_machine(self)
+        for thread in self.vcpus:
+            self.remember_vcpu(thread)
+        self._power_on["vm"] = save_vm(self.vm)
+
+    def remember_vcpu(self, thread: VcpuThread) -> None:
+        """The same for one vCPU that has not run."""
+        from kvik.vmm.cpu.state import msr_indices, save_vcpu
+
+        if self._power_on is None:
+            self._power_on = {"vcpus": {}}
+        self._power_on["vcpus"][thread.index] = save_vcpu(thread.vcpu, msr_indices(self.system))
+
+    def vcpu_at_power_on(self, thread: VcpuThread) -> dict[str, Any]:
+        state: dict[str, Any] = self._power_on["vcpus"][thread.index]
+        return state
 
     def powerdown(self) -> None:
         """Press the power button."""
@@ -336,6 +353,11 @@ class Machine:
     def still(self) -> bool:
         """Whether nothing of the guest runs."""
         return not self._going
+
+    @property
+    def started_threads(self) -> bool:
+        """Whether the vCPUs' threads are there, be it parked."""
+        return self._started
 
     # From any thread ---------------------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ class VcpuThread:
 
     def __init__(self, machine: Machine, index: int, vcpu: Vcpu) -> None:
         self.machine, self.index, self.vcpu = machine, index, vcpu
+        self.name = ""  # the id that it was plugged with
         self.thread_id = 0  # the kernel's; 0 before it runs
         self.exits = [0] * REASONS
         self.parked = False
