@@ -23,6 +23,7 @@ from kvik.vmm.machine import Machine
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.config import MachineConfig
+    from kvik.vmm.confinement import Confinement
     from kvik.vmm.vcpu import VcpuThread
 
 __all__ = ["add_vcpus", "build"]
@@ -30,13 +31,23 @@ __all__ = ["add_vcpus", "build"]
 DEFAULT_CMDLINE = "console=ttyS0"
 
 
-def build(config: MachineConfig) -> Machine:
-    """A machine with everything that `config` names, ready to start. On an error nothing is left open."""
+def build(config: MachineConfig, confinement: Confinement | None = None, *, boot: bool = True) -> Machine:
+    """A machine with everything that `config` names, ready to start. On an error nothing is left open.
+
+    `confinement`: what its threads do first of all. Without `boot` nothing is put into its memory, for the state of
+    another is to come.
+    """
+    if boot and config.restore:
+        from kvik.vmm.state.snapshot import restore
+
+        return restore(config, confinement)
     if not config.serials and not config.consoles:
         from kvik.vmm.config import CharConfig
 
         config.serials = [CharConfig(backend="stdio")]
     machine = Machine(config)
+    if confinement is not None:
+        machine.on_vcpu_start, machine.on_thread_start = confinement.enter_vcpu, confinement.enter_io
     try:
         if config.trace:
             from kvik.vmm.trace import Trace
@@ -48,8 +59,10 @@ def build(config: MachineConfig) -> Machine:
         machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
-            machine.loader = KernelLoader(machine)
-        machine.boot()
+            machine.loader = loader = KernelLoader(machine)
+            loader.fresh = boot
+        if boot:
+            machine.boot()
     except BaseException:
         machine.close()
         raise
@@ -102,16 +115,14 @@ def add_vcpus(machine: Machine) -> None:
         table = cpuid_for(supported, config, index)
         if not index:
             check_physical_bits(table, machine.memory.layout.end)
-        vcpu = machine.vm.create_vcpu(topology.apic_id(index))
-        machine.add_vcpu(vcpu)
-        vcpu.set_cpuid(table)
+        machine.add_vcpu(topology.apic_id(index)).vcpu.set_cpuid(table)
 
 
 def add_vcpu(machine: Machine, index: int) -> VcpuThread:
     """One more, for hot-plug. On an error nothing of it stays but its number, which KVM does not give out again."""
     config = machine.config.cpus
     table = cpuid_for(machine.system.supported_cpuid(), config, index)
-    thread = machine.add_vcpu(machine.vm.create_vcpu(Topology.of(config).apic_id(index)), index)
+    thread = machine.add_vcpu(Topology.of(config).apic_id(index), index)
     try:
         thread.vcpu.set_cpuid(table)
     except BaseException:
@@ -127,6 +138,8 @@ class KernelLoader:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.fresh = True
+        self.files = boot.BootFiles(machine.config.boot)
+        machine.on_close.append(self.files.close)
         self.description = _describe(machine)
 
     def __call__(self) -> None:
@@ -144,7 +157,7 @@ class KernelLoader:
         for address, data in tables + names:
             machine.memory.write(address, data)
         assert tables[0][0] == RSDP
-        entry = boot.load_kernel(machine.memory, machine.config.boot, tables=tables, fresh=self.fresh)
+        entry = boot.load_kernel(machine.memory, machine.config.boot, tables=tables, fresh=self.fresh, files=self.files)
         self.fresh = False
         entry.apply(machine.vcpus[0].vcpu)
 

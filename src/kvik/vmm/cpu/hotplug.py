@@ -42,25 +42,24 @@ class VcpuHotplug:
         if present[index] or any(thread.index == index for thread in machine.vcpus):
             raise OperationInvalid(f"processor {index} is there already")
         thread = self._away.pop(index, None)
+        known = thread is not None
         if thread is None:
             thread = self._make(index)
-            machine.remember_vcpu(thread)
-            # KVM makes its map of APIC ids anew only now: at a vCPU's making it counts those before it
-            # (lapic.c, kvm_recalculate_apic_map), and INIT would find nobody.
-            thread.vcpu.set_lapic(thread.vcpu.lapic())
-            thread.on_start, thread.on_debug = machine.vcpus[0].on_start, machine.vcpus[0].on_debug
+            thread.on_debug = machine.vcpus[0].on_debug
+        else:
+            machine.vcpus.append(thread)
+        state = machine.vcpu_at_power_on(thread)
+        # A TSC of 0 means to KVM: as the others' (x86.c, kvm_synchronize_tsc). Its map of APIC ids knows a new vCPU
+        # only when the APIC is set (lapic.c, kvm_apic_set_state): before, INIT finds nobody.
+        msrs = [[number, 0 if number == IA32_TSC else value] for number, value in state["msrs"]]
+        restore_vcpu(thread.vcpu, {**state, "msrs": msrs})
+        if known and not machine.still:
+            thread.unpark()
+        elif not known:
             if machine.still:
                 thread.ask_to_park()
             if machine.started_threads:
                 thread.start()
-        else:
-            state = machine.vcpu_at_power_on(thread)
-            # A TSC of 0 means to KVM: as the others' (x86.c, kvm_synchronize_tsc).
-            msrs = [[number, 0 if number == IA32_TSC else value] for number, value in state["msrs"]]
-            restore_vcpu(thread.vcpu, {**state, "msrs": msrs})
-            machine.vcpus.append(thread)
-            if not machine.still:
-                thread.unpark()
         machine.vcpus.sort(key=lambda vcpu: vcpu.index)
         thread.name = name
         self.registers.plug(index)
