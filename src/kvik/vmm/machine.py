@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from kvik.kvm.exits import Exit
     from kvik.vmm.config import MachineConfig
+    from kvik.vmm.cpu.hotplug import VcpuHotplug
     from kvik.vmm.device import Device
     from kvik.vmm.state.migration import Migration
     from kvik.vmm.state.rewind import Checkpoint
@@ -63,7 +64,8 @@ class Machine:
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
         self.made: dict[str, tuple[str, Any]] = {}  # by a device's name: list of MachineConfig and item it was made of
-        self.vcpus: list[VcpuThread] = []
+        self.vcpus: list[VcpuThread] = []  # those that are there, by ascending index
+        self.vcpu_hotplug: VcpuHotplug | None = None  # where more of them may come
         self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
         self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
         self.on_vcpu_start: Callable[[], None] | None = None  # and on each vCPU's
@@ -194,13 +196,14 @@ class Machine:
         inner: Device = getattr(carrier, "device", carrier)
         return inner
 
-    def add_vcpu(self, apic_id: int) -> VcpuThread:
+    def add_vcpu(self, apic_id: int, index: int = -1) -> VcpuThread:
         """A new vCPU, and with the first one the interrupt controllers: KVM wants them before any vCPU, but after
         everything else. Their routes are set by an RCU update, and for 4 to 8 ms from then on each change of a memory
-        slot (RAM, and a few pages of each device) waits for its grace period."""
+        slot (RAM, and a few pages of each device) waits for its grace period. `index`: the next one unless said."""
         if not self.vcpus:
             self.vm.create_irqchip()
-        thread = VcpuThread(self, len(self.vcpus), self.vm.create_vcpu(apic_id), apic_id)
+        number = len(self.vcpus) if index < 0 else index
+        thread = VcpuThread(self, number, self.vm.create_vcpu(apic_id), apic_id)
         thread.on_start = self.on_vcpu_start
         self.vcpus.append(thread)
         return thread
@@ -286,12 +289,11 @@ class Machine:
         self.interrupts.redrive()
 
     def _reset_vcpus(self) -> None:
-        from kvik.vmm.cpu.state import application_processor, restore_machine
+        from kvik.vmm.cpu.state import restore_machine
 
         if self._power_on is not None:
-            boot_processor = self._power_on["vcpus"][0]
-            others = [application_processor(boot_processor, thread.apic_id) for thread in self.vcpus[1:]]
-            restore_machine(self, {**self._power_on, "vcpus": [boot_processor, *others]})
+            states = [self.vcpu_at_power_on(thread) for thread in self.vcpus]
+            restore_machine(self, {**self._power_on, "vcpus": states})
 
     def remember_power_on(self) -> None:
         """Keep the state that `reset` goes back to: the boot processor's, from which the others' follow. Call when all
@@ -300,6 +302,13 @@ class Machine:
 
         boot_processor = save_vcpu(self.vcpus[0].vcpu, msr_indices(self.system))
         self._power_on = {"vm": save_vm(self.vm), "vcpus": [boot_processor]}
+
+    def vcpu_at_power_on(self, thread: VcpuThread) -> dict[str, Any]:
+        """What a vCPU is before its first step."""
+        from kvik.vmm.cpu.state import application_processor
+
+        boot_processor: dict[str, Any] = self._power_on["vcpus"][0]
+        return application_processor(boot_processor, thread.apic_id) if thread.index else boot_processor
 
     def powerdown(self) -> None:
         """Press the power button."""
@@ -410,6 +419,11 @@ class Machine:
         if self._checkpoint is not None:
             self._checkpoint.close()
             self._checkpoint = None
+
+    @property
+    def started_threads(self) -> bool:
+        """Whether the vCPUs' threads are there, be it parked."""
+        return self._started
 
     # From any thread ---------------------------------------------------------------------------------------------
 
