@@ -38,7 +38,7 @@ def guest_program() -> bytes:
 
 
 def commands(kernel: Path, memory: int) -> dict[str, list[str]]:
-    append = "console=ttyS0 quiet panic=-1"
+    append = "console=ttyS0 quiet panic=-1 pci=noearly"  # see lab.vmm_guest
     ours = vmm_command(
         *("--kernel", str(kernel), "--initrd", f"{SHARE}/initrd", "--append", append, "--serial", "stdio"),
         *("--memory", f"{memory}M", "--disk", DISK),

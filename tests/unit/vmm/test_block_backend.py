@@ -92,6 +92,8 @@ def do(image: BlockImage, op: int, offset: int = 0, data: bytearray | None = Non
     buffers = [memoryview(data)] if data is not None else []
     length = more.pop("length", len(data) if data is not None else 0)
     done: list[Request] = []
+    if op in (READ, WRITE) and image.now(op, buffers, offset, length):
+        return 0
     request = Request(op, offset, length, buffers, done.append, **more)
     if not image.submit(request):
         image.flush()
