@@ -1,4 +1,4 @@
-"""Machines of kvik-vmm in the lab: an initramfs that runs a script of ours and powers off, and the command to run it."""
+"""Machines of kvik-vmm in the lab: an initramfs that runs a script of ours and powers off, and how to run it."""
 
 from __future__ import annotations
 

@@ -220,6 +220,29 @@ class Queue:
     def _put(self, chain: Chain, written: int) -> None:
         raise NotImplementedError
 
+    def pop_many(self, limit: int) -> list[Chain]:
+        """Up to `limit` requests that are there already; unlike `pop` it never asks for a notification."""
+        chains: list[Chain] = []
+        while len(chains) < limit and self.pending() and (chain := self.pop()) is not None:
+            chains.append(chain)
+        return chains
+
+    def push_all(self, chains: list[Chain], lengths: list[int]) -> None:
+        """`push` for the buffers of one packet: the driver sees all of them used, or none (5.1.6.4.1)."""
+        if self.in_order:
+            for chain, written in zip(chains, lengths, strict=True):
+                self._held[chain.order] = (chain, written)
+            chains, lengths = [], []
+            while (entry := self._held.pop(self._next_order, None)) is not None:
+                chains.append(entry[0])
+                lengths.append(entry[1])
+                self._next_order += 1
+        if chains:
+            self._put_all(chains, lengths)
+
+    def _put_all(self, chains: list[Chain], lengths: list[int]) -> None:
+        raise NotImplementedError
+
     def undo_pop(self, chain: Chain) -> None:
         """Give back the request popped last, unworked: the next `pop` returns it again (no packet was there, ...)."""
         raise NotImplementedError
@@ -291,7 +314,9 @@ class Queue:
             raise GuestFault(f"queue {self.index}: an indirect table without VIRTIO_F_INDIRECT_DESC")
         if flags & DESC_NEXT:
             raise GuestFault(f"queue {self.index}: a descriptor is both INDIRECT and NEXT")
-        if length % 16 or not 0 < length <= 16 * self.size:
+        # 2.7.5.3.1: no chain is longer than the queue, with what came before the table; iovecs rely on it.
+        room = self.size - len(chain.readable) - len(chain.writable)
+        if length % 16 or not 0 < length <= 16 * room:
             raise GuestFault(f"queue {self.index}: an indirect table of {length} bytes")
         self._walk_indirect(chain, bytes(self._buffer(address, length)))
 
@@ -392,6 +417,35 @@ class SplitQueue(Queue):
         self._pop_order += 1
         return chain
 
+    def pop_many(self, limit: int) -> list[Chain]:
+        last, avail, size, mask = self._next_avail, self._avail, self.size, self._mask
+        ahead = (avail[1] - last) & 0xFFFF
+        if ahead > size:
+            raise GuestFault(f"queue {self.index}: the available index is {ahead} ahead, of {size} entries")
+        chains: list[Chain] = []
+        desc, base, end, ram, order = self._desc, self._base, self._end, self._ram, self._pop_order
+        for _ in range(min(ahead, limit)):
+            head = avail[2 + (last & mask)]
+            if head >= size:
+                break  # `pop` says what is wrong with it
+            address, length, flags, _ = _unpack_descriptor(desc, head << 4)
+            if flags != DESC_WRITE or not length or address < base or address + length > end:
+                break
+            chain = Chain(head, 1)  # a single buffer to write to, where the last one was: a receive queue's all
+            chain.writable.append(ram[address - base : address - base + length])
+            chain.targets.append((address, length))
+            chain.writable_size = length
+            chain.order = order
+            order += 1
+            last = (last + 1) & 0xFFFF
+            chains.append(chain)
+        self._next_avail, self._pop_order = last, order
+        if len(chains) < min(ahead, limit):
+            chain_or_none = self.pop()
+            if chain_or_none is not None:
+                chains.append(chain_or_none)
+        return chains
+
     def _walk_indirect(self, chain: Chain, table: bytes) -> None:
         # As drivers write tables: in order, in one region of RAM. Anything else, and whatever is wrong, is found out by
         # the careful walk; the two see the same bytes.
@@ -455,6 +509,22 @@ class SplitQueue(Queue):
             memory.touched(self.used, 4)
             memory.touched(self.used + 4 + 8 * slot, 8)
             log_written(memory, chain, written)
+
+    def _put_all(self, chains: list[Chain], lengths: list[int]) -> None:
+        ring, mask, index = self._used_ring, self._mask, self._next_used
+        for chain, written in zip(chains, lengths, strict=True):
+            slot = (index & mask) << 1
+            ring[slot] = chain.head
+            ring[slot + 1] = written & 0xFFFFFFFF
+            index += 1
+        first, self._next_used = self._next_used, index & 0xFFFF
+        self._used[1] = self._next_used  # x86 keeps the order of stores
+        memory = self.memory
+        if memory.dirty_log is not None:
+            memory.touched(self.used, 4)
+            for number, (chain, written) in enumerate(zip(chains, lengths, strict=True)):
+                memory.touched(self.used + 4 + 8 * ((first + number) & mask), 8)
+                log_written(memory, chain, written)
 
     def disable_notifications(self) -> None:
         self._polling = True
