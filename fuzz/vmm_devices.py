@@ -457,7 +457,11 @@ class HostileGuest:
         write(bar + t.QUEUE_SIZE, 2, dice.choice((queue.size, 4, 0, 3, 0xFFFF)) if dice.random() < 0.3 else queue.size)
         if dice.random() < 0.8:
             queue.rewind()
-            for offset, address in ((t.QUEUE_DESC, queue.desc), (t.QUEUE_DRIVER, queue.avail), (t.QUEUE_DEVICE, queue.used)):
+            for offset, address in (
+                (t.QUEUE_DESC, queue.desc),
+                (t.QUEUE_DRIVER, queue.avail),
+                (t.QUEUE_DEVICE, queue.used),
+            ):
                 write(bar + offset, 4, address & 0xFFFFFFFF if dice.random() < 0.97 else self._value(4))
                 write(bar + offset + 4, 4, address >> 32)
         write(bar + t.QUEUE_ENABLE, 2, 1)

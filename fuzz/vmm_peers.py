@@ -346,7 +346,13 @@ def _gdb(operations: int, seed: int) -> int:
             number_text = dice.choice(("0", "1", "ffffffffffffffff", "10000000000000000", "-1", "", "zz", "1000", "7"))
             rest = dice.choice(
                 (
-                    *("", f"{number_text},{number_text}", f"{number_text}={number_text}", f"{number_text},1:00", number_text),
+                    *(
+                        "",
+                        f"{number_text},{number_text}",
+                        f"{number_text}={number_text}",
+                        f"{number_text},1:00",
+                        number_text,
+                    ),
                     *("Supported:x", "Xfer:features:read:target.xml:0,ffff", "Cont?", "Cont;q", "Rcmd,696e666f", "C"),
                     *(f"1,{number_text},4", f"0,{number_text},1", f"4,{number_text},8", "StartNoAckMode", "g1", "g-1"),
                     *("\x7f\x80}", "ThreadExtraInfo,1", "qemu.PhyMemMode:1", "qemu.PhyMemMode:0", "fThreadInfo"),
@@ -391,7 +397,16 @@ def _stream_peer(operations: int, seed: int) -> int:
             peer.setblocking(False)
             backend = StreamBackend(ours.detach())
         assert peer is not None
-        size = dice.choice((1, 60, 1500, 65550, dice.randrange(1, 3000), dice.choice((0, 70000, 0xFFFFFFFF)) if dice.random() < 0.05 else 9))
+        size = dice.choice(
+            (
+                1,
+                60,
+                1500,
+                65550,
+                dice.randrange(1, 3000),
+                dice.choice((0, 70000, 0xFFFFFFFF)) if dice.random() < 0.05 else 9,
+            )
+        )
         data = size.to_bytes(4, "big") + bytes(min(size, 70000))
         try:
             peer.send(data[: dice.choice((len(data), 1, 3, 5, 2000))] if dice.random() < 0.2 else data)
