@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python benchmarks/vmm_disk.py [--runs 5] [--seconds 2] [--tmpfs]
 
-The disk is a block device of the lab in its page cache, as an image in a file system would be; --tmpfs: a file in tmpfs,
-where io_uring hands every request to a worker thread.
+The disk is a block device of the lab in its page cache, as an image in a file system would be; --tmpfs: a file in
+tmpfs, where io_uring hands every request to a worker thread.
 
 Needs gcc (a static program is the load) and what the lab needs. Figures are ratios: the lab is an emulated host.
 """
