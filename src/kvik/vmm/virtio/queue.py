@@ -221,9 +221,11 @@ class Queue:
 
     def pop_many(self, limit: int) -> list[Chain]:
         """Up to `limit` requests that are there already; unlike `pop` it never asks for a notification."""
+        polling, self._polling = self._polling, True
         chains: list[Chain] = []
-        while len(chains) < limit and self.pending() and (chain := self.pop()) is not None:
+        while len(chains) < limit and (chain := self.pop()) is not None:
             chains.append(chain)
+        self._polling = polling
         return chains
 
     def push_all(self, chains: list[Chain], lengths: list[int]) -> None:
@@ -444,6 +446,31 @@ class SplitQueue(Queue):
         return chains
 
     def _walk_indirect(self, chain: Chain, table: bytes) -> None:
+        if chain.writable or not self._walk_readable(chain, table):
+            self._walk_any(chain, table)
+
+    def _walk_readable(self, chain: Chain, table: bytes) -> bool:
+        """A table of buffers to read, one behind the other, in the RAM where the last one was: a packet to send. False,
+        and nothing done, if it is another."""
+        base, end, ram = self._base, self._end, self._ram
+        views: list[memoryview] = []
+        size = 0
+        for address, length, flags, following in DESCRIPTOR.iter_unpack(table):
+            if flags & ~DESC_NEXT or not length or address < base or address + length > end:
+                return False
+            views.append(ram[address - base : address - base + length])
+            size += length
+            if not flags:
+                if size > MAX_CHAIN_BYTES:
+                    return False
+                chain.readable += views
+                chain.readable_size += size
+                return True
+            if following != len(views):
+                return False
+        return False
+
+    def _walk_any(self, chain: Chain, table: bytes) -> None:
         count = len(table) >> 4
         following = 0
         for _ in range(count):
