@@ -22,19 +22,30 @@ from kvik.vmm.machine import Machine
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.config import MachineConfig
+    from kvik.vmm.confinement import Confinement
 
 __all__ = ["add_vcpus", "build"]
 
 DEFAULT_CMDLINE = "console=ttyS0"
 
 
-def build(config: MachineConfig) -> Machine:
-    """A machine with everything that `config` names, ready to start. On an error nothing is left open."""
+def build(config: MachineConfig, confinement: Confinement | None = None, *, boot: bool = True) -> Machine:
+    """A machine with everything that `config` names, ready to start. On an error nothing is left open.
+
+    `confinement`: what its threads do first of all. Without `boot` nothing is put into its memory, for the state of
+    another is to come.
+    """
+    if boot and config.restore:
+        from kvik.vmm.state.snapshot import restore
+
+        return restore(config, confinement)
     if not config.serials and not config.consoles:
         from kvik.vmm.config import CharConfig
 
         config.serials = [CharConfig(backend="stdio")]
     machine = Machine(config)
+    if confinement is not None:
+        machine.on_vcpu_start, machine.on_thread_start = confinement.enter_vcpu, confinement.enter_io
     try:
         if config.trace:
             from kvik.vmm.trace import Trace
@@ -46,8 +57,10 @@ def build(config: MachineConfig) -> Machine:
         machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
-            machine.loader = KernelLoader(machine)
-        machine.boot()
+            machine.loader = loader = KernelLoader(machine)
+            loader.fresh = boot
+        if boot:
+            machine.boot()
     except BaseException:
         machine.close()
         raise
@@ -98,9 +111,7 @@ def add_vcpus(machine: Machine) -> None:
         table = cpuid_for(supported, config, index)
         if not index:
             check_physical_bits(table, machine.memory.layout.end)
-        vcpu = machine.vm.create_vcpu(topology.apic_id(index))
-        machine.add_vcpu(vcpu)
-        vcpu.set_cpuid(table)
+        machine.add_vcpu(topology.apic_id(index)).vcpu.set_cpuid(table)
 
 
 class KernelLoader:
@@ -109,6 +120,8 @@ class KernelLoader:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.fresh = True
+        self.files = boot.BootFiles(machine.config.boot)
+        machine.on_close.append(self.files.close)
         self.description = _describe(machine)
 
     def __call__(self) -> None:
@@ -125,7 +138,7 @@ class KernelLoader:
         for address, data in tables + names:
             machine.memory.write(address, data)
         assert tables[0][0] == RSDP
-        entry = boot.load_kernel(machine.memory, machine.config.boot, tables=tables, fresh=self.fresh)
+        entry = boot.load_kernel(machine.memory, machine.config.boot, tables=tables, fresh=self.fresh, files=self.files)
         self.fresh = False
         entry.apply(machine.vcpus[0].vcpu)
 

@@ -75,6 +75,7 @@ class BootConfig:
     cmdline: str = ""
     protocol: str = "auto"  # auto, pvh, bzimage
     cache: str = ""  # directory of unpacked kernels; empty: unpack in memory
+    stable: bool = False  # nobody writes the files while the machine runs: map them, do not read them
     firmware: str = ""  # OVMF code image, instead of a kernel
     firmware_fd: int = -1
     nvram: str = ""  # its variables
@@ -262,6 +263,7 @@ class MachineConfig:
     paused: bool = False
     incoming: str = ""  # wait for a migration from this address
     restore: str = ""  # a snapshot's directory
+    catch_up: bool = False  # a restored guest's clock counts the time at rest
     sandbox: str = "on"  # on, log, off
     trace: str = ""
     log: str = "text"  # text, json

@@ -20,18 +20,24 @@ if TYPE_CHECKING:
 
 __all__ = ["EventLoop", "IoThread", "Timer"]
 
+MAX_CANCELLED = 64  # timers that were cancelled and still wait in the list
+CROWDED = 4096  # calls that wait: whoever makes more shall wait too
+
 
 class Timer:
     """A call that is due at `due` (monotonic seconds)."""
 
-    __slots__ = ("callback", "due")
+    __slots__ = ("_loop", "callback", "due")
 
-    def __init__(self, due: float, callback: Callable[[], None]) -> None:
+    def __init__(self, loop: EventLoop, due: float, callback: Callable[[], None]) -> None:
+        self._loop = loop
         self.due = due
         self.callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._loop._cancelled += 1
 
     def __lt__(self, other: Timer) -> bool:
         return self.due < other.due
@@ -48,6 +54,7 @@ class EventLoop:
         self._writers: dict[int, Callable[[], None]] = {}
         self._soon: deque[Callable[[], None]] = deque()
         self._timers: list[Timer] = []
+        self._cancelled = 0  # of them; those that ran meanwhile are no harm
         self._thread = 0
         self._stopping = False
         self.on_error: Callable[[BaseException], None] | None = None
@@ -93,9 +100,19 @@ class EventLoop:
         os.eventfd_write(self._wake, 1)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        timer = Timer(time.monotonic() + seconds, callback)
+        timer = Timer(self, time.monotonic() + seconds, callback)
+        if self._cancelled > MAX_CANCELLED:
+            # A guest that sets a far alarm again and again would else fill the list until the alarm is due.
+            self._timers = [timer for timer in self._timers if timer.callback is not None]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
         heapq.heappush(self._timers, timer)
         return timer
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many calls wait that those who can wait should: vCPUs, whose exits make calls."""
+        return len(self._soon) > CROWDED
 
     def in_loop(self) -> bool:
         return self._thread == _thread.get_ident()

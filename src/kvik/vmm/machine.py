@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvik.kvm.exits import Exit
-    from kvik.kvm.vcpu import Vcpu
     from kvik.vmm.config import MachineConfig
     from kvik.vmm.device import Device
+    from kvik.vmm.state.rewind import Checkpoint
     from kvik.vmm.trace import Trace
 
 __all__ = ["Machine"]
@@ -61,9 +61,11 @@ class Machine:
         self.started = time.monotonic()
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
+        self.made: dict[str, tuple[str, Any]] = {}  # by a device's name: list of MachineConfig and item it was made of
         self.vcpus: list[VcpuThread] = []
         self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
         self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
+        self.on_vcpu_start: Callable[[], None] | None = None  # and on each vCPU's
         self.outcome = ""
         self.exit_code = 0
         self.trace: Trace | None = None
@@ -74,6 +76,8 @@ class Machine:
         self._going = False  # vCPUs run, or may
         self._started = self._closed = False
         self._power_on: Any = None
+        self._devices_held = False  # devices of a restored machine wait for its start
+        self._checkpoint: Checkpoint | None = None
         prepare_signal()
         self.loop = EventLoop()
         self.loop.on_error = self._callback_failed
@@ -96,7 +100,6 @@ class Machine:
             self.vm = self.system.create_vm()
             self.vm.set_identity_map_addr(at.KVM_IDENTITY_MAP)
             self.vm.set_tss_addr(at.KVM_TSS)
-            self.vm.create_irqchip()
             readonly = bool(self.vm.check_extension(Capability.READONLY_MEM))
             limit = self.vm.check_extension(Capability.NR_MEMSLOTS) or 32
             self.slots = MemorySlots(self.vm, readonly=readonly, limit=limit)
@@ -107,7 +110,7 @@ class Machine:
                 remedy="see what `kvik doctor` says of this host",
             ) from error
         memory = self.config.memory
-        host = HostMemory(shared=memory.shared, hugepages=memory.hugepages, prealloc=memory.prealloc)
+        host = HostMemory(shared=memory.shared, hugepages=memory.hugepages, prealloc=memory.prealloc, huge_later=True)
         self.memory = GuestMemory.allocate(memory.size, host, memory.hotplug)
         for region in self.memory.regions:
             self.back(region)
@@ -189,8 +192,14 @@ class Machine:
         inner: Device = getattr(carrier, "device", carrier)
         return inner
 
-    def add_vcpu(self, vcpu: Vcpu) -> VcpuThread:
-        thread = VcpuThread(self, len(self.vcpus), vcpu)
+    def add_vcpu(self, apic_id: int) -> VcpuThread:
+        """A new vCPU, and with the first one the interrupt controllers: KVM wants them before any vCPU, but after
+        everything else. Their routes are set by an RCU update, and for 4 to 8 ms from then on each change of a memory
+        slot (RAM, and a few pages of each device) waits for its grace period."""
+        if not self.vcpus:
+            self.vm.create_irqchip()
+        thread = VcpuThread(self, len(self.vcpus), self.vm.create_vcpu(apic_id), apic_id)
+        thread.on_start = self.on_vcpu_start
         self.vcpus.append(thread)
         return thread
 
@@ -204,6 +213,7 @@ class Machine:
     def start(self, paused: bool = False) -> None:
         """Start the threads, and with them the guest unless `paused`."""
         self._started = True
+        self.memory.allow_huge_pages()
         for thread in self.vcpus:
             if paused:
                 thread.ask_to_park()
@@ -211,6 +221,9 @@ class Machine:
         if not paused:
             self.status = "running"
             self._going = True
+            if self._devices_held:
+                for device in self.devices.values():
+                    device.resume()
             self.emit("RESUME")
 
     def run(self, paused: bool = False) -> str:
@@ -260,16 +273,20 @@ class Machine:
         self.emit("RESET", {"guest": guest, "reason": reason})
 
     def _reset_vcpus(self) -> None:
-        from kvik.vmm.cpu.state import restore_machine
+        from kvik.vmm.cpu.state import application_processor, restore_machine
 
         if self._power_on is not None:
-            restore_machine(self, self._power_on)
+            boot_processor = self._power_on["vcpus"][0]
+            others = [application_processor(boot_processor, thread.apic_id) for thread in self.vcpus[1:]]
+            restore_machine(self, {**self._power_on, "vcpus": [boot_processor, *others]})
 
     def remember_power_on(self) -> None:
-        """Keep the state that `reset` goes back to. Call when all vCPUs are made and none has run."""
-        from kvik.vmm.cpu.state import save_machine
+        """Keep the state that `reset` goes back to: the boot processor's, from which the others' follow. Call when all
+        vCPUs are made and none has run."""
+        from kvik.vmm.cpu.state import msr_indices, save_vcpu, save_vm
 
-        self._power_on = save_machine(self)
+        boot_processor = save_vcpu(self.vcpus[0].vcpu, msr_indices(self.system))
+        self._power_on = {"vm": save_vm(self.vm), "vcpus": [boot_processor]}
 
     def powerdown(self) -> None:
         """Press the power button."""
@@ -336,6 +353,49 @@ class Machine:
     def still(self) -> bool:
         """Whether nothing of the guest runs."""
         return not self._going
+
+    # State: what these do is in `kvik.vmm.state`, which no start has to wait for ---------------------------------
+
+    def hold_devices(self) -> None:
+        """Before the first start, while a state is put in: devices do nothing until the guest runs."""
+        self._devices_held = True
+        for device in self.devices.values():
+            device.pause()
+
+    def save(self, directory: str, compression: str = "none") -> None:
+        """Write the whole machine to a new directory: RAM without zeroes, CPUs, devices. It goes on afterwards.
+        `compression`: none (restored lazily) or zlib."""
+        from kvik.vmm.state.snapshot import save
+
+        save(self, directory, compression)
+
+    @classmethod
+    def restore(cls, directory: str, config: MachineConfig | None = None) -> Machine:
+        """A machine out of what `save` wrote, not started yet. `config` says what is different on the host's side."""
+        from kvik.vmm.config import MachineConfig
+        from kvik.vmm.state.snapshot import restore
+
+        config = config or MachineConfig()
+        config.restore = directory
+        return restore(config)
+
+    def checkpoint(self) -> None:
+        """Remember everything as it is now, for `rewind`. Costs as much memory as the guest has in use."""
+        from kvik.vmm.state.rewind import Checkpoint
+
+        self.forget_checkpoint()
+        self._checkpoint = Checkpoint(self)
+
+    def rewind(self) -> int:
+        """Back to the checkpoint, in place: the pages that changed since, CPUs and devices; how many pages."""
+        if self._checkpoint is None:
+            raise OperationInvalid("there is no checkpoint to go back to", remedy="call checkpoint() first")
+        return self._checkpoint.rewind()
+
+    def forget_checkpoint(self) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.close()
+            self._checkpoint = None
 
     # From any thread ---------------------------------------------------------------------------------------------
 
@@ -407,6 +467,7 @@ class Machine:
         self._closed = True
         for thread in self.vcpus:
             thread.end()
+        self.forget_checkpoint()
         for callback in reversed(self.on_close):
             callback()
         for device in reversed(list(self.devices.values())):

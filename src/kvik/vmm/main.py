@@ -5,6 +5,7 @@ Exit codes: 0 the guest powered off or somebody ended the machine, 1 it could no
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from kvik.errors import KvikError
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(config: MachineConfig) -> int:
     """Build the machine and run it to its end."""
     sys.setswitchinterval(SWITCH_INTERVAL)
+    gc.disable()  # what is made until the guest runs stays: looking for garbage among it is lost time
     from kvik.vmm.build import build
 
     machine = build(config)
@@ -61,6 +63,8 @@ def run(config: MachineConfig) -> int:
         machine.start(config.paused)
         # From here on the guest runs, and nobody waits for what is imported.
         _open_control(machine)
+        gc.freeze()
+        gc.enable()
         machine.run()
     finally:
         machine.close()

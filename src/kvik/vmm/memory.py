@@ -99,10 +99,11 @@ class HostMemory:
     """How this host is to back a machine's RAM.
 
     `hugepages`: size of explicit huge pages in bytes, 0 for none (transparent ones are always welcome). `policy` and
-    `host_nodes`: mbind(2)'s mode and the host's nodes.
+    `host_nodes`: mbind(2)'s mode and the host's nodes. `huge_later`: transparent huge pages only from
+    `GuestMemory.allow_huge_pages` on.
     """
 
-    __slots__ = ("host_nodes", "hugepages", "policy", "prealloc", "shared")
+    __slots__ = ("host_nodes", "huge_later", "hugepages", "policy", "prealloc", "shared")
 
     def __init__(
         self,
@@ -112,7 +113,9 @@ class HostMemory:
         prealloc: bool = False,
         policy: int = 0,
         host_nodes: tuple[int, ...] = (),
+        huge_later: bool = False,
     ) -> None:
+        self.huge_later = huge_later and not prealloc
         self.shared, self.hugepages, self.prealloc = shared, hugepages, prealloc
         self.policy, self.host_nodes = policy, host_nodes
 
@@ -155,7 +158,7 @@ class HostMemory:
         return address, fd
 
     def _settle(self, address: int, size: int) -> None:
-        if not self.hugepages and not self.shared:
+        if not self.hugepages and not self.shared and not self.huge_later:
             _libc.madvise(address, size, MADV_HUGEPAGE)  # refused where the kernel has none: no loss
         _libc.madvise(address, size, MADV_DONTDUMP)  # a core of the VMM is not to hold the guest's secrets
         if self.host_nodes:
@@ -238,6 +241,13 @@ class GuestMemory:
         for callback in self.on_change:
             callback()
 
+    def allow_huge_pages(self) -> None:
+        """For memory that was allocated with `huge_later`: what is touched from now on may come as huge pages. What
+        the loader wrote before, a few pages here and there, did not cost the zeroing of 2 MiB each time."""
+        for region in self.regions:
+            if region.fd < 0:
+                _libc.madvise(region.address, region.size, MADV_HUGEPAGE)  # refused for explicit huge pages: no loss
+
     # Access ------------------------------------------------------------------------------------------------------
 
     def find(self, address: int, size: int = 1) -> Region:
@@ -302,6 +312,7 @@ class GuestMemory:
         A mapped part costs nothing until it is touched, and what nobody writes stays one copy for all machines.
         """
         region = self.find(address, size)
+        self.touched(address, size)
         whole = size - size % PAGE
         if region.fd < 0 and address % PAGE == 0 and offset % PAGE == 0 and whole:
             at = region.address + address - region.start

@@ -47,8 +47,8 @@ def _ignore(*_: object) -> None: ...
 class VcpuThread:
     """One vCPU and its thread. `exits` counts by exit reason."""
 
-    def __init__(self, machine: Machine, index: int, vcpu: Vcpu) -> None:
-        self.machine, self.index, self.vcpu = machine, index, vcpu
+    def __init__(self, machine: Machine, index: int, vcpu: Vcpu, apic_id: int = 0) -> None:
+        self.machine, self.index, self.vcpu, self.apic_id = machine, index, vcpu, apic_id
         self.thread_id = 0  # the kernel's; 0 before it runs
         self.exits = [0] * REASONS
         self.parked = False
@@ -122,11 +122,13 @@ class VcpuThread:
 
     def _main(self) -> None:
         self.thread_id = _thread.get_native_id()
+        on_start = self.on_start
         try:
-            if self.on_start is not None:
-                self.on_start()
             while True:
                 try:
+                    if on_start is not None:
+                        on_start()
+                        on_start = None
                     self._loop()
                     return
                 except KvmError as error:

@@ -46,6 +46,7 @@ EXAMPLES = {
     "paused": ("on", "paused", True),
     "incoming": ("unix:/x", "incoming", "unix:/x"),
     "restore": ("/dir", "restore", "/dir"),
+    "catch-up": ("on", "catch_up", True),
     "sandbox": ("log", "sandbox", "log"),
     "trace": ("-", "trace", "-"),
     "log": ("json", "log", "json"),

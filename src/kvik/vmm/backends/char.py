@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import stat
 
 from kvik.errors import HostError, InvalidArgument
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from typing import Any
 
@@ -122,6 +122,8 @@ class Chardev:
             raise self._cannot(f"use descriptor {text}", error) from error
         os.set_inheritable(fd, False)
         if stat.S_ISSOCK(mode):
+            import socket  # 3 ms that a machine without one does not pay
+
             end = socket.socket(fileno=fd)
             if end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 end.setblocking(False)
@@ -147,6 +149,8 @@ class Chardev:
         self._in = self._out = main
 
     def _listen(self, path: str) -> None:
+        import socket
+
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             try:
@@ -400,6 +404,8 @@ def _set_raw(fd: int) -> list[Any]:
 
 def _is_stale(path: str) -> bool:
     """Whether it is a socket that nobody listens on any more."""
+    import socket
+
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116
             return False

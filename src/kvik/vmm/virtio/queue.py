@@ -315,7 +315,9 @@ class Queue:
             raise GuestFault(f"queue {self.index}: an indirect table without VIRTIO_F_INDIRECT_DESC")
         if flags & DESC_NEXT:
             raise GuestFault(f"queue {self.index}: a descriptor is both INDIRECT and NEXT")
-        if length % 16 or not 0 < length <= 16 * self.size:
+        # 2.7.5.3.1: no chain is longer than the queue, with what came before the table; iovecs rely on it.
+        room = self.size - len(chain.readable) - len(chain.writable)
+        if length % 16 or not 0 < length <= 16 * room:
             raise GuestFault(f"queue {self.index}: an indirect table of {length} bytes")
         self._walk_indirect(chain, bytes(self._buffer(address, length)))
 
