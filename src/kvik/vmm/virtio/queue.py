@@ -442,9 +442,7 @@ class SplitQueue(Queue):
             chains.append(chain)
         self._next_avail, self._pop_order = last, order
         if len(chains) < min(ahead, limit):
-            chain_or_none = self.pop()
-            if chain_or_none is not None:
-                chains.append(chain_or_none)
+            chains += super().pop_many(limit - len(chains))
         return chains
 
     def _walk_indirect(self, chain: Chain, table: bytes) -> None:
