@@ -62,6 +62,8 @@ LATE_CONTROL = (
     "kvik.vmm.parts",
     "kvik.vmm.ratelimit",
     "kvik.vmm.settings",
+    "kvik.vmm.state.migration",
+    "kvik.vmm.state.qmp",
     "kvik.vmm.state.rewind",
     "kvik.vmm.state.snapshot",
     "kvik.vmm.vhost",
@@ -93,6 +95,7 @@ AT_START = (
     "kvik.vmm.metrics",
     "kvik.vmm.monitor.server",
     "kvik.vmm.sandbox",
+    "kvik.vmm.state.migration",
     "kvik.vmm.trace",
     "signal",
 )

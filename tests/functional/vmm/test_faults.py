@@ -149,7 +149,8 @@ def test_a_kvm_that_cannot(monkeypatch: pytest.MonkeyPatch, where: type, name: s
     monkeypatch.setattr(where, name, fails)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(HostError, match="cannot make a machine") as caught:
-        Machine(MachineConfig())
+        with Machine(MachineConfig()) as machine:
+            machine.add_vcpu(0)
     assert caught.value.errno == number and "kvik doctor" in str(caught.value)
     del caught
     assert len(os.listdir("/proc/self/fd")) == before
