@@ -43,6 +43,9 @@ class Timer:
         return self.due < other.due
 
 
+EVENTS = 32  # of one round; epoll begins the next with those that had no place
+
+
 class EventLoop:
     """Runs callbacks on the thread that calls `run`. Only `call_soon` and `stop` may be used from other threads."""
 
@@ -53,6 +56,7 @@ class EventLoop:
         self._readers: dict[int, Callable[[], None]] = {}
         self._writers: dict[int, Callable[[], None]] = {}
         self._held: dict[int, Callable[[], None]] = {}
+        self._edges: set[int] = set()
         self._soon: deque[Callable[[], None]] = deque()
         self._timers: list[Timer] = []
         self._cancelled = 0  # of them; those that ran meanwhile are no harm
@@ -62,9 +66,12 @@ class EventLoop:
 
     # Descriptors -------------------------------------------------------------------------------------------------
 
-    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call back whenever `fd` is readable, hung up or broken, until it is removed."""
+    def add_reader(self, fd: int, callback: Callable[[], None], *, edge: bool = False) -> None:
+        """Call back whenever `fd` is readable, hung up or broken, until it is removed. `edge`: only when something is
+        added to it (EPOLLET); nobody then needs to read an eventfd."""
         known = fd in self._readers or fd in self._writers
+        if edge:
+            self._edges.add(fd)
         self._readers[fd] = callback
         self._update(fd, known)
 
@@ -89,6 +96,7 @@ class EventLoop:
 
     def remove_reader(self, fd: int) -> None:
         self._held.pop(fd, None)
+        self._edges.discard(fd)
         if self._readers.pop(fd, None) is not None:
             self._update(fd, True)
 
@@ -98,6 +106,7 @@ class EventLoop:
 
     def _update(self, fd: int, known: bool) -> None:
         mask = (select.EPOLLIN if fd in self._readers else 0) | (select.EPOLLOUT if fd in self._writers else 0)
+        mask |= select.EPOLLET if mask and fd in self._edges else 0
         if not mask:
             try:
                 self._epoll.unregister(fd)
@@ -157,7 +166,7 @@ class EventLoop:
             timeout = left if timeout < 0 else min(left, timeout)
         if self._soon:
             timeout = 0
-        for fd, mask in self._epoll.poll(timeout):
+        for fd, mask in self._epoll.poll(timeout, EVENTS):
             if fd == self._wake:
                 os.eventfd_read(fd)
                 continue

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
     from kvik.kvm.exits import Exit
     from kvik.vmm.config import MachineConfig
+    from kvik.vmm.cpu.hotplug import VcpuHotplug
     from kvik.vmm.device import Device
+    from kvik.vmm.state.migration import Migration
     from kvik.vmm.state.rewind import Checkpoint
     from kvik.vmm.trace import Trace
 
@@ -62,7 +64,8 @@ class Machine:
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
         self.made: dict[str, tuple[str, Any]] = {}  # by a device's name: list of MachineConfig and item it was made of
-        self.vcpus: list[VcpuThread] = []
+        self.vcpus: list[VcpuThread] = []  # those that are there, by ascending index
+        self.vcpu_hotplug: VcpuHotplug | None = None  # where more of them may come
         self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
         self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
         self.on_vcpu_start: Callable[[], None] | None = None  # and on each vCPU's
@@ -78,6 +81,7 @@ class Machine:
         self._power_on: Any = None
         self._devices_held = False  # devices of a restored machine wait for its start
         self._checkpoint: Checkpoint | None = None
+        self.migration: Migration | None = None  # parameters, and what came of them, once somebody asked
         prepare_signal()
         self.loop = EventLoop()
         self.loop.on_error = self._callback_failed
@@ -188,17 +192,17 @@ class Machine:
         inner: Device = getattr(carrier, "device", carrier)
         return inner
 
-    def add_vcpu(self, apic_id: int) -> VcpuThread:
+    def add_vcpu(self, apic_id: int, index: int = -1) -> VcpuThread:
         """A new vCPU, and with the first one the interrupt controllers: KVM wants them before any vCPU, but after
         everything else. Their routes are set by an RCU update, and for 4 to 8 ms from then on each change of a memory
-        slot (RAM, and a few pages of each device) waits for its grace period."""
+        slot (RAM, and a few pages of each device) waits for its grace period. `index`: the next one unless said."""
         try:
             if not self.vcpus:
                 self.vm.create_irqchip()
             vcpu = self.vm.create_vcpu(apic_id)
         except KvmError as error:
             raise _incapable(error) from error
-        thread = VcpuThread(self, len(self.vcpus), vcpu, apic_id)
+        thread = VcpuThread(self, len(self.vcpus) if index < 0 else index, vcpu, apic_id)
         thread.on_start = self.on_vcpu_start
         self.vcpus.append(thread)
         return thread
@@ -284,12 +288,11 @@ class Machine:
         self.interrupts.redrive()
 
     def _reset_vcpus(self) -> None:
-        from kvik.vmm.cpu.state import application_processor, restore_machine
+        from kvik.vmm.cpu.state import restore_machine
 
         if self._power_on is not None:
-            boot_processor = self._power_on["vcpus"][0]
-            others = [application_processor(boot_processor, thread.apic_id) for thread in self.vcpus[1:]]
-            restore_machine(self, {**self._power_on, "vcpus": [boot_processor, *others]})
+            states = [self.vcpu_at_power_on(thread) for thread in self.vcpus]
+            restore_machine(self, {**self._power_on, "vcpus": states})
 
     def remember_power_on(self) -> None:
         """Keep the state that `reset` goes back to: the boot processor's, from which the others' follow. Call when all
@@ -298,6 +301,13 @@ class Machine:
 
         boot_processor = save_vcpu(self.vcpus[0].vcpu, msr_indices(self.system))
         self._power_on = {"vm": save_vm(self.vm), "vcpus": [boot_processor]}
+
+    def vcpu_at_power_on(self, thread: VcpuThread) -> dict[str, Any]:
+        """What a vCPU is before its first step."""
+        from kvik.vmm.cpu.state import application_processor
+
+        boot_processor: dict[str, Any] = self._power_on["vcpus"][0]
+        return application_processor(boot_processor, thread.apic_id) if thread.index else boot_processor
 
     def powerdown(self) -> None:
         """Press the power button."""
@@ -348,17 +358,18 @@ class Machine:
         for device in self.devices.values():
             device.pause()
 
-    def _hold(self) -> None:
+    def hold(self) -> None:
+        """Stand still, whatever the status says, until `release`."""
         self._holds += 1
         self._apply()
 
-    def _release(self) -> None:
+    def release(self) -> None:
         self._holds -= 1
         self._apply()
 
     def paused(self) -> _Paused:
         """`with machine.paused():` all vCPUs are parked and devices quiet; the status stays what it is."""
-        return _Paused(self._hold, self._release)
+        return _Paused(self.hold, self.release)
 
     @property
     def still(self) -> bool:
@@ -407,6 +418,11 @@ class Machine:
         if self._checkpoint is not None:
             self._checkpoint.close()
             self._checkpoint = None
+
+    @property
+    def started_threads(self) -> bool:
+        """Whether the vCPUs' threads are there, be it parked."""
+        return self._started
 
     # From any thread ---------------------------------------------------------------------------------------------
 

@@ -86,14 +86,19 @@ def run(config: MachineConfig, *, alone: bool = False) -> int:
         confinement = Confinement(config)
         if alone:
             confinement.close_stray(descriptors(config))
-    machine = build(config, confinement)
+    machine = build(config, confinement, boot=not config.incoming)
     trace = -1
     try:
         for number in ENDS:
             _signal.signal(number, _quit_on_signal(machine))
         if machine.trace is not None and config.trace != "-":
             trace = _open_trace(config.trace)
-        machine.start(config.paused)
+        if config.incoming:
+            from kvik.vmm.state.migration import await_incoming
+
+            await_incoming(machine, config.incoming)
+        else:
+            machine.start(machine.config.paused)
         # From here on the guest runs, and nobody waits for what is imported.
         _open_control(machine)
         if confinement is not None:

@@ -50,6 +50,7 @@ class VcpuThread:
 
     def __init__(self, machine: Machine, index: int, vcpu: Vcpu, apic_id: int = 0) -> None:
         self.machine, self.index, self.vcpu, self.apic_id = machine, index, vcpu, apic_id
+        self.name = ""  # the id that it was plugged with
         self.thread_id = 0  # the kernel's; 0 before it runs
         self.exits = [0] * REASONS
         self.parked = False

@@ -69,7 +69,7 @@ class MockMachine:
         self.devices[device.name] = device
 
     def add_virtio(self, device: VirtioDevice, slot: int | None = None) -> VirtioDriver:
-        self.pci.add(VirtioPci(device), slot)
+        self.pci.add(t.VirtioPci(device), slot)
         self.devices[device.name] = device
         return VirtioDriver(self, self.pci.find(device.name))
 

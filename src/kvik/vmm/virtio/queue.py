@@ -43,6 +43,7 @@ MAX_CHAIN_BYTES = 1 << 32  # 2.7.5.2: "the total length of a descriptor chain MU
 
 DESCRIPTOR = Struct("<QIHH")  # split: addr, len, flags, next; packed: addr, len, id, flags
 _unpack_descriptor = DESCRIPTOR.unpack_from
+_iter_descriptors = DESCRIPTOR.iter_unpack
 
 
 class Chain:
@@ -221,9 +222,11 @@ class Queue:
 
     def pop_many(self, limit: int) -> list[Chain]:
         """Up to `limit` requests that are there already; unlike `pop` it never asks for a notification."""
+        polling, self._polling = self._polling, True
         chains: list[Chain] = []
-        while len(chains) < limit and self.pending() and (chain := self.pop()) is not None:
+        while len(chains) < limit and (chain := self.pop()) is not None:
             chains.append(chain)
+        self._polling = polling
         return chains
 
     def push_all(self, chains: list[Chain], lengths: list[int]) -> None:
@@ -440,12 +443,45 @@ class SplitQueue(Queue):
             chains.append(chain)
         self._next_avail, self._pop_order = last, order
         if len(chains) < min(ahead, limit):
-            chain_or_none = self.pop()
-            if chain_or_none is not None:
-                chains.append(chain_or_none)
+            chains += super().pop_many(limit - len(chains))
         return chains
 
     def _walk_indirect(self, chain: Chain, table: bytes) -> None:
+        # As drivers write tables: in order, in one region of RAM. Anything else, and whatever is wrong, is found out by
+        # the careful walk; the two see the same bytes.
+        if chain.readable or chain.writable:  # behind direct descriptors
+            self._walk_carefully(chain, table)
+            return
+        base, end, ram = self._base, self._end, self._ram
+        readable, writable, targets = chain.readable, chain.writable, chain.targets
+        read = written = count = 0
+        for address, length, flags, following in _iter_descriptors(table):
+            at, last = address - base, address + length
+            if at < 0 or last > end or not length or flags & DESC_INDIRECT:
+                break
+            if flags & DESC_WRITE:
+                writable.append(ram[at : at + length])
+                targets.append((address, length))
+                written += length
+            elif writable:
+                break
+            else:
+                readable.append(ram[at : at + length])
+                read += length
+            if not flags & DESC_NEXT:
+                if read + written > MAX_CHAIN_BYTES:
+                    break
+                chain.readable_size, chain.writable_size = read, written
+                return
+            count += 1
+            if following != count:
+                break
+        readable.clear()
+        writable.clear()
+        targets.clear()
+        self._walk_carefully(chain, table)
+
+    def _walk_carefully(self, chain: Chain, table: bytes) -> None:
         count = len(table) >> 4
         following = 0
         for _ in range(count):
@@ -463,12 +499,12 @@ class SplitQueue(Queue):
 
     def _put(self, chain: Chain, written: int) -> None:
         memory = self.memory
-        slot = self._next_used & self._mask
+        used = self._next_used
+        slot = used & self._mask
         ring = self._used_ring
         ring[2 * slot] = chain.head
         ring[2 * slot + 1] = written & 0xFFFFFFFF
-        self._next_used = following = (self._next_used + 1) & 0xFFFF
-        self._used[1] = following  # x86 keeps the order of stores
+        self._next_used = self._used[1] = (used + 1) & 0xFFFF  # x86 keeps the order of stores
         if memory.dirty_log is not None:
             memory.touched(self.used, 4)
             memory.touched(self.used + 4 + 8 * slot, 8)

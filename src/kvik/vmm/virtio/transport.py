@@ -127,19 +127,14 @@ class VirtioPci(PciDevice):
     def _listen(self) -> None:
         for index, fd in enumerate(self._kick_fds):
             if not self._taken[index]:
-                self.device.loop.add_reader(fd, self._kicker(index, fd))
+                self.device.loop.add_reader(fd, self._kicker(index), edge=True)
 
-    def _kicker(self, index: int, fd: int) -> Callable[[], None]:
-        taken, kick, read = self._taken, self.device.kick, os.eventfd_read
+    def _kicker(self, index: int) -> Callable[[], None]:
+        taken, kick = self._taken, self.device.kick
 
         def kicked() -> None:
-            if taken[index]:
-                return  # somebody else's now; the reader is about to be removed
-            try:
-                read(fd)
-            except BlockingIOError:
-                return
-            kick(index)
+            if not taken[index]:  # else somebody else's now; the reader is about to be removed
+                kick(index)
 
         return kicked
 
@@ -162,7 +157,7 @@ class VirtioPci(PciDevice):
 
         def listen() -> None:
             if not self._taken[index] and self._kick_fds[index] >= 0:
-                self.device.loop.add_reader(fd, self._kicker(index, fd))
+                self.device.loop.add_reader(fd, self._kicker(index), edge=True)
                 self.device.kick(index)
 
         self._on_loop(listen)

@@ -31,6 +31,7 @@ class FakeVcpu:
 
 class FakeThread:
     def __init__(self, index: int) -> None:
+        self.name = ""
         self.index, self.thread_id, self.exits, self.vcpu = index, 1000 + index, [0] * 64, FakeVcpu()
 
 
