@@ -344,9 +344,7 @@ def _gdb(operations: int, seed: int) -> int:
     answered = 0
     with machine:
         machine.loop.on_error = errors.append
-        vcpu = machine.vm.create_vcpu(0)
-        machine.add_vcpu(vcpu)
-        vcpu.set_cpuid(machine.system.supported_cpuid())
+        machine.add_vcpu(0).vcpu.set_cpuid(machine.system.supported_cpuid())
         machine.start(paused=True)
         session = GdbSession(machine, ours)
         for number in range(operations):

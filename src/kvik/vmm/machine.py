@@ -108,7 +108,7 @@ class Machine:
             limit = self.vm.check_extension(Capability.NR_MEMSLOTS) or 32
             self.slots = MemorySlots(self.vm, readonly=readonly, limit=limit)
         except KvmError as error:
-            raise _no_machine(error) from error
+            raise _incapable(error) from error
         memory = self.config.memory
         host = HostMemory(shared=memory.shared, hugepages=memory.hugepages, prealloc=memory.prealloc, huge_later=True)
         self.memory = GuestMemory.allocate(memory.size, host, memory.hotplug)
@@ -196,14 +196,13 @@ class Machine:
         """A new vCPU, and with the first one the interrupt controllers: KVM wants them before any vCPU, but after
         everything else. Their routes are set by an RCU update, and for 4 to 8 ms from then on each change of a memory
         slot (RAM, and a few pages of each device) waits for its grace period. `index`: the next one unless said."""
-        number = len(self.vcpus) if index < 0 else index
         try:
             if not self.vcpus:
                 self.vm.create_irqchip()
             vcpu = self.vm.create_vcpu(apic_id)
         except KvmError as error:
-            raise _no_machine(error) from error
-        thread = VcpuThread(self, number, vcpu, apic_id)
+            raise _incapable(error) from error
+        thread = VcpuThread(self, len(self.vcpus) if index < 0 else index, vcpu, apic_id)
         thread.on_start = self.on_vcpu_start
         self.vcpus.append(thread)
         return thread
@@ -522,7 +521,7 @@ class Machine:
         self.close()
 
 
-def _no_machine(error: KvmError) -> HostError:
+def _incapable(error: KvmError) -> HostError:
     return HostError(
         f"this host's KVM cannot make a machine: {error}",
         errno=error.errno or 0,

@@ -23,7 +23,6 @@ from kvik.errors import HostError
 from kvik.kvm.descriptor import KvmError
 from kvik.kvm.system import System
 from kvik.kvm.vm import Vm
-from kvik.vmm.config import MachineConfig
 from kvik.vmm.device import PortDevice
 from kvik.vmm.machine import Machine
 
@@ -141,7 +140,9 @@ def test_too_few_descriptors(tmp_path: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL, errno.ENOTTY, errno.ENOMEM])
-@pytest.mark.parametrize(("where", "name"), [(Vm, "create_irqchip"), (Vm, "set_tss_addr"), (System, "create_vm")])
+@pytest.mark.parametrize(
+    ("where", "name"), [(Vm, "create_irqchip"), (Vm, "create_vcpu"), (Vm, "set_tss_addr"), (System, "create_vm")]
+)
 def test_a_kvm_that_cannot(monkeypatch: pytest.MonkeyPatch, where: type, name: str, number: int) -> None:
     def fails(*_: object, **__: object) -> None:
         raise KvmError(number, name.upper())
@@ -149,8 +150,7 @@ def test_a_kvm_that_cannot(monkeypatch: pytest.MonkeyPatch, where: type, name: s
     monkeypatch.setattr(where, name, fails)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(HostError, match="cannot make a machine") as caught:
-        with Machine(MachineConfig()) as machine:
-            machine.add_vcpu(0)
+        machine_with(b"\xf4")
     assert caught.value.errno == number and "kvik doctor" in str(caught.value)
     del caught
     assert len(os.listdir("/proc/self/fd")) == before
