@@ -454,8 +454,8 @@ class SplitQueue(Queue):
             return
         base, end, ram = self._base, self._end, self._ram
         readable, writable, targets = chain.readable, chain.writable, chain.targets
-        read = written = count = 0
-        for address, length, flags, following in _iter_descriptors(table):
+        read = written = 0
+        for number, (address, length, flags, following) in enumerate(_iter_descriptors(table), 1):
             at, last = address - base, address + length
             if at < 0 or last > end or not length or flags & DESC_INDIRECT:
                 break
@@ -473,8 +473,7 @@ class SplitQueue(Queue):
                     break
                 chain.readable_size, chain.writable_size = read, written
                 return
-            count += 1
-            if following != count:
+            if following != number:
                 break
         readable.clear()
         writable.clear()
