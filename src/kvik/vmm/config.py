@@ -75,6 +75,7 @@ class BootConfig:
     cmdline: str = ""
     protocol: str = "auto"  # auto, pvh, bzimage
     cache: str = ""  # directory of unpacked kernels; empty: unpack in memory
+    stable: bool = False  # nobody writes the files while the machine runs: map them, do not read them
     firmware: str = ""  # OVMF code image, instead of a kernel
     firmware_fd: int = -1
     nvram: str = ""  # its variables
@@ -264,6 +265,7 @@ class MachineConfig:
     restore: str = ""  # a snapshot's directory
     catch_up: bool = False  # a restored guest's clock counts the time at rest
     sandbox: str = "on"  # on, log, off
+    snapshots: str = ""  # the directory in which a sandboxed machine may save itself; it exists
     trace: str = ""
     log: str = "text"  # text, json
     on_reboot: str = "reset"  # reset, shutdown, none: what a guest's reboot does

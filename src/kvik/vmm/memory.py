@@ -99,10 +99,11 @@ class HostMemory:
     """How this host is to back a machine's RAM.
 
     `hugepages`: size of explicit huge pages in bytes, 0 for none (transparent ones are always welcome). `policy` and
-    `host_nodes`: mbind(2)'s mode and the host's nodes.
+    `host_nodes`: mbind(2)'s mode and the host's nodes. `huge_later`: transparent huge pages only from
+    `GuestMemory.allow_huge_pages` on.
     """
 
-    __slots__ = ("host_nodes", "hugepages", "policy", "prealloc", "shared")
+    __slots__ = ("host_nodes", "huge_later", "hugepages", "policy", "prealloc", "shared")
 
     def __init__(
         self,
@@ -112,7 +113,9 @@ class HostMemory:
         prealloc: bool = False,
         policy: int = 0,
         host_nodes: tuple[int, ...] = (),
+        huge_later: bool = False,
     ) -> None:
+        self.huge_later = huge_later and not prealloc
         self.shared, self.hugepages, self.prealloc = shared, hugepages, prealloc
         self.policy, self.host_nodes = policy, host_nodes
 
@@ -155,7 +158,7 @@ class HostMemory:
         return address, fd
 
     def _settle(self, address: int, size: int) -> None:
-        if not self.hugepages and not self.shared:
+        if not self.hugepages and not self.shared and not self.huge_later:
             _libc.madvise(address, size, MADV_HUGEPAGE)  # refused where the kernel has none: no loss
         _libc.madvise(address, size, MADV_DONTDUMP)  # a core of the VMM is not to hold the guest's secrets
         if self.host_nodes:
@@ -193,6 +196,7 @@ class GuestMemory:
         self.dirty_log: Callable[[int, int], None] | None = None  # told (address, size) of what the VMM wrote
         self._starts: list[tuple[int, int, Region]] = []
         self._low: Region | None = None
+        self._left: list[tuple[int, int]] = []  # (address, size) here of regions that were removed
 
     @classmethod
     def allocate(cls, size: int, host: HostMemory | None = None, hotplug: int = 0) -> GuestMemory:
@@ -226,10 +230,16 @@ class GuestMemory:
         self._index()
 
     def remove(self, region: Region) -> None:
-        """Forget a region and unmap it. Views of it must be gone."""
+        """Forget a region and give its pages back. Rings, requests in flight and stashed buffers may still have views
+        of it, wherever the guest chose to put them: its addresses stay mapped, to pages of nobody, until `close`."""
         self.regions.remove(region)
         self._index()
-        self._unmap(region)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        map_memory(region.size, flags, at=region.address)
+        _libc.madvise(region.address, region.size, MADV_DONTDUMP)
+        if region.fd >= 0:
+            os.close(region.fd)
+        self._left.append((region.address, region.size))
 
     def _index(self) -> None:
         self.regions.sort(key=lambda region: region.start)
@@ -237,6 +247,13 @@ class GuestMemory:
         self._low = self.regions[0] if self.regions and self.regions[0].start == 0 else None
         for callback in self.on_change:
             callback()
+
+    def allow_huge_pages(self) -> None:
+        """For memory that was allocated with `huge_later`: what is touched from now on may come as huge pages. What
+        the loader wrote before, a few pages here and there, did not cost the zeroing of 2 MiB each time."""
+        for region in self.regions:
+            if region.fd < 0:
+                _libc.madvise(region.address, region.size, MADV_HUGEPAGE)  # refused for explicit huge pages: no loss
 
     # Access ------------------------------------------------------------------------------------------------------
 
@@ -330,6 +347,8 @@ class GuestMemory:
         """Unmap everything. Views of it must be gone: a use of one afterwards is a crash."""
         while self.regions:
             self._unmap(self.regions.pop())
+        while self._left:
+            unmap_memory(*self._left.pop())
         self._starts, self._low = [], None
 
     @staticmethod

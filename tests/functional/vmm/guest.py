@@ -26,8 +26,7 @@ def long_mode(machine: Machine, program: bytes, vcpus: int = 1) -> None:
         memory.put_u64(PML4 + 0x2000 + 8 * page, page << 21 | 0x83)
     memory.write(CODE, program)
     for index in range(vcpus):
-        vcpu = machine.vm.create_vcpu(index)
-        machine.add_vcpu(vcpu)
+        vcpu = machine.add_vcpu(index).vcpu
         vcpu.set_cpuid(machine.system.supported_cpuid())
         s = vcpu.sregs()
         s.cr3, s.cr4, s.cr0, s.efer = PML4, 1 << 5, 0x8000_0011, 1 << 8 | 1 << 10

@@ -42,8 +42,7 @@ def run(
     machine.listeners.append(lambda name, data: events.append((name, data)))
     for device in (Pvpanic(), *devices):
         machine.add(device)
-    vcpu = machine.vm.create_vcpu(0)
-    machine.add_vcpu(vcpu)
+    vcpu = machine.add_vcpu(0).vcpu
     sregs = vcpu.sregs()
     for segment in (sregs.cs, sregs.ds, sregs.es, sregs.ss):
         segment.base = segment.selector = 0

@@ -18,8 +18,18 @@ SYSTEM_MEMORY, SYSTEM_IO = 0, 1
 BYTE_ACCESS, WORD_ACCESS, DWORD_ACCESS, QWORD_ACCESS = 1, 2, 3, 4
 
 
+_paths: dict[str, bytes] = {}  # a table says the same few names hundreds of times
+
+
 def path(text: str) -> bytes:
     """A NameString (20.2.2): segments are padded with underscores to four characters."""
+    known = _paths.get(text)
+    if known is None:
+        known = _paths[text] = _path(text)
+    return known
+
+
+def _path(text: str) -> bytes:
     prefix = text[: len(text) - len(text.lstrip("\\^"))]
     segments = [segment for segment in text[len(prefix) :].split(".") if segment]
     for segment in segments:
@@ -39,15 +49,18 @@ def path(text: str) -> bytes:
     return prefix.encode() + lead + body
 
 
+_CONSTANTS = ((b"\x0a", 1), (b"\x0b", 2), (b"\x0c", 4), (b"\x0e", 8))
+
+
 def integer(value: int) -> bytes:
     """The shortest constant (20.2.3)."""
     if value == 0:
         return b"\x00"
     if value == 1:
         return b"\x01"
-    for opcode, layout in ((0x0A, "<B"), (0x0B, "<H"), (0x0C, "<I"), (0x0E, "<Q")):
-        if 0 <= value < 1 << 8 * struct.calcsize(layout):
-            return bytes((opcode,)) + struct.pack(layout, value)
+    for opcode, size in _CONSTANTS:
+        if 0 <= value < 1 << 8 * size:
+            return opcode + value.to_bytes(size, "little")
     raise ValueError(f"{value} does not fit in 64 bits")
 
 

@@ -13,7 +13,7 @@ Sources: api.rst 4.18 to 4.58; arch/x86/kvm/lapic.c, kvm_set_lapic_tscdeadline_m
 from __future__ import annotations
 
 from kvik.errors import OperationFailed
-from kvik.kvm.constants import Irqchip
+from kvik.kvm.constants import Irqchip, MpState
 from kvik.kvm.descriptor import KvmError
 from kvik.kvm.structs import CpuidTable, Debugregs, Regs, Sregs, VcpuEvents, Xcrs
 
@@ -40,9 +40,20 @@ if TYPE_CHECKING:
         def vcpus(self) -> list[Any]: ...
 
 
-__all__ = ["restore_machine", "restore_vcpu", "restore_vm", "save_machine", "save_vcpu", "save_vm"]
+__all__ = [
+    "application_processor",
+    "restore_machine",
+    "restore_vcpu",
+    "restore_vm",
+    "save_machine",
+    "save_vcpu",
+    "save_vm",
+]
 
 IA32_TSC, IA32_TSC_DEADLINE = 0x10, 0x6E0
+APIC_BASE_BSP = 1 << 8  # in IA32_APIC_BASE (Intel SDM 3A, 11.4.4)
+APIC_ID, LVT_LINT0 = 0x20, 0x350  # in the local APIC's page (11.4.1)
+LVT_MASKED = 1 << 16
 X2APIC_MSRS = range(0x800, 0x900)  # the local APIC's registers, which KVM_GET_LAPIC has already
 CHIPS = (Irqchip.PIC_MASTER, Irqchip.PIC_SLAVE, Irqchip.IOAPIC)
 TSC_TOLERANCE = 250  # parts per million; KVM takes a guest's TSC as its host's own within that
@@ -112,6 +123,17 @@ def _restore_identity(vcpu: Vcpu, state: State) -> None:
                 f"the machine's TSC runs at {wanted} kHz, this host's at {here} kHz and cannot be scaled",
                 remedy="use a host with TSC scaling, or one with the same clock",
             ) from error
+
+
+def application_processor(boot_processor: State, apic_id: int) -> State:
+    """From the boot processor's state at power-on, another's, without its identity: what KVM gives each at its making
+    differs in these few places (arch/x86/kvm/lapic.c, kvm_lapic_reset; x86.c, kvm_arch_vcpu_create)."""
+    sregs = Sregs.from_buffer_copy(boot_processor["sregs"])
+    sregs.apic_base &= ~APIC_BASE_BSP
+    lapic = bytearray(boot_processor["lapic"])
+    lapic[APIC_ID : APIC_ID + 4] = bytes((0, 0, 0, apic_id & 0xFF))
+    lapic[LVT_LINT0 : LVT_LINT0 + 4] = LVT_MASKED.to_bytes(4, "little")  # the boot processor's takes the PIC
+    return {**boot_processor, "sregs": bytes(sregs), "lapic": bytes(lapic), "mp_state": MpState.UNINITIALIZED}
 
 
 def save_vm(vm: Vm) -> State:

@@ -29,6 +29,7 @@ from kvik.vmm.state.values import MAX_STATE, Fields, decode, encode
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvik.vmm.confinement import Confinement
     from kvik.vmm.machine import Machine
 
 __all__ = ["FORMAT", "VERSION", "config_of", "load", "read", "restore", "save", "save_steps"]
@@ -223,13 +224,13 @@ def _read(path: str) -> bytes:
         return stream.read(MAX_STATE + 1)
 
 
-def restore(given: MachineConfig) -> Machine:
+def restore(given: MachineConfig, confinement: Confinement | None = None) -> Machine:
     """A machine out of `given.restore`, with the host's side of things as `given` has it. It is paused; `start` lets it
     go on. Raises as `read` and `build` do, and when this host's CPU is not up to it."""
     from kvik.vmm.build import build
 
     snapshot = read(given.restore)
-    machine = build(merge(snapshot.config(), given), boot=False)
+    machine = build(merge(snapshot.config(), given), confinement, boot=False)
     try:
         fill_and_apply(machine, snapshot, fresh=True)
     except BaseException:
