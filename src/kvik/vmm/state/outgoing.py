@@ -102,7 +102,14 @@ class Outgoing:
 
     def _open(self, channels: int) -> None:
         token = os.urandom(16)
-        memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:  # first of all: a sandbox that refuses this would not let a sender be forked either
+            memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(
+                f"cannot open this process's memory for the senders: {error.strerror}",
+                errno=error.errno or 0,
+                remedy="a machine that shall migrate is started with --sandbox off",
+            ) from error
         sockets: list[socket.socket] = []
         try:
             for channel in range(channels):
