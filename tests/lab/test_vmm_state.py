@@ -14,7 +14,8 @@ from lab.vmm_guest import initramfs
 # Sums of memory and of what it wrote to the disk, five times a second, by its own timer; and an echo.
 SCRIPT = """
 dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
-( while read word; do echo "heard $word"; [ "$word" = end ] && touch /stop; done ) <&0 &
+exec 3<&0
+( while read word <&3; do echo "heard $word"; [ "$word" = end ] && touch /stop; done ) &
 i=0
 while [ ! -e /stop ]; do
     i=$((i + 1))
