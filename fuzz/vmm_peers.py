@@ -82,6 +82,7 @@ class PeerMachine(MockMachine):
         self.vcpus = [_Thread(0), _Thread(1)]
         self.listeners: list[Any] = []
         self.on_close: list[Any] = []
+        self.migration: Any = None
         self.error: BaseException | None = None
         self.loop.on_error = self._failed
         disk = directory / "disk"

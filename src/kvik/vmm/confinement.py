@@ -62,6 +62,8 @@ LATE_CONTROL = (
     "kvik.vmm.parts",
     "kvik.vmm.ratelimit",
     "kvik.vmm.settings",
+    "kvik.vmm.state.migration",
+    "kvik.vmm.state.qmp",
     "kvik.vmm.state.rewind",
     "kvik.vmm.state.snapshot",
     "kvik.vmm.vhost",
@@ -115,6 +117,7 @@ class Confinement:
             removable=_directories(config),
             # The back ends of these are spoken to by vCPU threads, when the guest resets a device.
             sockets=bool(config.fs or config.vhost_user_blk),
+            forks=config.migratable,
             unix_connect=any(vsock.uds for vsock in config.vsock),
         )
 
@@ -141,6 +144,9 @@ class Confinement:
         config = machine.config
         for name in LATE + (LATE_CONTROL if config.qmp or config.gdb else ()):
             importlib.import_module(name)
+        if config.migratable:  # a sender reads RAM through it, and could not open it inside
+            machine.self_memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+            machine.on_close.append(lambda: os.close(machine.self_memory))
         try:
             self._sandbox.enter("main", self.policy)
             self.inside = True

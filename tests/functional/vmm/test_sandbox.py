@@ -238,6 +238,35 @@ def test_a_snapshot_is_written_where_that_was_allowed_and_nowhere_else(
 
 
 @needs_kvm
+def test_a_machine_migrates_from_sandbox_to_sandbox_over_a_descriptor(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    places = [tmp_path / "here", tmp_path / "there"]
+    for place in places:
+        place.mkdir()
+    here = Running(places[0], say(b"up\n") + IDLE, "--migratable")
+    there = Running(places[1], say(b"up\n") + IDLE, "--incoming", f"fd={theirs.fileno()}", fds=(theirs.fileno(),))
+    theirs.close()
+    try:
+        here.until(lambda: here.said(b"up"), "the guest")
+        here.connect()
+        there.connect()
+        here.ask("getfd", fds=(ours.fileno(),), fdname="there")
+        ours.close()
+        here.ask("migrate", uri="fd:there")
+        here.until(lambda: here.ask("query-migrate")["status"] in ("completed", "failed"), "the migration")
+        assert here.ask("query-migrate")["status"] == "completed"
+        there.until(lambda: there.ask("query-status")["status"] == "running", "the guest's arrival")
+        assert {line[:2] for line in confined(here.process) + confined(there.process)} == {"21"}
+        for one in (here, there):
+            one.ask("quit")
+            assert one.wait() == 0
+        assert not there.said(b"up")  # it went on, it did not start
+    finally:
+        here.close()
+        there.close()
+
+
+@needs_kvm
 def test_off_means_off_and_the_log_forbids_nothing(start: Callable[..., Running]) -> None:
     vm = start(say(b"up\n") + IDLE, "--sandbox", "off")
     vm.connect()
