@@ -146,7 +146,7 @@ def test_memory_comes_back_by_balloon_reporting_and_virtio_mem(lab: Lab) -> None
     console = play(
         lab,
         script,
-        *("--memory", "512M", "--balloon", "", "--virtio-mem", "256M"),
+        *("--memory", "512M,hotplug=512M", "--balloon", "", "--virtio-mem", "256M"),
         modules=("virtio_pci", "virtio_balloon", "virtio_mem"),
     )
     for word in ("deflated", "\nplugged", "unplugged", "the guest ends"):

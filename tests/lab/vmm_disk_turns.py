@@ -24,7 +24,8 @@ def checksums(machine: Dialogue, words: list[str]) -> None:
         name, _, theirs = word.partition("=")
         with open(FILES[name], "rb") as stream:
             assert hashlib.file_digest(stream, "md5").hexdigest() == theirs, name
-        assert machine.stats(IDS[name])["flush_operations"] > 0, name
+        writethrough = name in ("vda", "vdb")  # then a driver need not flush
+        assert writethrough or machine.stats(IDS[name])["flush_operations"] > 0, name
 
 
 def discarded(machine: Dialogue, words: list[str]) -> None:

@@ -95,6 +95,7 @@ AT_START = (
     "kvik.vmm.metrics",
     "kvik.vmm.monitor.server",
     "kvik.vmm.sandbox",
+    "kvik.vmm.state.migration",
     "kvik.vmm.trace",
     "signal",
 )

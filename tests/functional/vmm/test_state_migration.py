@@ -165,9 +165,9 @@ def test_a_limit_of_bandwidth_holds_and_cancel_lets_the_guest_go_on(tmp_path: Pa
 def test_a_sender_that_is_killed_or_a_destination_that_ends_costs_the_guest_nothing(tmp_path: Path) -> None:
     uri = f"unix:{tmp_path}/there"
     with booted(tmp_path, code=WRITER) as source:
+        migration = migration_of(source.machine)
         for number, kind in enumerate(("sender", "destination")):
             with awaiting(tmp_path, f"{uri}{number}", code=WRITER) as there:
-                migration = migration_of(source.machine)
                 migration.set_parameters({"downtime-limit": 0})
                 outgoing = migration.start(f"{uri}{number}")
                 until(lambda: migration.report()["ram"]["dirty-sync-count"] >= 2, source, there)
@@ -179,8 +179,8 @@ def test_a_sender_that_is_killed_or_a_destination_that_ends_costs_the_guest_noth
                 report = migration.report()
                 assert report["status"] == "failed" and report["error-desc"], report
                 assert source.machine.status == "running"
-                before = source.counter()
-                until(lambda: source.counter() > before + 5, source)
+                goal = source.counter() + 5
+                until(lambda goal=goal: source.counter() > goal, source)  # type: ignore[misc]
     assert not [pid for pid in children() if pid]
 
 
@@ -307,3 +307,32 @@ def test_frames_that_cannot_be_end_the_migration_and_nothing_else(tmp_path: Path
         assert kind == stream.READY
         kind, size, _ = stream.receive_frame(sock)
         assert kind == stream.FAILED and 0 < size < 5000
+
+
+def test_the_monitor_migrates_saves_and_rewinds(tmp_path: Path) -> None:
+    """QEMU's commands, and ours."""
+    from test_control import Monitor
+
+    uri = f"unix:{tmp_path}/there"
+    with booted(tmp_path) as source, awaiting(tmp_path, uri) as there:
+        monitor = Monitor(source.machine, tmp_path)
+        assert monitor.ask("query-migrate") == {}
+        monitor.ask("x-kvik-snapshot-save", directory=str(tmp_path / "saved"), compression="zlib")
+        assert (tmp_path / "saved/state.json").exists()
+        monitor.ask("x-kvik-snapshot-load", directory=str(tmp_path / "saved"))
+        monitor.ask("x-kvik-checkpoint")
+        source.check()
+        monitor.ask("x-kvik-reset-to-snapshot")
+        source.check()
+        monitor.ask("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        monitor.ask("migrate-set-parameters", downtime_limit=500, max_bandwidth=0)
+        assert monitor.ask("query-migrate-parameters")["downtime-limit"] == 500
+        assert {"capability": "events", "state": True} in monitor.ask("query-migrate-capabilities")
+        monitor.ask("migrate", uri=uri)
+        until(lambda: finished(source), source, there)
+        assert monitor.ask("query-migrate")["status"] == "completed"
+        assert monitor.ask("query-status")["status"] == "postmigrate"
+        told = [event["data"]["status"] for event in monitor.events if event["event"] == "MIGRATION"]
+        assert told == ["setup", "active", "device", "completed"]
+        until(lambda: there.machine.status == "running", there)
+        there.check()

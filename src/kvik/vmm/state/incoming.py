@@ -1,8 +1,9 @@
 """Live migration, the destination: a machine that waits, is filled, and goes on where the source stopped.
 
-RAM is written by a thread a channel: no vCPU runs yet, so nobody waits for the interpreter's lock. What comes is checked
-before it is used: sizes before they are received, addresses against RAM, the machine against the source's header before
-a page is taken, the state by every device that restores it. On an error the source is told and keeps its guest.
+RAM is written by a thread a channel: no vCPU runs yet, so nobody waits for the interpreter's lock. What comes is
+checked before it is used: sizes before they are received, addresses against RAM, the machine against the source's
+header before a page is taken, the state by every device that restores it. On an error the source is told and keeps its
+guest.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.errors import KvikError, OperationFailed
-from kvik.vmm.faults import GuestFault
 from kvik.vmm.layout import PAGE
 from kvik.vmm.state import stream
-from kvik.vmm.state.capture import apply, check_devices
+from kvik.vmm.state.capture import MALFORMED, apply, check_devices
 from kvik.vmm.state.cpucheck import check_cpu
 from kvik.vmm.state.values import MAX_STATE, Fields, decode
 
@@ -93,7 +93,7 @@ class Incoming:
             known = True
             connection.settimeout(None)
             self._receive(channel, connection)
-        except (KvikError, OSError, GuestFault, MemoryError) as error:
+        except (KvikError, OSError, MemoryError, *MALFORMED) as error:
             text = str(error)
             if known:
                 self.machine.loop.call_soon(lambda: self._fail(text))
@@ -147,9 +147,9 @@ class Incoming:
         fields = Fields(header, WHERE)
         regions = [[region.start, region.size] for region in self.machine.memory.regions]
         if fields.items("regions") != regions:
-            there = sum(size for _, size in fields.items("regions")) >> 20
+            there, here = sum(size for _, size in fields.items("regions")) >> 20, self.machine.memory.size >> 20
             raise OperationFailed(
-                f"{WHERE} has {there} MiB of memory, or places it otherwise; this one has {self.machine.memory.size >> 20}",
+                f"{WHERE} has {there} MiB of memory, or places it otherwise; this one has {here}",
                 remedy="start the destination with the same memory",
             )
         check_devices(self.machine, fields.object("devices"), WHERE)

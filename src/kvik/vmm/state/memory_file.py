@@ -2,8 +2,8 @@
 
 Uncompressed, the file is RAM as it is: regions one behind the other, pages of zeroes are holes. Restoring maps it
 copy-on-write: nothing is read before the guest touches it, and machines restored from one file share what they do not
-write. Compressed, it is a row of chunks, each <guest address, bytes, bytes stored, CRC of these and of the bytes> and a zlib stream, ended by a chunk of
-no bytes; it must be read as a whole.
+write. Compressed, it is a row of chunks, each <guest address, bytes, bytes stored, CRC of these and of the bytes> and a
+zlib stream, ended by a chunk of no bytes; it must be read as a whole.
 """
 
 from __future__ import annotations

@@ -361,14 +361,24 @@ def _nobody() -> None:
 class SplitQueue(Queue):
     """The split virtqueue (2.7): descriptor table, available ring, used ring."""
 
-    __slots__ = ("_avail", "_desc", "_mask", "_next_avail", "_next_used", "_signalled", "_used", "_used_ring")
+    __slots__ = (
+        "_avail",
+        "_desc",
+        "_mask",
+        "_next_avail",
+        "_next_used",
+        "_signalled",
+        "_table_limit",
+        "_used",
+        "_used_ring",
+    )
 
     def reset(self) -> None:
         super().reset()
         self._next_avail = self._next_used = self._signalled = 0
         self._desc = memoryview(b"")
         self._avail = self._used = self._used_ring = self._desc
-        self._mask = 0
+        self._mask = self._table_limit = 0
 
     def _map(self) -> None:
         size = self.size
@@ -381,6 +391,7 @@ class SplitQueue(Queue):
         self._used = used.cast("H")  # flags, idx, ..., avail_event
         self._used_ring = used[4 : 4 + 8 * size].cast("I")  # id, len, id, len, ...
         self._mask = size - 1
+        self._table_limit = 16 * size if self.indirect else 0
 
     def pop(self) -> Chain | None:
         last = self._next_avail
@@ -446,42 +457,46 @@ class SplitQueue(Queue):
             chains += super().pop_many(limit - len(chains))
         return chains
 
-    def _walk_indirect(self, chain: Chain, table: bytes) -> None:
-        # As drivers write tables: in order, in one region of RAM. Anything else, and whatever is wrong, is found out by
-        # the careful walk; the two see the same bytes.
-        if chain.readable or chain.writable:  # behind direct descriptors
-            self._walk_carefully(chain, table)
-            return
+    def _indirect(self, chain: Chain, address: int, length: int, flags: int) -> None:
+        # As drivers write tables: alone, in order, all in one region of RAM. Anything else, and whatever is wrong, is
+        # left to the careful walk, which begins anew.
         base, end, ram = self._base, self._end, self._ram
+        at = address - base
+        if at < 0 or address + length > end or not 0 < length <= self._table_limit or length & 15:
+            super()._indirect(chain, address, length, flags)
+            return
         readable, writable, targets = chain.readable, chain.writable, chain.targets
-        read = written = count = 0
-        for address, length, flags, following in _iter_descriptors(table):
-            at, last = address - base, address + length
-            if at < 0 or last > end or not length or flags & DESC_INDIRECT:
+        if flags & DESC_NEXT or readable or writable:
+            super()._indirect(chain, address, length, flags)
+            return
+        read = written = 0
+        copy = bytes(ram[at : at + length])
+        for number, (start, size, kind, following) in enumerate(_iter_descriptors(copy), 1):
+            at = start - base
+            if at < 0 or start + size > end or not size or kind & DESC_INDIRECT:
                 break
-            if flags & DESC_WRITE:
-                writable.append(ram[at : at + length])
-                targets.append((address, length))
-                written += length
+            if kind & DESC_WRITE:
+                writable.append(ram[at : at + size])
+                targets.append((start, size))
+                written += size
             elif writable:
                 break
             else:
-                readable.append(ram[at : at + length])
-                read += length
-            if not flags & DESC_NEXT:
+                readable.append(ram[at : at + size])
+                read += size
+            if not kind & DESC_NEXT:
                 if read + written > MAX_CHAIN_BYTES:
                     break
                 chain.readable_size, chain.writable_size = read, written
                 return
-            count += 1
-            if following != count:
+            if following != number:
                 break
         readable.clear()
         writable.clear()
         targets.clear()
-        self._walk_carefully(chain, table)
+        super()._indirect(chain, address, length, flags)
 
-    def _walk_carefully(self, chain: Chain, table: bytes) -> None:
+    def _walk_indirect(self, chain: Chain, table: bytes) -> None:
         count = len(table) >> 4
         following = 0
         for _ in range(count):

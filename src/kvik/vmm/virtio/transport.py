@@ -83,8 +83,9 @@ class VirtioPci(PciDevice):
         for window in self.windows:
             window.lock = device.lock
         self.pages.append((BAR, 0, self._page))
+        # Of any size: what a bell is rung with does not matter, and VMX then need not decode the instruction.
         self.doorbells = [
-            Doorbell(BAR, NOTIFY + NOTIFY_MULTIPLIER * index, 2, fd) for index, fd in enumerate(self._kick_fds)
+            Doorbell(BAR, NOTIFY + NOTIFY_MULTIPLIER * index, 0, fd) for index, fd in enumerate(self._kick_fds)
         ]
         device.config.move(self._page.view[DEVICE : DEVICE + PAGE])
 
