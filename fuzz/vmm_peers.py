@@ -56,7 +56,7 @@ class _Vcpu:
 
 class _Thread:
     def __init__(self, index: int) -> None:
-        self.index, self.thread_id, self.exits, self.vcpu = index, 1000 + index, [0] * 64, _Vcpu()
+        self.index, self.thread_id, self.exits, self.vcpu, self.name = index, 1000 + index, [0] * 64, _Vcpu(), ""
         self.name = f"cpu{index}"
 
 

@@ -169,11 +169,13 @@ def _directories(config: MachineConfig) -> tuple[str, ...]:
 
 
 def descriptors(value: Any) -> set[int]:
-    """All descriptors that a configuration names, wherever: fields called fd, fds or something_fd, texts like fd=7."""
+    """All descriptors that a configuration names, wherever: fields called fd, fds or something_fd, texts like fd=7
+    and /dev/fd/7."""
     found: set[int] = set()
     if isinstance(value, str):
-        number = value[3:] if value.startswith(("fd=", "fd:")) else ""
-        found.update({int(number)} if number.isdecimal() and len(number) < 10 else ())
+        for prefix in ("fd=", "fd:", "/dev/fd/", "/proc/self/fd/"):
+            number = value.rpartition(prefix)[2] if prefix in value else ""
+            found.update({int(number)} if number.isdecimal() and len(number) < 10 else ())
     elif isinstance(value, (list, tuple)):
         for item in value:
             found |= descriptors(item)

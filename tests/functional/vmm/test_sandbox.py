@@ -276,9 +276,11 @@ def test_off_means_off_and_the_log_forbids_nothing(start: Callable[..., Running]
 
 
 def test_descriptors_that_a_configuration_names_are_found() -> None:
-    config = MachineConfig(qmp=["fd=7", "/run/fd=9"], disks=[DiskConfig(fd=8)], nets=[NetConfig(fds=[11, 12])])
+    config = MachineConfig(
+        qmp=["fd=7", "/run/9"], trace="/dev/fd/13", disks=[DiskConfig(fd=8)], nets=[NetConfig(fds=[11, 12])]
+    )
     config.boot.kernel_fd = 5
-    assert confinement.descriptors(config) == {5, 7, 8, 11, 12}
+    assert confinement.descriptors(config) == {5, 7, 8, 11, 12, 13}
 
 
 def test_only_directories_of_own_sockets_may_lose_files() -> None:
