@@ -52,6 +52,10 @@ def test_a_whole_life_inside_the_sandbox(start: Callable[..., Running], tmp_path
         )
         vm.ask("device_add", driver="virtio-blk-pci", id="disk9", drive="n1")
     assert any("disk9" in item["qdev"] for item in vm.ask("query-block"))
+    place = next(place for place in vm.ask("query-hotpluggable-cpus") if "qom-path" not in place)
+    props = {name.replace("-", "_"): value for name, value in place["props"].items()}
+    vm.ask("device_add", driver=place["type"], id="cpu2", **props)
+    assert len(vm.ask("query-cpus-fast")) == 3
     ours, theirs = socket.socketpair()
     vm.ask("getfd", fds=(theirs.fileno(),), fdname="net")
     vm.ask("netdev_add", type="stream", id="net9", addr={"type": "fd", "str": "net"})
@@ -65,6 +69,8 @@ def test_a_whole_life_inside_the_sandbox(start: Callable[..., Running], tmp_path
         core.seek(0)
         assert core.read(4) == b"\x7fELF"
     vm.ask("x-kvik-metrics")
+    assert set(confined(vm.process)) == {"21 " + "0" * 16}, confined(vm.process)
+    assert vm.ask("query-status")["status"] == "running"
     vm.ask("quit")
     assert vm.wait() == 0
     assert not vm.qmp_path.exists()
