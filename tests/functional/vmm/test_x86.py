@@ -13,9 +13,13 @@ from collections.abc import Callable, Iterator
 import pytest
 from guests import needs_kvm
 
-from kvik.errors import HostError
+from kvik.errors import HostError, InvalidArgument, OperationInvalid
+from kvik.vmm.acpi.dsdt import CPU_EJECT
+from kvik.vmm.build import add_vcpu
 from kvik.vmm.config import MachineConfig, MemoryConfig
+from kvik.vmm.cpu.hotplug import VcpuHotplug
 from kvik.vmm.device import PortDevice
+from kvik.vmm.devices.acpi_events import AcpiEvents, CpuHotplug
 from kvik.vmm.layout import GIB, IOAPIC, LAPIC, MIB, PCI32, RAM_HIGH, RAM_LOW_END
 from kvik.vmm.machine import Machine
 from kvik.vmm.program import Program, bare_machine
@@ -265,3 +269,54 @@ def test_memory_ends_where_it_ends(size: int) -> None:
             assert memory.read(address, 1) == b"\x5a"
     finally:
         made.machine.close()
+
+
+# Processors that come and go ------------------------------------------------------------------------------------------
+
+STARTED, AP_PAGE = 0x77, 4  # the second processor starts at 0x4000
+INIT, STARTUP = 0x4500, 0x0600 | AP_PAGE  # message data: delivery mode 5, asserted; 6 with the page (SDM vol. 3, 11.6)
+
+
+def test_a_processor_comes_goes_and_comes_again() -> None:
+    """It waits for INIT and start-up, runs, leaves when ejected, and the same vCPU starts anew."""
+    made = Guest(Program(SERVER, CODE))
+    machine = made.machine
+    events: list[tuple[str, object]] = []
+    machine.listeners.append(lambda name, data: events.append((name, data)))
+    try:
+        acpi = AcpiEvents()
+        registers = CpuHotplug(acpi, 1, 3)
+        machine.config.cpus.maximum = 3
+        hotplug = VcpuHotplug(machine, registers, lambda index: add_vcpu(machine, index))
+        # mov al, STARTED; out PROBE, al; hlt; jmp to the hlt
+        machine.memory.write(AP_PAGE << 12, bytes((0xB0, STARTED, 0xE6, PROBE, 0xF4, 0xEB, 0xFD)))
+        machine.start()
+        made.reports(READY)
+
+        def start(number: int) -> None:
+            for message in (INIT, STARTUP):
+                machine.interrupts.send(LAPIC | number << 12, message)
+            made.reports(STARTED)
+
+        hotplug.plug(2, "late")
+        start(2)
+        assert [thread.index for thread in machine.vcpus] == [0, 2]
+        with pytest.raises(OperationInvalid):
+            hotplug.plug(2)
+        with pytest.raises(InvalidArgument):
+            hotplug.plug(3)
+        first = machine.vcpus[1]
+        registers.write(0, 4, 2)
+        registers.write(4, 4, CPU_EJECT)  # as the guest does
+        made.until(lambda: len(machine.vcpus) == 1)
+        deleted = {"device": "late", "path": "/machine/peripheral/late"}
+        made.until(lambda: ("DEVICE_DELETED", deleted) in events)
+        hotplug.plug(2)
+        assert machine.vcpus[1] is first  # KVM has no way to delete one
+        start(2)
+        machine.reset()
+        made.reports(READY)
+        assert [thread.index for thread in machine.vcpus] == [0, 2]
+        start(2)  # it waits again
+    finally:
+        machine.close()
