@@ -3,8 +3,7 @@
     python vmm_pci_machine.py KERNEL INITRD CMDLINE [plug [entropy]]
 
 The console is standard output. With `plug`: when the guest prints "ready to plug", a device comes (`entropy`: a virtio
-one); on "ready to unplug" it
-it is asked to leave. Figures and events are printed to standard error at the end.
+one); on "ready to unplug" it is asked to leave. Figures and events are printed to standard error at the end.
 """
 
 from __future__ import annotations
