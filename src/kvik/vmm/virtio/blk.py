@@ -39,8 +39,10 @@ F_FLUSH, CONFIG_WCE, MQ, F_DISCARD, F_WRITE_ZEROES = 1 << 9, 1 << 11, 1 << 12, 1
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13  # VIRTIO_BLK_T_*, 5.2.6
 S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+_unpack_header = _HEADER.unpack_from
 _SEGMENT = struct.Struct("<QII")  # sector, num_sectors, flags
 F_UNMAP = 1
+_clock = time.monotonic_ns
 SECTOR = 512
 ID_BYTES = 20
 
@@ -80,7 +82,7 @@ class _Operation:
 
     def __init__(self, op: int, queue: Queue, chain: Chain, status: memoryview, size: int) -> None:
         self.op, self.queue, self.chain, self.status, self.size = op, queue, chain, status, size
-        self.began = time.monotonic_ns()
+        self.began = _clock()
         self.ranges: list[tuple[int, int, bool]] = []  # offset, length, may unmap
         self.left = 0
         self.result = 0
@@ -127,6 +129,7 @@ class Blk(VirtioDevice):
         self._parked: list[_Operation] = []
         self._pushed: set[Queue] = set()
         self._waiting: set[int] = set()  # queues that wait for the rate limit
+        self._limited = False
         self._write_through = False
         self._started = False
         self.queue_sizes = (queue_size,) * queues
@@ -160,6 +163,7 @@ class Blk(VirtioDevice):
         super().attach(machine)
         self.image.start(self.loop, private=self._private, on_ready=self._completions)
         self._started = True
+        self._limits_changed()
 
     # The driver's side -------------------------------------------------------------------------------------------
 
@@ -218,12 +222,17 @@ class Blk(VirtioDevice):
 
     def _begin(self, queue: Queue, chain: Chain) -> bool:
         """Start one request. False: its queue must wait for the rate limit, and the request is back in it."""
-        kind, _, sector = _HEADER.unpack(chain.take_front(16))
+        parts = chain.readable
+        if parts and len(parts[0]) == 16:  # as all drivers cut it
+            kind, _, sector = _unpack_header(parts.pop(0))
+            chain.readable_size -= 16
+        else:
+            kind, _, sector = _HEADER.unpack(chain.take_front(16))
         status = chain.take_tail()
         if kind == T_IN:
-            op, size = READ, chain.writable_size
+            op, size, buffers = READ, chain.writable_size, chain.writable
         elif kind == T_OUT:
-            op, size = WRITE, chain.readable_size
+            op, size, buffers = WRITE, chain.readable_size, chain.readable
         else:
             self._begin_other(queue, chain, status, kind)
             return True
@@ -232,9 +241,16 @@ class Blk(VirtioDevice):
             self._wait(queue.index, wait)
             return False
         offset = sector * SECTOR
-        if not size or size % SECTOR or offset + size > self.image.size or (op == WRITE and self.image.read_only):
+        image = self.image
+        if not size or size % SECTOR or offset + size > image.size or (op == WRITE and image.read_only):
             self.block_stats.invalid[op] += 1
             self._answer(queue, chain, status, S_IOERR)
+            return True
+        began = _clock()
+        if image.now(op, buffers, offset, size, self._write_through):
+            self.block_stats.done(op, size, offset + size, began)
+            status[0] = S_OK
+            queue.push(chain, chain.writable_size + 1)
             return True
         operation = _Operation(op, queue, chain, status, size)
         operation.ranges.append((offset, size, False))
@@ -322,13 +338,13 @@ class Blk(VirtioDevice):
 
     def _answer(self, queue: Queue, chain: Chain, status: memoryview, code: int) -> None:
         status[0] = code
-        chain.writable.append(status)  # part of what was written, for the dirty log
         queue.push(chain, chain.writable_size + 1)
 
     def _notify(self) -> None:
-        pushed, self._pushed = self._pushed, set()
-        for queue in pushed:
-            queue.flush()
+        if self._pushed:
+            pushed, self._pushed = self._pushed, set()
+            for queue in pushed:
+                queue.flush()
 
     def _completions(self) -> None:
         """On the loop: the engine has results."""
@@ -405,6 +421,7 @@ class Blk(VirtioDevice):
         super().restore(state)
         for key, limit in self.limits.items():
             limit.restore(state["limits"][key])
+        self._limits_changed()
         self.config["capacity"] = self.image.size // SECTOR  # the disk as it is, whatever the state says
         self._set_write_through()
 
@@ -436,15 +453,15 @@ class Blk(VirtioDevice):
 
         self.config_changed(change)
 
-    @property
-    def _limited(self) -> bool:
-        return any(limit.limited for limit in self.limits.values())
+    def _limits_changed(self) -> None:
+        self._limited = any(limit.limited for limit in self.limits.values())
 
     def set_limits(self, **limits: tuple[int, int, int, int]) -> None:
         """For "total", "read", "write": bytes a second, their burst, operations a second, their burst; 0: none."""
         with self.lock:
             for key, (size, size_burst, ops, ops_burst) in limits.items():
                 self.limits[key].update(size, ops, bytes_burst=size_burst, ops_burst=ops_burst)
+            self._limits_changed()
 
     def _admit(self, op: int, size: int) -> float:
         """0.0: go. Else the seconds to wait."""
