@@ -139,9 +139,8 @@ def test_a_disk_and_a_card_come_and_go(lab: Lab, generic: Path) -> None:
     modules = ("virtio_pci", "virtio_blk", "virtio_net")
     with Live(lab, generic, DEVICES, modules=modules) as live:
         live.until(r"there <\d+  >")
-        lab.sh(
-            "printf 'hello, disk!' > /tmp/late.raw; truncate -s 8M /tmp/late.raw; ip tuntap add late0 mode tap || true"
-        )
+        lab.load("tun")
+        lab.sh("printf 'hello, disk!' > /tmp/late.raw; truncate -s 8M /tmp/late.raw; ip tuntap add late0 mode tap")
         node = {"driver": "raw", "node-name": "late", "file": {"driver": "file", "filename": "/tmp/late.raw"}}
         disk = {"driver": "virtio-blk-pci", "id": "disk7", "drive": "late", "serial": "late"}
         replies, _ = live.qmp(

@@ -13,16 +13,18 @@ import os
 
 from kvik.errors import OperationFailed
 from kvik.kvm import routing
+from kvik.kvm.constants import Irqchip
 from kvik.vmm.layout import MSI_GSI
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.kvm.vm import Vm
 
-__all__ = ["Doorbells", "Interrupts", "Line", "MsiRoute"]
+__all__ = ["Doorbells", "Interrupts", "Line", "MsiRoute", "mask_pics"]
 
 OFTEN = 256
 MAX_ROUTES = 4096  # KVM_MAX_IRQ_ROUTES on x86
+PIC_IMR = 2  # offset of the interrupt mask register in struct kvm_pic_state
 
 
 class Line:
@@ -198,6 +200,16 @@ class Interrupts:
             table = routing.default_routes()
             table += [routing.MsiRoute(gsi, route.address, route.data) for gsi, route in sorted(self._routes.items())]
             self.vm.set_gsi_routing(table)
+
+
+def mask_pics(vm: Vm) -> None:
+    """Mask every pin of KVM's two 8259s, which nobody can tell from their absence then. KVM makes them unmasked, their
+    vectors where exceptions are, and each line that rises would reach the boot processor twice (i8259.c; the second
+    way is LINT0). The guest is told of no 8259, so it does not mask them itself."""
+    for chip in (Irqchip.PIC_MASTER, Irqchip.PIC_SLAVE):
+        state = bytearray(vm.irqchip(chip))
+        state[PIC_IMR] = 0xFF
+        vm.set_irqchip(chip, bytes(state))
 
 
 class Doorbells:

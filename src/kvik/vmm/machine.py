@@ -25,7 +25,7 @@ from kvik.kvm.descriptor import KvmError
 from kvik.kvm.system import System
 from kvik.vmm import layout as at
 from kvik.vmm.bus import Bus
-from kvik.vmm.interrupts import Doorbells, Interrupts
+from kvik.vmm.interrupts import Doorbells, Interrupts, mask_pics
 from kvik.vmm.log import Log, LogLimit, ready
 from kvik.vmm.loop import EventLoop, IoThread
 from kvik.vmm.memory import GuestMemory, HostMemory, Region
@@ -200,6 +200,7 @@ class Machine:
         try:
             if not self.vcpus:
                 self.vm.create_irqchip()
+                mask_pics(self.vm)
             vcpu = self.vm.create_vcpu(apic_id)
         except KvmError as error:
             raise _incapable(error) from error
