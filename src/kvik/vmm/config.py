@@ -265,6 +265,7 @@ class MachineConfig:
     restore: str = ""  # a snapshot's directory
     catch_up: bool = False  # a restored guest's clock counts the time at rest
     sandbox: str = "on"  # on, log, off
+    snapshots: str = ""  # the directory in which a sandboxed machine may save itself; it exists
     trace: str = ""
     log: str = "text"  # text, json
     on_reboot: str = "reset"  # reset, shutdown, none: what a guest's reboot does

@@ -55,6 +55,7 @@ class EventLoop:
         self._epoll.register(self._wake, select.EPOLLIN)
         self._readers: dict[int, Callable[[], None]] = {}
         self._writers: dict[int, Callable[[], None]] = {}
+        self._held: dict[int, Callable[[], None]] = {}
         self._edges: set[int] = set()
         self._soon: deque[Callable[[], None]] = deque()
         self._timers: list[Timer] = []
@@ -79,7 +80,22 @@ class EventLoop:
         self._writers[fd] = callback
         self._update(fd, known)
 
+    def hold_reader(self, fd: int, seconds: float = 1.0) -> None:
+        """Do not look at `fd` for a while: it is readable, and nothing can be done about it now. A listening socket
+        for example, when no descriptor is left."""
+        callback = self._readers.get(fd)
+        if callback is not None:
+            self.remove_reader(fd)
+            self._held[fd] = callback
+
+            def again() -> None:
+                if self._held.get(fd) is callback:
+                    self.add_reader(fd, self._held.pop(fd))
+
+            self.call_later(seconds, again)
+
     def remove_reader(self, fd: int) -> None:
+        self._held.pop(fd, None)
         self._edges.discard(fd)
         if self._readers.pop(fd, None) is not None:
             self._update(fd, True)
@@ -194,16 +210,32 @@ class IoThread:
         self.thread_id = 0  # the kernel's
         self.on_start: Callable[[], None] | None = None  # run first, on the thread (its seccomp filter)
         self._ended = _thread.allocate_lock()
+        self._begun = _thread.allocate_lock()
+        self._error: BaseException | None = None
 
     def start(self) -> None:
+        """Raises what `on_start` raised: then there is no thread."""
         self._ended.acquire()
+        self._begun.acquire()
         _thread.start_new_thread(self._main, ())
+        self._begun.acquire()
+        if self._error is not None:
+            self._ended.acquire()
+            self._ended.release()
+            self.loop.close()
+            raise self._error
 
     def _main(self) -> None:
         self.thread_id = _thread.get_native_id()
         try:
-            if self.on_start is not None:
-                self.on_start()
+            try:
+                if self.on_start is not None:
+                    self.on_start()
+            except Exception as error:
+                self._error = error
+                return
+            finally:
+                self._begun.release()
             self.loop.run()
         except BaseException as error:
             print(f"kvik-vmm: I/O thread {self.name} ended: {error!r}", file=sys.stderr, flush=True)

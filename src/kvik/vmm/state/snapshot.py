@@ -243,11 +243,13 @@ def load(machine: Machine, directory: str) -> None:
     """Put a machine that may be running into a saved state; it then goes on from there, if it ran."""
     snapshot = read(directory)
     cpu = Fields(snapshot.state, snapshot.where).object("cpu")
-    check_cpu(machine, Fields(cpu, f"{snapshot.where}: cpu"))
-    if not cpuid_equal(machine, cpu):
-        raise OperationInvalid("a machine that has run cannot become another CPU", remedy="restore into a new process")
-    machine.forget_checkpoint()
-    with machine.paused():
+    with machine.paused():  # a vCPU that runs answers no ioctl
+        check_cpu(machine, Fields(cpu, f"{snapshot.where}: cpu"))
+        if not cpuid_equal(machine, cpu):
+            raise OperationInvalid(
+                "a machine that has run cannot become another CPU", remedy="restore into a new process"
+            )
+        machine.forget_checkpoint()
         fill_and_apply(machine, snapshot, fresh=False)
 
 

@@ -19,7 +19,6 @@ from kvik.vmm.pci.bus import PciBus
 from kvik.vmm.pci.device import PciDevice
 from kvik.vmm.virtio import transport as t
 from kvik.vmm.virtio.mock import MockDriver
-from kvik.vmm.virtio.transport import VirtioPci
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

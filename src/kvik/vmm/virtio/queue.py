@@ -222,9 +222,11 @@ class Queue:
 
     def pop_many(self, limit: int) -> list[Chain]:
         """Up to `limit` requests that are there already; unlike `pop` it never asks for a notification."""
+        polling, self._polling = self._polling, True
         chains: list[Chain] = []
-        while len(chains) < limit and self.pending() and (chain := self.pop()) is not None:
+        while len(chains) < limit and (chain := self.pop()) is not None:
             chains.append(chain)
+        self._polling = polling
         return chains
 
     def push_all(self, chains: list[Chain], lengths: list[int]) -> None:
@@ -452,9 +454,7 @@ class SplitQueue(Queue):
             chains.append(chain)
         self._next_avail, self._pop_order = last, order
         if len(chains) < min(ahead, limit):
-            chain_or_none = self.pop()
-            if chain_or_none is not None:
-                chains.append(chain_or_none)
+            chains += super().pop_many(limit - len(chains))
         return chains
 
     def _indirect(self, chain: Chain, address: int, length: int, flags: int) -> None:

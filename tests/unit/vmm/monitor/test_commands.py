@@ -188,8 +188,8 @@ def test_network_back_ends_take_descriptors(client: Any, server: MonitorServer) 
     client.get("netdev_del", {"id": "n0"})
 
 
-def test_a_migration_that_nobody_can_do_is_refused_not_swallowed(client: Any) -> None:
-    assert "migration" in client.error("migrate", {"uri": "unix:/x"})[1]
+def test_a_migration_to_no_place_is_refused_not_swallowed(client: Any) -> None:
+    assert "rdma" in client.error("migrate", {"uri": "rdma:somewhere"})[1]
     assert client.get("query-migrate") == {}
 
 
@@ -276,7 +276,8 @@ def test_random_commands_and_random_bytes_are_answered_or_refused(
     bugs: list[Any] = []
     monkeypatch.setattr(MonitorServer, "log", lambda self, text, **fields: bugs.append((text, fields)))
     # What ends or dumps the machine has its own tests.
-    names = [name for name in COMMANDS if name not in ("quit", "dump-guest-memory", "human-monitor-command")]
+    elsewhere = ("quit", "dump-guest-memory", "human-monitor-command", "migrate", "x-kvik-snapshot-save")
+    names = [name for name in COMMANDS if name not in elsewhere]
     client = connect(enable=("oob",))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(operations):
