@@ -336,3 +336,21 @@ def test_qemus_own_client_speaks_with_us(machine: Any, tmp_path: Path) -> None:
     name, event, error = asyncio.run(talk())
     server.close()
     assert name == {"name": "fake"} and event["event"] == "STOP" and error == "CommandNotFound"
+
+
+def test_memory_that_grows_is_told_of_and_asked_for(client: Any, machine: Any) -> None:
+    from types import SimpleNamespace
+
+    from kvik.vmm.virtio.mem import Mem
+
+    device = Mem("mem0", 64 << 20)
+    device.transport = SimpleNamespace(config_changed=lambda change: change())  # type: ignore[assignment]
+    device.config["block_size"], device.config["addr"] = device.block, 1 << 32
+    machine.devices["mem0"] = device
+    place = {"path": "/machine/peripheral/mem0", "property": "requested-size"}
+    client.get("qom-set", place | {"value": 32 << 20})
+    assert client.get("qom-get", place) == 32 << 20
+    assert client.get("qom-get", place | {"property": "size"}) == 0
+    (found,) = client.get("query-memory-devices")
+    assert found["data"]["max-size"] == 64 << 20 and found["data"]["memaddr"] == 1 << 32
+    assert found["data"]["requested-size"] == 32 << 20 and found["data"]["block-size"] == 2 << 20
