@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ import pytest
 from kvik.errors import HostError, NotFound
 from kvik.guest.tiny import TinyImage, tiny
 from kvik.paths import Paths
-from lab.harness import REPOSITORY, Lab
+from lab.harness import Lab
 from lab.kernel import cache_directory
 
 READY = 150.0  # seconds; 10 is usual in the lab
 STATE = "/etc/kvik /var/lib/kvik /var/cache/kvik /var/log/kvik /run/kvik"
-EMULATOR = "/usr/local/bin/kvik-vmm"
-PIDS = "pgrep -f '[k]vik.vmm.main'"
+EMULATOR = "kvik-vmm"  # the daemon's own
+PIDS = "pgrep -x kvik-vmm"
 
 
 @pytest.fixture(scope="session")
@@ -33,16 +32,13 @@ def image() -> tuple[Paths, TinyImage]:
 
 @pytest.fixture
 def lab(lab: Lab, image: tuple[Paths, TinyImage]) -> Iterator[Lab]:
-    """The lab with the image and kvik-vmm in place; afterwards no daemon, no machine and no state is left."""
+    """The lab with the image in place; afterwards no daemon, no machine and no state is left."""
     paths, _ = image
-    script = f'#!/bin/sh\nPYTHONPATH={REPOSITORY}/src exec {sys.executable} -m kvik.vmm.main "$@"\n'
-    (lab.share / "kvik-vmm").write_text(script)
     lab.sh(
         f"""
         mkdir -p /var/lib/kvik/images /var/cache/kvik
         cp -a /run/lower{paths.images}/tiny /var/lib/kvik/images/
         cp -a /run/lower{paths.cache}/kernels /var/cache/kvik/
-        install -m 755 /run/lab/kvik-vmm {EMULATOR}
         """
     )
     yield lab

@@ -30,6 +30,7 @@ ENDS = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
 # How long a thread that wants the interpreter waits for one that computes. The usual 5 ms would be added to every
 # interrupt and every exit while any thread is busy.
 SWITCH_INTERVAL = 1e-4
+NAME = "kvik-vmm"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,6 +75,8 @@ def run(config: MachineConfig, *, alone: bool = False) -> int:
     """Build the machine and run it to its end. `alone`: the process does nothing else, so that descriptors which the
     configuration does not name are the caller's oversight, and closed."""
     sys.setswitchinterval(SWITCH_INTERVAL)
+    if alone:
+        _set_name(NAME)
     gc.disable()  # what is made until the guest runs stays: looking for garbage among it is lost time
     for number in ENDS:
         _signal.signal(number, _end_at_once)
@@ -113,6 +116,15 @@ def run(config: MachineConfig, *, alone: bool = False) -> int:
         if trace >= 0:
             machine.trace.write(trace)
     return machine.exit_code
+
+
+def _set_name(name: str) -> None:
+    """What ps calls the process, whoever's interpreter runs it (proc(5), /proc/PID/comm): 15 bytes at most."""
+    try:
+        with open("/proc/self/comm", "wb") as file:  # noqa: PTH123 - pathlib is slow to import
+            file.write(name.encode())
+    except OSError:
+        pass  # no /proc: a name is no need
 
 
 def _open_trace(path: str) -> int:

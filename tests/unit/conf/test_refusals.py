@@ -118,6 +118,7 @@ NIC = "<interface type='user'><mac address='{0}'/><model type='virtio'/>{1}</int
         ({"os": "<type machine='q35,accel=x'>hvm</type>"}, "no machine"),
         ({"os": "<type>hvm</type><boot dev='hd'/><boot dev='hd'/>"}, "appears twice"),
         ({"devices": "<emulator>qemu</emulator>"}, "not an absolute path"),
+        ({"devices": "<emulator>bin/kvik-vmm</emulator>"}, "not an absolute path"),
         ({"devices": "<disk><target dev='vda'/></disk>"}, "needs a <source file"),
         ({"devices": "<disk><source file='a.img'/><target dev='vda'/></disk>"}, "not an absolute path"),
         ({"devices": "<disk><source file='/a'/><target dev='vda,x'/></disk>"}, "not a target"),

@@ -1,15 +1,13 @@
 """kvik-vmm as a driver: completes and checks documents, starts machines and finds them again.
 
-A machine is ours when its document's <emulator> is a path that ends in `kvik-vmm`. Starting is as for QEMU: every
-file is opened here, the VMM gets descriptors and speaks QMP; whatever fails on the way is undone in reverse, and if
-the VMM itself gave up, its own words are the error.
+A machine is ours when its document's <emulator> is `kvik-vmm` or a path that ends in it (see `program.py`). Starting
+is as for QEMU: every file is opened here, the VMM gets descriptors and speaks QMP; whatever fails on the way is undone
+in reverse, and if the VMM itself gave up, its own words are the error.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -23,14 +21,15 @@ from kvik.conf.cpu import Cpu
 from kvik.conf.devices.interface import Backend, InterfaceModel
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError
-from kvik.host.process import find, find_program
+from kvik.host.process import find
 from kvik.hypervisor import process
 from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
 from kvik.hypervisor.kernels import unpacked_kernel
-from kvik.hypervisor.kvik import hotplug, support
+from kvik.hypervisor.kvik import hotplug, program, support
 from kvik.hypervisor.kvik.argv import build
 from kvik.hypervisor.kvik.machine import KvikMachine
+from kvik.hypervisor.kvik.program import EMULATOR
 from kvik.hypervisor.sidecars import virtiofsd
 from kvik.hypervisor.sidecars.group import attach_sidecars
 from kvik.hypervisor.sidecars.start import start_sidecars
@@ -39,7 +38,6 @@ from kvik.paths import Paths
 
 __all__ = ["EMULATOR", "KvikDriver"]
 
-EMULATOR = "kvik-vmm"
 START_DEADLINE = 30.0
 ATTACH_DEADLINE = 2.0
 _FEATURES = frozenset(
@@ -58,12 +56,11 @@ _FEATURES = frozenset(
 class KvikDriver:
     name = EMULATOR
 
-    def __init__(self, paths: Paths, probe: Callable[[], HostVerdict], *, emulator: str = "") -> None:
-        """`probe` runs the host's acceleration probe (blocking, cached); `emulator` overrides the search."""
+    def __init__(self, paths: Paths, probe: Callable[[], HostVerdict]) -> None:
+        """`probe` runs the host's acceleration probe (blocking, cached)."""
         self._paths = paths
         self._probe = probe
         self._verdict = probe()
-        self._emulator = emulator
 
     def features(self) -> frozenset[Feature]:
         return _FEATURES | ({Feature.KVM} if self._verdict.usable else set())
@@ -78,13 +75,7 @@ class KvikDriver:
     async def default_emulator(self, arch: str) -> str:
         if arch not in ("", "x86_64", "amd64"):
             raise HypervisorError(f"kvik-vmm runs x86_64 guests, not {arch}", remedy="use QEMU")
-        beside = str(Path(sys.executable).parent)  # where pip puts it
-        found = self._emulator or find_program(EMULATOR, beside) or find_program(EMULATOR)
-        if not found:
-            raise HypervisorError(
-                f"kvik-vmm is not installed (looked in {beside} and the system's paths)", remedy="pip install kvik"
-            )
-        return found
+        return EMULATOR
 
     # -- documents
 
@@ -93,8 +84,7 @@ class KvikDriver:
         described = definition.os.type
         described.arch = "x86_64"
         described.machine = support.MACHINES[described.machine or "kvik"]
-        if "/" not in (definition.devices.emulator or ""):
-            definition.devices.emulator = await self.default_emulator(described.arch)
+        definition.devices.emulator = definition.devices.emulator or EMULATOR
         if definition.cpu is None or (definition.cpu.mode is None and definition.cpu.model is None):
             definition.cpu = definition.cpu or Cpu()
             definition.cpu.mode = "host-passthrough"
@@ -118,11 +108,7 @@ class KvikDriver:
                 path="/domain/devices/emulator",
                 remedy=remedy,
             )
-        emulator = definition.devices.emulator or ""
-        if not os.access(emulator, os.X_OK):
-            raise ConfigUnsupported(
-                f"{emulator} cannot be run", path="/domain/devices/emulator", remedy=f"<emulator>{EMULATOR}</emulator>"
-            )
+        program.check(definition.devices.emulator or EMULATOR)
 
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         """Nothing is kept between runs: there is no TPM."""
@@ -147,7 +133,9 @@ class KvikDriver:
                 domain, request.directory, opened, tpm_states=self._paths.data, log_fd=request.log_fd, undo=undo
             )
             line = build(domain, domain.devices.emulator or EMULATOR, opened.fds, now=time.time())
-            handle, position = process.spawn(line.argv, line.fds, request.directory, request.log_fd, product=self.name)
+            handle, position = process.spawn(
+                program.command(line.argv), line.fds, request.directory, request.log_fd, product=self.name
+            )
             undo.callback(handle.close)
             undo.callback(handle.kill)
             close.close()  # the VMM has its own; ours would keep its monitor from ending with it
@@ -221,7 +209,7 @@ class KvikDriver:
         return machine
 
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str:
-        path = emulator if "/" in emulator else await self.default_emulator(arch)
+        path = emulator or await self.default_emulator(arch)
         name = support.MACHINES.get(machine or "kvik")
         if name is None:
             raise ConfigUnsupported(

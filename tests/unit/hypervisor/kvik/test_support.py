@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+import kvik
 from kvik.conf.domain import parse_domain
 from kvik.errors import ConfigUnsupported, HypervisorError
 from kvik.hypervisor.driver import Feature, HostVerdict
-from kvik.hypervisor.kvik import support
+from kvik.hypervisor.kvik import program, support
 from kvik.hypervisor.kvik.driver import KvikDriver
 from kvik.paths import Paths
 
@@ -54,15 +56,12 @@ REFUSED = [
 
 
 def driver(tmp_path: Path, verdict: HostVerdict | None = None) -> KvikDriver:
-    emulator = tmp_path / "kvik-vmm"
-    emulator.write_text("#!/bin/sh\n")
-    emulator.chmod(0o755)
     found = verdict or HostVerdict(True, "it ran code")
-    return KvikDriver(Paths.system(tmp_path / "root"), lambda: found, emulator=str(emulator))
+    return KvikDriver(Paths.system(tmp_path / "root"), lambda: found)
 
 
 def document(tmp_path: Path, **parts: str) -> str:
-    return DOMAIN.format(**{**USUAL, "emulator": tmp_path / "kvik-vmm", **parts})
+    return DOMAIN.format(**{**USUAL, "emulator": "kvik-vmm", **parts})
 
 
 @pytest.mark.parametrize(("parts", "path", "words"), REFUSED, ids=[path.split("/", 2)[2] for _, path, _ in REFUSED])
@@ -98,33 +97,53 @@ async def test_without_kvm_the_verdicts_reason_is_given_and_a_way_out(tmp_path: 
 async def test_a_host_that_can_by_now_is_asked_again(tmp_path: Path) -> None:
     verdicts = [HostVerdict(False, "no module"), HostVerdict(True, "SVM")]
     found = driver(tmp_path)
-    late = KvikDriver(Paths.system(tmp_path / "root"), lambda: verdicts.pop(0), emulator=str(tmp_path / "kvik-vmm"))
+    late = KvikDriver(Paths.system(tmp_path / "root"), lambda: verdicts.pop(0))
     domain = parse_domain(document(tmp_path))
     await found.complete(domain)
     await late.validate(domain)
     assert late.verdict().reason == "SVM"
 
 
-async def test_an_emulator_that_is_not_there_is_said_so(tmp_path: Path) -> None:
-    domain = parse_domain(document(tmp_path, emulator="/nowhere/kvik-vmm"))
+@pytest.mark.parametrize(
+    ("emulator", "why"),
+    [("/nowhere/kvik-vmm", "cannot be run"), ("bin/kvik-vmm", "is no absolute path")],
+)
+async def test_an_emulator_that_is_not_there_is_said_so(tmp_path: Path, emulator: str, why: str) -> None:
+    domain = parse_domain(document(tmp_path, emulator=emulator))
     found = driver(tmp_path)
     await found.complete(domain)
-    with pytest.raises(ConfigUnsupported, match="/nowhere/kvik-vmm cannot be run"):
+    with pytest.raises(ConfigUnsupported, match=f"{emulator} {why}") as raised:
         await found.validate(domain)
+    assert raised.value.remedy == "<emulator>kvik-vmm</emulator>"
 
 
-async def test_a_bare_name_becomes_the_path_of_what_is_installed(tmp_path: Path) -> None:
+async def test_the_plain_name_stays_and_means_the_vmm_of_this_installation(tmp_path: Path) -> None:
     domain = parse_domain(document(tmp_path, emulator="kvik-vmm"))
     await driver(tmp_path).complete(domain)
-    assert domain.devices.emulator == str(tmp_path / "kvik-vmm")
+    await driver(tmp_path).validate(domain)
+    assert domain.devices.emulator == "kvik-vmm"
+    said = subprocess.run(
+        program.command(["kvik-vmm", "--version"]), check=False, capture_output=True, text=True, env={}, cwd="/"
+    )
+    assert said.stdout == f"kvik-vmm {kvik.__version__}\n"
     with pytest.raises(HypervisorError, match="x86_64"):
         await driver(tmp_path).default_emulator("aarch64")
+
+
+async def test_a_path_means_that_file(tmp_path: Path) -> None:
+    other = tmp_path / "kvik-vmm"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    domain = parse_domain(document(tmp_path, emulator=str(other)))
+    await driver(tmp_path).complete(domain)
+    await driver(tmp_path).validate(domain)
+    assert program.command([domain.devices.emulator or "", "--name", "m"]) == [str(other), "--name", "m"]
 
 
 async def test_its_capabilities_promise_only_what_it_takes(tmp_path: Path) -> None:
     found = driver(tmp_path)
     xml = await found.domain_capabilities("", "kvik", "kvm", "")
-    assert f"<path>{tmp_path / 'kvik-vmm'}</path>" in xml
+    assert "<path>kvik-vmm</path>" in xml
     assert f"<machine>{support.MACHINE}</machine>" in xml and "<domain>kvm</domain>" in xml
     for kind in ("graphics", "video", "hostdev", "tpm", "redirdev"):
         assert f"<{kind} supported='no'/>" in xml
