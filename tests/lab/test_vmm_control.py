@@ -77,9 +77,11 @@ def test_a_dump_is_read_by_readelf_and_gdb(lab: Lab, generic: Path, tmp_path: Pa
     script = f"kept='{token}'; echo \"ready $kept\"; sleep 600"
     with Live(lab, generic, script, "--cpus", "2", memory="256M") as live:
         live.until(f"ready {token}")
-        arguments = {"paging": False, "protocol": f"file:{SHARE}/core"}
         _, events = live.qmp(
-            {"execute": "dump-guest-memory", "arguments": arguments}, event="DUMP_COMPLETED", seconds=60
+            {"execute": "getfd", "arguments": {"fdname": "core"}, "fd": f"{SHARE}/core"},
+            {"execute": "dump-guest-memory", "arguments": {"paging": False, "protocol": "fd:core"}},
+            event="DUMP_COMPLETED",
+            seconds=60,
         )
         assert events[-1]["data"]["result"]["status"] == "completed", events
         assert live.do("query-status")["running"]

@@ -44,12 +44,12 @@ def query_memory_devices(context: Context, arguments: Arguments) -> list[dict[st
             "type": "virtio-mem",
             "data": {
                 "id": device.name,
-                "memaddr": device.address,
-                "requested-size": device.requested,
-                "size": device.plugged,
-                "max-size": device.settings.size,
-                "block-size": device.settings.block,
-                "node": device.settings.node,
+                "memaddr": device.config["addr"],
+                "requested-size": device.config["requested_size"],
+                "size": device.config["plugged_size"],
+                "max-size": device.size,
+                "block-size": device.block,
+                "node": device.node,
                 "memdev": f"/objects/{device.name}",
             },
         }

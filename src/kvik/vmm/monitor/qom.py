@@ -84,7 +84,7 @@ def _properties(context: Context, device: Any) -> dict[str, Any]:
             "stats": {name: int(device.guest_stats.get(name, -1)) for name in _GUEST_STATS},
         }
     if device.kind == "virtio-mem":
-        found["requested-size"], found["size"] = device.requested, device.plugged
+        found["requested-size"], found["size"] = device.config["requested_size"], device.config["plugged_size"]
     return found
 
 
@@ -138,9 +138,9 @@ def qom_set(context: Context, arguments: Arguments) -> None:
             raise QmpError("timer value must be greater than zero" if value < 0 else "timer value is too big")
         device.set_interval(value)
     else:
-        if not 0 <= value <= device.settings.size or value % device.settings.block:
-            raise QmpError(f"'requested-size' must be a multiple of {device.settings.block}, to {device.settings.size}")
-        device.set_requested(value)
+        if not 0 <= value <= device.size or value % device.block:
+            raise QmpError(f"'requested-size' must be a multiple of {device.block}, to {device.size}")
+        device.request(value)
 
 
 _PLACE = {"path": TEXT, "property": TEXT}
