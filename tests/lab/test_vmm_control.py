@@ -38,7 +38,9 @@ def ticks(live: Live) -> int:
 
 def test_a_guest_is_stopped_interrupted_measured_shrunk_reset_and_powered_off(lab: Lab, generic: Path) -> None:
     modules = ("virtio_pci", "virtio_balloon", "button", "evdev")
-    with Live(lab, generic, CONTROL, "--balloon=id=balloon0", "--cpus", "2", modules=modules) as live:
+    with Live(
+        lab, generic, CONTROL, "--balloon=id=balloon0,deflate-on-oom=off", "--cpus", "2", modules=modules
+    ) as live:
         total = int(live.until(r"tick <2> nmi <0> total <(\d+)>")[1])
         _, events = live.qmp({"execute": "stop"}, event="STOP")
         assert (

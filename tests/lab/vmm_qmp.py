@@ -14,6 +14,8 @@ import os
 import socket
 import struct
 import sys
+import time
+from pathlib import Path
 
 
 def descriptor(place: str) -> int:
@@ -30,6 +32,9 @@ def main() -> None:
     wanted, seconds = (*rest, "", "30")[:2] if rest else ("", "30")
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(float(seconds))
+    end = time.monotonic() + 30
+    while not Path(path).exists() and time.monotonic() < end:  # the machine is still on its way
+        time.sleep(0.1)
     connection.connect(path)
     stream = connection.makefile("r")
     stream.readline()
