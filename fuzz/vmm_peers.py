@@ -56,7 +56,7 @@ class _Vcpu:
 
 class _Thread:
     def __init__(self, index: int) -> None:
-        self.index, self.thread_id, self.exits, self.vcpu = index, 1000 + index, [0] * 64, _Vcpu()
+        self.index, self.thread_id, self.exits, self.vcpu, self.name = index, 1000 + index, [0] * 64, _Vcpu(), ""
         self.name = f"cpu{index}"
 
 
@@ -85,6 +85,7 @@ class PeerMachine(MockMachine):
         self.vcpus = [_Thread(0), _Thread(1)]
         self.listeners: list[Any] = []
         self.on_close: list[Any] = []
+        self.migration: Any = None
         self.error: BaseException | None = None
         self.loop.on_error = self._failed
         disk = directory / "disk"

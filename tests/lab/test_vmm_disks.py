@@ -75,7 +75,7 @@ def test_disks_keep_their_word_whatever_serves_them(labs: Labs, tmp_path: Path) 
         script = """
             for d in a b c d e; do
                 dd if=/dev/urandom of=/dev/vd$d bs=16k count=128 oflag=direct 2>/dev/null &
-                dd if=/dev/urandom of=/dev/vd$d bs=16k count=128 seek=128 2>/dev/null &
+                dd if=/dev/urandom of=/dev/vd$d bs=16k count=128 seek=128 conv=fsync 2>/dev/null &
             done
             wait; sync; echo 3 >/proc/sys/vm/drop_caches
             for d in a b c d e; do

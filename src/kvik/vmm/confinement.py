@@ -118,6 +118,7 @@ class Confinement:
             removable=_directories(config),
             # The back ends of these are spoken to by vCPU threads, when the guest resets a device.
             sockets=bool(config.fs or config.vhost_user_blk),
+            forks=config.migratable,
             unix_connect=any(vsock.uds for vsock in config.vsock),
         )
 
@@ -144,6 +145,9 @@ class Confinement:
         config = machine.config
         for name in LATE + (LATE_CONTROL if config.qmp or config.gdb else ()):
             importlib.import_module(name)
+        if config.migratable:  # a sender reads RAM through it, and could not open it inside
+            machine.self_memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+            machine.on_close.append(lambda: os.close(machine.self_memory))
         try:
             self._sandbox.enter("main", self.policy)
             self.inside = True
@@ -165,11 +169,13 @@ def _directories(config: MachineConfig) -> tuple[str, ...]:
 
 
 def descriptors(value: Any) -> set[int]:
-    """All descriptors that a configuration names, wherever: fields called fd, fds or something_fd, texts like fd=7."""
+    """All descriptors that a configuration names, wherever: fields called fd, fds or something_fd, texts like fd=7
+    and /dev/fd/7."""
     found: set[int] = set()
     if isinstance(value, str):
-        number = value[3:] if value.startswith(("fd=", "fd:")) else ""
-        found.update({int(number)} if number.isdecimal() and len(number) < 10 else ())
+        for prefix in ("fd=", "fd:", "/dev/fd/", "/proc/self/fd/"):
+            number = value.rpartition(prefix)[2] if prefix in value else ""
+            found.update({int(number)} if number.isdecimal() and len(number) < 10 else ())
     elif isinstance(value, (list, tuple)):
         for item in value:
             found |= descriptors(item)

@@ -68,6 +68,7 @@ class Machine:
         self.vcpu_hotplug: VcpuHotplug | None = None  # where more of them may come
         self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
         self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
+        self.self_memory = -1  # /proc/self/mem, where it cannot be opened when a migration wants it
         self.on_vcpu_start: Callable[[], None] | None = None  # and on each vCPU's
         self.outcome = ""
         self.exit_code = 0

@@ -52,6 +52,10 @@ def test_a_whole_life_inside_the_sandbox(start: Callable[..., Running], tmp_path
         )
         vm.ask("device_add", driver="virtio-blk-pci", id="disk9", drive="n1")
     assert any("disk9" in item["qdev"] for item in vm.ask("query-block"))
+    place = next(place for place in vm.ask("query-hotpluggable-cpus") if "qom-path" not in place)
+    props = {name.replace("-", "_"): value for name, value in place["props"].items()}
+    vm.ask("device_add", driver=place["type"], id="cpu2", **props)
+    assert len(vm.ask("query-cpus-fast")) == 3
     ours, theirs = socket.socketpair()
     vm.ask("getfd", fds=(theirs.fileno(),), fdname="net")
     vm.ask("netdev_add", type="stream", id="net9", addr={"type": "fd", "str": "net"})
@@ -65,6 +69,8 @@ def test_a_whole_life_inside_the_sandbox(start: Callable[..., Running], tmp_path
         core.seek(0)
         assert core.read(4) == b"\x7fELF"
     vm.ask("x-kvik-metrics")
+    assert set(confined(vm.process)) == {"21 " + "0" * 16}, confined(vm.process)
+    assert vm.ask("query-status")["status"] == "running"
     vm.ask("quit")
     assert vm.wait() == 0
     assert not vm.qmp_path.exists()
@@ -238,6 +244,35 @@ def test_a_snapshot_is_written_where_that_was_allowed_and_nowhere_else(
 
 
 @needs_kvm
+def test_a_machine_migrates_from_sandbox_to_sandbox_over_a_descriptor(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    places = [tmp_path / "here", tmp_path / "there"]
+    for place in places:
+        place.mkdir()
+    here = Running(places[0], say(b"up\n") + IDLE, "--migratable")
+    there = Running(places[1], say(b"up\n") + IDLE, "--incoming", f"fd={theirs.fileno()}", fds=(theirs.fileno(),))
+    theirs.close()
+    try:
+        here.until(lambda: here.said(b"up"), "the guest")
+        here.connect()
+        there.connect()
+        here.ask("getfd", fds=(ours.fileno(),), fdname="there")
+        ours.close()
+        here.ask("migrate", uri="fd:there")
+        here.until(lambda: here.ask("query-migrate")["status"] in ("completed", "failed"), "the migration")
+        assert here.ask("query-migrate")["status"] == "completed"
+        there.until(lambda: there.ask("query-status")["status"] == "running", "the guest's arrival")
+        assert {line[:2] for line in confined(here.process) + confined(there.process)} == {"21"}
+        for one in (here, there):
+            one.ask("quit")
+            assert one.wait() == 0
+        assert not there.said(b"up")  # it went on, it did not start
+    finally:
+        here.close()
+        there.close()
+
+
+@needs_kvm
 def test_off_means_off_and_the_log_forbids_nothing(start: Callable[..., Running]) -> None:
     vm = start(say(b"up\n") + IDLE, "--sandbox", "off")
     vm.connect()
@@ -247,9 +282,11 @@ def test_off_means_off_and_the_log_forbids_nothing(start: Callable[..., Running]
 
 
 def test_descriptors_that_a_configuration_names_are_found() -> None:
-    config = MachineConfig(qmp=["fd=7", "/run/fd=9"], disks=[DiskConfig(fd=8)], nets=[NetConfig(fds=[11, 12])])
+    config = MachineConfig(
+        qmp=["fd=7", "/run/9"], trace="/dev/fd/13", disks=[DiskConfig(fd=8)], nets=[NetConfig(fds=[11, 12])]
+    )
     config.boot.kernel_fd = 5
-    assert confinement.descriptors(config) == {5, 7, 8, 11, 12}
+    assert confinement.descriptors(config) == {5, 7, 8, 11, 12, 13}
 
 
 def test_only_directories_of_own_sockets_may_lose_files() -> None:

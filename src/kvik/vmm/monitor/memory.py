@@ -44,9 +44,9 @@ def query_memory_devices(context: Context, arguments: Arguments) -> list[dict[st
             "type": "virtio-mem",
             "data": {
                 "id": device.name,
-                "memaddr": device.config["addr"],
-                "requested-size": device.config["requested_size"],
-                "size": device.config["plugged_size"],
+                "memaddr": device.address,
+                "requested-size": device.requested,
+                "size": device.plugged,
                 "max-size": device.size,
                 "block-size": device.block,
                 "node": device.node,

@@ -84,7 +84,7 @@ def _properties(context: Context, device: Any) -> dict[str, Any]:
             "stats": {name: int(device.guest_stats.get(name, -1)) for name in _GUEST_STATS},
         }
     if device.kind == "virtio-mem":
-        found["requested-size"], found["size"] = device.config["requested_size"], device.config["plugged_size"]
+        found["requested-size"], found["size"] = device.requested, device.plugged
     return found
 
 

@@ -31,10 +31,11 @@ class Policy:
     `readable`, `writable`: directories that stay open to it, none by default. `removable`: directories where files may
     be removed and nothing else (sockets that the machine made), if the kernel has Landlock. `unix_connect`: connecting
     to Unix sockets stays possible, which a vsock device with guest-initiated connections needs. `sockets`: vCPU
-    threads speak over sockets that are open (vhost-user). `descriptors`: their bound.
+    threads speak over sockets that are open (vhost-user). `forks`: the main thread may fork, and end what it forked; a
+    child can do no more than it, and no program can be run. `descriptors`: their bound.
     """
 
-    __slots__ = ("action", "descriptors", "readable", "removable", "sockets", "unix_connect", "writable")
+    __slots__ = ("action", "descriptors", "forks", "readable", "removable", "sockets", "unix_connect", "writable")
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Policy:
         removable: tuple[str, ...] = (),
         unix_connect: bool = False,
         sockets: bool = False,
+        forks: bool = False,
         descriptors: int = 4096,
     ) -> None:
         if action not in seccomp.ACTIONS:
@@ -55,6 +57,7 @@ class Policy:
         self.removable = removable
         self.unix_connect = unix_connect
         self.sockets = sockets
+        self.forks = forks
         self.descriptors = descriptors
 
 
@@ -86,6 +89,7 @@ def enter(role: str, policy: Policy, *, inherited: bool = False) -> dict[str, in
         remove=bool(policy.removable) and landlock.abi() > 0,
         unix_connect=policy.unix_connect,
         sockets=policy.sockets,
+        forks=policy.forks,
     )
     if not inherited:
         privileges.no_new_privileges()

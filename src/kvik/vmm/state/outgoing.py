@@ -100,9 +100,21 @@ class Outgoing:
             self._fail(str(error))
             raise
 
+    def _own_memory(self) -> int:
+        if self.machine.self_memory >= 0:
+            return os.dup(self.machine.self_memory)
+        try:
+            return os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as error:
+            raise HostError(
+                "this machine's sandbox does not let it migrate",
+                errno=error.errno or 0,
+                remedy="start it with --migratable, and migrate over a descriptor (getfd, fd:NAME)",
+            ) from error
+
     def _open(self, channels: int) -> None:
         token = os.urandom(16)
-        memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+        memory = self._own_memory()
         sockets: list[socket.socket] = []
         try:
             for channel in range(channels):

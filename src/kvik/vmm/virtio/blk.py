@@ -50,6 +50,8 @@ MAX_SEGMENTS = 64  # of one discard or write-zeroes
 MAX_RANGE_SECTORS = (1 << 30) // SECTOR  # of one segment: bounds how long one request takes
 ROUND = 512  # requests of one turn: then others on the loop have theirs
 DRAIN_SECONDS = 30.0
+BATCH_BYTES = 256 << 10  # copied here before the driver sees the first: it can go on with those meanwhile
+REQUEST_COST = 4096  # what a request costs beside its copy, in bytes copied
 
 POLICIES = ("report", "stop", "ignore", "enospc")  # QEMU's rerror= and werror=
 
@@ -127,9 +129,10 @@ class Blk(VirtioDevice):
         self.paused = False
         self._private = loop is not None
         self._parked: list[_Operation] = []
-        self._pushed: set[Queue] = set()
+        self._answered: dict[Queue, tuple[list[Chain], list[int]]] = {}  # done, and not yet shown to the driver
         self._waiting: set[int] = set()  # queues that wait for the rate limit
         self._limited = False
+        self._copied = 0  # since the last `_publish`
         self._write_through = False
         self._started = False
         self.queue_sizes = (queue_size,) * queues
@@ -185,10 +188,11 @@ class Blk(VirtioDevice):
         self._parked.clear()
         self._drain("reset")
         self._parked.clear()
-        self._pushed.clear()
+        self._answered.clear()
 
     def queue_reset(self, index: int) -> None:
         self._drain("queue reset")
+        self._publish()
         self._parked = [operation for operation in self._parked if operation.queue.index != index]
 
     def reset(self) -> None:
@@ -209,9 +213,10 @@ class Blk(VirtioDevice):
                 if not self._begin(queue, chain):
                     left = -1
                     break
+                if self._copied >= BATCH_BYTES:
+                    self._publish()
             self.image.flush()
-            queue.flush()
-            self._notify()
+            self._publish()
             if left <= 0:
                 if left == 0:  # the rest in the next round
                     self.loop.call_soon(lambda: self.kick(index))
@@ -249,8 +254,8 @@ class Blk(VirtioDevice):
         began = _clock()
         if image.now(op, buffers, offset, size, self._write_through):
             self.block_stats.done(op, size, offset + size, began)
-            status[0] = S_OK
-            queue.push(chain, chain.writable_size + 1)
+            self._copied += size + REQUEST_COST
+            self._answer(queue, chain, status, S_OK)
             return True
         operation = _Operation(op, queue, chain, status, size)
         operation.ranges.append((offset, size, False))
@@ -334,16 +339,23 @@ class Blk(VirtioDevice):
             if not self.active:  # the driver reset the device meanwhile: the rings are no longer ours
                 return
         self._answer(operation.queue, operation.chain, operation.status, code)
-        self._pushed.add(operation.queue)
 
     def _answer(self, queue: Queue, chain: Chain, status: memoryview, code: int) -> None:
         status[0] = code
-        queue.push(chain, chain.writable_size + 1)
+        answers = self._answered.get(queue)
+        if answers is None:
+            answers = self._answered[queue] = ([], [])
+        answers[0].append(chain)
+        answers[1].append(chain.writable_size + 1)
 
-    def _notify(self) -> None:
-        if self._pushed:
-            pushed, self._pushed = self._pushed, set()
-            for queue in pushed:
+    def _publish(self) -> None:
+        """Show the driver what was answered, all at once. One by one it would take them one by one: a driver that is
+        looking already asks anew for each, and every such small round costs a kick and an interrupt."""
+        self._copied = 0
+        if self._answered:
+            answered, self._answered = self._answered, {}
+            for queue, (chains, lengths) in answered.items():
+                queue.push_all(chains, lengths)
                 queue.flush()
 
     def _completions(self) -> None:
@@ -351,7 +363,7 @@ class Blk(VirtioDevice):
         with self.lock:
             self.image.reap()
             self.image.flush()
-            self._notify()
+            self._publish()
 
     def _failed(self, operation: _Operation) -> str:
         """What to do about a host's error: the action, told to the manager as QMP's BLOCK_IO_ERROR."""
@@ -390,7 +402,7 @@ class Blk(VirtioDevice):
         with self.lock:
             self.paused = True
             self._drain("pause")
-            self._notify()
+            self._publish()
 
     def resume(self) -> None:
         with self.lock:
@@ -405,7 +417,7 @@ class Blk(VirtioDevice):
             for operation in parked:
                 self._issue(operation)
             self.image.flush()
-            self._notify()
+            self._publish()
             for queue in self.queues:
                 self.kick(queue.index)
 

@@ -17,7 +17,6 @@ import kvik
 from kvik.vmm.monitor.commands import COMMANDS, GROUPS
 from kvik.vmm.monitor.events import LIMITED, SCHEMA
 from kvik.vmm.monitor.server import MonitorServer
-from kvik.vmm.virtio.mem import Mem
 
 SRC = Path(kvik.__file__).parent
 
@@ -339,13 +338,19 @@ def test_qemus_own_client_speaks_with_us(machine: Any, tmp_path: Path) -> None:
     assert name == {"name": "fake"} and event["event"] == "STOP" and error == "CommandNotFound"
 
 
-def test_a_memory_device_is_told_of_and_asked_for_more(client: Any, machine: Any) -> None:
-    device = Mem("vmem0", 64 << 20)
-    device.config_changed = lambda change: change()  # type: ignore[method-assign]  # no transport tells of it here
-    machine.devices["vmem0"] = device
-    place = {"path": "/machine/peripheral/vmem0", "property": "requested-size"}
+def test_memory_that_grows_is_told_of_and_asked_for(client: Any, machine: Any) -> None:
+    from types import SimpleNamespace
+
+    from kvik.vmm.virtio.mem import Mem
+
+    device = Mem("mem0", 64 << 20)
+    device.transport = SimpleNamespace(config_changed=lambda change: change())  # type: ignore[assignment]
+    device.config["block_size"], device.config["addr"] = device.block, 1 << 32
+    machine.devices["mem0"] = device
+    place = {"path": "/machine/peripheral/mem0", "property": "requested-size"}
     client.get("qom-set", place | {"value": 32 << 20})
     assert client.get("qom-get", place) == 32 << 20
-    (told,) = client.get("query-memory-devices")
-    assert told["data"]["requested-size"] == 32 << 20 and told["data"]["max-size"] == 64 << 20
-    assert told["data"]["size"] == 0 and told["data"]["block-size"] == 2 << 20
+    assert client.get("qom-get", place | {"property": "size"}) == 0
+    (found,) = client.get("query-memory-devices")
+    assert found["data"]["max-size"] == 64 << 20 and found["data"]["memaddr"] == 1 << 32
+    assert found["data"]["requested-size"] == 32 << 20 and found["data"]["block-size"] == 2 << 20
