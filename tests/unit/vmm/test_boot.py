@@ -31,7 +31,7 @@ from kvik.vmm.layout import (
     RSDP,
     ZERO_PAGE,
 )
-from kvik.vmm.memory import GuestMemory
+from kvik.vmm.memory import GuestMemory, HostMemory
 
 TEXT = bytes(range(256)) * 20  # 5120 bytes: a page and a bit
 ENTRY = KERNEL + 0x850
@@ -204,6 +204,14 @@ def test_the_memory_map_has_a_hole_below_4_gib_and_none_in_the_tables() -> None:
         assert all(a + size <= b for (a, size, _), (b, _, _) in itertools.pairwise(found))
     finally:
         memory.close()
+
+
+def test_memory_that_a_device_brings_is_not_in_the_map() -> None:
+    memory = GuestMemory.allocate(64 * MIB, hotplug=GIB)
+    before = memory_map(memory)
+    memory.add_ram(memory.layout.hotplug[0], 128 * MIB, HostMemory())
+    assert memory_map(memory) == before
+    memory.close()
 
 
 def test_a_map_of_256_gib(monkeypatch: pytest.MonkeyPatch) -> None:

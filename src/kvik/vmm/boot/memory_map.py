@@ -22,8 +22,8 @@ def memory_map(memory: GuestMemory, tables: Iterable[tuple[int, int]] = ()) -> l
     holes = [(EBDA, HIGH_MEMORY - EBDA, RESERVED)]
     holes += [(start, size, ACPI_TABLES) for start, size in tables if start >= HIGH_MEMORY]
     entries = [(ECAM, ECAM_SIZE, RESERVED)]  # MMCONFIG is used only where the map or the DSDT reserves it
-    for region in memory.regions:
-        at, end = region.start, region.start + region.size
+    for first, length in memory.layout.ram:  # not what a device brings: its driver takes that when it is told to
+        at, end = first, first + length
         for start, size, kind in sorted(holes):
             if start < at or start + size > end:
                 continue
