@@ -1,5 +1,6 @@
 """What a disk request costs in kvik-vmm: from the kick to the interrupt, with the mock driver; microseconds of the
-processor's time, the best of five rounds. The driver's half and KVM are not in the figures; the copy out of the page cache is.
+processor's time, the best of five rounds. Neither the driver's half nor KVM is in the figures; the copy out of the page
+cache is.
 
     PYTHONPATH=src python benchmarks/vmm_blk.py [--requests 6000]
 """
