@@ -99,6 +99,7 @@ def main() -> None:
                 found = RESULT.findall(done.stdout)
                 if len(found) != len(loads):
                     sys.exit(f"{name}: only {len(found)} results\n{done.stdout}\n{done.stderr}")
+                print(name, *(" ".join(words) for words in found), sep="  ", file=sys.stderr, flush=True)
                 for mode, block, depth, rate in found:
                     key = (mode, int(block), int(depth))
                     figures.setdefault(name, {}).setdefault(key, []).append(float(rate))
