@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.harness import REPOSITORY, SHARE, Lab
+from lab.harness import REPOSITORY, Lab
 from lab.vmm_guest import initramfs
 from lab.vmm_live import SHELL
 

@@ -1,9 +1,9 @@
 """A stock kernel on kvik-vmm that does as it is told while it runs. Used inside the lab, by the scenarios.
 
-    with Guest("--net", "tap,ifname=kt0") as guest:
-        guest.run("ping -c 1 10.77.0.1")      # in the guest's shell, on its serial line
-        guest.qmp("set_link", name="net0", up=False)
-        guest.event("NETDEV_GONE")
+with Guest("--net", "tap,ifname=kt0") as guest:
+    guest.run("ping -c 1 10.77.0.1")      # in the guest's shell, on its serial line
+    guest.qmp("set_link", name="net0", up=False)
+    guest.event("NETDEV_GONE")
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,7 @@ __all__ = ["SHELL", "Guest", "wait_for"]
 
 PATIENCE = 60.0  # seconds for anything: the lab is slow, and never waits for nothing
 # Reads a command a line, and says with what it ended.
-SHELL = "stty -echo; echo at your service\nwhile read -r line; do eval \"$line\"; echo \"--- ended $?\"; done"
+SHELL = 'stty -echo; echo at your service\nwhile read -r line; do eval "$line"; echo "--- ended $?"; done'
 _numbers = itertools.count()
 
 
@@ -39,13 +40,16 @@ def wait_for(what: str, condition: Any) -> Any:
 class Guest:
     """One machine, whose initramfs (the lab's share has it) runs SHELL."""
 
-    def __init__(self, *options: str, kernel: str, initrd: str = "/run/lab/initrd") -> None:
+    def __init__(
+        self, *options: str, kernel: str, initrd: str = "/run/lab/initrd", pass_fds: Sequence[int] = ()
+    ) -> None:
         self.socket = f"/tmp/qmp-{os.getpid()}-{next(_numbers)}"
         words = [sys.executable, "-m", "kvik.vmm.main", "--kernel", kernel, "--initrd", initrd, "--memory", "256M"]
         words += ["--append", "console=ttyS0 quiet panic=-1 pci=noearly", "--serial", "stdio"]
         words += ["--qmp", self.socket, *options]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=open(f"{self.socket}.log", "wb"))
+        with open(f"{self.socket}.log", "wb") as log:
+            self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=log, pass_fds=pass_fds)
         self.said = ""
         self.patience = PATIENCE
         self.events: list[dict[str, Any]] = []

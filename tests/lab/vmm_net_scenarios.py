@@ -1,6 +1,6 @@
 """What happens to a running guest's network, step by step. Each function runs inside the lab:
 
-    python -m lab.vmm_net_scenarios NAME KERNEL [ARGUMENT ...]
+python -m lab.vmm_net_scenarios NAME KERNEL [ARGUMENT ...]
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def carrier(guest: Guest, wanted: int, name: str = "eth0") -> None:
 
 
 def ping(guest: Guest, address: str = HOST) -> None:
-    wait_for(f"an answer from {address}", lambda: " 0% packet loss" in guest.run(f"ping -c 2 -W 5 {address} | grep loss"))
+    wait_for(
+        f"an answer from {address}", lambda: " 0% packet loss" in guest.run(f"ping -c 2 -W 5 {address} | grep loss")
+    )
 
 
 def link_and_end(kernel: str, options: str) -> None:
@@ -100,7 +102,7 @@ def bridged(kernel: str, options: str) -> None:
             guest.run(f"ip link set eth0 up; ip addr add 10.77.1.{number}/24 dev eth0")
         ping(one, "10.77.1.2")
         ping(two, "10.77.1.1")
-        two.run("nc -l -p 7000 >/tmp/got 2>/dev/null &")
+        two.run("sleep 1000 | nc -l -p 7000 >/tmp/got 2>/dev/null &")  # an end of its input would end it
         sent = one.run("head -c 3000000 /dev/urandom >/tmp/data; md5sum </tmp/data")
         wait_for("who listens", lambda: one.run("nc 10.77.1.2 7000 </tmp/data && echo sent", check=False) == "sent")
         wait_for("all of it", lambda: two.run("md5sum </tmp/got") == sent)
@@ -108,14 +110,15 @@ def bridged(kernel: str, options: str) -> None:
 
 def passt(kernel: str) -> None:
     """passt as the machine's driver starts it; the guest gets its address from it and reaches the host."""
-    path = "/tmp/passt.socket"
     sh("ip link add kd0 type dummy; ip addr add 10.79.0.2/24 dev kd0; ip link set kd0 up; ip link set lo up")
     sh("ip route add default via 10.79.0.1 dev kd0")
-    daemon = subprocess.Popen(["passt", "--foreground", "--quiet", "--socket", path, "-t", "none", "-u", "none"])
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = ["passt", "--foreground", "--quiet", "--fd", str(theirs.fileno())]
+        daemon = subprocess.Popen(command, pass_fds=[theirs.fileno()])
     server = socket.create_server(("127.0.0.1", 7001))
     try:
-        wait_for("passt's socket", lambda: os.path.exists(path))
-        with Guest("--net", f"passt,path={path}", kernel=kernel) as guest:
+        with ours, Guest("--net", f"passt,fd={ours.fileno()}", kernel=kernel, pass_fds=[ours.fileno()]) as guest:
             guest.run("ip link set eth0 up; printf '#!/bin/sh\\n' >/tmp/hook; chmod 755 /tmp/hook")
             told = guest.run("udhcpc -i eth0 -n -q -f -t 20 -s /tmp/hook 2>&1")
             assert "lease of 10.79.0.2 obtained" in told, told
