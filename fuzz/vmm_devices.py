@@ -144,6 +144,19 @@ def plain(directory: Path) -> PciDevice:
     return Plain("fuzzed")
 
 
+def vsock(directory: Path) -> VirtioDevice:
+    from kvik.vmm.virtio.vsock import VsockDevice
+
+    device = VsockDevice("fuzzed", 3, str(directory / "vsock"), max_streams=16)
+    device.clients = []  # type: ignore[attr-defined]
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(directory / "vsock_80"))
+    listener.listen(8)
+    listener.setblocking(False)
+    device.server = listener  # type: ignore[attr-defined]
+    return device
+
+
 def watchdog(directory: Path) -> PciDevice:
     from kvik.vmm.devices.watchdog import Watchdog
 
@@ -160,6 +173,7 @@ TARGETS: dict[str, Callable[[Path], VirtioDevice | PciDevice]] = {
     "net-multiqueue": net_multiqueue,
     "console": console,
     "mem": mem,
+    "vsock": vsock,
     "pci": plain,
     "watchdog": watchdog,
 }
@@ -236,6 +250,33 @@ def _requested(device: Any, dice: random.Random) -> None:
     device.request(dice.randrange(device.size // device.block + 1) * device.block)
 
 
+def _client(device: Any, dice: random.Random) -> None:
+    """Programs on the host that connect to the guest, and those that the guest connects to."""
+    if len(device.clients) < 8 and dice.random() < 0.5:
+        client = socket.socket(socket.AF_UNIX)
+        client.setblocking(False)
+        try:
+            client.connect(device.path)
+            client.send(dice.choice((b"CONNECT 80\n", b"CONNECT 4294967296\n", b"CONNECT x\n", b"\n", b"C" * 100)))
+            device.clients.append(client)
+        except OSError:
+            client.close()
+    try:
+        device.clients.append(device.server.accept()[0])
+        device.clients[-1].setblocking(False)
+    except OSError:
+        pass
+    for client in list(device.clients):
+        try:
+            client.send(dice.randbytes(dice.randrange(1, 3000)))
+            client.recv(1 << 16)
+        except OSError:
+            pass
+        if dice.random() < 0.1:
+            client.close()
+            device.clients.remove(client)
+
+
 def _disk_size(device: Any, dice: random.Random) -> None:
     device.resize(dice.choice((1 << 20, 1 << 19, 512)))
 
@@ -254,6 +295,7 @@ HOST: dict[str, tuple[Callable[[Any, random.Random], None], ...]] = {
     "net-multiqueue": (_link,),
     "console": (_input, _channel, _channel, _columns),
     "mem": (_requested,),
+    "vsock": (_client,),
 }
 
 
@@ -262,6 +304,21 @@ def _headers(name: str, dice: random.Random) -> bytes:
     if name == "mem":
         address = layout.RAM_HIGH + dice.randrange(64) * (2 << 20)
         return struct.pack("<HxxxxxxQHxxxxxx", dice.randrange(5), address, dice.choice((0, 1, 8, 0xFFFF)))
+    if name == "vsock":  # src_cid, dst_cid, src_port, dst_port, len, type, op, flags, buf_alloc, fwd_cnt
+        return struct.pack(
+            *(
+                "<QQIIIHHIII",
+                dice.choice((3, 3, 3, 2, 1 << 63)),
+                dice.choice((2, 2, 2, 3)),
+                dice.choice((80, 1025, 1026)),
+            ),
+            *(
+                dice.choice((80, 80, 1024, 0x40000000)),
+                dice.choice((0, 4, 4000, 0xFFFFFFFF)),
+                dice.choice((1, 1, 1, 2)),
+            ),
+            *(dice.randrange(9), dice.randrange(4), dice.choice((0, 1, 65536, 0xFFFFFFFF)), dice.getrandbits(32)),
+        )
     if name == "console":
         return struct.pack("<IHH", dice.choice((0, 1, 2, 3, 0xFFFFFFFF)), dice.randrange(10), dice.randrange(3))
     if name.startswith("net"):
@@ -457,7 +514,11 @@ class HostileGuest:
         write(bar + t.QUEUE_SIZE, 2, dice.choice((queue.size, 4, 0, 3, 0xFFFF)) if dice.random() < 0.3 else queue.size)
         if dice.random() < 0.8:
             queue.rewind()
-            for offset, address in ((t.QUEUE_DESC, queue.desc), (t.QUEUE_DRIVER, queue.avail), (t.QUEUE_DEVICE, queue.used)):
+            for offset, address in (
+                (t.QUEUE_DESC, queue.desc),
+                (t.QUEUE_DRIVER, queue.avail),
+                (t.QUEUE_DEVICE, queue.used),
+            ):
                 write(bar + offset, 4, address & 0xFFFFFFFF if dice.random() < 0.97 else self._value(4))
                 write(bar + offset + 4, 4, address >> 32)
         write(bar + t.QUEUE_ENABLE, 2, 1)

@@ -11,7 +11,7 @@ import pytest
 
 from lab.harness import REPOSITORY, Lab
 from lab.vmm_guest import initramfs
-from lab.vmm_live import SHELL
+from lab.vmm_net_live import SHELL
 
 pytestmark = pytest.mark.lab(deadline=280)
 

@@ -1,158 +1,93 @@
-"""A stock kernel on kvik-vmm that does as it is told while it runs. Used inside the lab, by the scenarios.
-
-with Guest("--net", "tap,ifname=kt0") as guest:
-    guest.run("ping -c 1 10.77.0.1")      # in the guest's shell, on its serial line
-    guest.qmp("set_link", name="net0", up=False)
-    guest.event("NETDEV_GONE")
-"""
+"""A machine of kvik-vmm that goes on running in the lab, with its console in a file and a QMP socket."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
-import select
-import socket
-import subprocess
+import re
+import shlex
 import sys
 import time
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["SHELL", "Guest", "wait_for"]
+from lab.harness import REPOSITORY, SHARE, Lab
+from lab.vmm_guest import initramfs, vmm_command
 
-PATIENCE = 60.0  # seconds for anything: the lab is slow, and never waits for nothing
-# Reads a command a line, and says with what it ended.
-SHELL = 'stty -echo; echo at your service\nwhile read -r line; do eval "$line"; echo "--- ended $?"; done'
-_numbers = itertools.count()
+__all__ = ["Live"]
 
-
-def wait_for(what: str, condition: Any) -> Any:
-    """Until `condition()` is true; its value."""
-    end = time.monotonic() + PATIENCE
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {PATIENCE:g} s: {what}"
-        time.sleep(0.1)
-    return value
+SETUP = "console=ttyS0 quiet panic=-1 pci=noearly"  # noearly: see vmm_guest
+QMP = "/tmp/live.qmp"  # in the lab: a socket cannot lie on its 9p share
 
 
-class Guest:
-    """One machine, whose initramfs (the lab's share has it) runs SHELL."""
+class Live:
+    """`with Live(lab, kernel, script, ...) as live:` ends it at the end. `console` is what the guest printed so far."""
 
     def __init__(
-        self, *options: str, kernel: str, initrd: str = "/run/lab/initrd", pass_fds: Sequence[int] = ()
+        self,
+        lab: Lab,
+        kernel: Path | str,
+        script: str,
+        *options: str,
+        modules: Sequence[str] = (),
+        append: str = "",
+        memory: str = "512M",
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
-        self.socket = f"/tmp/qmp-{os.getpid()}-{next(_numbers)}"
-        words = [sys.executable, "-m", "kvik.vmm.main", "--kernel", kernel, "--initrd", initrd, "--memory", "256M"]
-        words += ["--append", "console=ttyS0 quiet panic=-1 pci=noearly", "--serial", "stdio"]
-        words += ["--qmp", self.socket, *options]
-        pipe = subprocess.PIPE
-        with open(f"{self.socket}.log", "wb") as log:
-            self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=log, pass_fds=pass_fds)
-        self.said = ""
-        self.patience = PATIENCE
-        self.events: list[dict[str, Any]] = []
-        self._qmp: socket.socket | None = None
-        self._rest = b""
-        try:
-            self._until("at your service")
-        except BaseException:
-            self.end()
-            raise
+        self.lab = lab
+        (lab.share / "initrd").write_bytes(initramfs(script, modules, files))
+        (lab.share / "console").write_text("")
+        command = vmm_command(
+            *("--kernel", str(kernel), "--initrd", f"{SHARE}/initrd", "--append", f"{SETUP} {append}".strip()),
+            *("--serial", f"file:{SHARE}/console", "--memory", memory, "--qmp", QMP, *options),
+        )
+        lab.sh(f"rm -f {QMP}; {shlex.join(command)} </dev/null >/tmp/live.out 2>&1 & echo $! > /tmp/live.pid")
 
-    def log(self) -> str:
-        with open(f"{self.socket}.log", encoding="utf-8", errors="replace") as file:
-            return file.read()
-
-    def _until(self, text: str) -> str:
-        assert self.process.stdout is not None
-        fd, start, end = self.process.stdout.fileno(), len(self.said), time.monotonic() + self.patience
-        while text not in self.said[start:]:
-            ready = select.select([fd], [], [], max(end - time.monotonic(), 0))[0]
-            data = os.read(fd, 65536) if ready else b""
-            assert data, f"the guest never said {text!r}\n{self.said[-3000:]}\n{self.log()[-3000:]}"
-            self.said += data.decode(errors="replace").replace("\r", "")
-        return self.said[start:]
-
-    def run(self, command: str, check: bool = True) -> str:
-        """What a command of one line prints in the guest."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(command.encode() + b"\n")
-        self.process.stdin.flush()
-        out, _, code = self._until("--- ended ").rpartition("--- ended ")
-        while not code.endswith("\n"):
-            code += self._until("\n")
-        assert not check or int(code) == 0, f"{command!r} ended with {code.strip()}\n{out}\n{self.log()[-2000:]}"
-        return out.strip()
-
-    # --- QMP
-
-    def _line(self) -> dict[str, Any]:
-        assert self._qmp is not None
-        while b"\n" not in self._rest:
-            data = self._qmp.recv(65536)
-            assert data, f"the monitor closed the connection\n{self.log()[-3000:]}"
-            self._rest += data
-        line, _, self._rest = self._rest.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        if "event" in message:
-            self.events.append(message)
-        return message
-
-    def _command(self, name: str, arguments: dict[str, Any], fd: int = -1) -> dict[str, Any]:
-        assert self._qmp is not None
-        words = json.dumps({"execute": name, "arguments": arguments}).encode()
-        if fd >= 0:
-            socket.send_fds(self._qmp, [words], [fd])
-        else:
-            self._qmp.sendall(words)
-        while True:
-            message = self._line()
-            if "return" in message or "error" in message:
-                return message
-
-    def qmp(self, command: str, *, fd: int = -1, **arguments: Any) -> Any:
-        """A command's answer; AssertionError if it was refused. `fd` goes along."""
-        if self._qmp is None:
-            self._qmp = socket.socket(socket.AF_UNIX)
-            self._qmp.settimeout(PATIENCE)
-            wait_for("the monitor's socket", lambda: os.path.exists(self.socket))
-            self._qmp.connect(self.socket)
-            self._line()
-            assert "return" in self._command("qmp_capabilities", {})
-        answer = self._command(command, {key.replace("_", "-"): value for key, value in arguments.items()}, fd)
-        assert "return" in answer, f"{command}: {answer}"
-        return answer["return"]
-
-    def event(self, name: str) -> dict[str, Any]:
-        """The next event of that name; it may have come already."""
-        while True:
-            for place, event in enumerate(self.events):
-                if event["event"] == name:
-                    data: dict[str, Any] = self.events.pop(place).get("data", {})
-                    return data
-            self._line()
-
-    # --- its end
-
-    def end(self) -> None:
-        if self._qmp is not None:
-            self._qmp.close()
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-
-    def __enter__(self) -> Guest:
+    def __enter__(self) -> Live:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
-        if error is not None:
-            print(f"--- the guest said\n{self.said[-3000:]}\n--- kvik-vmm said\n{self.log()[-3000:]}", flush=True)
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.lab.sh(
+            "p=$(cat /tmp/live.pid); kill -TERM $p || true; "
+            "for n in $(seq 100); do kill -0 $p 2>/dev/null || exit 0; sleep 0.1; done; kill -KILL $p"
+        )
+        if kind is None:
+            assert "Traceback" not in self.said, self.said
+
+    @property
+    def console(self) -> str:
+        return (self.lab.share / "console").read_text(errors="replace").replace("\r", "")
+
+    @property
+    def said(self) -> str:
+        """What the VMM itself said."""
+        return self.lab.sh("cat /tmp/live.out")
+
+    def until(self, pattern: str, seconds: float = 90.0) -> re.Match[str]:
+        """Wait until the console has the pattern."""
+        end = time.monotonic() + seconds
+        while (found := re.search(pattern, self.console, re.DOTALL)) is None:
+            alive = self.lab.run(["sh", "-c", "kill -0 $(cat /tmp/live.pid)"]).code == 0
+            assert alive and time.monotonic() < end, f"no {pattern!r}:\n{self.console[-3000:]}\n{self.said}"
+            time.sleep(0.3)
+        return found
+
+    def qmp(
+        self, *commands: Mapping[str, Any], event: str = "", seconds: float = 30.0
+    ) -> tuple[list[Any], list[dict[str, Any]]]:
+        """Replies (`return`, or the whole error) and events, of one connection; waits for `event` if there is one."""
+        words = [sys.executable, REPOSITORY / "tests/lab/vmm_qmp.py", QMP, json.dumps(commands)]
+        done = self.lab.run([*words, event, str(seconds)], timeout=seconds + 30).check()
+        seen = json.loads(done.stdout)
+        replies = [item.get("return", item) for item in seen if "event" not in item]
+        events = [item for item in seen if "event" in item]
+        if event:
+            assert any(item["event"] == event for item in events), f"no {event}: {seen}\n{self.console[-2000:]}"
+        return replies, events
+
+    def do(self, command: str, /, **arguments: Any) -> Any:
+        """One command's reply. Underscores in argument names stand for hyphens."""
+        named = {key.replace("_", "-"): value for key, value in arguments.items()}
+        replies, _ = self.qmp({"execute": command, "arguments": named} if named else {"execute": command})
+        assert not (isinstance(replies[0], dict) and "error" in replies[0]), replies[0]
+        return replies[0]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from kvik.vmm.backends.tap import TapBackend
-from lab.vmm_live import Guest, wait_for
+from lab.vmm_net_live import Guest, wait_for
 
 HOST, PEER = "10.77.0.1", "10.77.0.2"
 

@@ -11,6 +11,7 @@ from kvik.vmm import acpi, boot, parts, smbios
 from kvik.vmm.acpi.description import Cpu, Description, spread_ram
 from kvik.vmm.acpi.dsdt import PCI_HOTPLUG
 from kvik.vmm.cpu.cpuid import LARGEST_PLAIN_DESTINATION, check_physical_bits, cpuid_for
+from kvik.vmm.cpu.hotplug import VcpuHotplug
 from kvik.vmm.cpu.topology import Topology
 from kvik.vmm.devices.acpi_events import AcpiEvents, CpuHotplug
 from kvik.vmm.devices.pvpanic import Pvpanic
@@ -23,6 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.config import MachineConfig
     from kvik.vmm.confinement import Confinement
+    from kvik.vmm.vcpu import VcpuThread
 
 __all__ = ["add_vcpus", "build"]
 
@@ -79,7 +81,9 @@ def _add_platform(machine: Machine) -> None:
     if config.pvpanic:
         machine.add(Pvpanic("pvpanic"))
     if config.cpus.maximum > config.cpus.count:
-        machine.add(CpuHotplug(events, config.cpus.count, config.cpus.maximum))
+        registers = CpuHotplug(events, config.cpus.count, config.cpus.maximum)
+        machine.add(registers)
+        machine.vcpu_hotplug = VcpuHotplug(machine, registers, lambda index: add_vcpu(machine, index))
     if len(config.serials) > len(COM_PORTS):
         raise InvalidArgument(f"a PC has {len(COM_PORTS)} serial lines, not {len(config.serials)}")
     for index, serial in enumerate(config.serials):
@@ -114,6 +118,20 @@ def add_vcpus(machine: Machine) -> None:
         machine.add_vcpu(topology.apic_id(index)).vcpu.set_cpuid(table)
 
 
+def add_vcpu(machine: Machine, index: int) -> VcpuThread:
+    """One more, for hot-plug. On an error nothing of it stays but its number, which KVM does not give out again."""
+    config = machine.config.cpus
+    table = cpuid_for(machine.system.supported_cpuid(), config, index)
+    thread = machine.add_vcpu(Topology.of(config).apic_id(index), index)
+    try:
+        thread.vcpu.set_cpuid(table)
+    except BaseException:
+        machine.vcpus.remove(thread)
+        thread.vcpu.close()
+        raise
+    return thread
+
+
 class KernelLoader:
     """Loads the kernel, its initrd and the tables: at power-on, and again at each reset, from files that stay open."""
 
@@ -127,6 +145,7 @@ class KernelLoader:
     def __call__(self) -> None:
         machine = self.machine
         config = machine.config
+        self.description.cpus = _cpus(machine)  # hot-plug changes who is there
         tables = acpi.build(self.description)
         names = smbios.build(
             config.smbios,
@@ -143,17 +162,23 @@ class KernelLoader:
         entry.apply(machine.vcpus[0].vcpu)
 
 
+def _cpus(machine: Machine) -> list[Cpu]:
+    """Those that are there and those that may come."""
+    config = machine.config
+    topology = Topology.of(config.cpus)
+    node_of = {cpu: number for number, node in enumerate(config.memory.nodes) for cpu in node.cpus}
+    present = {thread.index for thread in machine.vcpus}
+    return [
+        Cpu(topology.apic_id(index), index in present, node_of.get(index, 0))
+        for index in range(max(config.cpus.maximum, config.cpus.count))
+    ]
+
+
 def _describe(machine: Machine) -> Description:
     """What the ACPI tables say."""
     config = machine.config
-    topology = Topology.of(config.cpus)
     nodes = config.memory.nodes
-    node_of = {cpu: number for number, node in enumerate(nodes) for cpu in node.cpus}
-    count = config.cpus.count
-    cpus = [
-        Cpu(topology.apic_id(index), index < count, node_of.get(index, 0))
-        for index in range(max(config.cpus.maximum, count))
-    ]
+    cpus = _cpus(machine)
     return Description(
         machine.memory.layout,
         cpus,
@@ -163,5 +188,5 @@ def _describe(machine: Machine) -> Description:
         com_ports=tuple(range(len(config.serials))),
         pvpanic="pvpanic" in machine.devices,
         vmgenid=config.vmgenid,
-        cpu_hotplug=len(cpus) > count,
+        cpu_hotplug=machine.vcpu_hotplug is not None,
     )

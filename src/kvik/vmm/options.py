@@ -72,6 +72,8 @@ OPTIONS = {
     "incoming": Option("incoming", "unix:PATH|tcp:HOST:PORT|fd=N", "wait for a migration"),
     "restore": Option("restore", "DIRECTORY", "start from a snapshot"),
     "catch-up": Option("catch_up", "", "with restore: the guest's clock counts the time it was at rest"),
+    "migratable": Option("migratable", "", "the sandbox lets it be migrated away, over a descriptor sent with getfd"),
+    "snapshots": Option("snapshots", "DIRECTORY", "the only place where a sandboxed machine may save itself"),
     "sandbox": Option("sandbox", "on|log|off", "Landlock and seccomp once everything is open (on)"),
     "trace": Option("trace", "FILE|-", "record every exit; summary at the end"),
     "log": Option("log", "text|json", "form of messages on stderr"),

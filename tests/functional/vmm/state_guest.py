@@ -30,6 +30,14 @@ PATTERN = 0x310_0000
 ECHO = bytes.fromhex("be00000003 ff06 bafd030000 ec a801 74f4 baf8030000 ec ee ebeb".replace(" ", ""))
 
 
+DIRTY, ERRORS, PAGES = 0x200_0000, 0x300_1000, 512
+# xor ebx, ebx; 1: mov esi, DIRTY; mov ecx, PAGES; 2: cmp [esi], ebx; je 3f; inc dword [ERRORS]; 3: inc dword [esi];
+# add esi, 4096; dec ecx; jnz 2b; inc ebx; mov [COUNTER], ebx; jmp 1b. A page that lost an update is an error for ever.
+WRITER = bytes.fromhex(
+    "31db be00000002 b900020000 391e 7406 ff0500100003 ff06 81c600100000 49 75eb 43 891d00000003 ebd8".replace(" ", "")
+)
+
+
 class Guest:
     """A machine with the far end of its serial line."""
 
@@ -62,9 +70,9 @@ class Guest:
         self.echo(b"hello")
 
 
-def config(directory: Path, line: socket.socket, **memory: Any) -> MachineConfig:
-    text = ECHO.rjust(0x850 + len(ECHO), b"\x90").ljust(4096, b"\x90")
-    kernel = directory / "kernel"
+def config(directory: Path, line: socket.socket, code: bytes = ECHO, **memory: Any) -> MachineConfig:
+    text = code.rjust(0x850 + len(code), b"\x90").ljust(4096, b"\x90")
+    kernel = directory / ("kernel" if code is ECHO else "writer")
     if not kernel.exists():
         kernel.write_bytes(elf(text=text, entry=KERNEL + 0x850))
     return MachineConfig(
@@ -86,6 +94,18 @@ def booted(directory: Path, **memory: Any) -> Iterator[Guest]:
         pytest.skip(str(error))
     with machine, ours:
         machine.start()
+        yield Guest(machine, ours)
+
+
+@contextmanager
+def awaiting(directory: Path, uri: str, **memory: Any) -> Iterator[Guest]:
+    """A machine like those of `booted`, to be filled from `uri`."""
+    from kvik.vmm.state.migration import await_incoming
+
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with build(config(directory, theirs, **memory), boot=False) as machine, ours:
+        await_incoming(machine, uri)
         yield Guest(machine, ours)
 
 

@@ -1,4 +1,4 @@
-"""What a guest once did, or could have done, to its machine: one test for each finding of the review and the fuzzers."""
+"""What a guest once did, or could have done, to its machine: a test for each finding."""
 
 from __future__ import annotations
 
@@ -121,3 +121,135 @@ def test_disk_i_o_goes_on_where_no_thread_can_be_started(tmp_path, monkeypatch):
         assert threads.wait(5) and done == [request] and not request.result
     threads.close()
     assert os.listdir(tmp_path) == ["disk"]
+
+
+def test_a_vcpu_may_say_things_while_the_loop_sends_what_waits():
+    """The buffer grew while it was being written: a BufferError on the vCPU's thread, which ended the guest."""
+    import _thread
+    import socket
+
+    from kvik.vmm.backends.char import Chardev
+
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    loop, errors = EventLoop(), []
+    loop.on_error = errors.append
+    chardev = Chardev(f"fd={ours.detach()}")
+    chardev.open(loop, lambda data: None)
+    ended, sent = _thread.allocate_lock(), []
+    ended.acquire()
+
+    def vcpu():
+        try:
+            for _ in range(20_000):
+                sent.append(chardev.write(b"0123456789abcdef"))
+        except BaseException as error:
+            errors.append(error)
+        ended.release()
+
+    _thread.start_new_thread(vcpu, ())
+    got = 0
+    while not ended.acquire(timeout=0):
+        loop.run_once(0)
+        try:
+            got += len(theirs.recv(1 << 16))
+        except BlockingIOError:
+            pass
+    for _ in range(1000):
+        loop.run_once(0)
+        try:
+            got += len(theirs.recv(1 << 16))
+        except BlockingIOError:
+            break
+    assert not errors and len(sent) == 20_000
+    chardev.close()
+    while data := theirs.recv(1 << 16):
+        got += len(data)
+    assert got == sum(sent)
+    theirs.close()
+    loop.close()
+
+
+def test_views_of_memory_that_was_taken_away_are_harmless():
+    """A guest may put its rings into memory that is hot-unplugged afterwards; a request may still be in flight."""
+    from kvik.vmm.memory import HostMemory
+
+    memory = GuestMemory.allocate(2 << 20, hotplug=1 << 30)
+    start = memory.layout.hotplug[0]
+    region = memory.add_ram(start, 2 << 20, HostMemory())
+    view = memory.view(start, 4096)
+    view[:] = b"x" * 4096
+    memory.remove(region)
+    assert bytes(view[:8]) == bytes(8)
+    view[:8] = b"harmless"
+    with pytest.raises(GuestFault):
+        memory.view(start, 1)
+    memory.close()
+
+
+def test_a_doorbell_that_kvm_has_no_room_for_rings_by_an_exit():
+    import errno
+
+    from kvik.kvm.descriptor import KvmError
+    from kvik.vmm.interrupts import Doorbells
+
+    class Full:
+        def ioeventfd(self, *_, **__):
+            raise KvmError(errno.ENOSPC, "IOEVENTFD")
+
+    bells = Doorbells(Full())
+    bells.add(0x1000, 2, 5)
+    bells.remove(0x1000, 2)
+    assert not bells.rung
+
+
+def test_a_network_whose_reads_only_fail_ends_instead_of_spinning(machine):
+    class Failing(NoBackend):
+        def receive(self, pair, buffers):
+            raise OSError(5, "Input/output error")
+
+    device = NetDevice("net0", Failing(), "52:54:00:12:34:56")
+    driver = machine.add_virtio(device)
+    driver.start(size=16)
+    driver.queues[0].add([], [2048])
+    driver.kick(0)
+    machine.turn(20)
+    assert device.gone and not device.link and device.active
+
+
+def test_a_log_line_is_lost_rather_than_waited_for():
+    from kvik.vmm.log import Log
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        while True:
+            os.write(writer, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(writer, True)
+    Log(writer).write("warning", "nobody reads this")  # returns
+    os.close(reader)
+    Log(writer).write("warning", "nobody will")
+    os.close(writer)
+
+
+def test_a_thread_that_could_not_be_confined_is_an_error_of_whoever_starts_it():
+    from kvik.vmm.loop import IoThread
+
+    def refuses():
+        raise PermissionError("no")
+
+    thread = IoThread("disk0")
+    thread.on_start = refuses
+    with pytest.raises(PermissionError):
+        thread.start()
+
+
+def test_a_crowded_loop_says_so():
+    loop = EventLoop()
+    for _ in range(5000):
+        loop.call_soon(lambda: None)
+    assert loop.crowded
+    loop.run_once(0)
+    assert not loop.crowded
+    loop.close()

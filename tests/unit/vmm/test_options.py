@@ -47,6 +47,8 @@ EXAMPLES = {
     "incoming": ("unix:/x", "incoming", "unix:/x"),
     "restore": ("/dir", "restore", "/dir"),
     "catch-up": ("on", "catch_up", True),
+    "migratable": ("on", "migratable", True),
+    "snapshots": ("/snapshots", "snapshots", "/snapshots"),
     "sandbox": ("log", "sandbox", "log"),
     "trace": ("-", "trace", "-"),
     "log": ("json", "log", "json"),

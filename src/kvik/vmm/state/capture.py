@@ -78,7 +78,7 @@ def apply(
         saved = Fields(devices[name], f"{where}: devices.{name}").object("state")
         try:
             if same and device.kind == "vmgenid":
-                device.guid = bytes(saved["guid"])  # type: ignore[attr-defined]  # in RAM it stands already
+                device.guid = Fields(saved, f"{where}: devices.{name}").blob("guid")  # type: ignore[attr-defined]  # in RAM it stands already
             else:
                 device.restore(saved)
         except KvikError as error:

@@ -2,8 +2,8 @@
 
 Uncompressed, the file is RAM as it is: regions one behind the other, pages of zeroes are holes. Restoring maps it
 copy-on-write: nothing is read before the guest touches it, and machines restored from one file share what they do not
-write. Compressed, it is a row of chunks, each <guest address, bytes, bytes stored, CRC of these and of the bytes> and a zlib stream, ended by a chunk of
-no bytes; it must be read as a whole.
+write. Compressed, it is a row of chunks, each <guest address, bytes, bytes stored, CRC of these and of the bytes> and a
+zlib stream, ended by a chunk of no bytes; it must be read as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from kvik.vmm.memory import GuestMemory
 
-__all__ = ["data_runs", "is_zero", "load", "map_file", "read_compressed", "write", "write_compressed"]
+__all__ = ["data_runs", "is_zero", "load", "map_file", "present", "read_compressed", "write", "write_compressed"]
 
 CHUNK = 2 * MIB  # what is looked at in one piece; a transparent huge page
 MAX_RUNS = 4096  # mappings of one region; Linux allows a process 65530 (vm.max_map_count)
@@ -42,7 +42,7 @@ def is_zero(address: int, size: int) -> bool:
 
 def data_runs(region: Region) -> Iterator[tuple[int, int]]:
     """(offset, size) of what is not zero, in whole pages, in order; at most CHUNK each."""
-    for start, end in _present(region):
+    for start, end in present(region):
         for offset in range(start, end, CHUNK):
             size = min(CHUNK, end - offset)
             at = region.address + offset
@@ -60,13 +60,12 @@ def data_runs(region: Region) -> Iterator[tuple[int, int]]:
                 yield offset + first, size - first
 
 
-def _present(region: Region) -> Iterator[tuple[int, int]]:
+def present(region: Region) -> Iterator[tuple[int, int]]:
     """What may hold data: of a memfd what is allocated (reading a hole would allocate it), else everything."""
     if region.fd < 0:
         yield 0, region.size
         return
-    for start, end in _extents(region.fd, region.fd_offset, region.size):
-        yield start, end
+    yield from _extents(region.fd, region.fd_offset, region.size)
 
 
 def _extents(fd: int, base: int, size: int) -> Iterator[tuple[int, int]]:

@@ -67,14 +67,14 @@ def merge(saved: MachineConfig, given: MachineConfig) -> MachineConfig:
         if getattr(given, name) != getattr(default, name):
             setattr(saved, name, getattr(given, name))
     memory, size = saved.memory, given.memory.size
-    if size != default.memory.size and size != memory.size:
+    if size not in (default.memory.size, memory.size):
         raise InvalidArgument(
             f"the saved machine has {memory.size >> 20} MiB of memory, not {size >> 20}", remedy="leave --memory out"
         )
     for name in ("shared", "hugepages", "prealloc"):
         if getattr(given.memory, name) != getattr(default.memory, name):
             setattr(memory, name, getattr(given.memory, name))
-    if given.cpus != default.cpus and given.cpus != saved.cpus:
+    if given.cpus not in (default.cpus, saved.cpus):
         raise InvalidArgument("the CPUs of a saved machine cannot change", remedy="leave --cpus and --cpu out")
     _check_descriptors(saved, given)
     return saved

@@ -9,6 +9,7 @@ files are this user's alone (0600): they hold all that the guest knows.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -54,10 +55,10 @@ def save_steps(machine: Machine, directory: str, compression: str = "none") -> I
     if compression not in COMPRESSIONS:
         raise InvalidArgument(f"there is no compression {compression!r}", remedy=f"use {' or '.join(COMPRESSIONS)}")
     place = Path(directory).absolute()
-    if place.is_symlink() or place.exists():
-        raise AlreadyExists(f"{place} exists already", remedy="choose another name, or remove it")
     unfinished = place.with_name(f"{place.name}.{os.getpid()}.partial")
     try:
+        if place.is_symlink() or place.exists():
+            raise AlreadyExists(f"{place} exists already", remedy="choose another name, or remove it")
         unfinished.mkdir(0o700)
         with machine.paused():
             yield from _write(machine, unfinished, compression)
@@ -66,7 +67,11 @@ def save_steps(machine: Machine, directory: str, compression: str = "none") -> I
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, HostError):
-            raise HostError(f"cannot save to {directory}: {error.strerror}", errno=error.errno or 0) from error
+            confined = error.errno in {errno.EACCES, errno.EPERM} and machine.config.sandbox == "on"
+            remedy = "a machine that shall be saved to a path is started with --sandbox off" if confined else ""
+            raise HostError(
+                f"cannot save to {directory}: {error.strerror}", errno=error.errno or 0, remedy=remedy
+            ) from error
         raise
 
 
@@ -243,11 +248,13 @@ def load(machine: Machine, directory: str) -> None:
     """Put a machine that may be running into a saved state; it then goes on from there, if it ran."""
     snapshot = read(directory)
     cpu = Fields(snapshot.state, snapshot.where).object("cpu")
-    check_cpu(machine, Fields(cpu, f"{snapshot.where}: cpu"))
-    if not cpuid_equal(machine, cpu):
-        raise OperationInvalid("a machine that has run cannot become another CPU", remedy="restore into a new process")
-    machine.forget_checkpoint()
-    with machine.paused():
+    with machine.paused():  # a vCPU that runs answers no ioctl
+        check_cpu(machine, Fields(cpu, f"{snapshot.where}: cpu"))
+        if not cpuid_equal(machine, cpu):
+            raise OperationInvalid(
+                "a machine that has run cannot become another CPU", remedy="restore into a new process"
+            )
+        machine.forget_checkpoint()
         fill_and_apply(machine, snapshot, fresh=False)
 
 

@@ -85,6 +85,10 @@ class Fields:
         value: list[Any] = self._get(name, list)
         return value
 
+    @property
+    def members(self) -> dict[str, Any]:
+        return self._value
+
     def fields(self, name: str) -> Fields:
         return Fields(self.object(name), f"{self._where}: {name}")
 

@@ -19,7 +19,6 @@ from kvik.vmm.pci.bus import PciBus
 from kvik.vmm.pci.device import PciDevice
 from kvik.vmm.virtio import transport as t
 from kvik.vmm.virtio.mock import MockDriver
-from kvik.vmm.virtio.transport import VirtioPci
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class MockMachine:
         self.devices[device.name] = device
 
     def add_virtio(self, device: VirtioDevice, slot: int | None = None) -> VirtioDriver:
-        self.pci.add(VirtioPci(device), slot)
+        self.pci.add(t.VirtioPci(device), slot)
         self.devices[device.name] = device
         return VirtioDriver(self, self.pci.find(device.name))
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvik.vmm.virtio.queue import Chain, Queue
 
 _BUDGET = 256  # packets before other devices of the loop have their turn
+_MAX_FAILURES = 1024  # of reads without one that succeeds: a descriptor that stays readable and broken would spin
 _BATCH = 32  # packets received before the driver hears of them
 _MAX_SPREAD = 64  # buffers given to one read
 _AHEAD = 16  # buffers popped at once, at least
@@ -104,6 +105,7 @@ class Receiver(_Half):
         self._overflow = memoryview(bytearray(MAX_PACKET))
         self._size = 0  # bytes of a packet that waits for buffers, of which ...
         self._placed = 0  # ... so many lie in the stash, the rest in the overflow
+        self.failures = 0  # of reads, one behind the other
         self.packets = self.bytes = self.dropped = 0
 
     def kick(self) -> None:
@@ -138,10 +140,14 @@ class Receiver(_Half):
                     self.queue.flush()
                     self._watch()
                     return
-                except OSError:
+                except OSError as error:
                     self.dropped += 1
                     device.backend_errors += 1
+                    self.failures += 1
+                    if self.failures > _MAX_FAILURES:
+                        raise BackendGone(f"reading fails again and again: {error.strerror}") from error
                     continue
+                self.failures = 0
                 if not self._size:
                     continue
             if not self._deliver():

@@ -43,6 +43,7 @@ MAX_CHAIN_BYTES = 1 << 32  # 2.7.5.2: "the total length of a descriptor chain MU
 
 DESCRIPTOR = Struct("<QIHH")  # split: addr, len, flags, next; packed: addr, len, id, flags
 _unpack_descriptor = DESCRIPTOR.unpack_from
+_iter_descriptors = DESCRIPTOR.iter_unpack
 
 
 class Chain:
@@ -360,14 +361,24 @@ def _nobody() -> None:
 class SplitQueue(Queue):
     """The split virtqueue (2.7): descriptor table, available ring, used ring."""
 
-    __slots__ = ("_avail", "_desc", "_mask", "_next_avail", "_next_used", "_signalled", "_used", "_used_ring")
+    __slots__ = (
+        "_avail",
+        "_desc",
+        "_mask",
+        "_next_avail",
+        "_next_used",
+        "_signalled",
+        "_table_limit",
+        "_used",
+        "_used_ring",
+    )
 
     def reset(self) -> None:
         super().reset()
         self._next_avail = self._next_used = self._signalled = 0
         self._desc = memoryview(b"")
         self._avail = self._used = self._used_ring = self._desc
-        self._mask = 0
+        self._mask = self._table_limit = 0
 
     def _map(self) -> None:
         size = self.size
@@ -380,6 +391,7 @@ class SplitQueue(Queue):
         self._used = used.cast("H")  # flags, idx, ..., avail_event
         self._used_ring = used[4 : 4 + 8 * size].cast("I")  # id, len, id, len, ...
         self._mask = size - 1
+        self._table_limit = 16 * size if self.indirect else 0
 
     def pop(self) -> Chain | None:
         last = self._next_avail
@@ -445,32 +457,46 @@ class SplitQueue(Queue):
             chains += super().pop_many(limit - len(chains))
         return chains
 
-    def _walk_indirect(self, chain: Chain, table: bytes) -> None:
-        if chain.writable or not self._walk_readable(chain, table):
-            self._walk_any(chain, table)
-
-    def _walk_readable(self, chain: Chain, table: bytes) -> bool:
-        """A table of buffers to read, one behind the other, in the RAM where the last one was: a packet to send. False,
-        and nothing done, if it is another."""
+    def _indirect(self, chain: Chain, address: int, length: int, flags: int) -> None:
+        # As drivers write tables: alone, in order, all in one region of RAM. Anything else, and whatever is wrong, is
+        # left to the careful walk, which begins anew.
         base, end, ram = self._base, self._end, self._ram
-        views: list[memoryview] = []
-        size = 0
-        for address, length, flags, following in DESCRIPTOR.iter_unpack(table):
-            if flags & ~DESC_NEXT or not length or address < base or address + length > end:
-                return False
-            views.append(ram[address - base : address - base + length])
-            size += length
-            if not flags:
-                if size > MAX_CHAIN_BYTES:
-                    return False
-                chain.readable += views
-                chain.readable_size += size
-                return True
-            if following != len(views):
-                return False
-        return False
+        at = address - base
+        if at < 0 or address + length > end or not 0 < length <= self._table_limit or length & 15:
+            super()._indirect(chain, address, length, flags)
+            return
+        readable, writable, targets = chain.readable, chain.writable, chain.targets
+        if flags & DESC_NEXT or readable or writable:
+            super()._indirect(chain, address, length, flags)
+            return
+        read = written = 0
+        copy = bytes(ram[at : at + length])
+        for number, (start, size, kind, following) in enumerate(_iter_descriptors(copy), 1):
+            at = start - base
+            if at < 0 or start + size > end or not size or kind & DESC_INDIRECT:
+                break
+            if kind & DESC_WRITE:
+                writable.append(ram[at : at + size])
+                targets.append((start, size))
+                written += size
+            elif writable:
+                break
+            else:
+                readable.append(ram[at : at + size])
+                read += size
+            if not kind & DESC_NEXT:
+                if read + written > MAX_CHAIN_BYTES:
+                    break
+                chain.readable_size, chain.writable_size = read, written
+                return
+            if following != number:
+                break
+        readable.clear()
+        writable.clear()
+        targets.clear()
+        super()._indirect(chain, address, length, flags)
 
-    def _walk_any(self, chain: Chain, table: bytes) -> None:
+    def _walk_indirect(self, chain: Chain, table: bytes) -> None:
         count = len(table) >> 4
         following = 0
         for _ in range(count):
@@ -488,12 +514,12 @@ class SplitQueue(Queue):
 
     def _put(self, chain: Chain, written: int) -> None:
         memory = self.memory
-        slot = self._next_used & self._mask
+        used = self._next_used
+        slot = used & self._mask
         ring = self._used_ring
         ring[2 * slot] = chain.head
         ring[2 * slot + 1] = written & 0xFFFFFFFF
-        self._next_used = following = (self._next_used + 1) & 0xFFFF
-        self._used[1] = following  # x86 keeps the order of stores
+        self._next_used = self._used[1] = (used + 1) & 0xFFFF  # x86 keeps the order of stores
         if memory.dirty_log is not None:
             memory.touched(self.used, 4)
             memory.touched(self.used + 4 + 8 * slot, 8)

@@ -219,6 +219,21 @@ def test_framing_is_free(memory):
     assert driver.collect()[0].data[2:] == b"12345\x07"
 
 
+def test_an_indirect_table_may_be_in_any_order_and_end_a_chain_of_direct_ones(memory):
+    queue, driver = make(memory)
+    queue.start(INDIRECT_DESC)
+    memory.write(0x1000, b"abcdef")
+    table = [(0x1000, 1, NEXT, 2), (0x2000, 5, WRITE, 9), (0x1001, 2, NEXT, 1), (0, 0, INDIRECT, 0)]
+    memory.write(0x3000, b"".join(struct.pack("<QIHH", *entry) for entry in table))
+    driver.add_raw([(0x3000, 64, INDIRECT)])
+    driver.add_raw([(0x1003, 3, 0), (0x3000, 64, INDIRECT)])
+    for expected in (b"abc", b"defabc"):
+        chain = queue.pop()
+        assert chain.read_all(99) == expected and chain.readable_size == len(expected)
+        assert [len(part) for part in chain.writable] == [5] and chain.writable_size == 5
+        assert chain.targets == [(0x2000, 5)]
+
+
 HOSTILE = {
     "no length": [(0x1000, 0, 0)],
     "outside of RAM": [(4 << 20, 16, 0)],
