@@ -1,9 +1,9 @@
 """A stock kernel on kvik-vmm that does as it is told while it runs. Used inside the lab, by the scenarios.
 
-    with Guest("--net", "tap,ifname=kt0") as guest:
-        guest.run("ping -c 1 10.77.0.1")      # in the guest's shell, on its serial line
-        guest.qmp("set_link", name="net0", up=False)
-        guest.event("NETDEV_GONE")
+with Guest("--net", "tap,ifname=kt0") as guest:
+    guest.run("ping -c 1 10.77.0.1")      # in the guest's shell, on its serial line
+    guest.qmp("set_link", name="net0", up=False)
+    guest.event("NETDEV_GONE")
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["SHELL", "Guest", "wait_for"]
 
 PATIENCE = 60.0  # seconds for anything: the lab is slow, and never waits for nothing
 # Reads a command a line, and says with what it ended.
-SHELL = "stty -echo; echo at your service\nwhile read -r line; do eval \"$line\"; echo \"--- ended $?\"; done"
+SHELL = 'stty -echo; echo at your service\nwhile read -r line; do eval "$line"; echo "--- ended $?"; done'
 _numbers = itertools.count()
 
 

@@ -1,6 +1,6 @@
 """What happens to a running guest's network, step by step. Each function runs inside the lab:
 
-    python -m lab.vmm_net_scenarios NAME KERNEL [ARGUMENT ...]
+python -m lab.vmm_net_scenarios NAME KERNEL [ARGUMENT ...]
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def carrier(guest: Guest, wanted: int, name: str = "eth0") -> None:
 
 
 def ping(guest: Guest, address: str = HOST) -> None:
-    wait_for(f"an answer from {address}", lambda: " 0% packet loss" in guest.run(f"ping -c 2 -W 5 {address} | grep loss"))
+    wait_for(
+        f"an answer from {address}", lambda: " 0% packet loss" in guest.run(f"ping -c 2 -W 5 {address} | grep loss")
+    )
 
 
 def link_and_end(kernel: str, options: str) -> None:
@@ -82,67 +84,6 @@ def hot_plug(kernel: str, vhost: str) -> None:
             assert after == before, (before, after)
     finally:
         sh("ip link del kh0")
-
-
-def bridged(kernel: str, options: str) -> None:
-    """Two guests on a bridge, in a network namespace: this process is started in it."""
-    sh(
-        """
-        ip link add br0 type bridge; ip link set br0 up
-        for n in 1 2; do
-            ip tuntap add kb$n mode tap vnet_hdr multi_queue; ip link set kb$n master br0 up
-        done
-        """
-    )
-    cards = [f"tap,ifname=kb{n},queues=2,mac=52:54:00:77:01:0{n},{options}" for n in (1, 2)]
-    with Guest("--net", cards[0], kernel=kernel) as one, Guest("--net", cards[1], kernel=kernel) as two:
-        for number, guest in enumerate((one, two), 1):
-            guest.run(f"ip link set eth0 up; ip addr add 10.77.1.{number}/24 dev eth0")
-        ping(one, "10.77.1.2")
-        ping(two, "10.77.1.1")
-        two.run("nc -l -p 7000 >/tmp/got 2>/dev/null &")
-        sent = one.run("head -c 3000000 /dev/urandom >/tmp/data; md5sum </tmp/data")
-        wait_for("who listens", lambda: one.run("nc 10.77.1.2 7000 </tmp/data && echo sent", check=False) == "sent")
-        wait_for("all of it", lambda: two.run("md5sum </tmp/got") == sent)
-
-
-def passt(kernel: str) -> None:
-    """passt as the machine's driver starts it; the guest gets its address from it and reaches the host."""
-    path = "/tmp/passt.socket"
-    sh("ip link add kd0 type dummy; ip addr add 10.79.0.2/24 dev kd0; ip link set kd0 up; ip link set lo up")
-    sh("ip route add default via 10.79.0.1 dev kd0")
-    daemon = subprocess.Popen(["passt", "--foreground", "--quiet", "--socket", path, "-t", "none", "-u", "none"])
-    server = socket.create_server(("127.0.0.1", 7001))
-    try:
-        wait_for("passt's socket", lambda: os.path.exists(path))
-        with Guest("--net", f"passt,path={path}", kernel=kernel) as guest:
-            guest.run("ip link set eth0 up; printf '#!/bin/sh\\n' >/tmp/hook; chmod 755 /tmp/hook")
-            told = guest.run("udhcpc -i eth0 -n -q -f -t 20 -s /tmp/hook 2>&1")
-            assert "lease of 10.79.0.2 obtained" in told, told
-            guest.run("ip addr add 10.79.0.2/24 dev eth0; ip route add default via 10.79.0.1")
-            sent = guest.run("head -c 1000000 /dev/urandom >/tmp/data; md5sum </tmp/data")
-            guest.run("nc 10.79.0.1 7001 </tmp/data >/tmp/back 2>/dev/null &")
-            server.settimeout(60)
-            peer, _ = server.accept()
-            peer.settimeout(60)
-            data = b""
-            while len(data) < 1_000_000:
-                block = peer.recv(65536)
-                assert block, f"the connection ended after {len(data)} bytes"
-                data += block
-            peer.sendall(data)
-            wait_for("what came back", lambda: guest.run("wc -c </tmp/back") == "1000000")
-            assert guest.run("md5sum </tmp/back") == sent
-            guest.qmp("query-status")  # from now on it hears of events
-            daemon.terminate()
-            assert guest.event("NETDEV_GONE")["device"] == "net0"
-            carrier(guest, 0)
-            assert guest.run("echo alive") == "alive"
-    finally:
-        daemon.kill()
-        daemon.wait()
-        server.close()
-        sh("ip link del kd0")
 
 
 def echo(stream: socket.socket, data: bytes) -> None:

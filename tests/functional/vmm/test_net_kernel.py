@@ -16,9 +16,12 @@ import pytest
 
 from kvik.errors import HostError
 from kvik.host.netlink import Netlink
+from kvik.vmm import parts
 from kvik.vmm.backends.tap import TapBackend
 from kvik.vmm.loop import EventLoop
+from kvik.vmm.machine import Machine
 from kvik.vmm.memory import GuestMemory
+from kvik.vmm.options import parse
 from kvik.vmm.virtio import net
 from kvik.vmm.virtio.mock import MockDriver
 from kvik.vmm.virtio.net import NetDevice
@@ -47,7 +50,7 @@ def namespace():
     os.close(home)
 
 
-class Machine:
+class FakeMachine:
     still = False
 
     def __init__(self):
@@ -92,7 +95,7 @@ class Transport:
 
 class Rig:
     def __init__(self, vhost="off", irqfd=True, pairs=1, features=FULL):
-        self.machine = Machine()
+        self.machine = FakeMachine()
         self.backend = TapBackend.open("t0", pairs)
         with Netlink() as netlink:
             self.index = netlink.link("t0").index
@@ -307,6 +310,25 @@ def test_the_tap_is_deleted_under_it(rig, vhost):
     assert not r.device.config["status"] & net.S_LINK_UP
     if vhost == "off":
         assert len(r.tx.collect()) == 1
+
+
+def test_twenty_machines_leave_no_descriptor_open(namespace, tmp_path):
+    """KVM's descriptors, the tap, the kernel's datapath where there is one, sockets, the card's thread and its loop."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("no /dev/kvm")
+
+    def one(number):
+        path = str(tmp_path / f"vsock{number}")
+        config = parse(["--memory", "16M", "--net", "tap,ifname=t0,vhost=auto", "--vsock", f"9,uds={path}"])
+        with Machine(config) as machine:
+            machine.add(parts.make(machine, "nets", config.nets[0], 0))
+            machine.add(parts.make(machine, "vsock", config.vsock[0], 0))
+
+    one(0)  # whatever the first one makes for all
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        one(number + 1)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_interface_that_is_down_is_an_unplugged_cable(rig):
