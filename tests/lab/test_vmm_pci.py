@@ -44,7 +44,8 @@ def test_a_stock_kernel_lists_the_bus_and_drives_virtio_by_msix(lab: Lab) -> Non
         for d in /sys/bus/pci/devices/*; do echo "${d##*/} $(cat $d/vendor) $(cat $d/device) $(cat $d/class)"; done
         """
         + ENTROPY
-        + "cat /proc/interrupts\ndmesg | grep -iE 'pci|virtio' | grep -iE 'error|fail|invalid|conflict|BAR [0-9].*assign'",
+        + "cat /proc/interrupts\n"
+        "dmesg | grep -iE 'pci|virtio' | grep -iE 'error|fail|invalid|conflict|BAR [0-9].*assign'",
     )
     assert "0000:00:00.0 0x1b36 0x0008 0x060000" in text
     assert "0x1af4 0x1044" in text and "0x1b36 0x00ad 0x0b4000" in text

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from threading import Thread
 
 from kvik.errors import HostError, ImageError, NotFound
-from kvik.host import process
+from kvik.host import process, tools
 from kvik.image.compression import decompress, detect
 
 __all__ = ["Apt", "Member", "Package", "deb_members", "run_apt"]
@@ -113,7 +113,7 @@ def _clean(name: str) -> str:
 def run_apt(argv: list[str], directory: Path) -> str:
     """Run an apt program in `directory` and return its output; raises `HostError` with apt's own words."""
     environment = {**process.BASE_ENVIRONMENT, **{key: os.environ[key] for key in PASSED_ON if key in os.environ}}
-    return process.run(argv, env=environment, timeout=TIMEOUT, limit=OUTPUT_LIMIT, cwd=str(directory)).text
+    return tools.run(argv, env=environment, timeout=TIMEOUT, limit=OUTPUT_LIMIT, cwd=str(directory)).text
 
 
 class Apt:

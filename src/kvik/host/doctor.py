@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvik.errors import KvikError
-from kvik.host import facilities, node, packages, process
+from kvik.host import facilities, node, packages, process, tools
 from kvik.host.probe import Verdict, Virtualization, kvm_verdict, virtualization
 from kvik.paths import Paths
 
@@ -103,12 +103,12 @@ def find_emulator(path: str | None = None) -> Emulator:
     if not binary:
         return Emulator()
     try:
-        text = process.run([binary, "--version"], timeout=TOOL_TIMEOUT, limit=65536).text
+        text = tools.run([binary, "--version"], timeout=TOOL_TIMEOUT, limit=65536).text
         match = re.search(r"version (\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?", text)
         if match is None:
             return Emulator(binary, error=f"its answer to --version is not QEMU's: {text[:200]!r}")
         version = tuple(int(part) for part in match.groups(default="0"))
-        listing = process.run([binary, "-accel", "help"], timeout=TOOL_TIMEOUT, limit=65536).text.splitlines()
+        listing = tools.run([binary, "-accel", "help"], timeout=TOOL_TIMEOUT, limit=65536).text.splitlines()
     except KvikError as error:
         return Emulator(binary, error=error.message)
     # A heading, then one name a line; builds that split accelerators into modules list only the installed ones.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from kvik.errors import HostError, KvikError, OperationTimeout
-from kvik.host import node, process
+from kvik.host import node, process, tools
 from kvik.host.files import atomic_write, ensure_directory, try_read_file
 from kvik.host.kvm_probe import FAST, GUEST_DEADLINE, STAGES
 from kvik.kvm.extension import extension
@@ -314,7 +314,7 @@ def probe(root: Path = _ROOT, *, deadline: float = DEADLINE, command: list[str] 
     host = virtualization(root)
     limit = deadline
     try:
-        done = process.run(command or probe_command(device), timeout=deadline, limit=65536, check=False)
+        done = tools.run(command or probe_command(device), timeout=deadline, limit=65536, check=False)
         if done.code == -signal.SIGALRM:
             limit = GUEST_DEADLINE
             raise OperationTimeout("the guest hangs")

@@ -1,13 +1,13 @@
-"""The only place that starts, watches and ends processes.
+"""Starts, watches and ends processes; with `tools.py` the only place that does.
 
-Two ways in: `spawn` for what lives on (a machine's VMM, a network's dnsmasq), `run` for short tools. No shell, an
+`spawn` is for what lives on (a machine's VMM, a network's dnsmasq); short tools are run by `tools.run`. No shell, an
 explicit environment, no inherited descriptor but those named.
 
 A process is identified by its pid *and* its start time (proc(5), field 22 of /proc/PID/stat, in clock ticks since
 boot) and, across a reboot, by the boot's id. Once found it is held by a pidfd (pidfd_open(2)), which names that one
 process for ever: a signal can never reach another process that got the same pid later.
 
-`spawn` and `run` go through `subprocess.Popen` without `preexec_fn` and without a change of user, which lets CPython
+Both go through `subprocess.Popen` without `preexec_fn` and without a change of user, which lets CPython
 use vfork: the cost does not grow with the daemon's memory.
 """
 
@@ -16,24 +16,19 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-import selectors
 import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kvik.errors import HostError, OperationTimeout
 
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BASE_ENVIRONMENT: Mapping[str, str] = {"PATH": SEARCH_PATH, "LC_ALL": "C", "HOME": "/"}
-DEFAULT_TIMEOUT = 30.0  # seconds
-DEFAULT_OUTPUT_LIMIT = 1 << 20  # bytes of each of stdout and stderr
-_MESSAGE_LIMIT = 2000  # characters of a tool's own message that go into an error
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -260,8 +255,7 @@ class ProcessHandle:
         if self._pidfd < 0:
             return
         if self._child is not None and not self._poll():
-            with _abandoned_lock:
-                _abandoned.append(self._child)
+            abandon(self._child)
         os.close(self._pidfd)
         self._pidfd = -1
 
@@ -283,7 +277,13 @@ _abandoned: list[subprocess.Popen[bytes]] = []
 _abandoned_lock = threading.Lock()
 
 
-def _reap_abandoned() -> None:
+def abandon(child: subprocess.Popen[bytes]) -> None:
+    """Leave a child to be reaped later, whenever it ends."""
+    with _abandoned_lock:
+        _abandoned.append(child)
+
+
+def reap_abandoned() -> None:
     with _abandoned_lock:
         _abandoned[:] = [child for child in _abandoned if child.poll() is None]
 
@@ -308,7 +308,7 @@ def find(pid: int, start_time: int, boot: str | None = None) -> ProcessHandle | 
     return ProcessHandle(pid, start_time, pidfd)
 
 
-def _popen(argv: Sequence[str], env: Mapping[str, str] | None, **options: Any) -> subprocess.Popen[bytes]:
+def popen(argv: Sequence[str], env: Mapping[str, str] | None, **options: Any) -> subprocess.Popen[bytes]:
     program = argv[0]
     try:
         return subprocess.Popen(
@@ -341,13 +341,13 @@ def spawn(
     `argv[0]` is a path or a name sought in `SEARCH_PATH`. `env` replaces the whole environment
     (`BASE_ENVIRONMENT` if None). Standard descriptors not given are /dev/null; `pass_fds` keep their numbers.
     """
-    _reap_abandoned()
+    reap_abandoned()
     if "/" not in argv[0]:
         found = find_program(argv[0])
         if found is None:
             raise HostError(f"cannot run {argv[0]}: no such program in {SEARCH_PATH}", errno=2)
         argv = [found, *argv[1:]]
-    child = _popen(
+    child = popen(
         argv,
         env,
         stdin=subprocess.DEVNULL if stdin is None else stdin,
@@ -368,29 +368,6 @@ def spawn(
     return ProcessHandle(child.pid, stat.start_time, pidfd, child)
 
 
-# Short tools ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """What a tool did. `code` as in `ProcessHandle`."""
-
-    argv: tuple[str, ...]
-    code: int
-    out: bytes
-    err: bytes
-
-    @property
-    def text(self) -> str:
-        return self.out.decode("utf-8", "replace")
-
-    @property
-    def message(self) -> str:
-        """The tool's own words about a failure: stderr, or else stdout, without blank edges, bounded."""
-        words = self.err.strip() or self.out.strip()
-        return words.decode("utf-8", "replace")[-_MESSAGE_LIMIT:]
-
-
 def describe_exit(code: int | None) -> str:
     """An exit status as words: "exit code 1", "killed by SIGSEGV", "ended"."""
     if code is None:
@@ -401,201 +378,3 @@ def describe_exit(code: int | None) -> str:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:
         return f"killed by signal {-code}"
-
-
-def run(
-    argv: Sequence[str],
-    *,
-    input: bytes = b"",
-    env: Mapping[str, str] | None = None,
-    timeout: float = DEFAULT_TIMEOUT,
-    limit: int = DEFAULT_OUTPUT_LIMIT,
-    pass_fds: Sequence[int] = (),
-    cwd: str | None = None,
-    check: bool = True,
-) -> Completed:
-    """Run a short tool to its end.
-
-    Raises `OperationTimeout` when `timeout` seconds are over and `HostError` when it cannot be started, writes more
-    than `limit` bytes to stdout or stderr or, with `check`, fails; its own message is in the error. In each case the
-    tool and what it started in its session are killed and reaped before the error is raised.
-    """
-    return _Tool(
-        argv, input=input, env=env, timeout=timeout, limit=limit, pass_fds=pass_fds, cwd=cwd, check=check
-    ).run()
-
-
-async def run_async(
-    argv: Sequence[str],
-    *,
-    input: bytes = b"",
-    env: Mapping[str, str] | None = None,
-    timeout: float = DEFAULT_TIMEOUT,
-    limit: int = DEFAULT_OUTPUT_LIMIT,
-    pass_fds: Sequence[int] = (),
-    cwd: str | None = None,
-    check: bool = True,
-) -> Completed:
-    """`run` in a thread, for an event loop. Cancelling it kills the tool."""
-    tool = _Tool(argv, input=input, env=env, timeout=timeout, limit=limit, pass_fds=pass_fds, cwd=cwd, check=check)
-    future = asyncio.get_running_loop().run_in_executor(None, tool.run)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        tool.abort()
-        await asyncio.wait([future])
-        future.cancelled() or future.exception()  # retrieved: no "never retrieved" warning
-        raise
-
-
-class _Tool:
-    """One run of a short tool: a select loop over its pipes, its pidfd and an abort pipe."""
-
-    def __init__(
-        self,
-        argv: Sequence[str],
-        *,
-        input: bytes,
-        env: Mapping[str, str] | None,
-        timeout: float,
-        limit: int,
-        pass_fds: Sequence[int],
-        cwd: str | None,
-        check: bool,
-    ) -> None:
-        if "/" not in argv[0]:
-            argv = [find_program(argv[0]) or argv[0], *argv[1:]]
-        self.argv = tuple(argv)
-        self.input = memoryview(input)
-        self.env = env
-        self.timeout = timeout
-        self.limit = limit
-        self.pass_fds = tuple(pass_fds)
-        self.cwd = cwd
-        self.check = check
-        self._abort_event = threading.Event()
-        self._wake = -1
-        self._wake_lock = threading.Lock()
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.argv[0])  # noqa: PTH119
-
-    def abort(self) -> None:
-        self._abort_event.set()
-        with self._wake_lock:
-            if self._wake >= 0:
-                os.eventfd_write(self._wake, 1)
-
-    def run(self) -> Completed:
-        _reap_abandoned()
-        deadline = time.monotonic() + self.timeout
-        child = _popen(
-            self.argv,
-            self.env,
-            stdin=subprocess.PIPE if self.input else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=self.pass_fds,
-            cwd=self.cwd,
-        )
-        ended = False
-        pidfd = -1
-        try:
-            pidfd = os.pidfd_open(child.pid)
-            with self._wake_lock:
-                self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-            out, err = self._converse(child, pidfd, deadline)
-            code = child.wait()
-            ended = True
-        finally:
-            if not ended:
-                # Its own session, and not reaped yet: the group is certainly the one that we started.
-                try:
-                    os.killpg(child.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-                try:
-                    child.wait(1.0)
-                except subprocess.TimeoutExpired:
-                    # Stuck in the kernel (state D) on broken hardware or a dead file server: our caller is not.
-                    with _abandoned_lock:
-                        _abandoned.append(child)
-            with self._wake_lock:
-                if self._wake >= 0:
-                    os.close(self._wake)
-                    self._wake = -1
-            if pidfd >= 0:
-                os.close(pidfd)
-            for pipe in (child.stdin, child.stdout, child.stderr):
-                if pipe is not None:
-                    _close(pipe)
-        done = Completed(self.argv, code, out, err)
-        if self.check and code != 0:
-            words = done.message
-            raise HostError(f"{self.name} failed ({describe_exit(code)})" + (f": {words}" if words else ""))
-        return done
-
-    def _converse(self, child: subprocess.Popen[bytes], pidfd: int, deadline: float) -> tuple[bytes, bytes]:
-        assert child.stdout is not None and child.stderr is not None
-        gathered = {child.stdout.fileno(): bytearray(), child.stderr.fileno(): bytearray()}
-        with selectors.DefaultSelector() as selector:
-            for fd in gathered:
-                os.set_blocking(fd, False)
-                selector.register(fd, selectors.EVENT_READ)
-            if child.stdin is not None:
-                os.set_blocking(child.stdin.fileno(), False)
-                selector.register(child.stdin, selectors.EVENT_WRITE)
-            selector.register(pidfd, selectors.EVENT_READ)
-            selector.register(self._wake, selectors.EVENT_READ)
-            exited = False
-            # A grandchild may keep the pipes open for ever: the end is the tool's own, not end of file.
-            while not exited:
-                left = deadline - time.monotonic()
-                ready = selector.select(left) if left > 0 else []
-                if self._abort_event.is_set():
-                    raise HostError(f"{self.name} was cancelled")
-                if not ready:
-                    words = Completed(self.argv, 0, *map(bytes, gathered.values())).message
-                    raise OperationTimeout(
-                        f"{self.name} did not finish within {self.timeout:g} s" + (f": {words}" if words else "")
-                    )
-                for key, _ in ready:
-                    if key.fd == pidfd:
-                        exited = True
-                    elif child.stdin is not None and key.fileobj is child.stdin:
-                        self._feed(selector, child.stdin)
-                    elif key.fd in gathered and not self._gather(key.fd, gathered[key.fd]):
-                        selector.unregister(key.fd)
-            for fd, buffer in gathered.items():
-                while self._gather(fd, buffer, drain=True):
-                    pass
-        out, err = gathered.values()
-        return bytes(out), bytes(err)
-
-    def _feed(self, selector: selectors.BaseSelector, pipe: IO[bytes]) -> None:
-        try:
-            self.input = self.input[os.write(pipe.fileno(), self.input) :]
-        except BrokenPipeError:
-            self.input = self.input[:0]  # it does not want the rest; its exit status tells
-        if not self.input:
-            selector.unregister(pipe)
-            _close(pipe)
-
-    def _gather(self, fd: int, buffer: bytearray, *, drain: bool = False) -> bool:
-        """Read once; False at the end of file or, draining, when nothing is left."""
-        try:
-            data = os.read(fd, 65536)
-        except BlockingIOError:
-            return not drain
-        buffer += data
-        if len(buffer) > self.limit:
-            raise HostError(f"{self.name} wrote more than {self.limit} bytes; it was stopped")
-        return bool(data)
-
-
-def _close(pipe: IO[bytes]) -> None:
-    try:
-        pipe.close()
-    except BrokenPipeError:
-        pass

@@ -9,10 +9,10 @@ Client (kvik's drivers)                       Server (kvik's own VMM)
     any          bad input    FAILED              any          bad line            same (error reply)
     any          end          CLOSED              any          line too long, end  FAILED, CLOSED
 
-One message is one JSON object on one line. What the peer sends is not trusted: lines are bounded before they are
-buffered, every field is type-checked, and whatever is wrong is a `HypervisorError`, never another exception. A
-reply to a command that nobody waits for any more (its deadline passed) is dropped; a reply to a command that was
-never sent fails the connection.
+One message is one JSON object on one line; a server takes commands without line ends too, as QEMU does. What the peer
+sends is not trusted: lines are bounded before they are buffered, every field is type-checked, and whatever is wrong is
+a `HypervisorError`, never another exception. A reply to a command that nobody waits for any more (its deadline passed)
+is dropped; a reply to a command that was never sent fails the connection.
 
 Reference: QEMU's docs/interop/qmp-spec.
 """
@@ -20,6 +20,7 @@ Reference: QEMU's docs/interop/qmp-spec.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,6 +158,68 @@ class LineBuffer:
         if self._scanned > self._limit or any(len(line) > self._limit for line in lines):
             raise HypervisorError(f"a line exceeds the limit of {self._limit} bytes")
         return [stripped for line in lines if (stripped := line.strip())]
+
+
+class ObjectBuffer:
+    """Splits a byte stream into JSON objects as QEMU does: by their braces, not by lines. Some clients (qemu.qmp) end
+    no line, and people paste objects of several lines. Holds at most `limit` bytes of an unfinished one.
+
+    What cannot be an object comes out as a piece of its own, for the parser to refuse: a line without braces, a line
+    end inside a string, and whatever is nested deeper than `MAX_DEPTH`, up to the end of its line.
+    """
+
+    __slots__ = ("_buffer", "_depth", "_limit", "_quoted", "_scanned", "_skipping")
+
+    MAX_DEPTH = 200
+
+    def __init__(self, limit: int) -> None:
+        self._buffer = bytearray()
+        self._limit = limit
+        self._scanned = self._depth = 0
+        self._quoted = self._skipping = False
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The complete pieces; empty ones are dropped. Raises `HypervisorError`."""
+        self._buffer += data
+        pieces: list[bytes] = []
+        start = 0
+        while (found := (_IN_STRING if self._quoted else _OUTSIDE).search(self._buffer, self._scanned)) is not None:
+            mark, self._scanned = found[0], found.end()
+            ended = mark == b"\n" and (self._quoted or self._skipping or self._depth == 0)
+            if self._skipping and not ended:
+                continue
+            if self._quoted:
+                self._quoted = mark != b'"' if len(mark) == 1 else True
+            elif mark == b'"':
+                self._quoted = True
+            elif mark in b"{[":
+                self._depth += 1
+                self._skipping = self._depth > self.MAX_DEPTH
+            elif mark in b"}]":
+                self._depth -= 1
+                ended = self._depth <= 0
+            if ended:
+                if piece := bytes(self._buffer[start : self._scanned]).strip():
+                    pieces.append(piece)
+                start, self._depth, self._quoted, self._skipping = self._scanned, 0, False, False
+        # A backslash at the end waits for what it escapes.
+        self._scanned = len(self._buffer) - (self._quoted and self._buffer.endswith(b"\\"))
+        if self._quoted and self._scanned < len(self._buffer) and self._escaped():
+            self._scanned = len(self._buffer)
+        del self._buffer[:start]
+        self._scanned -= start
+        if len(self._buffer) > self._limit or any(len(piece) > self._limit for piece in pieces):
+            self._buffer = bytearray()
+            raise HypervisorError(f"a line exceeds the limit of {self._limit} bytes")
+        return pieces
+
+    def _escaped(self) -> bool:
+        """Whether the backslash at the end is itself escaped: an even number of them stands there."""
+        return (len(self._buffer) - len(self._buffer.rstrip(b"\\"))) % 2 == 0
+
+
+_OUTSIDE = re.compile(rb'[\n"{}\[\]]')
+_IN_STRING = re.compile(rb'\\.|["\n]', re.DOTALL)
 
 
 class Client:
@@ -312,7 +375,7 @@ class Server:
             "qemu": {"major": version[0], "minor": version[1], "micro": version[2]},
             "package": package,
         }
-        self._lines = LineBuffer(max_line)
+        self._lines = ObjectBuffer(max_line)
 
     def greeting(self) -> bytes:
         body = {"version": self._version, "capabilities": list(self.capabilities)}

@@ -6,10 +6,11 @@ Device modules are imported here and only when the machine has such a device.
 from __future__ import annotations
 
 from kvik.errors import InvalidArgument
+from kvik.kvm import constants as c
 from kvik.vmm import acpi, boot, parts, smbios
 from kvik.vmm.acpi.description import Cpu, Description, spread_ram
 from kvik.vmm.acpi.dsdt import PCI_HOTPLUG
-from kvik.vmm.cpu.cpuid import cpuid_for
+from kvik.vmm.cpu.cpuid import LARGEST_PLAIN_DESTINATION, check_physical_bits, cpuid_for
 from kvik.vmm.cpu.topology import Topology
 from kvik.vmm.devices.acpi_events import AcpiEvents, CpuHotplug
 from kvik.vmm.devices.pvpanic import Pvpanic
@@ -90,8 +91,14 @@ def add_vcpus(machine: Machine) -> None:
     config = machine.config.cpus
     supported = machine.system.supported_cpuid()
     topology = Topology.of(config)
+    if topology.largest_apic_id > LARGEST_PLAIN_DESTINATION:
+        ids = c.X2APIC_API_USE_32BIT_IDS | c.X2APIC_API_DISABLE_BROADCAST_QUIRK
+        machine.vm.enable_cap(c.Capability.X2APIC_API, ids)
     for index in range(config.count):
-        machine.add_vcpu(topology.apic_id(index)).vcpu.set_cpuid(cpuid_for(supported, config, index))
+        table = cpuid_for(supported, config, index)
+        if not index:
+            check_physical_bits(table, machine.memory.layout.end)
+        machine.add_vcpu(topology.apic_id(index)).vcpu.set_cpuid(table)
 
 
 class KernelLoader:

@@ -8,8 +8,8 @@ Physical addresses are in p_paddr, where crash looks, and in p_vaddr, so that gd
 The guest's kernel keeps its VMCOREINFO note (symbol addresses, KASLR's offset) somewhere in RAM: it is looked for on
 the way, which is why the notes come last. Memory use is bounded: one block at a time.
 
-References: ELF-64 Object File Format 1.5; Linux elfcore.h, Documentation/admin-guide/kdump/vmcoreinfo.rst;
-QEMU's target/i386/arch_dump.c for the "QEMU" note.
+References: ELF-64 Object File Format 1.5; Linux include/linux/elfcore.h and
+Documentation/admin-guide/kdump/vmcoreinfo.rst; QEMU's target/i386/arch_dump.c for the "QEMU" note.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ ROM_AREA = 0xE_0000  # where an operating system looks for tables without UEFI (
 RSDP = ROM_AREA
 VMGENID = 0xE_F000  # a page of its own, behind the ACPI tables
 SMBIOS = 0xF_0000  # searched from here on (SMBIOS 5.2.1)
+RESET_VECTOR = 0xF_FFF0  # where a BIOS begins: a kernel that finds no other way to reboot jumps here in real mode
 HIGH_MEMORY = 0x10_0000
 KERNEL = 0x100_0000  # 16 MiB: a bzImage's usual preferred address
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 from kvik.errors import InvalidArgument
-from kvik.vmm.layout import HIGH_MEMORY, SMBIOS
+from kvik.vmm.layout import RESET_VECTOR, SMBIOS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def build(
     tables.add(32, 0x2000, bytes(6) + b"\0", [])  # no boot error
     tables.add(127, 0x7F00, b"", [])
     address = SMBIOS + 32
-    if address + len(tables.data) > HIGH_MEMORY:
+    if address + len(tables.data) > RESET_VECTOR:
         raise InvalidArgument(
             f"{len(tables.data)} bytes of SMBIOS tables do not fit",
             remedy="shorten the OEM strings, or use fewer sockets",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from functional.vmm.guests import machine_with, needs_kvm, protected_mode
+from functional.vmm.guests import machine_with, needs_kvm
 from kvik.errors import AlreadyExists, OperationInvalid
 from kvik.vmm.config import MachineConfig
 from kvik.vmm.device import MmioDevice, PortDevice
@@ -194,7 +194,7 @@ def test_pausing_again_and_again_loses_nothing() -> None:
 def test_a_triple_fault_resets_and_the_program_starts_again() -> None:
     probe = Probe()
     # mov $1,%al; mov $PORT,%dx; out %al,%dx; ud2
-    machine = machine_with(bytes.fromhex("b001 66ba f005 ee 0f0b"), mode=protected_mode)
+    machine = machine_with(bytes.fromhex("b001 66ba f005 ee 0f0b"), mode="protected")
     machine.add(probe)
     events: list[tuple[str, dict[str, Any]]] = []
     machine.listeners.append(lambda name, data: events.append((name, data)))
@@ -208,7 +208,7 @@ def test_a_triple_fault_resets_and_the_program_starts_again() -> None:
 
 @pytest.mark.parametrize(("policy", "status"), [("shutdown", "shutdown"), ("none", "paused")])
 def test_a_guest_s_reboot_may_end_or_stop_the_machine(policy: str, status: str) -> None:
-    machine = machine_with(b"\x0f\x0b", mode=protected_mode, change=lambda config: setattr(config, "on_reboot", policy))
+    machine = machine_with(b"\x0f\x0b", mode="protected", change=lambda config: setattr(config, "on_reboot", policy))
     seen: list[str] = []
     machine.listeners.append(lambda name, data: seen.append(machine.status))
     machine.loop.call_later(0.5, lambda: machine.quit("enough"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvik.errors import HostError, OperationTimeout
-from kvik.host import process
+from kvik.host import process, tools
 
 SLEEP = ["sleep", "60"]
 STUBBORN = ["/bin/sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"]
@@ -45,7 +45,7 @@ def test_only_named_descriptors_reach_the_child() -> None:
     read, write = os.pipe()
     os.set_inheritable(read, True)
     try:
-        listing = process.run(["ls", "/proc/self/fd"], pass_fds=[write]).text.split()
+        listing = tools.run(["ls", "/proc/self/fd"], pass_fds=[write]).text.split()
         assert str(write) in listing
         assert str(read) not in listing
     finally:
@@ -133,7 +133,7 @@ def test_a_reused_pid_is_never_signalled() -> None:
     script = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from kvik.host import process
+from kvik.host import process, tools
 os.system("mount -t proc proc /proc")
 first = process.spawn(["sleep", "60"])
 pid, started = first.pid, first.start_time
@@ -152,7 +152,7 @@ second.kill(); second.wait(5)
 print("held")
 """
     source = str(Path(process.__file__).parents[2])
-    done = process.run(
+    done = tools.run(
         ["unshare", "--pid", "--fork", "--mount", sys.executable, "-c", script, source],
         env={**process.BASE_ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"},
         check=False,
@@ -164,23 +164,23 @@ print("held")
 
 def test_run_returns_both_outputs_and_feeds_input_beyond_the_pipe_size() -> None:
     data = os.urandom(300_000)
-    done = process.run(["/bin/sh", "-c", "cat; echo warned >&2"], input=data)
+    done = tools.run(["/bin/sh", "-c", "cat; echo warned >&2"], input=data)
     assert done.out == data
     assert done.err == b"warned\n"
 
 
 def test_a_tool_that_closes_its_input_early_is_judged_by_its_exit_status() -> None:
-    assert process.run(["true"], input=b"x" * 1_000_000).code == 0
+    assert tools.run(["true"], input=b"x" * 1_000_000).code == 0
 
 
 def test_a_failing_tool_is_reported_in_its_own_words() -> None:
     with pytest.raises(HostError, match=r"sh failed \(exit code 4\): no such bridge"):
-        process.run(["/bin/sh", "-c", "echo no such bridge >&2; exit 4"])
-    assert process.run(["/bin/sh", "-c", "exit 4"], check=False).code == 4
+        tools.run(["/bin/sh", "-c", "echo no such bridge >&2; exit 4"])
+    assert tools.run(["/bin/sh", "-c", "exit 4"], check=False).code == 4
 
 
 def test_a_missing_tool_is_named() -> None:
-    for call in (process.run, process.spawn):
+    for call in (tools.run, process.spawn):
         with pytest.raises(HostError, match="kvik-no-such-tool") as raised:
             call(["kvik-no-such-tool"])
         assert raised.value.errno == 2
@@ -189,36 +189,34 @@ def test_a_missing_tool_is_named() -> None:
 def test_too_much_output_stops_the_tool() -> None:
     started = time.monotonic()
     with pytest.raises(HostError, match="more than 1000 bytes"):
-        process.run(["yes"], limit=1000)
+        tools.run(["yes"], limit=1000)
     assert time.monotonic() - started < 5
 
 
 def test_a_deadline_kills_the_tool_and_its_children_and_keeps_its_words(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     with pytest.raises(OperationTimeout, match="probing"):
-        process.run(
-            ["/bin/sh", "-c", f"echo probing >&2; sleep 60 & echo $! > {note}; trap '' TERM; wait"], timeout=0.3
-        )
+        tools.run(["/bin/sh", "-c", f"echo probing >&2; sleep 60 & echo $! > {note}; trap '' TERM; wait"], timeout=0.3)
     assert wait_gone(int(note.read_text()))
 
 
 def test_a_grandchild_that_keeps_the_pipe_does_not_hold_up_the_caller() -> None:
     started = time.monotonic()
-    done = process.run(["/bin/sh", "-c", "sleep 3 & echo done"])
+    done = tools.run(["/bin/sh", "-c", "sleep 3 & echo done"])
     assert done.out == b"done\n"
     assert time.monotonic() - started < 2
 
 
 async def test_cancelling_an_async_run_kills_the_tool(tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    task = asyncio.create_task(process.run_async(["/bin/sh", "-c", f"echo $$ > {note}; sleep 60"]))
+    task = asyncio.create_task(tools.run_async(["/bin/sh", "-c", f"echo $$ > {note}; sleep 60"]))
     while not note.exists() or not note.read_text():
         await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert wait_gone(int(note.read_text()))
-    assert (await process.run_async(["echo", "hi"])).out == b"hi\n"
+    assert (await tools.run_async(["echo", "hi"])).out == b"hi\n"
 
 
 def test_a_closed_handle_leaves_no_zombie_behind() -> None:
@@ -226,7 +224,7 @@ def test_a_closed_handle_leaves_no_zombie_behind() -> None:
     pid = handle.pid
     handle.close()
     time.sleep(0.2)
-    process.run(["true"])
+    tools.run(["true"])
     assert process.read_stat(pid) is None
 
 

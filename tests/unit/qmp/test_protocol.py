@@ -195,3 +195,33 @@ def test_refused_capabilities_fail_the_client() -> None:
     client.negotiate()
     with pytest.raises(HypervisorError, match="refused"):
         client.receive(server.failure(1, "GenericError", "no"))
+
+
+COMMANDS = [
+    b'{"execute": "a", "id": "}{\\\\\\"]["}',
+    b'{"execute":\n "b",\n "arguments": {"x": [{}, "\\\\"]}}',
+    b"junk\n",
+    b'{"execute": "c}\n',  # a string that does not end
+    b'{"execute": "d"}',
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("between", [b"", b"\n", b" \r\n"])
+def test_commands_need_no_line_ends(size: int, between: bytes) -> None:
+    """As with QEMU, whose own client (qemu.qmp) sends none; however the bytes are cut."""
+    _, server = connected()
+    data = between.join(COMMANDS)
+    names, answers = [], b""
+    for start in range(0, len(data), size):
+        commands, answer = server.receive(data[start : start + size])
+        names += [command.name for command in commands]
+        answers += answer
+    assert names == ["a", "b", "d"]
+    assert answers.count(b"JSON parse error") == 2
+
+
+def test_what_is_nested_too_deeply_is_refused_at_the_end_of_its_line() -> None:
+    _, server = connected()
+    commands, answer = server.receive(b'{"execute": ' + b"[" * 5000 + b"\n" + b'{"execute": "ok"}')
+    assert [command.name for command in commands] == ["ok"] and b"JSON parse error" in answer

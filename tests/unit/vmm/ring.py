@@ -9,7 +9,7 @@ from kvik.vmm.layout import MIB
 from kvik.vmm.loop import EventLoop
 from kvik.vmm.memory import GuestMemory
 from kvik.vmm.virtio.device import VirtioDevice
-from kvik.vmm.virtio.queue import DESC_NEXT, DESC_WRITE, VERSION_1
+from kvik.vmm.virtio.queue import DESC_NEXT, DESC_WRITE, EVENT_IDX, VERSION_1
 
 RING_SPACE = 0x8000
 DATA = 0x20_0000
@@ -76,11 +76,13 @@ class FakeTransport:
 class Driver:
     """Drives one device: `put` a chain, `kick`, `take` what came back. Descriptors are never reused."""
 
+    transport_class = FakeTransport
+
     def __init__(self, device: VirtioDevice, features: int = -1, *, machine: Any = None) -> None:
         self.device = device
         self.machine = machine if machine is not None else FakeMachine()
         self.memory = self.machine.memory
-        self.transport = FakeTransport()
+        self.transport = self.transport_class()
         device.transport = self.transport
         device.attach(self.machine)
         self.start(features)
@@ -88,10 +90,11 @@ class Driver:
 
     def start(self, features: int = -1) -> None:
         device = self.device
-        acked = (device.features if features < 0 else features) | VERSION_1
+        acked = (device.features if features < 0 else features) | VERSION_1 | device.ring_features & EVENT_IDX
         device.make_queues(acked)
         self.free = [0] * len(device.queues)
         self.avail = [0] * len(device.queues)
+        self.kicked = [0] * len(device.queues)
         self.used = [0] * len(device.queues)
         for queue in device.queues:
             base = RING_SPACE * (1 + queue.index)
@@ -125,7 +128,17 @@ class Driver:
         return head
 
     def kick(self, index: int) -> None:
-        self.device.kick(index)
+        """Kick, if the device asked for it as 2.7.10 has it: a device that forgets to ask stands still here too."""
+        queue = self.device.queues[index]
+        new, old = self.avail[index], self.kicked[index]
+        if queue.event_idx:
+            event = self.memory.u16(queue.used + 4 + 8 * queue.size)
+            wanted = (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
+        else:
+            wanted = not self.memory.u16(queue.used) & 1
+        self.kicked[index] = new
+        if wanted:
+            self.device.kick(index)
 
     def take(self, index: int) -> list[tuple[int, int]]:
         """(head, written) of what the device gave back since."""

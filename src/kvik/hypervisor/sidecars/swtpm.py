@@ -16,7 +16,7 @@ from pathlib import Path
 from kvik.conf.devices.other import PcrBanks, Tpm, TpmBackend
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported, HostError, HypervisorError
-from kvik.host import process
+from kvik.host import tools
 from kvik.host.files import ensure_directory, host_error
 from kvik.host.process import BASE_ENVIRONMENT, find_program
 from kvik.hypervisor import words
@@ -107,7 +107,7 @@ async def _run(setup: str, directory: Path, backend: TpmBackend, options: list[s
     if "XDG_CONFIG_HOME" in os.environ:
         env["XDG_CONFIG_HOME"] = os.environ["XDG_CONFIG_HOME"]  # a user's own swtpm_setup.conf
     try:
-        await process.run_async(argv, env=env, timeout=_SETUP_DEADLINE)
+        await tools.run_async(argv, env=env, timeout=_SETUP_DEADLINE)
     except HostError as error:
         raise HypervisorError(f"the emulated TPM could not be made: {error}", remedy=error.remedy) from error
 

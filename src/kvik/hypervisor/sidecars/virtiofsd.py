@@ -14,7 +14,7 @@ from pathlib import Path
 from kvik.conf.devices.other import Filesystem, FilesystemBinary
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported
-from kvik.host import process
+from kvik.host import tools
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars.group import Command, program
 
@@ -67,7 +67,7 @@ async def virtiofsd_command(device: Filesystem, listening: int) -> Command:
         raise ConfigError(f"the shared directory {directory} does not exist", path="/domain/devices/filesystem/source")
     described = device.binary or FilesystemBinary()
     path = described.path or program("virtiofsd", others=_PLACES)
-    answer = await process.run_async([path, "--version"], check=False, timeout=10.0)
+    answer = await tools.run_async([path, "--version"], check=False, timeout=10.0)
     options = _successor if re.match(r"virtiofsd (backend )?\d", answer.text) else _first
     argv = [path, f"--fd={listening}", *options(described, directory, device.readonly)]
     if described.thread_pool is not None:

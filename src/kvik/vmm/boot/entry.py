@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 
-from kvik.vmm.layout import BOOT_GDT, BOOT_PAGE_TABLES
+from kvik.vmm.layout import ACPI_PORT, BOOT_GDT, BOOT_PAGE_TABLES, RESET_VECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ EFER_LME, EFER_LMA = 1 << 8, 1 << 10
 BOOT_CS, BOOT_DS, BOOT_TSS = 0x10, 0x18, 0x20
 CODE32, CODE64, DATA, TSS = 0x00CF9B000000FFFF, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00008B0000000067
 LARGE_PAGE = 0x83  # present, writable, 2 MiB
+# mov $reset register,%dx; mov $1,%al; out %al,%dx; hlt; jmp to the hlt. On a hardware-reduced machine Linux tries EFI,
+# then this, and never ACPI's reset register itself (arch/x86/kernel/reboot.c, reboot_init, machine_real_restart).
+RESET_CODE = b"\xba" + struct.pack("<H", ACPI_PORT + 2) + b"\xb0\x01\xee\xf4\xeb\xfd"
 MAPPED_GIB = 4  # boot.rst: the kernel, zero page and command line must be identity mapped; all of them lie below 4 GiB
 
 
@@ -39,7 +42,8 @@ class Entry:
         self.info = info
 
     def prepare(self, memory: GuestMemory) -> None:
-        """Write the descriptor table and, for long mode, page tables into low memory."""
+        """Write the descriptor table and, for long mode, page tables into low memory; the code that a reboot enters."""
+        memory.write(RESET_VECTOR, RESET_CODE)
         code = CODE64 if self.mode == "long64" else CODE32
         memory.write(BOOT_GDT, struct.pack("<5Q", 0, 0, code, DATA, TSS))
         if self.mode != "long64":

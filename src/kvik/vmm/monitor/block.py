@@ -72,7 +72,7 @@ def settings_of(context: Context, top: Node) -> c.DiskConfig:
         fd=os.dup(bottom.fd),
         format=top.driver if top.driver in FORMATS else "raw",
         readonly=top.readonly or bottom.readonly,
-        cache=bottom.cache,
+        cache=top.cache if top.cache != "writeback" else bottom.cache,
         aio=bottom.aio,
         discard=top.discard or bottom.discard,
     )

@@ -5,6 +5,7 @@ Reference: QEMU's qapi/machine.json.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,10 @@ def topology(config: CpuConfig, number: int) -> dict[str, int]:
 
 def query_cpus_fast(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
     machine = context.machine
+    for _ in range(100):  # a thread tells its number in its first microseconds
+        if machine.status == "prelaunch" or all(vcpu.thread_id for vcpu in machine.vcpus):
+            break
+        time.sleep(0.001)
     return [
         {
             "cpu-index": vcpu.index,

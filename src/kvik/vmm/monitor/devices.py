@@ -84,6 +84,8 @@ def _disk(context: Context, name: str, properties: Arguments) -> c.DiskConfig:
     settings.queues = number("num-queues", properties.get("num-queues", 0), 0, 64)
     settings.queue_size = number("queue-size", properties.get("queue-size", 256), 2, 1024)
     settings.packed = boolean("packed", properties.get("packed", False))
+    if not boolean("write-cache", properties.get("write-cache", True)) and settings.cache != "unsafe":
+        settings.cache = "directsync" if settings.cache == "none" else "writethrough"
     for ours in ("werror", "rerror"):
         value = text(ours, properties.get(ours, "report"))
         if value not in ("report", "stop", "enospc", "ignore"):

@@ -104,7 +104,8 @@ class Hotplug:
             self.on_removed(device)
             return
         machine = self.bus.machine
-        machine.remove(device.name)
+        if device.name in machine.devices:  # else somebody took it away meanwhile
+            machine.remove(device.name)
         machine.emit("DEVICE_DELETED", {"device": device.name, "path": f"/machine/peripheral/{device.name}"})
 
     def reset(self) -> None:

@@ -108,6 +108,7 @@ class Balloon(VirtioDevice):
         for _ in range(ROUND):
             chain = queue.pop()
             if chain is None:
+                self._rearm(queue)
                 break
             if role == "inflate":
                 self._inflate(chain)
@@ -119,6 +120,11 @@ class Balloon(VirtioDevice):
         else:
             self.loop.call_soon(lambda: self.kick(index))
         queue.flush()
+
+    def _rearm(self, queue: Queue) -> None:
+        """All is taken: let the driver kick again, and look once more if it put something meanwhile."""
+        if queue.enable_notifications():
+            self.loop.call_soon(lambda: self.kick(queue.index))
 
     def _inflate(self, chain: Chain) -> None:
         data = chain.read_all(4 * MAX_PFNS)
@@ -179,6 +185,7 @@ class Balloon(VirtioDevice):
             found = _STAT.iter_unpack(data[: len(data) // _STAT.size * _STAT.size])
             self.guest_stats = {STATS[tag]: value for tag, value in found if tag < len(STATS)}
             self.stats_time = time.time()
+        self._rearm(queue)
         queue.flush()
 
     def ask_for_stats(self) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvik.vmm.backends.char import Chardev
     from kvik.vmm.device import State
     from kvik.vmm.machine import Machine
+    from kvik.vmm.virtio.queue import Queue
 
 __all__ = ["Console", "Port"]
 
@@ -127,6 +128,11 @@ class Console(VirtioDevice):
             else:
                 self._receive(number)
 
+    def _rearm(self, queue: Queue) -> None:
+        """All is taken: let the driver kick again, and look once more if it put something meanwhile."""
+        if queue.enable_notifications():
+            self.loop.call_soon(lambda: self.kick(queue.index))
+
     @staticmethod
     def _queue_of(number: int) -> int:
         """The index of a port's receive queue; its transmit queue is the next."""
@@ -139,7 +145,10 @@ class Console(VirtioDevice):
         if not queue.ready:
             return
         for _ in range(ROUND):
-            if port.unsent or (chain := queue.pop()) is None:
+            if port.unsent:
+                break
+            if (chain := queue.pop()) is None:
+                self._rearm(queue)
                 break
             data = chain.read_all(MAX_WRITE)
             queue.push(chain, 0)
@@ -183,6 +192,8 @@ class Console(VirtioDevice):
             port.received += given
             queue.push(chain, given)
         queue.flush()
+        if port.pending and port.guest_open:
+            self._rearm(queue)
         if not port.pending:
             port.chardev.resume_input()
 
@@ -193,6 +204,7 @@ class Console(VirtioDevice):
         for _ in range(ROUND):
             chain = queue.pop()
             if chain is None:
+                self._rearm(queue)
                 break
             data = chain.read_all(4096)
             queue.push(chain, 0)
@@ -235,6 +247,8 @@ class Console(VirtioDevice):
         while self._control and (chain := queue.pop()) is not None:
             queue.push(chain, chain.write(self._control.popleft()))
         queue.flush()
+        if self._control:
+            self._rearm(queue)
 
     def _set_guest_open(self, number: int, opened: bool) -> None:
         port = self.ports[number]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvik.vmm.device import State
     from kvik.vmm.machine import Machine
     from kvik.vmm.memory import Region
+    from kvik.vmm.virtio.queue import Queue
 
 __all__ = ["Mem"]
 
@@ -108,6 +109,7 @@ class Mem(VirtioDevice):
         for _ in range(ROUND):
             chain = queue.pop()
             if chain is None:
+                self._rearm(queue)
                 break
             kind, address, blocks = _REQUEST.unpack(chain.take_front(_REQUEST.size))
             answer, state = self._do(kind, address, blocks)
@@ -115,6 +117,11 @@ class Mem(VirtioDevice):
         else:
             self.loop.call_soon(lambda: self.kick(0))
         queue.flush()
+
+    def _rearm(self, queue: Queue) -> None:
+        """All is taken: let the driver kick again, and look once more if it put something meanwhile."""
+        if queue.enable_notifications():
+            self.loop.call_soon(lambda: self.kick(queue.index))
 
     def _do(self, kind: int, address: int, blocks: int) -> tuple[int, int]:
         config = self.config

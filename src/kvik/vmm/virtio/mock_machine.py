@@ -60,15 +60,13 @@ class MockMachine:
             device.attach(self)
         self.devices[device.name] = device
 
-    def remove(self, name: str) -> None:
-        device = self.devices.pop(name, None)
-        if device is not None:
-            device.close()
-
     def add_virtio(self, device: VirtioDevice, slot: int | None = None) -> VirtioDriver:
         self.pci.add(VirtioPci(device), slot)
         self.devices[device.name] = device
         return VirtioDriver(self, self.pci.find(device.name))
+
+    def remove(self, name: str) -> None:
+        self.devices.pop(name).close()
 
     def turn(self, rounds: int = 4) -> None:
         """Let the loop deal with what is there."""
@@ -187,7 +185,8 @@ class VirtioDriver:
     def request(self, index: int, readable: list[bytes], writable: list[int]) -> bytes:
         """One request, start to end; what the device wrote. AssertionError if it was not answered."""
         self.queues[index].add(readable, writable)
-        self.kick(index)
+        if self.queues[index].wants_kick():  # else the device promised to look
+            self.kick(index)
         done = self.queues[index].collect()
         assert len(done) == 1, f"{len(done)} requests answered; {self.machine.logged}"
         return done[0].data

@@ -59,7 +59,7 @@ class PackedQueue(Queue):
         return self.ready and self._available()
 
     def pop(self) -> Chain | None:
-        if not self._available():
+        if not self._available() and (self._polling or not self._arm()):
             return None
         size, at, ring = self.size, self._avail_at, self._ring
         count = 1
@@ -114,15 +114,29 @@ class PackedQueue(Queue):
             log_written(memory, chain, written)
 
     def disable_notifications(self) -> None:
+        self._polling = True
         self._device_event[1] = EVENT_DISABLE
+        self.memory.touched(self.used, 4)
 
     def enable_notifications(self) -> bool:
-        if self.event_idx:
-            self._device_event[0] = self._avail_at | self._avail_wrap << 15
-            self._device_event[1] = EVENT_DESC
-        else:
+        self._polling = False
+        if not self.event_idx:
             self._device_event[1] = EVENT_ENABLE
-        with self._fence:  # the wish is visible before the ring is looked at, as for the split ring
+            self.memory.touched(self.used, 4)
+            with self._fence:  # the wish is visible before the ring is looked at, as for the split ring
+                pass
+            return self._available()
+        self._arm()
+        return self._available()
+
+    def _arm(self) -> bool:
+        """The ring is empty: ask for a notification of the next request. Whether one came meanwhile."""
+        if not self.event_idx:
+            return False
+        self._device_event[0] = self._avail_at | self._avail_wrap << 15
+        self._device_event[1] = EVENT_DESC
+        self.memory.touched(self.used, 4)
+        with self._fence:
             pass
         return self._available()
 

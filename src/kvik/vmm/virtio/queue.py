@@ -4,15 +4,10 @@ A queue belongs to one event loop; no two threads may use it at once. Everything
 hostile: each descriptor is read once, chains are bounded by the queue's size and 2^32 bytes, every address is checked
 against RAM. What is malformed raises `GuestFault`, which the device layer turns into DEVICE_NEEDS_RESET.
 
-    queue.disable_notifications()
-    while True:
-        while (chain := queue.pop()) is not None:
-            written = work(chain.readable, chain.writable)
-            queue.push(chain, written)
-        queue.flush()
-        if not queue.enable_notifications():
-            break
-        queue.disable_notifications()
+    while (chain := queue.pop()) is not None:
+        written = work(chain.readable, chain.writable)
+        queue.push(chain, written)
+    queue.flush()
 """
 
 from __future__ import annotations
@@ -144,6 +139,7 @@ class Queue:
         "_fence",
         "_held",
         "_next_order",
+        "_polling",
         "_pop_order",
         "_ram",
         "avail",
@@ -180,6 +176,7 @@ class Queue:
         self.event_idx = self.indirect = self.in_order = False
         self._held: dict[int, tuple[Chain, int]] = {}
         self._pop_order = self._next_order = 0
+        self._polling = False  # notifications are disabled
         self.forget_memory()
 
     def forget_memory(self) -> None:
@@ -204,7 +201,8 @@ class Queue:
         raise NotImplementedError
 
     def pop(self) -> Chain | None:
-        """The next request, or None. GuestFault if it is malformed: the device must then stop."""
+        """The next request. None: there is none, and the driver will notify of the next one (unless that is disabled).
+        GuestFault if it is malformed: the device must then stop."""
         raise NotImplementedError
 
     def push(self, chain: Chain, written: int) -> None:
@@ -226,7 +224,7 @@ class Queue:
         raise NotImplementedError
 
     def disable_notifications(self) -> None:
-        """The driver need not notify (2.7.10): the device polls. A hint only."""
+        """The driver need not notify (2.7.10): the device polls, until `enable_notifications`. A hint only."""
         raise NotImplementedError
 
     def enable_notifications(self) -> bool:
@@ -361,7 +359,9 @@ class SplitQueue(Queue):
         avail = self._avail
         ahead = (avail[1] - last) & 0xFFFF  # x86 does not reorder loads: the entry is read behind the index
         if not ahead:
-            return None
+            if self._polling or not self._arm():
+                return None
+            ahead = (avail[1] - last) & 0xFFFF
         size = self.size
         if ahead > size:
             raise GuestFault(f"queue {self.index}: the available index is {ahead} ahead, of {size} entries")
@@ -421,15 +421,29 @@ class SplitQueue(Queue):
             log_written(memory, chain, written)
 
     def disable_notifications(self) -> None:
+        self._polling = True
         if not self.event_idx:
             self._used[0] = 1  # VIRTQ_USED_F_NO_NOTIFY
+            self.memory.touched(self.used, 2)
         # With EVENT_IDX the old avail_event stays behind the index, which silences the driver.
 
     def enable_notifications(self) -> bool:
-        if self.event_idx:
-            self._used[2 + 4 * self.size] = self._next_avail  # avail_event
-        else:
+        self._polling = False
+        if not self.event_idx:
             self._used[0] = 0
+            self.memory.touched(self.used, 2)
+            with self._fence:  # as in `_arm`
+                pass
+            return self._avail[1] != self._next_avail
+        self._arm()
+        return self._avail[1] != self._next_avail
+
+    def _arm(self) -> bool:
+        """The ring is empty: ask for a notification of the next request. Whether one came meanwhile."""
+        if not self.event_idx:
+            return False
+        self._used[2 + 4 * self.size] = self._next_avail  # avail_event
+        self.memory.touched(self.used + 4 + 8 * self.size, 2)
         # The store above must be seen before the index is read, or a request put in between is never heard of
         # (2.7.10.1). x86 reorders exactly this pair; taking a lock is a full barrier.
         with self._fence:

@@ -10,6 +10,7 @@ from kvik.vmm.virtio.device import VirtioDevice
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.device import State
+    from kvik.vmm.virtio.queue import Queue
 
 __all__ = ["Rng"]
 
@@ -38,6 +39,7 @@ class Rng(VirtioDevice):
         for _ in range(ROUND):
             chain = queue.pop()
             if chain is None:
+                self._rearm(queue)
                 break
             wanted = min(chain.writable_size, MAX_BYTES)
             if wait := self.limit.take(wanted):
@@ -52,6 +54,11 @@ class Rng(VirtioDevice):
         else:
             self.loop.call_soon(lambda: self.kick(index))
         queue.flush()
+
+    def _rearm(self, queue: Queue) -> None:
+        """All is taken: let the driver kick again, and look once more if it put something meanwhile."""
+        if queue.enable_notifications():
+            self.loop.call_soon(lambda: self.kick(queue.index))
 
     def _again(self) -> None:
         self._waiting = False

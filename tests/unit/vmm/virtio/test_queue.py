@@ -110,6 +110,19 @@ def test_kicks_are_asked_for_only_when_the_queue_is_idle(memory, features):
 
 
 @pytest.mark.parametrize("features", FEATURES)
+def test_a_queue_that_was_found_empty_asks_for_a_kick(memory, features):
+    """Without a word of the device: whoever pops until None must hear of the next request."""
+    queue, driver = make(memory, features)
+    for number in range(100):
+        for _ in range(number % 3 + 1):
+            driver.add([b"x"], [1])
+        assert driver.wants_kick()
+        for chain in queue:
+            queue.push(chain, 1)
+        driver.collect()
+
+
+@pytest.mark.parametrize("features", FEATURES)
 def test_state_is_carried_to_another_queue(memory, features):
     queue, driver = make(memory, features)
     for round_ in range(50):

@@ -1,0 +1,241 @@
+"""Devices that another process serves: against the real back ends where they are installed, and against broken ones."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvik.errors import HostError, InvalidArgument, OperationFailed
+from kvik.vmm.layout import MIB
+from kvik.vmm.memory import HostMemory
+from kvik.vmm.vhost_user import VhostUser
+from kvik.vmm.virtio import blk
+from kvik.vmm.virtio.fs import Fs
+from kvik.vmm.virtio.vhost_user_blk import VhostUserBlk
+
+from .ring import Driver, FakeMachine, FakeTransport
+
+VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
+
+
+class EventfdTransport(FakeTransport):
+    """Kicks and interrupts as descriptors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kicks: dict[int, int] = {}
+        self.calls: dict[int, int] = {}
+        self.taken: set[int] = set()
+
+    def notifier_fd(self, index: int) -> int:
+        self.taken.add(index)
+        return self.kicks.setdefault(index, os.eventfd(0, os.EFD_NONBLOCK))
+
+    def release_notifier(self, index: int) -> None:
+        self.taken.discard(index)
+
+    def interrupt_fd(self, index: int) -> int | None:
+        return self.calls.setdefault(index, os.eventfd(0, os.EFD_NONBLOCK))
+
+
+class Served(Driver):
+    transport_class = EventfdTransport
+    transport: EventfdTransport
+
+    def ask(self, kind: int, sector: int, data: bytes = b"", room: int = 0) -> tuple[int, bytes]:
+        header = self.space(16, struct.pack("<IIQ", kind, 0, sector))
+        status = self.space(1, b"\xee")
+        parts = [(header, 16, False)]
+        answer = self.space(max(room, len(data), 1), data)
+        if data:
+            parts.append((answer, len(data), False))
+        if room:
+            parts.append((answer, room, True))
+        self.put(0, [*parts, (status, 1, True)])
+        os.eventfd_write(self.transport.kicks[0], 1)
+        for _ in range(100):
+            if self.take(0):
+                return self.memory.read(status, 1)[0], self.memory.read(answer, room)
+            if select.select([self.transport.calls[0]], [], [], 0.1)[0]:
+                os.eventfd_read(self.transport.calls[0])
+        raise TimeoutError("the back end never answered")
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise TimeoutError(f"{path} never came")
+
+
+def shared_machine() -> FakeMachine:
+    return FakeMachine(32 * MIB, host=HostMemory(shared=True))
+
+
+@pytest.fixture
+def qcow2(tmp_path: Path) -> Path:
+    if not shutil.which("qemu-storage-daemon") or not shutil.which("qemu-img"):
+        pytest.skip("needs qemu-storage-daemon and qemu-img (qemu-utils, qemu-system-common)")
+    path = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "8M"], check=True)
+    return path
+
+
+def storage_daemon(image: Path, path: Path) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [
+            *("qemu-storage-daemon", "--blockdev", f"driver=file,node-name=f,filename={image}"),
+            *("--blockdev", "driver=qcow2,node-name=q,file=f"),
+            *("--export", f"type=vhost-user-blk,id=e,node-name=q,writable=on,addr.type=unix,addr.path={path}"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    wait_for(path, process)
+    return process
+
+
+@pytest.fixture
+def daemon(qcow2: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    process = storage_daemon(qcow2, tmp_path / "sock")
+    yield process, tmp_path / "sock"
+    process.kill()
+    process.communicate()
+
+
+def test_a_qcow2_disk_through_qemu_storage_daemon(daemon: Any, qcow2: Path) -> None:
+    process, path = daemon
+    driver = Served(VhostUserBlk("disk0", str(path)), machine=shared_machine())
+    assert driver.device.config["capacity"] == 8 * MIB // 512
+    data = os.urandom(8192)
+    assert driver.ask(blk.T_OUT, 16, data) == (blk.S_OK, b"")
+    assert driver.ask(blk.T_IN, 16, room=8192) == (blk.S_OK, data)
+    assert driver.ask(blk.T_IN, 1 << 40, room=512)[0] == blk.S_IOERR
+    # Paused, its queues are ours and its state is whole; afterwards it goes on where it was
+    driver.device.pause()
+    assert driver.transport.taken == set()
+    assert driver.device.state()["queues"][0]["next_avail"] == 3
+    driver.device.resume()
+    assert driver.ask(blk.T_FLUSH, 0)[0] == blk.S_OK
+    assert driver.ask(blk.T_IN, 16, room=8192) == (blk.S_OK, data)
+    driver.close()
+    process.terminate()
+    process.wait(10)
+    read = subprocess.run(
+        ["qemu-io", "-f", "qcow2", "-c", "read -v 8192 16", str(qcow2)], capture_output=True, text=True, check=False
+    )
+    assert " ".join(f"{byte:02x}" for byte in data[:16]) in read.stdout
+
+
+def test_a_killed_back_end_is_an_error_an_event_and_no_more(daemon: Any, qcow2: Path) -> None:
+    process, path = daemon
+    driver = Served(VhostUserBlk("disk0", str(path)), machine=shared_machine())
+    assert driver.ask(blk.T_IN, 0, room=512)[0] == blk.S_OK
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        driver.machine.loop.run_once(0.1)
+        if driver.device.broken:
+            break
+    assert driver.device.broken
+    assert driver.transport.resets == 1
+    assert [name for name, _ in driver.machine.events] == ["VHOST_USER_DISCONNECTED"]
+    assert driver.transport.taken == set()
+    # A back end that is started again serves after the guest's reset of the device
+    path.unlink()
+    again = storage_daemon(qcow2, path)
+    try:
+        driver.device.stop()
+        driver.start()
+        assert not driver.device.broken
+        assert driver.ask(blk.T_IN, 0, room=512)[0] == blk.S_OK
+    finally:
+        driver.close()
+        again.kill()
+        again.communicate()
+
+
+def test_private_memory_is_refused_with_the_way_out(daemon: Any) -> None:
+    _, path = daemon
+    device = VhostUserBlk("disk0", str(path))
+    with pytest.raises(InvalidArgument, match="shared"):
+        Served(device)
+    device.close()
+
+
+@pytest.mark.skipif(not Path(VIRTIOFSD).exists(), reason="needs virtiofsd (qemu-system-common)")
+@pytest.mark.skipif(os.geteuid() != 0, reason="virtiofsd makes namespaces: needs root")
+def test_virtiofsd_answers_the_first_message_of_fuse(tmp_path: Path) -> None:
+    path = tmp_path / "fs.sock"
+    process = subprocess.Popen(
+        [VIRTIOFSD, f"--socket-path={path}", "-o", f"source={tmp_path}", "-o", "sandbox=chroot"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        wait_for(path, process)
+        driver = Served(Fs("fs0", str(path), "shared"), machine=shared_machine())
+        assert driver.device.config.raw("tag").rstrip(b"\0") == b"shared"
+        assert driver.device.config["num_request_queues"] == 1
+        # FUSE_INIT of protocol 7.31 (linux/fuse.h): header of 40 bytes, then major, minor, max_readahead, flags
+        message = struct.pack("<IIQQIIII", 56, 26, 1, 0, 0, 0, 0, 0) + struct.pack("<IIII", 7, 31, 65536, 0)
+        answer = driver.space(256)
+        driver.put(1, [(driver.space(56, message), 56, False), (answer, 80, True)])
+        os.eventfd_write(driver.transport.kicks[1], 1)
+        for _ in range(50):
+            if driver.take(1):
+                break
+            time.sleep(0.1)
+        length, error, unique, major, minor = struct.unpack_from("<IiQII", driver.memory.read(answer, 24))
+        assert (error, unique, major) == (0, 1, 7)
+        assert length == 80
+        assert minor >= 31
+        driver.close()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"", HostError),
+        (struct.pack("=III", 1, 5, 0xFFFFFFFF), OperationFailed),
+        (struct.pack("=III", 7, 5, 8) + bytes(8), OperationFailed),
+        (struct.pack("=III", 1, 1, 8) + bytes(8), OperationFailed),
+        (struct.pack("=III", 1, 5, 4) + bytes(4), OperationFailed),
+        (struct.pack("=III", 1, 5, 8) + bytes(3), HostError),
+    ],
+    ids=["hangs up", "endless", "another request", "no reply", "short", "cut off"],
+)
+def test_a_back_end_that_answers_nonsense_is_an_error(answer: bytes, error: type[Exception]) -> None:
+    ours, theirs = socket.socketpair()
+
+    def speak() -> None:
+        with theirs:
+            theirs.recv(100)
+            theirs.sendall(answer)
+
+    thread = threading.Thread(target=speak)
+    thread.start()
+    with pytest.raises(error):
+        VhostUser(ours.detach())
+    thread.join()
+
+
+def test_no_back_end_is_said_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"none\.sock"):
+        VhostUser(str(tmp_path / "none.sock"))
