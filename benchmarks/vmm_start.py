@@ -2,9 +2,6 @@
 
 The guest is a kernel of a few instructions, whose first is a byte to COM1: when that comes out at the other end of a
 pipe the vCPU runs. So this measures the product as it is, on any KVM. The peer is `python -I -S -c pass`.
-
-    vmm_start.py            the table
-    vmm_start.py --zygote   the same through a zygote
 """
 
 from __future__ import annotations
