@@ -1,6 +1,9 @@
 """virtio-blk of kvik-vmm beside QEMU's: same kernel, same initramfs, same file, in the lab, interleaved.
 
-    PYTHONPATH=src python benchmarks/vmm_disk.py [--runs 5] [--seconds 2]
+    PYTHONPATH=src python benchmarks/vmm_disk.py [--runs 5] [--seconds 2] [--tmpfs]
+
+The disk is a block device of the lab in its page cache, as an image in a file system would be; --tmpfs: a file in
+tmpfs, where io_uring hands every request to a worker thread.
 
 Needs gcc (a static program is the load) and what the lab needs. Figures are ratios: the lab is an emulated host.
 """
@@ -8,6 +11,8 @@ Needs gcc (a static program is the load) and what the lab needs. Figures are rat
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +31,7 @@ LOADS = [("randread", 4096, depth) for depth in (1, 8, 32)]
 LOADS += [("randwrite", 4096, depth) for depth in (1, 32)]
 LOADS += [("seqread", 1 << 18, 4), ("seqwrite", 1 << 18, 4)]
 RESULT = re.compile(r"RESULT (\w+) (\d+) (\d+) ([\d.]+)")
-DISK = "/tmp/bench.raw"
+SIZE = 64  # MiB
 Key = tuple[str, int, int]
 
 
@@ -37,11 +42,11 @@ def guest_program() -> bytes:
         return out.read_bytes()
 
 
-def commands(kernel: Path, memory: int) -> dict[str, list[str]]:
-    append = "console=ttyS0 quiet panic=-1"
+def commands(kernel: Path, memory: int, disk: str) -> dict[str, list[str]]:
+    append = "console=ttyS0 quiet panic=-1 pci=noearly"  # see lab.vmm_guest
     ours = vmm_command(
         *("--kernel", str(kernel), "--initrd", f"{SHARE}/initrd", "--append", append, "--serial", "stdio"),
-        *("--memory", f"{memory}M", "--disk", DISK),
+        *("--memory", f"{memory}M", "--disk", disk),
     )
     out = {"kvik-vmm": ours}
     for aio in ("threads", "io_uring"):
@@ -61,7 +66,7 @@ def commands(kernel: Path, memory: int) -> dict[str, list[str]]:
             *("-kernel", str(kernel), "-initrd", f"{SHARE}/initrd", "-append", append, "-object", "iothread,id=t"),
             *(
                 "-drive",
-                f"if=none,id=d,file={DISK},format=raw,aio={aio}",
+                f"if=none,id=d,file={disk},format=raw,aio={aio}",
                 "-device",
                 "virtio-blk-pci,drive=d,iothread=t",
             ),
@@ -73,25 +78,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--tmpfs", action="store_true")
+    parser.add_argument("--loads", default="", help="only those whose name and depth begin so: randread-8")
     options = parser.parse_args()
-    script = "\n".join(f"/load /dev/vda {mode} {block} {depth} {options.seconds}" for mode, block, depth in LOADS)
+    loads = [load for load in LOADS if f"{load[0]}-{load[2]}".startswith(options.loads)]
+    script = "\n".join(f"/load /dev/vda {mode} {block} {depth} {options.seconds}" for mode, block, depth in loads)
     figures: dict[str, dict[Key, list[float]]] = {}
-    with Lab(LabOptions()) as lab:
+    disk = "/tmp/bench.raw" if options.tmpfs else "/dev/vda"
+    with contextlib.ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "disk"
+        place.write_bytes(os.urandom(SIZE << 20))
+        lab = stack.enter_context(Lab(LabOptions() if options.tmpfs else LabOptions(disks=(place,))))
         initrd = initramfs(script, ("virtio_pci", "virtio_blk"), {"load": guest_program()})
         (lab.share / "initrd").write_bytes(initrd)
-        lab.sh(f"dd if=/dev/urandom of={DISK} bs=1M count=64 2>/dev/null")
+        # Everything is in the page cache before anybody is measured.
+        lab.sh(f"dd if=/dev/urandom of={disk} bs=1M count={SIZE} 2>/dev/null; cat {disk} >/dev/null")
         for _ in range(options.runs):
-            for name, command in commands(lab.kernel.image, 256).items():
+            for name, command in commands(lab.kernel.image, 256, disk).items():
                 done = lab.run(command, timeout=300)
                 found = RESULT.findall(done.stdout)
-                if len(found) != len(LOADS):
+                if len(found) != len(loads):
                     sys.exit(f"{name}: only {len(found)} results\n{done.stdout}\n{done.stderr}")
                 for mode, block, depth, rate in found:
                     key = (mode, int(block), int(depth))
                     figures.setdefault(name, {}).setdefault(key, []).append(float(rate))
     for peer in ("qemu threads", "qemu io_uring"):
         report = Report(f"virtio-blk beside {peer}")
-        for key in LOADS:
+        for key in loads:
             mode, block, depth = key
             scale, unit = (1.0, "IOPS") if block == 4096 else (block / 1e6, "MB/s")
             mine, theirs = ([scale * rate for rate in figures[name][key]] for name in ("kvik-vmm", peer))

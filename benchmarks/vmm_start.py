@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import tiny_kernel
+import pvh_kernel
 from report import Report
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
@@ -76,7 +76,7 @@ def cases(kernel: Path, disk: Path) -> dict[str, list[str]]:
 
 def measure(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        kernel = tiny_kernel.write(Path(directory, "kernel"))
+        kernel = pvh_kernel.write(Path(directory, "kernel"))
         disk = Path(directory, "disk")
         with disk.open("wb") as file:
             file.truncate(1 << 20)

@@ -94,7 +94,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    """A test whose lab died of a kernel panic of its own is repeated in a new one, and that is said.
+    """A test whose lab died of a kernel panic of its own is repeated in a new one. So is, once, a test that ran out of
+    time: a machine in a machine in an emulator on a busy host may stand still for as long as it likes. Both are said.
 
     What panics is the lab's Debian kernel below an inner machine, in QEMU's emulation of SVM; docs/internals/lab.md
     tells what is known. A test that fails in a living lab fails.
@@ -102,11 +103,16 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if item.get_closest_marker("lab") is None:
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for last in (False,) * REPEATS + (True,):
+    patience = {_PANICKED: REPEATS, _LATE: 1}
+    while True:
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
-        if last or not any(report.failed and _lab_panicked(report) for report in reports):
+        reason = next((reason for report in reports if report.failed and (reason := _excuse(report))), "")
+        if not patience.get(reason, 0):
             break
-        print(f"\n{item.nodeid}: the lab's own kernel panicked; repeated in a new lab")
+        patience[reason] -= 1
+        print(f"\n{item.nodeid}: {reason}; repeated in a new lab")
+        if (pool := item.config.stash.get(LABS, None)) is not None:
+            pool.close()
         item._initrequest()  # type: ignore[attr-defined]  # what a repeated test needs; pytest has no public name for it
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
@@ -114,8 +120,14 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     return True
 
 
-def _lab_panicked(report: pytest.TestReport) -> bool:
-    return any(name == "lab (ended)" and "Kernel panic" in text for name, text in report.sections)
+_PANICKED, _LATE = "the lab's own kernel panicked", "it ran out of time"
+
+
+def _excuse(report: pytest.TestReport) -> str:
+    if any(name == "lab (ended)" and "Kernel panic" in text for name, text in report.sections):
+        return _PANICKED
+    text = str(report.longrepr)
+    return _LATE if "LabTimeout" in text or "DeadlineExceeded" in text else ""
 
 
 class DeadlineExceeded(BaseException):

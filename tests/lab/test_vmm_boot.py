@@ -80,6 +80,18 @@ def test_a_bzimage_enters_in_64_bit_mode_and_moves_itself(lab: Lab, cloud: str, 
     assert text != {"ffffffff81000000"}
 
 
+@pytest.mark.parametrize("cpus", [16, 64])
+def test_many_processors_on_few(lab: Lab, generic: Path, cpus: int) -> None:
+    """On the lab's two: every one of them comes up and does something."""
+    script = f"""
+    echo cpus $(nproc)
+    for cpu in $(seq 0 {cpus - 1}); do taskset -c $cpu true && echo ran; done | wc -l
+    """
+    done = vmm(lab, generic, script, "--memory", "1G", "--cpus", str(cpus), timeout=200).check()
+    assert between(done.stdout).split() == ["cpus", str(cpus), str(cpus)]
+    print(f"{cpus} vCPUs: {done.seconds:.1f} s from start to end")
+
+
 def test_numa_nodes_and_memory_above_4_gib(lab: Lab, cloud: str) -> None:
     """8 GiB in a lab of 3: what the guest does not touch the host does not have to have."""
     script = """

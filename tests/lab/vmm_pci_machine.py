@@ -1,9 +1,9 @@
 """Run in the lab: a machine with PCI devices of its own, plugged and unplugged from outside while it runs.
 
-    python vmm_pci_machine.py KERNEL INITRD CMDLINE [plug]
+    python vmm_pci_machine.py KERNEL INITRD CMDLINE [plug [entropy]]
 
-The console is standard output. With `plug`: when the guest prints "ready to plug", a device comes; on "ready to unplug"
-it is asked to leave. Figures and events are printed to standard error at the end.
+The console is standard output. With `plug`: when the guest prints "ready to plug", a device comes (`entropy`: a virtio
+one); on "ready to unplug" it is asked to leave. Figures and events are printed to standard error at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     events: list[tuple[str, object]] = []
     machine.listeners.append(lambda name, data: events.append((name, data)))
     seen = bytearray()
-    late = Adder("late0")
+    late = RepeatableEntropy("late0", seed=2) if "entropy" in words else Adder("late0")
 
     def heard() -> None:
         data = os.read(out, 65536)
@@ -48,7 +48,7 @@ def main() -> None:
             if b"ready to plug" in seen and b"ready to plug" not in before:
                 machine.add(late)
             if b"ready to unplug" in seen and b"ready to unplug" not in before:
-                machine.pci.request_unplug(late)
+                machine.pci.request_unplug(machine.devices["late0"])
 
     machine.loop.add_reader(out, heard)
     outcome = machine.run()

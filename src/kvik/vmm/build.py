@@ -11,6 +11,7 @@ from kvik.vmm import acpi, boot, parts, smbios
 from kvik.vmm.acpi.description import Cpu, Description, spread_ram
 from kvik.vmm.acpi.dsdt import PCI_HOTPLUG
 from kvik.vmm.cpu.cpuid import LARGEST_PLAIN_DESTINATION, check_physical_bits, cpuid_for
+from kvik.vmm.cpu.hotplug import VcpuHotplug
 from kvik.vmm.cpu.topology import Topology
 from kvik.vmm.devices.acpi_events import AcpiEvents, CpuHotplug
 from kvik.vmm.devices.pvpanic import Pvpanic
@@ -22,19 +23,31 @@ from kvik.vmm.machine import Machine
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.config import MachineConfig
+    from kvik.vmm.confinement import Confinement
+    from kvik.vmm.vcpu import VcpuThread
 
 __all__ = ["add_vcpus", "build"]
 
 DEFAULT_CMDLINE = "console=ttyS0"
 
 
-def build(config: MachineConfig) -> Machine:
-    """A machine with everything that `config` names, ready to start. On an error nothing is left open."""
+def build(config: MachineConfig, confinement: Confinement | None = None, *, boot: bool = True) -> Machine:
+    """A machine with everything that `config` names, ready to start. On an error nothing is left open.
+
+    `confinement`: what its threads do first of all. Without `boot` nothing is put into its memory, for the state of
+    another is to come.
+    """
+    if boot and config.restore:
+        from kvik.vmm.state.snapshot import restore
+
+        return restore(config, confinement)
     if not config.serials and not config.consoles:
         from kvik.vmm.config import CharConfig
 
         config.serials = [CharConfig(backend="stdio")]
     machine = Machine(config)
+    if confinement is not None:
+        machine.on_vcpu_start, machine.on_thread_start = confinement.enter_vcpu, confinement.enter_io
     try:
         if config.trace:
             from kvik.vmm.trace import Trace
@@ -46,8 +59,10 @@ def build(config: MachineConfig) -> Machine:
         machine.remember_power_on()
         if config.boot.kernel or config.boot.kernel_fd >= 0:
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
-            machine.loader = KernelLoader(machine)
-        machine.boot()
+            machine.loader = loader = KernelLoader(machine)
+            loader.fresh = boot
+        if boot:
+            machine.boot()
     except BaseException:
         machine.close()
         raise
@@ -66,7 +81,9 @@ def _add_platform(machine: Machine) -> None:
     if config.pvpanic:
         machine.add(Pvpanic("pvpanic"))
     if config.cpus.maximum > config.cpus.count:
-        machine.add(CpuHotplug(events, config.cpus.count, config.cpus.maximum))
+        registers = CpuHotplug(events, config.cpus.count, config.cpus.maximum)
+        machine.add(registers)
+        machine.vcpu_hotplug = VcpuHotplug(machine, registers, lambda index: add_vcpu(machine, index))
     if len(config.serials) > len(COM_PORTS):
         raise InvalidArgument(f"a PC has {len(COM_PORTS)} serial lines, not {len(config.serials)}")
     for index, serial in enumerate(config.serials):
@@ -101,17 +118,34 @@ def add_vcpus(machine: Machine) -> None:
         machine.add_vcpu(topology.apic_id(index)).vcpu.set_cpuid(table)
 
 
+def add_vcpu(machine: Machine, index: int) -> VcpuThread:
+    """One more, for hot-plug. On an error nothing of it stays but its number, which KVM does not give out again."""
+    config = machine.config.cpus
+    table = cpuid_for(machine.system.supported_cpuid(), config, index)
+    thread = machine.add_vcpu(Topology.of(config).apic_id(index), index)
+    try:
+        thread.vcpu.set_cpuid(table)
+    except BaseException:
+        machine.vcpus.remove(thread)
+        thread.vcpu.close()
+        raise
+    return thread
+
+
 class KernelLoader:
     """Loads the kernel, its initrd and the tables: at power-on, and again at each reset, from files that stay open."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.fresh = True
+        self.files = boot.BootFiles(machine.config.boot)
+        machine.on_close.append(self.files.close)
         self.description = _describe(machine)
 
     def __call__(self) -> None:
         machine = self.machine
         config = machine.config
+        self.description.cpus = _cpus(machine)  # hot-plug changes who is there
         tables = acpi.build(self.description)
         names = smbios.build(
             config.smbios,
@@ -123,22 +157,28 @@ class KernelLoader:
         for address, data in tables + names:
             machine.memory.write(address, data)
         assert tables[0][0] == RSDP
-        entry = boot.load_kernel(machine.memory, machine.config.boot, tables=tables, fresh=self.fresh)
+        entry = boot.load_kernel(machine.memory, machine.config.boot, tables=tables, fresh=self.fresh, files=self.files)
         self.fresh = False
         entry.apply(machine.vcpus[0].vcpu)
+
+
+def _cpus(machine: Machine) -> list[Cpu]:
+    """Those that are there and those that may come."""
+    config = machine.config
+    topology = Topology.of(config.cpus)
+    node_of = {cpu: number for number, node in enumerate(config.memory.nodes) for cpu in node.cpus}
+    present = {thread.index for thread in machine.vcpus}
+    return [
+        Cpu(topology.apic_id(index), index in present, node_of.get(index, 0))
+        for index in range(max(config.cpus.maximum, config.cpus.count))
+    ]
 
 
 def _describe(machine: Machine) -> Description:
     """What the ACPI tables say."""
     config = machine.config
-    topology = Topology.of(config.cpus)
     nodes = config.memory.nodes
-    node_of = {cpu: number for number, node in enumerate(nodes) for cpu in node.cpus}
-    count = config.cpus.count
-    cpus = [
-        Cpu(topology.apic_id(index), index < count, node_of.get(index, 0))
-        for index in range(max(config.cpus.maximum, count))
-    ]
+    cpus = _cpus(machine)
     return Description(
         machine.memory.layout,
         cpus,
@@ -148,5 +188,5 @@ def _describe(machine: Machine) -> Description:
         com_ports=tuple(range(len(config.serials))),
         pvpanic="pvpanic" in machine.devices,
         vmgenid=config.vmgenid,
-        cpu_hotplug=len(cpus) > count,
+        cpu_hotplug=machine.vcpu_hotplug is not None,
     )

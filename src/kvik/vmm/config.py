@@ -263,7 +263,10 @@ class MachineConfig:
     paused: bool = False
     incoming: str = ""  # wait for a migration from this address
     restore: str = ""  # a snapshot's directory
+    catch_up: bool = False  # a restored guest's clock counts the time at rest
     sandbox: str = "on"  # on, log, off
+    migratable: bool = False  # the sandbox lets the machine be sent elsewhere, which forks sender processes
+    snapshots: str = ""  # the directory in which a sandboxed machine may save itself; it exists
     trace: str = ""
     log: str = "text"  # text, json
     on_reboot: str = "reset"  # reset, shutdown, none: what a guest's reboot does

@@ -569,6 +569,7 @@ class GdbServer:
         try:
             sock, _ = self._listener.accept()
         except OSError:
+            self.machine.loop.hold_reader(self._listener.fileno())
             return
         if (self.session is not None and not self.session.closed) or not self.machine.vcpus:
             sock.close()

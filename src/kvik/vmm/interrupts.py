@@ -13,15 +13,18 @@ import os
 
 from kvik.errors import OperationFailed
 from kvik.kvm import routing
+from kvik.kvm.constants import Irqchip
 from kvik.vmm.layout import MSI_GSI
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.kvm.vm import Vm
 
-__all__ = ["Doorbells", "Interrupts", "Line", "MsiRoute"]
+__all__ = ["Doorbells", "Interrupts", "Line", "MsiRoute", "mask_pics"]
 
+OFTEN = 256
 MAX_ROUTES = 4096  # KVM_MAX_IRQ_ROUTES on x86
+PIC_IMR = 2  # offset of the interrupt mask register in struct kvm_pic_state
 
 
 class Line:
@@ -50,7 +53,7 @@ class Line:
 class MsiRoute:
     """One message. `update` when the guest programs it, `signal` to send it."""
 
-    __slots__ = ("_bound", "_fd", "_interrupts", "address", "data", "gsi", "masked", "pending")
+    __slots__ = ("_bound", "_fd", "_interrupts", "_sent", "address", "data", "gsi", "masked", "pending")
 
     def __init__(self, interrupts: Interrupts) -> None:
         self._interrupts = interrupts
@@ -60,6 +63,7 @@ class MsiRoute:
         self.pending = False  # signalled while masked
         self._fd = -1
         self._bound = False
+        self._sent = 0  # by ioctl
 
     def update(self, address: int, data: int) -> None:
         if (address, data) != (self.address, self.data):
@@ -75,19 +79,24 @@ class MsiRoute:
             os.eventfd_write(self._fd, 1)
         else:
             self._interrupts.send(self.address, self.data)
+            self._sent += 1
+            if self._sent == OFTEN:
+                self._interrupts.hasten(self)
 
     def fd(self) -> int:
         """An eventfd: each write to it sends the message, in the kernel. Stays this route's; do not close it."""
-        if self._fd < 0:
-            self._interrupts.allocate(self)
-            self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            if not self.masked:
-                self._bind()
-        return self._fd
+        with self._interrupts.making:
+            if self._fd < 0:
+                self._interrupts.allocate(self)
+                fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                if not self.masked:
+                    self._bind(fd)
+                self._fd = fd
+            return self._fd
 
-    def _bind(self) -> None:
+    def _bind(self, fd: int) -> None:
         if self._interrupts.vm is not None:
-            self._interrupts.vm.irqfd(self._fd, self.gsi)
+            self._interrupts.vm.irqfd(fd, self.gsi)
         self._bound = True
 
     def mask(self) -> None:
@@ -100,7 +109,7 @@ class MsiRoute:
         if self.masked:
             self.masked = False
             if self._fd >= 0:
-                self._bind()  # KVM delivers at once what is in the eventfd
+                self._bind(self._fd)  # KVM delivers at once what is in the eventfd
             if self.pending:
                 self.pending = False
                 self.signal()
@@ -126,6 +135,7 @@ class Interrupts:
         self.vm = vm
         self.sent: list[tuple[int, int]] = []  # messages, where there is no machine to take them
         self._lock = _thread.allocate_lock()
+        self.making = _thread.allocate_lock()  # over the making of a route's eventfd
         self._raised: dict[int, int] = {}
         self._routes: dict[int, MsiRoute] = {}
 
@@ -159,6 +169,12 @@ class Interrupts:
         else:
             self.sent.append((address, data))
 
+    def hasten(self, route: MsiRoute) -> None:
+        """This message is sent often: by an eventfd, which costs less than the ioctl. Making one takes the kernel
+        milliseconds (it waits for all vCPUs to have left the old routing table), so the boot's few get none."""
+        if self.vm is not None and len(self._routes) < MAX_ROUTES // 2:
+            route.fd()
+
     def allocate(self, route: MsiRoute) -> None:
         with self._lock:
             gsi = MSI_GSI
@@ -186,6 +202,16 @@ class Interrupts:
             self.vm.set_gsi_routing(table)
 
 
+def mask_pics(vm: Vm) -> None:
+    """Mask every pin of KVM's two 8259s, which nobody can tell from their absence then. KVM makes them unmasked, their
+    vectors where exceptions are, and each line that rises would reach the boot processor twice (i8259.c; the second
+    way is LINT0). The guest is told of no 8259, so it does not mask them itself."""
+    for chip in (Irqchip.PIC_MASTER, Irqchip.PIC_SLAVE):
+        state = bytearray(vm.irqchip(chip))
+        state[PIC_IMR] = 0xFF
+        vm.set_irqchip(chip, bytes(state))
+
+
 class Doorbells:
     """The ioeventfds of a machine."""
 
@@ -196,7 +222,10 @@ class Doorbells:
     def add(self, address: int, size: int, fd: int, *, datamatch: int | None = None, pio: bool = False) -> None:
         """A guest's write of `size` bytes (0: of any size) at `address` adds 1 to the eventfd `fd`."""
         if self.vm is not None:
-            self.vm.ioeventfd(fd, address, size, datamatch=datamatch, pio=pio)
+            try:
+                self.vm.ioeventfd(fd, address, size, datamatch=datamatch, pio=pio)
+            except OSError:
+                return  # KVM has a bound (1000): the write arrives as an exit then, and the device rings by itself
         self.rung[address, size, datamatch, pio] = fd
 
     def remove(self, address: int, size: int, *, datamatch: int | None = None, pio: bool = False) -> None:

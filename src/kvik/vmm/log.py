@@ -10,6 +10,7 @@ On the start path: nothing heavy is imported.
 from __future__ import annotations
 
 import os
+import select
 import time
 
 TYPE_CHECKING = False
@@ -46,8 +47,15 @@ def word(value: object) -> str:
     return text if text and all(letter in _PLAIN for letter in text) else quoted(text)
 
 
+def ready(fd: int) -> bool:
+    """Whether a line can be written at once: a pipe whose reader stands still must not stop the machine."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return any(events & select.POLLOUT for _, events in poll.poll(0))
+
+
 class Log:
-    """Lines to descriptor `fd`; what cannot be written is lost, never waited for longer than the write."""
+    """Lines to descriptor `fd`; what cannot be written at once is lost."""
 
     def __init__(self, fd: int = 2, *, name: str = "kvik-vmm", json: bool = False) -> None:
         self.fd, self.name, self.json = fd, name, json
@@ -67,7 +75,8 @@ class Log:
 
     def write(self, level: str, message: str, **fields: object) -> None:
         try:
-            os.write(self.fd, self.line(level, message, time.time(), fields).encode() + b"\n")
+            if ready(self.fd):
+                os.write(self.fd, self.line(level, message, time.time(), fields).encode() + b"\n")
         except OSError:
             pass  # nobody listens: the machine goes on
 

@@ -20,21 +20,30 @@ if TYPE_CHECKING:
 
 __all__ = ["EventLoop", "IoThread", "Timer"]
 
+MAX_CANCELLED = 64  # timers that were cancelled and still wait in the list
+CROWDED = 4096  # calls that wait: whoever makes more shall wait too
+
 
 class Timer:
     """A call that is due at `due` (monotonic seconds)."""
 
-    __slots__ = ("callback", "due")
+    __slots__ = ("_loop", "callback", "due")
 
-    def __init__(self, due: float, callback: Callable[[], None]) -> None:
+    def __init__(self, loop: EventLoop, due: float, callback: Callable[[], None]) -> None:
+        self._loop = loop
         self.due = due
         self.callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self._loop._cancelled += 1
 
     def __lt__(self, other: Timer) -> bool:
         return self.due < other.due
+
+
+EVENTS = 32  # of one round; epoll begins the next with those that had no place
 
 
 class EventLoop:
@@ -46,17 +55,23 @@ class EventLoop:
         self._epoll.register(self._wake, select.EPOLLIN)
         self._readers: dict[int, Callable[[], None]] = {}
         self._writers: dict[int, Callable[[], None]] = {}
+        self._held: dict[int, Callable[[], None]] = {}
+        self._edges: set[int] = set()
         self._soon: deque[Callable[[], None]] = deque()
         self._timers: list[Timer] = []
+        self._cancelled = 0  # of them; those that ran meanwhile are no harm
         self._thread = 0
         self._stopping = False
         self.on_error: Callable[[BaseException], None] | None = None
 
     # Descriptors -------------------------------------------------------------------------------------------------
 
-    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
-        """Call back whenever `fd` is readable, hung up or broken, until it is removed."""
+    def add_reader(self, fd: int, callback: Callable[[], None], *, edge: bool = False) -> None:
+        """Call back whenever `fd` is readable, hung up or broken, until it is removed. `edge`: only when something is
+        added to it (EPOLLET); nobody then needs to read an eventfd."""
         known = fd in self._readers or fd in self._writers
+        if edge:
+            self._edges.add(fd)
         self._readers[fd] = callback
         self._update(fd, known)
 
@@ -65,7 +80,23 @@ class EventLoop:
         self._writers[fd] = callback
         self._update(fd, known)
 
+    def hold_reader(self, fd: int, seconds: float = 1.0) -> None:
+        """Do not look at `fd` for a while: it is readable, and nothing can be done about it now. A listening socket
+        for example, when no descriptor is left."""
+        callback = self._readers.get(fd)
+        if callback is not None:
+            self.remove_reader(fd)
+            self._held[fd] = callback
+
+            def again() -> None:
+                if self._held.get(fd) is callback:
+                    self.add_reader(fd, self._held.pop(fd))
+
+            self.call_later(seconds, again)
+
     def remove_reader(self, fd: int) -> None:
+        self._held.pop(fd, None)
+        self._edges.discard(fd)
         if self._readers.pop(fd, None) is not None:
             self._update(fd, True)
 
@@ -75,6 +106,7 @@ class EventLoop:
 
     def _update(self, fd: int, known: bool) -> None:
         mask = (select.EPOLLIN if fd in self._readers else 0) | (select.EPOLLOUT if fd in self._writers else 0)
+        mask |= select.EPOLLET if mask and fd in self._edges else 0
         if not mask:
             try:
                 self._epoll.unregister(fd)
@@ -93,9 +125,19 @@ class EventLoop:
         os.eventfd_write(self._wake, 1)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        timer = Timer(time.monotonic() + seconds, callback)
+        timer = Timer(self, time.monotonic() + seconds, callback)
+        if self._cancelled > MAX_CANCELLED:
+            # A guest that sets a far alarm again and again would else fill the list until the alarm is due.
+            self._timers = [timer for timer in self._timers if timer.callback is not None]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
         heapq.heappush(self._timers, timer)
         return timer
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many calls wait that those who can wait should: vCPUs, whose exits make calls."""
+        return len(self._soon) > CROWDED
 
     def in_loop(self) -> bool:
         return self._thread == _thread.get_ident()
@@ -124,7 +166,7 @@ class EventLoop:
             timeout = left if timeout < 0 else min(left, timeout)
         if self._soon:
             timeout = 0
-        for fd, mask in self._epoll.poll(timeout):
+        for fd, mask in self._epoll.poll(timeout, EVENTS):
             if fd == self._wake:
                 os.eventfd_read(fd)
                 continue
@@ -168,16 +210,32 @@ class IoThread:
         self.thread_id = 0  # the kernel's
         self.on_start: Callable[[], None] | None = None  # run first, on the thread (its seccomp filter)
         self._ended = _thread.allocate_lock()
+        self._begun = _thread.allocate_lock()
+        self._error: BaseException | None = None
 
     def start(self) -> None:
+        """Raises what `on_start` raised: then there is no thread."""
         self._ended.acquire()
+        self._begun.acquire()
         _thread.start_new_thread(self._main, ())
+        self._begun.acquire()
+        if self._error is not None:
+            self._ended.acquire()
+            self._ended.release()
+            self.loop.close()
+            raise self._error
 
     def _main(self) -> None:
         self.thread_id = _thread.get_native_id()
         try:
-            if self.on_start is not None:
-                self.on_start()
+            try:
+                if self.on_start is not None:
+                    self.on_start()
+            except Exception as error:
+                self._error = error
+                return
+            finally:
+                self._begun.release()
             self.loop.run()
         except BaseException as error:
             print(f"kvik-vmm: I/O thread {self.name} ended: {error!r}", file=sys.stderr, flush=True)

@@ -25,8 +25,8 @@ from kvik.kvm.descriptor import KvmError
 from kvik.kvm.system import System
 from kvik.vmm import layout as at
 from kvik.vmm.bus import Bus
-from kvik.vmm.interrupts import Doorbells, Interrupts
-from kvik.vmm.log import Log, LogLimit
+from kvik.vmm.interrupts import Doorbells, Interrupts, mask_pics
+from kvik.vmm.log import Log, LogLimit, ready
 from kvik.vmm.loop import EventLoop, IoThread
 from kvik.vmm.memory import GuestMemory, HostMemory, Region
 from kvik.vmm.pci.bus import PciBus
@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
     from kvik.kvm.exits import Exit
     from kvik.vmm.config import MachineConfig
+    from kvik.vmm.cpu.hotplug import VcpuHotplug
     from kvik.vmm.device import Device
+    from kvik.vmm.state.migration import Migration
+    from kvik.vmm.state.rewind import Checkpoint
     from kvik.vmm.trace import Trace
 
 __all__ = ["Machine"]
@@ -60,9 +63,13 @@ class Machine:
         self.started = time.monotonic()
         self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
         self.devices: dict[str, Device] = {}
-        self.vcpus: list[VcpuThread] = []
+        self.made: dict[str, tuple[str, Any]] = {}  # by a device's name: list of MachineConfig and item it was made of
+        self.vcpus: list[VcpuThread] = []  # those that are there, by ascending index
+        self.vcpu_hotplug: VcpuHotplug | None = None  # where more of them may come
         self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
         self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
+        self.self_memory = -1  # /proc/self/mem, where it cannot be opened when a migration wants it
+        self.on_vcpu_start: Callable[[], None] | None = None  # and on each vCPU's
         self.outcome = ""
         self.exit_code = 0
         self.trace: Trace | None = None
@@ -73,6 +80,9 @@ class Machine:
         self._going = False  # vCPUs run, or may
         self._started = self._closed = False
         self._power_on: Any = None
+        self._devices_held = False  # devices of a restored machine wait for its start
+        self._checkpoint: Checkpoint | None = None
+        self.migration: Migration | None = None  # parameters, and what came of them, once somebody asked
         prepare_signal()
         self.loop = EventLoop()
         self.loop.on_error = self._callback_failed
@@ -99,11 +109,7 @@ class Machine:
             limit = self.vm.check_extension(Capability.NR_MEMSLOTS) or 32
             self.slots = MemorySlots(self.vm, readonly=readonly, limit=limit)
         except KvmError as error:
-            raise HostError(
-                f"this host's KVM cannot make a machine: {error}",
-                errno=error.errno or 0,
-                remedy="see what `kvik doctor` says of this host",
-            ) from error
+            raise _incapable(error) from error
         memory = self.config.memory
         host = HostMemory(shared=memory.shared, hugepages=memory.hugepages, prealloc=memory.prealloc, huge_later=True)
         self.memory = GuestMemory.allocate(memory.size, host, memory.hotplug)
@@ -187,13 +193,19 @@ class Machine:
         inner: Device = getattr(carrier, "device", carrier)
         return inner
 
-    def add_vcpu(self, apic_id: int) -> VcpuThread:
+    def add_vcpu(self, apic_id: int, index: int = -1) -> VcpuThread:
         """A new vCPU, and with the first one the interrupt controllers: KVM wants them before any vCPU, but after
         everything else. Their routes are set by an RCU update, and for 4 to 8 ms from then on each change of a memory
-        slot (RAM, and a few pages of each device) waits for its grace period."""
-        if not self.vcpus:
-            self.vm.create_irqchip()
-        thread = VcpuThread(self, len(self.vcpus), self.vm.create_vcpu(apic_id), apic_id)
+        slot (RAM, and a few pages of each device) waits for its grace period. `index`: the next one unless said."""
+        try:
+            if not self.vcpus:
+                self.vm.create_irqchip()
+                mask_pics(self.vm)
+            vcpu = self.vm.create_vcpu(apic_id)
+        except KvmError as error:
+            raise _incapable(error) from error
+        thread = VcpuThread(self, len(self.vcpus) if index < 0 else index, vcpu, apic_id)
+        thread.on_start = self.on_vcpu_start
         self.vcpus.append(thread)
         return thread
 
@@ -215,6 +227,9 @@ class Machine:
         if not paused:
             self.status = "running"
             self._going = True
+            if self._devices_held:
+                for device in self.devices.values():
+                    device.resume()
             self.emit("RESUME")
 
     def run(self, paused: bool = False) -> str:
@@ -253,23 +268,33 @@ class Machine:
             self.pause("paused")
             return
         with self.paused():
-            for device in list(self.devices.values()):
-                if not hasattr(device, "bars"):  # the PCI bus resets what sits on it
-                    device.reset()
-            self._reset_vcpus()
-            self.boot()
-            self.interrupts.redrive()
+            try:
+                self._reset()
+            except BaseException as error:
+                # Half of it is at power-on, half is not: the guest must not go on like that.
+                self.log(f"the machine cannot be reset: {error}")
+                if self.status == "running":
+                    self.emit("STOP")
+                self.status = "internal-error"
+                raise
             if self.status in ENDED:
                 self.status = "paused"
         self.emit("RESET", {"guest": guest, "reason": reason})
 
+    def _reset(self) -> None:
+        for device in list(self.devices.values()):
+            if not hasattr(device, "bars"):  # the PCI bus resets what sits on it
+                device.reset()
+        self._reset_vcpus()
+        self.boot()
+        self.interrupts.redrive()
+
     def _reset_vcpus(self) -> None:
-        from kvik.vmm.cpu.state import application_processor, restore_machine
+        from kvik.vmm.cpu.state import restore_machine
 
         if self._power_on is not None:
-            boot_processor = self._power_on["vcpus"][0]
-            others = [application_processor(boot_processor, thread.apic_id) for thread in self.vcpus[1:]]
-            restore_machine(self, {**self._power_on, "vcpus": [boot_processor, *others]})
+            states = [self.vcpu_at_power_on(thread) for thread in self.vcpus]
+            restore_machine(self, {**self._power_on, "vcpus": states})
 
     def remember_power_on(self) -> None:
         """Keep the state that `reset` goes back to: the boot processor's, from which the others' follow. Call when all
@@ -278,6 +303,13 @@ class Machine:
 
         boot_processor = save_vcpu(self.vcpus[0].vcpu, msr_indices(self.system))
         self._power_on = {"vm": save_vm(self.vm), "vcpus": [boot_processor]}
+
+    def vcpu_at_power_on(self, thread: VcpuThread) -> dict[str, Any]:
+        """What a vCPU is before its first step."""
+        from kvik.vmm.cpu.state import application_processor
+
+        boot_processor: dict[str, Any] = self._power_on["vcpus"][0]
+        return application_processor(boot_processor, thread.apic_id) if thread.index else boot_processor
 
     def powerdown(self) -> None:
         """Press the power button."""
@@ -328,22 +360,71 @@ class Machine:
         for device in self.devices.values():
             device.pause()
 
-    def _hold(self) -> None:
+    def hold(self) -> None:
+        """Stand still, whatever the status says, until `release`."""
         self._holds += 1
         self._apply()
 
-    def _release(self) -> None:
+    def release(self) -> None:
         self._holds -= 1
         self._apply()
 
     def paused(self) -> _Paused:
         """`with machine.paused():` all vCPUs are parked and devices quiet; the status stays what it is."""
-        return _Paused(self._hold, self._release)
+        return _Paused(self.hold, self.release)
 
     @property
     def still(self) -> bool:
         """Whether nothing of the guest runs."""
         return not self._going
+
+    # State: what these do is in `kvik.vmm.state`, which no start has to wait for ---------------------------------
+
+    def hold_devices(self) -> None:
+        """Before the first start, while a state is put in: devices do nothing until the guest runs."""
+        self._devices_held = True
+        for device in self.devices.values():
+            device.pause()
+
+    def save(self, directory: str, compression: str = "none") -> None:
+        """Write the whole machine to a new directory: RAM without zeroes, CPUs, devices. It goes on afterwards.
+        `compression`: none (restored lazily) or zlib."""
+        from kvik.vmm.state.snapshot import save
+
+        save(self, directory, compression)
+
+    @classmethod
+    def restore(cls, directory: str, config: MachineConfig | None = None) -> Machine:
+        """A machine out of what `save` wrote, not started yet. `config` says what is different on the host's side."""
+        from kvik.vmm.config import MachineConfig
+        from kvik.vmm.state.snapshot import restore
+
+        config = config or MachineConfig()
+        config.restore = directory
+        return restore(config)
+
+    def checkpoint(self) -> None:
+        """Remember everything as it is now, for `rewind`. Costs as much memory as the guest has in use."""
+        from kvik.vmm.state.rewind import Checkpoint
+
+        self.forget_checkpoint()
+        self._checkpoint = Checkpoint(self)
+
+    def rewind(self) -> int:
+        """Back to the checkpoint, in place: the pages that changed since, CPUs and devices; how many pages."""
+        if self._checkpoint is None:
+            raise OperationInvalid("there is no checkpoint to go back to", remedy="call checkpoint() first")
+        return self._checkpoint.rewind()
+
+    def forget_checkpoint(self) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.close()
+            self._checkpoint = None
+
+    @property
+    def started_threads(self) -> bool:
+        """Whether the vCPUs' threads are there, be it parked."""
+        return self._started
 
     # From any thread ---------------------------------------------------------------------------------------------
 
@@ -355,9 +436,11 @@ class Machine:
         for listener in self.listeners:
             listener(name, data or {})
 
-    def log(self, text: str) -> None:
-        """One line on standard error. A guest cannot flood it."""
-        self._log.write("warning", text)
+    def log(self, text: str, error: BaseException | None = None) -> None:
+        """One line on standard error, and where an `error` came from. A guest cannot flood it, nor can a reader that
+        does not read stop it."""
+        if self._log.write("warning", text) and error is not None and ready(2):
+            sys.excepthook(type(error), error, error.__traceback__)
 
     def request_reset(self, reason: str = "guest-reset") -> None:
         self.loop.call_soon(lambda: self.reset(reason))
@@ -388,9 +471,7 @@ class Machine:
             thread.hold()
 
     def vcpu_failed(self, thread: VcpuThread, text: str, error: BaseException | None) -> None:
-        self.log(f"vCPU {thread.index} cannot go on: {text}")
-        if error is not None:
-            sys.excepthook(type(error), error, error.__traceback__)
+        self.log(f"vCPU {thread.index} cannot go on: {text}", error)
         self.loop.call_soon(lambda: self.pause("internal-error"))
 
     def system_event(self, event: Exit) -> None:
@@ -402,9 +483,7 @@ class Machine:
 
     def _callback_failed(self, error: BaseException) -> None:
         """A callback of a device raised: a bug of ours, or a device whose host side is gone. The others go on."""
-        self.log(f"{type(error).__name__}: {error}")
-        if not isinstance(error, OSError):
-            sys.excepthook(type(error), error, error.__traceback__)
+        self.log(f"{type(error).__name__}: {error}", None if isinstance(error, OSError) else error)
 
     # The end -----------------------------------------------------------------------------------------------------
 
@@ -415,10 +494,13 @@ class Machine:
         self._closed = True
         for thread in self.vcpus:
             thread.end()
-        for callback in reversed(self.on_close):
-            callback()
-        for device in reversed(list(self.devices.values())):
-            device.close()
+        self.forget_checkpoint()
+        # One that cannot be closed must not keep the others open.
+        for close in [*reversed(self.on_close), *(device.close for device in reversed(list(self.devices.values())))]:
+            try:
+                close()
+            except Exception as error:
+                self.log(f"{type(error).__name__} at the end: {error}", error)
         self.devices.clear()
         for io_thread in self.io_threads.values():
             io_thread.stop()
@@ -439,6 +521,14 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _incapable(error: KvmError) -> HostError:
+    return HostError(
+        f"this host's KVM cannot make a machine: {error}",
+        errno=error.errno or 0,
+        remedy="see what `kvik doctor` says of this host",
+    )
 
 
 class _Paused:

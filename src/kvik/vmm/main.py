@@ -5,10 +5,12 @@ Exit codes: 0 the guest powered off or somebody ended the machine, 1 it could no
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import sys
 
-from kvik.errors import KvikError
+from kvik.errors import HostError, KvikError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ else:
 
 __all__ = ["main", "run"]
 
+ENDS = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
+
 # How long a thread that wants the interpreter waits for one that computes. The usual 5 ms would be added to every
 # interrupt and every exit while any thread is busy.
 SWITCH_INTERVAL = 1e-4
@@ -30,6 +34,8 @@ SWITCH_INTERVAL = 1e-4
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, run."""
+    if arguments is None:
+        _have_standard_streams()
     words = sys.argv[1:] if arguments is None else arguments
     if "--help" in words or "-h" in words:
         from kvik.vmm.options import help_text
@@ -44,32 +50,82 @@ def main(arguments: list[str] | None = None) -> int:
     from kvik.vmm.options import parse
 
     try:
-        return run(parse(words))
+        return run(parse(words), alone=arguments is None)
     except KvikError as error:
         print(f"kvik-vmm: {error}", file=sys.stderr)
-        return 1
+    except MemoryError:
+        print("kvik-vmm: the host has no memory left; give the machine less, or free some", file=sys.stderr)
+    except OSError as error:
+        hint = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
+        print(f"kvik-vmm: the host refuses something that a machine needs: {error}{hint}", file=sys.stderr)
+    return 1
 
 
-def run(config: MachineConfig) -> int:
-    """Build the machine and run it to its end."""
+def _have_standard_streams() -> None:
+    """Without them, the first three files that are opened (/dev/kvm, a disk) would get what is said and logged."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open("/dev/null", os.O_RDWR)  # the lowest number that is free: this one
+
+
+def run(config: MachineConfig, *, alone: bool = False) -> int:
+    """Build the machine and run it to its end. `alone`: the process does nothing else, so that descriptors which the
+    configuration does not name are the caller's oversight, and closed."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     gc.disable()  # what is made until the guest runs stays: looking for garbage among it is lost time
+    for number in ENDS:
+        _signal.signal(number, _end_at_once)
     from kvik.vmm.build import build
 
-    machine = build(config)
+    confinement = None
+    if config.sandbox != "off":
+        from kvik.vmm.confinement import Confinement, descriptors
+
+        confinement = Confinement(config)
+        if alone:
+            confinement.close_stray(descriptors(config))
+    machine = build(config, confinement, boot=not config.incoming)
+    trace = -1
     try:
-        for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
+        for number in ENDS:
             _signal.signal(number, _quit_on_signal(machine))
-        machine.start(config.paused)
+        if machine.trace is not None and config.trace != "-":
+            trace = _open_trace(config.trace)
+        if config.incoming:
+            from kvik.vmm.state.migration import await_incoming
+
+            await_incoming(machine, config.incoming)
+        else:
+            machine.start(machine.config.paused)
         # From here on the guest runs, and nobody waits for what is imported.
         _open_control(machine)
+        if confinement is not None:
+            confinement.enter_main(machine)
         gc.freeze()
         gc.enable()
         machine.run()
     finally:
         machine.close()
-    _report(machine)
+    if machine.trace is not None:
+        sys.stderr.write(machine.trace.summary())
+        if trace >= 0:
+            machine.trace.write(trace)
     return machine.exit_code
+
+
+def _open_trace(path: str) -> int:
+    """The file is opened before the sandbox is entered; it is written when the machine has ended."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise HostError(f"the trace cannot be written to {path}: {error.strerror}", errno=error.errno or 0) from error
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    """A signal while the machine is built: what is open is closed on the way out."""
+    raise SystemExit(0)
 
 
 def _open_control(machine: Machine) -> None:
@@ -100,15 +156,6 @@ def _quit_on_signal(machine: Machine) -> Callable[[int, FrameType | None], None]
         machine.loop.call_soon(lambda: machine.quit("host-signal"))
 
     return quit
-
-
-def _report(machine: Machine) -> None:
-    trace, path = machine.trace, machine.config.trace
-    if trace is None:
-        return
-    sys.stderr.write(trace.summary())
-    if path != "-":
-        trace.write(path)
 
 
 if __name__ == "__main__":

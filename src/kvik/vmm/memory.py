@@ -196,6 +196,7 @@ class GuestMemory:
         self.dirty_log: Callable[[int, int], None] | None = None  # told (address, size) of what the VMM wrote
         self._starts: list[tuple[int, int, Region]] = []
         self._low: Region | None = None
+        self._left: list[tuple[int, int]] = []  # (address, size) here of regions that were removed
 
     @classmethod
     def allocate(cls, size: int, host: HostMemory | None = None, hotplug: int = 0) -> GuestMemory:
@@ -229,10 +230,16 @@ class GuestMemory:
         self._index()
 
     def remove(self, region: Region) -> None:
-        """Forget a region and unmap it. Views of it must be gone."""
+        """Forget a region and give its pages back. Rings, requests in flight and stashed buffers may still have views
+        of it, wherever the guest chose to put them: its addresses stay mapped, to pages of nobody, until `close`."""
         self.regions.remove(region)
         self._index()
-        self._unmap(region)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        map_memory(region.size, flags, at=region.address)
+        _libc.madvise(region.address, region.size, MADV_DONTDUMP)
+        if region.fd >= 0:
+            os.close(region.fd)
+        self._left.append((region.address, region.size))
 
     def _index(self) -> None:
         self.regions.sort(key=lambda region: region.start)
@@ -312,6 +319,7 @@ class GuestMemory:
         A mapped part costs nothing until it is touched, and what nobody writes stays one copy for all machines.
         """
         region = self.find(address, size)
+        self.touched(address, size)
         whole = size - size % PAGE
         if region.fd < 0 and address % PAGE == 0 and offset % PAGE == 0 and whole:
             at = region.address + address - region.start
@@ -339,6 +347,8 @@ class GuestMemory:
         """Unmap everything. Views of it must be gone: a use of one afterwards is a crash."""
         while self.regions:
             self._unmap(self.regions.pop())
+        while self._left:
+            unmap_memory(*self._left.pop())
         self._starts, self._low = [], None
 
     @staticmethod

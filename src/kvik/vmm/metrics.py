@@ -135,6 +135,7 @@ class MetricsServer:
         try:
             sock, _ = self._listener.accept()
         except OSError:
+            self.machine.loop.hold_reader(self._listener.fileno())
             return
         if len(self._clients) >= MAX_CLIENTS:
             sock.close()

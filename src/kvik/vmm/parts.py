@@ -26,7 +26,9 @@ MAX_QUEUES = 4  # a disk's, unless asked for more: one thread serves them all
 def make(machine: Machine, field: str, config: Any, index: int) -> Device:
     """The device that `config` describes, item `index` of MachineConfig's list `field`; one of KINDS."""
     prefix, maker = KINDS[field]
-    return maker(machine, config, config.id or f"{prefix}{index}")
+    device = maker(machine, config, config.id or f"{prefix}{index}")
+    machine.made[device.name] = field, config
+    return device
 
 
 def _loop(machine: Machine, wanted: bool, name: str) -> EventLoop | None:

@@ -94,9 +94,9 @@ class Trace:
             f"  0 s{f'{span / 1e9:.2f} s':>{_WIDTH - 2}}  (most: {top} exits in {span / _WIDTH / 1e6:.1f} ms)",
         ]
 
-    def write(self, path: str) -> None:
-        """One JSON object an exit."""
-        with open(path, "w", encoding="ascii") as stream:  # noqa: PTH123 - pathlib is not imported by a machine
+    def write(self, file: str | int) -> None:
+        """One JSON object an exit, to a path or an open descriptor, which is closed."""
+        with open(file, "w", encoding="ascii") as stream:  # noqa: PTH123 - pathlib is not imported by a machine
             for index, events in sorted(self.events.items()):
                 for at in range(0, len(events), 4):
                     begun, ended, reason, detail = events[at : at + 4]

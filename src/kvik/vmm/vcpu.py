@@ -13,6 +13,7 @@ complete after re-entry").
 from __future__ import annotations
 
 import _thread
+from time import sleep
 
 from kvik.kvm.constants import ExitReason
 from kvik.kvm.descriptor import KvmError
@@ -49,6 +50,7 @@ class VcpuThread:
 
     def __init__(self, machine: Machine, index: int, vcpu: Vcpu, apic_id: int = 0) -> None:
         self.machine, self.index, self.vcpu, self.apic_id = machine, index, vcpu, apic_id
+        self.name = ""  # the id that it was plugged with
         self.thread_id = 0  # the kernel's; 0 before it runs
         self.exits = [0] * REASONS
         self.parked = False
@@ -122,11 +124,13 @@ class VcpuThread:
 
     def _main(self) -> None:
         self.thread_id = _thread.get_native_id()
+        on_start = self.on_start
         try:
-            if self.on_start is not None:
-                self.on_start()
             while True:
                 try:
+                    if on_start is not None:
+                        on_start()
+                        on_start = None
                     self._loop()
                     return
                 except KvmError as error:
@@ -142,10 +146,12 @@ class VcpuThread:
             self._ended.release()
 
     def _loop(self) -> None:
-        machine, vcpu, exits = self.machine, self.vcpu, self.exits
+        machine, vcpu, exits, loop = self.machine, self.vcpu, self.exits, self.machine.loop
         enter = vcpu.enter if machine.trace is None else machine.trace.wrap(self)
         while True:
             reason = enter()
+            if loop.crowded:  # its exits make work faster than it is done: then the guest waits, not the host's memory
+                sleep(0.001)
             exits[reason & REASONS - 1] += 1
             if reason == _IO:
                 self._port_access()

@@ -57,7 +57,14 @@ class VhostUser:
             self.socket = socket.socket(fileno=source)
             os.set_inheritable(source, False)
         else:
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            except OSError as error:
+                raise HostError(
+                    f"cannot connect to the vhost-user back end at {source}: {error.strerror}",
+                    errno=error.errno or 0,
+                    remedy="a sandboxed machine cannot connect anew: restart the machine, or run it with --sandbox off",
+                ) from error
         try:
             self.socket.settimeout(DEADLINE)
             if isinstance(source, str):

@@ -19,7 +19,7 @@ import kvik.vmm
 from kvik.vmm.zygote import Request
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-import tiny_kernel
+import pvh_kernel
 
 pytestmark = needs_kvm
 
@@ -57,7 +57,7 @@ class Zygote:
 
 @pytest.fixture
 def zygote(tmp_path: Path) -> Iterator[Zygote]:
-    made = Zygote(tiny_kernel.write(tmp_path / "kernel", power_off=False))
+    made = Zygote(pvh_kernel.write(tmp_path / "kernel", power_off=False))
     yield made
     made.channel.close()
     assert made.process.wait(DEADLINE) in (0, -signal.SIGKILL)

@@ -92,6 +92,8 @@ def do(image: BlockImage, op: int, offset: int = 0, data: bytearray | None = Non
     buffers = [memoryview(data)] if data is not None else []
     length = more.pop("length", len(data) if data is not None else 0)
     done: list[Request] = []
+    if op in (READ, WRITE) and image.now(op, buffers, offset, length):
+        return 0
     request = Request(op, offset, length, buffers, done.append, **more)
     if not image.submit(request):
         image.flush()
@@ -241,3 +243,29 @@ def test_another_process_that_shares_write_is_let_in(raw: Path) -> None:
     fd = os.open(raw, os.O_RDWR)
     lock_image(fd, "x", write=True)
     os.close(fd)
+
+
+def test_what_needs_no_waiting_is_done_at_once_and_nothing_else(raw: Path) -> None:
+    image = BlockImage(str(raw))
+    served(image)
+    content = raw.read_bytes()
+    buffers = [memoryview(bytearray(1000)), memoryview(bytearray(3096))]
+    assert image.now(READ, buffers, 4096, 4096)  # the file was just written: it is cached
+    assert b"".join(buffers) == content[4096:8192]
+    assert image.now(WRITE, buffers, 0, 4096)
+    assert raw.read_bytes()[:4096] == content[4096:8192]
+    assert not image.now(WRITE, buffers, 0, 4096, write_through=True)
+    assert not image.now(READ, [memoryview(bytearray(1))] * 1025, 0, 1025)  # more than IOV_MAX
+    assert image.now(READ, buffers, 0, 4096)
+    os.truncate(raw, 1000)
+    assert not image.now(READ, buffers, 0, 4096)
+    image.close()
+
+
+def test_a_loop_that_serves_others_too_is_not_held_up_by_writes(raw: Path) -> None:
+    image = BlockImage(str(raw))
+    loop = EventLoop()
+    image.start(loop, private=False)
+    assert not image.now(WRITE, [memoryview(bytearray(512))], 0, 512)
+    image.close()
+    loop.close()

@@ -119,3 +119,17 @@ def test_doorbells_are_taken_down_as_they_were_put_up(vm: FakeVm) -> None:
     bells.remove(0x1000, 2)
     bells.remove(0x1000, 2)
     assert vm.calls == [("ioeventfd", 0x1000, False), ("ioeventfd", 0x1000, True)]
+
+
+def test_a_message_that_is_sent_often_gets_an_irqfd(vm: FakeVm, interrupts: Interrupts) -> None:
+    route = interrupts.msi()
+    route.update(0xFEE00000, 7)
+    for _ in range(module.OFTEN):
+        route.signal()
+    assert vm.calls == [("msi", 0xFEE00000, 7)] * module.OFTEN + [("irqfd", route.gsi, False)]
+    route.signal()
+    assert vm.calls[-1] == ("irqfd", route.gsi, False)
+    assert os.eventfd_read(route.fd()) == 1
+    route.update(0xFEE00000, 8)
+    assert vm.routes[-1].data == 8
+    route.close()

@@ -112,3 +112,39 @@ def test_an_io_thread_runs_calls_and_ends() -> None:
         thread.call(lambda: (_ for _ in ()).throw(ValueError("from there")))
     thread.stop()
     assert seen == [True] and thread.thread_id > 0
+
+
+def test_an_edge_is_heard_once_for_each_addition_and_needs_no_reading() -> None:
+    loop = EventLoop()
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    heard: list[int] = []
+    loop.add_reader(fd, lambda: heard.append(1), edge=True)
+    for rounds in range(3):
+        os.eventfd_write(fd, 1)
+        loop.run_once(0)
+        loop.run_once(0)
+        assert len(heard) == rounds + 1
+    assert os.eventfd_read(fd) == 3
+    loop.remove_reader(fd)
+    os.eventfd_write(fd, 1)
+    loop.add_reader(fd, lambda: heard.append(2))
+    loop.run_once(0)
+    loop.run_once(0)
+    assert heard[3:] == [2, 2]
+    os.close(fd)
+    loop.close()
+
+
+def test_more_descriptors_than_one_round_takes_are_all_served() -> None:
+    loop = EventLoop()
+    fds = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(100)]
+    heard = set()
+    for fd in fds:
+        loop.add_reader(fd, lambda fd=fd: heard.add(fd))  # type: ignore[misc]
+    for _ in range(4):
+        loop.run_once(0)
+    assert heard == set(fds)
+    for fd in fds:
+        loop.remove_reader(fd)
+        os.close(fd)
+    loop.close()

@@ -10,6 +10,7 @@ request, which is most of what a small request costs. Everything else goes to an
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -19,7 +20,7 @@ import stat
 from kvik.errors import AccessDenied, HostError, ImageError, InvalidArgument, NotFound, OperationUnsupported
 from kvik.vmm.backends.image_lock import lock_image
 from kvik.vmm.backends.pool import ThreadPool
-from kvik.vmm.backends.request import FLUSH, IOV_MAX, READ, WRITE, Request, advance
+from kvik.vmm.backends.request import FLUSH, READ, WRITE, Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ CACHE_MODES = {
 }
 RWF_DSYNC, RWF_NOWAIT = 0x02, 0x08  # preadv2(2)
 BLKSSZGET, BLKGETSIZE64, BLKPBSZGET = 0x1268, 0x80081272, 0x127B  # linux/fs.h
+TMPFS_MAGIC, RAMFS_MAGIC = 0x01021994, 0x858458F6  # statfs(2)
 SECTOR = 512
 _INLINE_WRITE = 256 << 10  # bytes; above, a hand-over costs nothing beside the copy
 _MAGIC = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"QED\0": "qed", b"vhdxfile": "vhdx", b"conectix": "vpc"}
@@ -81,7 +83,8 @@ class BlockImage:
         self._engine: ThreadPool | Uring | None = None
         self._loop: EventLoop | None = None
         self._aio = aio
-        self._private = False
+        self._inline_writes = False
+        self._read_flags = 0 if self.direct else RWF_NOWAIT
         self._nowait = not self.direct
         self._cold = self._skip = 0
         try:
@@ -89,6 +92,8 @@ class BlockImage:
             self.is_device = stat.S_ISBLK(status.st_mode)
             if not self.is_device and not stat.S_ISREG(status.st_mode):
                 raise ImageError(f"disk {self.name} is neither a file nor a block device")
+            if _lies_in_memory(self.fd):
+                self._read_flags = 0  # before Linux 6.6 tmpfs has no RWF_NOWAIT, and it needs none
             if not image_format:
                 self._refuse_other_formats()
             self.end = self.size = 0
@@ -196,7 +201,7 @@ class BlockImage:
     def start(self, loop: EventLoop, *, private: bool, on_ready: Callable[[], None] | None = None) -> None:
         """Let `loop` call `on_ready`, which shall call `reap`, when results wait. `private`: the loop serves nothing
         else, so a write may hold it up."""
-        self._private = private
+        self._inline_writes = private and not self.direct and not self.sync
         self._loop = loop
         engine = self._engine = self._make_engine()
         for fd in engine.fds:
@@ -226,26 +231,19 @@ class BlockImage:
         return self._engine.in_flight if self._engine is not None else 0
 
     def submit(self, request: Request, *, write_through: bool = False) -> bool:
-        """True: complete, `request.result` is set. False: `request.done` is called later, `flush` sends it off."""
+        """True: complete, `request.result` is set. False: `request.done` is called later, `flush` sends it off.
+        For reads and writes `now` should have been asked before."""
         engine = self._engine
         assert engine is not None, "not started"
         request.fd = self.fd
         request.end = self.end
         request.is_device = self.is_device
         op = request.op
-        if op == READ:
-            if self._nowait and self._read_now(request):
-                return True
-        elif op == WRITE:
-            if self.sync or write_through:
-                request.flags = RWF_DSYNC
-            elif self._private and not self.direct and request.length <= _INLINE_WRITE and self._write_now(request):
-                return True
-        elif op == FLUSH:
+        if op == FLUSH:
             if self.ignore_flush or self.read_only:
                 request.result = 0
                 return True
-        elif self.sync or write_through:
+        elif op != READ and (self.sync or write_through):
             request.flags = RWF_DSYNC
         if self.direct and op <= WRITE:
             request.buffered_fd = self._buffered
@@ -254,48 +252,32 @@ class BlockImage:
         engine.submit(request)
         return False
 
-    def _read_now(self, request: Request) -> bool:
-        """Read from the page cache. After misses this is tried ever more rarely, up to once in 64 reads."""
-        if self._skip:
-            self._skip -= 1
+    def now(self, op: int, buffers: list[memoryview], offset: int, length: int, write_through: bool = False) -> bool:
+        """Read or write at once, if that takes no more than a copy. False: it may be half done, `submit` it as a whole
+        (errors too come from there)."""
+        if op == READ:
+            if not self._nowait:
+                return False
+            if self._skip:
+                self._skip -= 1
+                return False
+            try:
+                if os.preadv(self.fd, buffers, offset, self._read_flags) == length:
+                    self._cold = 0
+                    return True
+            except OSError as error:
+                if error.errno == errno.EAGAIN:
+                    # Not cached. After misses this is tried ever more rarely, up to once in 64 reads.
+                    self._cold = self._skip = min(2 * self._cold + 1, 63)
+                elif error.errno != errno.EINVAL:  # more than IOV_MAX buffers
+                    self._nowait = False  # EOPNOTSUPP: a file system without it
             return False
-        buffers = request.buffers
-        if len(buffers) > IOV_MAX:
-            return False
-        try:
-            count = os.preadv(self.fd, buffers, request.offset, RWF_NOWAIT)
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                self._cold = self._skip = min(2 * self._cold + 1, 63)
-            else:
-                self._nowait = False  # EOPNOTSUPP: a file system without it; an I/O error comes again from the engine
-            return False
-        if count == request.length:
-            self._cold = 0
-            request.result = 0
-            return True
-        if count:
-            request.buffers = advance(buffers, count)
-            request.offset += count
-            request.length -= count
-        return False
-
-    def _write_now(self, request: Request) -> bool:
-        buffers = request.buffers
-        if len(buffers) > IOV_MAX:
+        if not self._inline_writes or write_through or length > _INLINE_WRITE:
             return False
         try:
-            count = os.pwritev(self.fd, buffers, request.offset)
-        except OSError as error:
-            request.result = -(error.errno or errno.EIO)
-            return True
-        if count == request.length:
-            request.result = 0
-            return True
-        request.buffers = advance(buffers, count)
-        request.offset += count
-        request.length -= count
-        return False
+            return os.pwritev(self.fd, buffers, offset) == length
+        except OSError:
+            return False
 
     def flush(self) -> None:
         """Send off what `submit` queued."""
@@ -327,6 +309,15 @@ class BlockImage:
             if fd >= 0:
                 os.close(fd)
         self.fd = self._buffered = -1
+
+
+_libc = ctypes.CDLL(None)
+
+
+def _lies_in_memory(fd: int) -> bool:
+    """Whether the file system has no medium below the page cache."""
+    statfs = ctypes.create_string_buffer(256)  # struct statfs: f_type comes first, a long
+    return not _libc.fstatfs(fd, statfs) and int.from_bytes(statfs.raw[:8], "little") in (TMPFS_MAGIC, RAMFS_MAGIC)
 
 
 def _unsupported(name: str, image_format: str) -> OperationUnsupported:

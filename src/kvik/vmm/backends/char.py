@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import select
 import stat
+from _thread import allocate_lock
 
 from kvik.errors import HostError, InvalidArgument
 
@@ -55,6 +56,7 @@ class Chardev:
         self._listener: socket.socket | None = None
         self._owned: list[int] = []
         self._pending = bytearray()
+        self._lock = allocate_lock()  # over `_pending` and `_writing`: vCPUs write while the loop sends
         self._writing = False
         self._reading = True
         self._terminal: list[Any] | None = None
@@ -74,7 +76,7 @@ class Chardev:
         elif kind == "null" and not rest:
             pass
         elif kind == "stdio" and not rest:
-            self._in, self._out, self._is_stdio = 0, 1, True
+            self._in, self._out, self._is_stdio = 0, self._own_stdout(), True
         elif kind == "pty" and not rest:
             self._open_pty()
         elif kind == "file" and rest:
@@ -92,6 +94,16 @@ class Chardev:
                 remedy="use stdio, null, pty, file:PATH, unix:PATH or fd=N",
             )
         self.connected = self._in >= 0 or self._out >= 0
+
+    def _own_stdout(self) -> int:
+        """Standard output, through a descriptor of our own that never waits. The one we were given is shared with
+        others (a shell), who would not expect it to become so; a socket or a closed one is taken as it is."""
+        try:
+            fd = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:
+            return 1
+        self._owned.append(fd)
+        return fd
 
     def _open_log(self, log: str) -> None:
         kind, _, rest = log.replace("=", ":", 1).partition(":")
@@ -209,6 +221,8 @@ class Chardev:
         try:
             client, _ = self._listener.accept()
         except OSError:
+            if self._loop is not None:
+                self._loop.hold_reader(self._listener.fileno())
             return
         if self._in >= 0:
             client.close()  # one at a time, as the field does it
@@ -239,6 +253,15 @@ class Chardev:
 
     def _gone(self) -> None:
         """The other side closed."""
+        with self._lock:
+            if not self._ended():
+                return  # standard input ended; output goes on
+        self.connected = False
+        if self.on_open is not None:
+            self.on_open(False)
+
+    def _ended(self) -> bool:
+        """Let go of what was connected; whether output is over as well."""
         if self._loop is not None:
             if self._in >= 0:
                 self._loop.remove_reader(self._in)
@@ -254,11 +277,8 @@ class Chardev:
             self._pending.clear()
         else:
             self._in = -1
-            if self._out >= 0:
-                return  # standard input ended; output goes on
-        self.connected = False
-        if self.on_open is not None:
-            self.on_open(False)
+            return self._out < 0
+        return True
 
     def pause_input(self) -> None:
         """The device has no room: leave input where it is."""
@@ -287,6 +307,10 @@ class Chardev:
         return taken
 
     def _put(self, data: bytes | bytearray | memoryview) -> int:
+        with self._lock:
+            return self._send(data)
+
+    def _send(self, data: bytes | bytearray | memoryview) -> int:
         if self._out < 0:
             if self._listener is None or not self.backend.startswith("unix:"):
                 self.dropped += len(data)
@@ -317,25 +341,27 @@ class Chardev:
         loop = self._loop
 
         def register() -> None:
-            if self._pending and self._out >= 0 and not self._writing:
-                self._writing = True
-                loop.add_writer(self._out, self._flush)
+            with self._lock:
+                if self._pending and self._out >= 0 and not self._writing:
+                    self._writing = True
+                    loop.add_writer(self._out, self._flush)
 
         loop.call_soon(register)
 
     def _flush(self) -> None:
-        try:
-            sent = os.write(self._out, self._pending)
-        except BlockingIOError:
-            return
-        except OSError:
-            sent = len(self._pending)
-            self.dropped += sent
-        del self._pending[:sent]
-        if not self._pending:
-            assert self._loop is not None
-            self._loop.remove_writer(self._out)
-            self._writing = False
+        with self._lock:
+            try:
+                sent = os.write(self._out, self._pending)
+            except BlockingIOError:
+                return
+            except OSError:
+                sent = len(self._pending)
+                self.dropped += sent
+            del self._pending[:sent]
+            if not self._pending:
+                assert self._loop is not None
+                self._loop.remove_writer(self._out)
+                self._writing = False
         if self.on_writable is not None:
             self.on_writable()
 

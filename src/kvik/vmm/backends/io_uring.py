@@ -208,6 +208,8 @@ class Uring:
     def wait(self, seconds: float) -> bool:
         """Waits for one result or more and reaps. False: nothing came in that time."""
         self.flush()
+        if not self.in_flight:  # sending the batch completed all of it: there is nothing to wait for
+            return True
         ready = bool(select.select([self.fd, self._slow.fd], [], [], seconds)[0])
         self.reap()
         self.flush()

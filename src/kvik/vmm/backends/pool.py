@@ -45,9 +45,21 @@ class ThreadPool:
     def submit(self, request: Request) -> None:
         self.in_flight += 1
         if self._started < self.limit and self._started < self.in_flight:
-            self._started += 1
-            start_new_thread(self._worker, ())
+            try:
+                start_new_thread(self._worker, ())
+                self._started += 1
+            except RuntimeError:  # the host has no thread left, or a sandboxed thread may start none
+                if not self._started:  # done here and now, since nobody else will
+                    self._finished(request)
+                    return
         self._work.put(request)
+
+    def _finished(self, request: Request) -> None:
+        request.result = perform(request)
+        self._done.put(request)
+        if not self._signalled:
+            self._signalled = True
+            os.eventfd_write(self.fd, 1)
 
     def flush(self) -> None:
         """Nothing is held back here."""

@@ -19,47 +19,86 @@ if TYPE_CHECKING:
     from kvik.vmm.config import BootConfig
     from kvik.vmm.memory import GuestMemory
 
-__all__ = ["Entry", "load_kernel"]
+__all__ = ["BootFiles", "Entry", "load_kernel"]
 
 PROTOCOLS = ("auto", "pvh", "bzimage")
 COMMAND_LINE_SIZE = 2048  # Linux's, on x86 (arch/x86/include/asm/setup.h), with the zero byte
 REBUILD = "fetch or build it again"
 
 
+class BootFiles:
+    """The files that a machine starts from, open as long as it lives: a reset finds what the start found, whatever
+    became of the names meanwhile, and a sandboxed machine could not open them again. `unpacked` is the ELF kernel
+    inside `kernel`, where one is entered instead."""
+
+    __slots__ = ("initrd", "kernel", "unpacked")
+
+    def __init__(self, config: BootConfig) -> None:
+        """Raises what `load_kernel` raises for files."""
+        self.initrd = self.unpacked = None
+        file = _file(config.kernel, config.kernel_fd)
+        if file is None:
+            raise InvalidArgument("there is no kernel to boot", remedy="give one with --kernel")
+        self.kernel = Source("kernel", file)
+        try:
+            start = self.kernel.read(0, 1024)
+            if start[:4] != b"\x7fELF" and bzimage.is_bzimage(start) and config.protocol != "bzimage":
+                unpacked = _unpacked(config, self.kernel)
+                self.unpacked = Source("kernel", unpacked) if unpacked is not None else None
+            initrd = _file(config.initrd, config.initrd_fd)
+            self.initrd = Source("initrd", initrd) if initrd is not None else None
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for source in (self.kernel, self.unpacked, self.initrd):
+            if source is not None:
+                source.close()
+
+
 def load_kernel(
-    memory: GuestMemory, config: BootConfig, *, tables: Sequence[tuple[int, bytes]] = (), fresh: bool = True
+    memory: GuestMemory,
+    config: BootConfig,
+    *,
+    tables: Sequence[tuple[int, bytes]] = (),
+    fresh: bool = True,
+    files: BootFiles | None = None,
 ) -> Entry:
     """Load everything and say how to start. `tables` is what `acpi.build` made; those above 1 MiB are kept out of the
-    memory map. `fresh`: guest memory is all zeros (not so after a reset).
+    memory map. `fresh`: guest memory is all zeros (not so after a reset). `files`: those of `config`, if they are open
+    already.
 
     Raises `NotFound`, `HostError`, `ImageError` (damaged files), `OperationUnsupported` (a kernel that has no way in)
     and `InvalidArgument` (too little memory, a command line that is too long), each with what to do.
     """
     if config.protocol not in PROTOCOLS:
         raise InvalidArgument(f"unknown boot protocol {config.protocol!r}", remedy=f"one of {', '.join(PROTOCOLS)}")
+    if files is None:
+        files = BootFiles(config)
+        try:
+            return load_kernel(memory, config, tables=tables, fresh=fresh, files=files)
+        finally:
+            files.close()
     kept = [(address, len(data)) for address, data in tables]
-    file = _file(config.kernel, config.kernel_fd)
-    if file is None:
-        raise InvalidArgument("there is no kernel to boot", remedy="give one with --kernel")
-    with Source("kernel", file) as source:
-        start = source.read(0, 1024)
-        if start[:4] == b"\x7fELF":
-            entry = _load_pvh(memory, config, source, kept, stable=config.stable, fresh=fresh)
-        elif not bzimage.is_bzimage(start):
-            raise ImageError(
-                f"the kernel {source.name} is neither a bzImage nor an ELF kernel", remedy="give the file of a kernel"
-            )
-        elif config.protocol != "bzimage" and (unpacked := _unpacked(config, source)) is not None:
-            with Source("kernel", unpacked) as elf:
-                entry = _load_pvh(memory, config, elf, kept, stable=True, fresh=fresh)
-        elif config.protocol == "pvh":
-            raise ImageError(
-                f"the kernel {source.name} cannot be entered by PVH: it has no such entry, its compression is not "
-                "known, or there is no directory to unpack it into",
-                remedy="choose the boot protocol bzimage or auto, or give a cache directory",
-            )
-        else:
-            entry = _load_bzimage(memory, config, source, kept)
+    source = files.kernel
+    start = source.read(0, 1024)
+    if start[:4] == b"\x7fELF":
+        entry = _load_pvh(memory, config, source, files.initrd, kept, stable=config.stable, fresh=fresh)
+    elif not bzimage.is_bzimage(start):
+        raise ImageError(
+            f"the kernel {source.name} is neither a bzImage nor an ELF kernel", remedy="give the file of a kernel"
+        )
+    elif files.unpacked is not None:
+        entry = _load_pvh(memory, config, files.unpacked, files.initrd, kept, stable=True, fresh=fresh)
+    elif config.protocol == "pvh":
+        raise ImageError(
+            f"the kernel {source.name} cannot be entered by PVH: it has no such entry, its compression is not "
+            "known, or there is no directory to unpack it into",
+            remedy="choose the boot protocol bzimage or auto, or give a cache directory",
+        )
+    else:
+        entry = _load_bzimage(memory, config, source, files.initrd, kept)
     entry.prepare(memory)
     return entry
 
@@ -68,6 +107,7 @@ def _load_pvh(
     memory: GuestMemory,
     config: BootConfig,
     source: Source,
+    initrd_file: Source | None,
     kept: Sequence[tuple[int, int]],
     *,
     stable: bool,
@@ -81,17 +121,23 @@ def _load_pvh(
         )
     cmdline = command_line(config.cmdline, COMMAND_LINE_SIZE - 1)
     end = pvh.load(memory, source, elf, stable=stable, fresh=fresh)
-    initrd = load_initrd(memory, config, above=end, ceiling=_ceiling(memory, kept))
+    initrd = load_initrd(memory, initrd_file, above=end, ceiling=_ceiling(memory, kept), stable=config.stable)
     pvh.write_start_info(memory, memory_map(memory, kept), cmdline=cmdline, initrd=initrd)
     return pvh.entry(elf)
 
 
-def _load_bzimage(memory: GuestMemory, config: BootConfig, source: Source, kept: Sequence[tuple[int, int]]) -> Entry:
+def _load_bzimage(
+    memory: GuestMemory,
+    config: BootConfig,
+    source: Source,
+    initrd_file: Source | None,
+    kept: Sequence[tuple[int, int]],
+) -> Entry:
     kernel = bzimage.parse(source)
     cmdline = command_line(config.cmdline, kernel.cmdline_size)
     address, end = bzimage.load(memory, source, kernel)
     ceiling = min(_ceiling(memory, kept), kernel.initrd_addr_max + 1)
-    initrd = load_initrd(memory, config, above=end, ceiling=ceiling)
+    initrd = load_initrd(memory, initrd_file, above=end, ceiling=ceiling, stable=config.stable)
     bzimage.write_zero_page(memory, kernel, memory_map(memory, kept), cmdline=cmdline, initrd=initrd)
     return bzimage.entry(address)
 
@@ -128,27 +174,27 @@ def command_line(text: str, limit: int) -> bytes:
     return data
 
 
-def load_initrd(memory: GuestMemory, config: BootConfig, *, above: int, ceiling: int) -> tuple[int, int] | None:
+def load_initrd(
+    memory: GuestMemory, source: Source | None, *, above: int, ceiling: int, stable: bool = False
+) -> tuple[int, int] | None:
     """Put the initrd as high as possible below `ceiling`, out of the way of a kernel that unpacks itself; its
     (address, size). `above`: where the kernel ends."""
-    file = _file(config.initrd, config.initrd_fd)
-    if file is None:
+    if source is None:
         return None
-    with Source("initrd", file) as source:
-        address = (ceiling - source.size) & ~(PAGE - 1)
-        if address < above:
-            need = above + source.size + PAGE
-            raise InvalidArgument(
-                f"the initrd {source.name} ({source.size >> 20} MiB) does not fit behind the kernel",
-                remedy=f"give the machine at least {(need >> 20) + 32} MiB of memory, or a smaller initrd",
-            )
-        if config.stable:
-            # Copy-on-write: 10 MiB that are not read. A file that is written nevertheless shows its new bytes to a
-            # guest that has not unpacked it yet; one that is cut short ends this machine (KVM_RUN: EFAULT), no other.
-            memory.map_file(address, source.fd, 0, source.size)
-        else:
-            source.load(memory, address, 0, source.size)
-        return address, source.size
+    address = (ceiling - source.size) & ~(PAGE - 1)
+    if address < above:
+        need = above + source.size + PAGE
+        raise InvalidArgument(
+            f"the initrd {source.name} ({source.size >> 20} MiB) does not fit behind the kernel",
+            remedy=f"give the machine at least {(need >> 20) + 32} MiB of memory, or a smaller initrd",
+        )
+    if stable:
+        # Copy-on-write: 10 MiB that are not read. A file that is written nevertheless shows its new bytes to a
+        # guest that has not unpacked it yet; one that is cut short ends this machine (KVM_RUN: EFAULT), no other.
+        memory.map_file(address, source.fd, 0, source.size)
+    else:
+        source.load(memory, address, 0, source.size)
+    return address, source.size
 
 
 def _ceiling(memory: GuestMemory, kept: Sequence[tuple[int, int]]) -> int:

@@ -103,8 +103,16 @@ def load(memory: GuestMemory, source: Source, kernel: ElfKernel, *, stable: bool
             source.load(memory, segment.address, segment.offset, segment.file_size)
         behind = segment.size - segment.file_size
         if behind and not fresh:
-            memory.write(segment.address + segment.file_size, bytes(behind))
+            _clear(memory, segment.address + segment.file_size, behind)
     return max(segment.address + segment.size for segment in kernel.segments)
+
+
+def _clear(memory: GuestMemory, address: int, size: int) -> None:
+    """Zeros, a piece at a time: the file chose how many."""
+    while size:
+        part = min(size, 1 << 20)
+        memory.write(address, bytes(part))
+        address, size = address + part, size - part
 
 
 def write_start_info(

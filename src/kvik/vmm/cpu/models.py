@@ -25,14 +25,11 @@ __all__ = ["HOST", "MODELS", "apply_model"]
 HOST = ("host", "max")
 INTEL, AMD = b"GenuineIntel", b"AuthenticAMD"
 
-_V1 = (
-    "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 syscall nx lm "
-    "arat"
-)
+_V1 = "fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 syscall nx lm arat"
 _V2 = _V1 + " pni ssse3 cx16 sse4.1 sse4.2 popcnt lahf-lm"
 _V3 = _V2 + " avx avx2 bmi1 bmi2 f16c fma abm movbe xsave xsaveopt"
 _V4 = _V3 + " avx512f avx512dq avx512cd avx512bw avx512vl"
-_WESTMERE = _V2 + " aes pclmulqdq"
+_WESTMERE = _V2 + " vme aes pclmulqdq"
 _SANDY = _WESTMERE + " avx xsave xsaveopt rdtscp"
 _IVY = _SANDY + " f16c rdrand fsgsbase smep erms"
 _HASWELL = _IVY + " fma bmi1 bmi2 avx2 movbe abm pcid invpcid"
@@ -43,8 +40,8 @@ _ICELAKE = (
     " sha-ni fsrm"
 )
 _EPYC = _V3 + (
-    " aes pclmulqdq rdrand fsgsbase smep rdseed adx smap clflushopt sha-ni xsavec xgetbv1 cr8legacy sse4a misalignsse"
-    " 3dnowprefetch pdpe1gb rdtscp mmxext fxsr-opt"
+    " vme aes pclmulqdq rdrand fsgsbase smep rdseed adx smap clflushopt sha-ni xsavec xgetbv1 cr8legacy sse4a"
+    " misalignsse 3dnowprefetch pdpe1gb rdtscp mmxext fxsr-opt"
 )
 _ROME = _EPYC + " clwb rdpid umip wbnoinvd clzero xsaveerptr"
 _MILAN = _ROME + " vaes vpclmulqdq pcid invpcid pku erms fsrm"
@@ -79,7 +76,7 @@ MODELS: dict[str, Model] = {
     "x86-64-v2-AES": _model(_V2 + " aes"),
     "x86-64-v3": _model(_V3),
     "x86-64-v4": _model(_V4),
-    "Nehalem": _model(_V2, INTEL, 6, 26, 3),
+    "Nehalem": _model(_V2 + " vme", INTEL, 6, 26, 3),
     "Westmere": _model(_WESTMERE, INTEL, 6, 44, 1),
     "SandyBridge": _model(_SANDY, INTEL, 6, 42, 1),
     "IvyBridge": _model(_IVY, INTEL, 6, 58, 9),

@@ -48,8 +48,8 @@ def query_cpus_fast(context: Context, arguments: Arguments) -> list[dict[str, An
 
 
 def qom_path(context: Context, index: int) -> str:
-    names: dict[int, str] = context.server.values.get("plugged-cpus", {})
-    return f"/machine/peripheral/{names[index]}" if index in names else f"/machine/unattached/device[{index}]"
+    name = next((vcpu.name for vcpu in context.machine.vcpus if vcpu.index == index), "")
+    return f"/machine/peripheral/{name}" if name else f"/machine/unattached/device[{index}]"
 
 
 def query_hotpluggable_cpus(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
@@ -76,18 +76,16 @@ def plug(context: Context, name: str, properties: dict[str, Any]) -> None:
         if all(place[key] == value for key, value in wanted.items()) and len(wanted) == len(place):
             if any(vcpu.index == number for vcpu in machine.vcpus):
                 raise QmpError(f"CPU[{number}] with APIC ID {number} exists")
-            context.server.hotplug().plug_vcpu(number)
-            context.server.values.setdefault("plugged-cpus", {})[number] = name
+            context.server.hotplug().plug_vcpu(number, name)
             return
     raise QmpError("no vCPU slot is at that place; query-hotpluggable-cpus lists them")
 
 
 def unplug(context: Context, name: str) -> bool:
     """Whether `name` is a plugged vCPU; the guest is asked to let it go."""
-    names: dict[int, str] = context.server.values.get("plugged-cpus", {})
-    for number, known in names.items():
-        if known == name:
-            context.server.hotplug().unplug_vcpu(number)
+    for vcpu in context.machine.vcpus:
+        if vcpu.name and vcpu.name == name:
+            context.server.hotplug().unplug_vcpu(vcpu.index)
             return True
     return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvik.vmm import config as c
@@ -10,6 +9,7 @@ from kvik.vmm import parts
 from kvik.vmm.monitor.errors import QmpError, device_not_found, refused
 
 if TYPE_CHECKING:
+    from kvik.vmm.cpu.hotplug import VcpuHotplug
     from kvik.vmm.device import Device
     from kvik.vmm.machine import Machine
 
@@ -54,14 +54,13 @@ class MachineHotplug:
             return
         self._machine.pci.request_unplug(carrier)
 
-    def plug_vcpu(self, number: int) -> None:
-        self._vcpus("plug_vcpu")(number)
+    def plug_vcpu(self, number: int, name: str) -> None:
+        self._vcpus().plug(number, name)
 
     def unplug_vcpu(self, number: int) -> None:
-        self._vcpus("unplug_vcpu")(number)
+        self._vcpus().request_unplug(number)
 
-    def _vcpus(self, name: str) -> Callable[[int], None]:
-        method: Callable[[int], None] | None = getattr(self._machine, name, None)
-        if method is None:
-            raise refused("cannot change the number of vCPUs", "this machine was built without CPU hot-plug")
-        return method
+    def _vcpus(self) -> VcpuHotplug:
+        if self._machine.vcpu_hotplug is None:
+            raise refused("cannot change the number of vCPUs", "this machine was started with as many as it can have")
+        return self._machine.vcpu_hotplug

@@ -36,9 +36,10 @@ def _cpus(context: Context, index: int) -> str:
 
 
 def _vcpu(context: Context, index: int) -> VcpuThread:
-    if not 0 <= index < len(context.machine.vcpus):
-        raise QmpError(f"CPU#{index} is not there")
-    return context.machine.vcpus[index]
+    for vcpu in context.machine.vcpus:
+        if vcpu.index == index:
+            return vcpu
+    raise QmpError(f"CPU#{index} is not there")
 
 
 def _registers(context: Context, index: int) -> str:

@@ -47,9 +47,9 @@ def query_memory_devices(context: Context, arguments: Arguments) -> list[dict[st
                 "memaddr": device.address,
                 "requested-size": device.requested,
                 "size": device.plugged,
-                "max-size": device.settings.size,
-                "block-size": device.settings.block,
-                "node": device.settings.node,
+                "max-size": device.size,
+                "block-size": device.block,
+                "node": device.node,
                 "memdev": f"/objects/{device.name}",
             },
         }

@@ -11,24 +11,30 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvik.vmm.monitor.errors import refused
-from kvik.vmm.monitor.schema import ANYTHING, ID, NOTHING, TEXT, Bool, Int, List, Struct, Type
+from kvik.vmm.monitor.schema import ANYTHING, ID, NOTHING, TEXT, Bool, Enum, Int, List, Struct, Type
 from kvik.vmm.monitor.table import Arguments, Command, Context, Handler
 
-# command -> handler(context, arguments), filled by the module that can do it (kvik.vmm's state and migration part)
+# command -> handler(context, arguments): what `kvik.vmm.state.qmp` says, and who adds to it
 HANDLERS: dict[str, Handler] = {}
 
 
+def _find(name: str) -> Handler | None:
+    from kvik.vmm.state.qmp import HANDLERS as OURS  # only when somebody asks: no start waits for it
+
+    return HANDLERS.get(name) or OURS.get(name)
+
+
 def query_migrate(context: Context, arguments: Arguments) -> dict[str, Any]:
-    handler = HANDLERS.get("query-migrate")
+    handler = _find("query-migrate")
     reply: dict[str, Any] = handler(context, arguments) if handler is not None else {}  # QEMU: {} before the first
     return reply
 
 
 def _plugged(name: str) -> Callable[[Context, Arguments], Any]:
     def handler(context: Context, arguments: Arguments) -> Any:
-        known = HANDLERS.get(name)
+        known = _find(name)
         if known is None:
-            raise refused(f"cannot do {name}", "no migration or snapshot support is loaded in this process")
+            raise refused(f"cannot do {name}", "it has no such kind of migration or snapshot")
         return known(context, arguments)
 
     return handler
@@ -62,8 +68,13 @@ COMMANDS: Sequence[Command] = (
     _command("snapshot-save", _JOB | {"vmstate": ID, "devices": List(ID)}),
     _command("snapshot-load", _JOB | {"vmstate": ID, "devices": List(ID)}),
     _command("snapshot-delete", _JOB | {"devices": List(ID)}),
-    _command("x-kvik-snapshot-save", {"directory": TEXT}, summary="the whole machine into a directory"),
+    _command(
+        "x-kvik-snapshot-save",
+        {"directory": TEXT, "*compression": Enum("none", "zlib")},
+        summary="the whole machine into a new directory",
+    ),
     _command("x-kvik-snapshot-load", {"directory": TEXT}, summary="the whole machine out of a directory"),
+    _command("x-kvik-checkpoint", {}, summary="mark this state, for x-kvik-reset-to-snapshot"),
     _command("x-kvik-reset-to-snapshot", {}, summary="back to the marked state: only what changed"),
     _command("calc-dirty-rate", {"calc-time": Int(1, 60), "*sample-pages": Int(), "*mode": ID}),
     Command(

@@ -57,11 +57,11 @@ def qom_list(context: Context, arguments: Arguments) -> list[dict[str, str]]:
     if path == "/machine":
         return [kind, _child("peripheral", "container"), _child("unattached", "container")]
     if path == "/machine/peripheral":
-        plugged = context.server.values.get("plugged-cpus", {}).values()
+        plugged = [vcpu.name for vcpu in machine.vcpus if vcpu.name]
         listed = [_child(device.name, TYPES.get(device.kind, device.kind)) for device in context.devices()]
         return [kind, *listed, *(_child(name, cpus.TYPE) for name in plugged)]
     if path == "/machine/unattached":
-        return [kind, *(_child(f"device[{vcpu.index}]", cpus.TYPE) for vcpu in machine.vcpus)]
+        return [kind, *(_child(f"device[{vcpu.index}]", cpus.TYPE) for vcpu in machine.vcpus if not vcpu.name)]
     if path == "/objects":
         return [kind, *(_child(name, item["qom-type"]) for name, item in _objects(context).items())]
     if path.startswith("/objects/") and path.removeprefix("/objects/") in _objects(context):
@@ -138,9 +138,9 @@ def qom_set(context: Context, arguments: Arguments) -> None:
             raise QmpError("timer value must be greater than zero" if value < 0 else "timer value is too big")
         device.set_interval(value)
     else:
-        if not 0 <= value <= device.settings.size or value % device.settings.block:
-            raise QmpError(f"'requested-size' must be a multiple of {device.settings.block}, to {device.settings.size}")
-        device.set_requested(value)
+        if not 0 <= value <= device.size or value % device.block:
+            raise QmpError(f"'requested-size' must be a multiple of {device.block}, to {device.size}")
+        device.request(value)
 
 
 _PLACE = {"path": TEXT, "property": TEXT}

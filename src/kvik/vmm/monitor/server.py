@@ -325,6 +325,7 @@ class MonitorServer:
         try:
             sock, _ = listener.accept()
         except OSError:  # it went again, or no descriptor is left
+            self.machine.loop.hold_reader(listener.fileno())
             return
         if len(self.sessions) >= MAX_SESSIONS:
             sock.close()

@@ -4,6 +4,7 @@
     ...                                  # open everything, import everything
     sandbox.enter("main", policy)        # main thread: limits, capabilities, Landlock, seccomp
     sandbox.enter("vcpu", policy)        # first thing in each vCPU thread: the narrower list
+    sandbox.enter("io", policy)          # first thing in each I/O thread: the main thread's list
 
 Landlock, capabilities and seccomp belong to a thread and pass on to threads it starts later. So a vCPU thread may be
 started before the main thread has imported its control plane: it confines itself, and the main thread enters before it
@@ -21,17 +22,20 @@ from kvik.vmm.sandbox.privileges import close_stray
 __all__ = ["Policy", "close_stray", "enter", "preload"]
 
 # What the standard library imports inside functions that a running machine calls; an import cannot be done inside.
-_LATE = ("encodings.idna", "encodings.ascii", "encodings.latin_1", "traceback", "linecache", "array", "socket", "json")
+_LATE = ("encodings.ascii", "encodings.latin_1", "traceback", "linecache")
 
 
 class Policy:
     """`action`: what a forbidden call meets: "kill" (the process ends), "errno" (EPERM), "log" (audit log only).
 
-    `readable`, `writable`: directories that stay open to it, none by default. `unix_connect`: connecting to Unix
-    sockets stays possible, which a vsock device with guest-initiated connections needs. `descriptors`: their bound.
+    `readable`, `writable`: directories that stay open to it, none by default. `removable`: directories where files may
+    be removed and nothing else (sockets that the machine made), if the kernel has Landlock. `unix_connect`: connecting
+    to Unix sockets stays possible, which a vsock device with guest-initiated connections needs. `sockets`: vCPU
+    threads speak over sockets that are open (vhost-user). `forks`: the main thread may fork, and end what it forked; a
+    child can do no more than it, and no program can be run. `descriptors`: their bound.
     """
 
-    __slots__ = ("action", "descriptors", "readable", "unix_connect", "writable")
+    __slots__ = ("action", "descriptors", "forks", "readable", "removable", "sockets", "unix_connect", "writable")
 
     def __init__(
         self,
@@ -39,7 +43,10 @@ class Policy:
         *,
         readable: tuple[str, ...] = (),
         writable: tuple[str, ...] = (),
+        removable: tuple[str, ...] = (),
         unix_connect: bool = False,
+        sockets: bool = False,
+        forks: bool = False,
         descriptors: int = 4096,
     ) -> None:
         if action not in seccomp.ACTIONS:
@@ -47,7 +54,10 @@ class Policy:
         self.action = action
         self.readable = readable
         self.writable = writable
+        self.removable = removable
         self.unix_connect = unix_connect
+        self.sockets = sockets
+        self.forks = forks
         self.descriptors = descriptors
 
 
@@ -59,14 +69,15 @@ def preload() -> None:
         importlib.import_module(name)
 
 
-def enter(role: str, policy: Policy) -> dict[str, int | str]:
+def enter(role: str, policy: Policy, *, inherited: bool = False) -> dict[str, int | str]:
     """Confine the calling thread, for good; the role "main" also bounds the whole process. Says what is in force.
+    `inherited`: the thread was started by a confined one, and needs only a narrower list of calls.
 
     Threads started before are not touched: each enters by itself. Raises OSError when the kernel refuses a part; a
     kernel without Landlock is no error but told ("landlock": 0), since seccomp forbids opening as well.
     """
-    if role not in ("main", "vcpu"):
-        raise ValueError(f"sandbox role {role!r}: main or vcpu")
+    if role not in ("main", "io", "vcpu"):
+        raise ValueError(f"sandbox role {role!r}: main, io or vcpu")
     if role == "main":
         preload()
         privileges.limit(policy.descriptors)
@@ -75,10 +86,16 @@ def enter(role: str, policy: Policy) -> dict[str, int | str]:
         os.getpid(),
         seccomp.ACTIONS[policy.action],
         paths=bool(policy.readable or policy.writable),
+        remove=bool(policy.removable) and landlock.abi() > 0,
         unix_connect=policy.unix_connect,
+        sockets=policy.sockets,
+        forks=policy.forks,
     )
-    privileges.no_new_privileges()
-    version = landlock.restrict(policy.readable, policy.writable)
-    privileges.drop_capabilities()
+    if not inherited:
+        privileges.no_new_privileges()
+    version = 0
+    if policy.action != "log" and not inherited:  # neither of these can tell without forbidding
+        version = landlock.restrict(policy.readable, policy.writable, policy.removable)
+        privileges.drop_capabilities()
     seccomp.load(code)
     return {"role": role, "landlock": version, "seccomp": policy.action, "instructions": len(code)}

@@ -16,11 +16,11 @@ _RULE_PATH_BENEATH = 1
 
 # Rights by the ABI that brought them; LANDLOCK_ACCESS_FS_*. 1 (Linux 5.13): EXECUTE .. MAKE_SYM, bits 0 to 12.
 _FS_BITS = {1: 13, 2: 14, 3: 15, 5: 16}  # 2: REFER, 3: TRUNCATE, 5: IOCTL_DEV
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (
-    1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8, 1 << 14,
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, TRUNCATE = (
+    1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 14,
 )  # fmt: skip
 _READ = READ_FILE | READ_DIR
-_WRITE = _READ | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
+_WRITE = _READ | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | TRUNCATE
 _NET = 0b11  # ABI 4: BIND_TCP, CONNECT_TCP
 _SCOPE = 0b11  # ABI 6: ABSTRACT_UNIX_SOCKET, SIGNAL
 
@@ -48,11 +48,11 @@ def handled(version: int) -> tuple[int, int, int]:
     return files, _NET if version >= 4 else 0, _SCOPE if version >= 6 else 0
 
 
-def restrict(readable: tuple[str, ...] = (), writable: tuple[str, ...] = ()) -> int:
+def restrict(readable: tuple[str, ...] = (), writable: tuple[str, ...] = (), removable: tuple[str, ...] = ()) -> int:
     """Take every right from this thread and those it will start; the ABI used, 0 if the kernel has none.
 
-    Below the directories of `readable` files can be read, below those of `writable` also made, written and removed.
-    Needs no_new_privs. Raises OSError.
+    Below the directories of `readable` files can be read, below those of `writable` also made, written and removed; in
+    those of `removable` files can be removed. Needs no_new_privs. Raises OSError.
     """
     version = abi()
     if not version:
@@ -64,7 +64,7 @@ def restrict(readable: tuple[str, ...] = (), writable: tuple[str, ...] = ()) -> 
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), f"landlock_create_ruleset: {os.strerror(ctypes.get_errno())}")
     try:
-        for paths, rights in ((readable, _READ), (writable, _WRITE)):
+        for paths, rights in ((readable, _READ), (writable, _WRITE), (removable, REMOVE_FILE)):
             for path in paths:
                 _allow(ruleset, path, rights & files)
         if _syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) < 0:

@@ -18,27 +18,30 @@ if TYPE_CHECKING:
 # x86-64 numbers (asm/unistd_64.h) of the calls that a list below names.
 NR = {
     "read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8, "mmap": 9,
-    "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15,
-    "ioctl": 16, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "sched_yield": 24, "mremap": 25,
+    "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "ioctl": 16,
+    "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "select": 23, "sched_yield": 24, "mremap": 25,
     "msync": 26, "madvise": 28, "dup": 32, "dup2": 33, "nanosleep": 35, "getpid": 39, "socket": 41, "connect": 42,
     "accept": 43, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "getsockname": 51,
-    "getpeername": 52, "setsockopt": 54, "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61, "uname": 63,
-    "fcntl": 72, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "rename": 82, "unlink": 87, "getrusage": 98,
-    "sigaltstack": 131, "mlock": 149, "munlock": 150, "prctl": 157, "gettid": 186, "futex": 202,
-    "sched_setaffinity": 203, "sched_getaffinity": 204, "getdents64": 217, "restart_syscall": 219,
+    "getpeername": 52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61,
+    "uname": 63, "fcntl": 72, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "rename": 82, "mkdir": 83, "rmdir": 84,
+    "unlink": 87, "getrusage": 98, "sigaltstack": 131, "mlock": 149, "munlock": 150, "prctl": 157, "gettid": 186,
+    "futex": 202, "sched_setaffinity": 203, "sched_getaffinity": 204, "getdents64": 217, "restart_syscall": 219,
     "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232,
     "epoll_ctl": 233, "tgkill": 234, "openat": 257, "mkdirat": 258, "newfstatat": 262, "unlinkat": 263,
-    "renameat": 264, "ppoll": 271, "set_robust_list": 273, "sync_file_range": 277, "epoll_pwait": 281,
+    "renameat": 264, "pselect6": 270, "ppoll": 271, "set_robust_list": 273, "sync_file_range": 277, "epoll_pwait": 281,
     "timerfd_create": 283, "fallocate": 285, "timerfd_settime": 286, "timerfd_gettime": 287, "accept4": 288,
     "eventfd2": 290, "epoll_create1": 291, "dup3": 292, "preadv": 295, "pwritev": 296, "recvmmsg": 299,
     "prlimit64": 302, "sendmmsg": 307, "getcpu": 309, "renameat2": 316, "seccomp": 317, "getrandom": 318,
     "memfd_create": 319, "membarrier": 324, "mlock2": 325, "copy_file_range": 326, "preadv2": 327, "pwritev2": 328,
-    "statx": 332, "rseq": 334, "io_uring_enter": 426, "io_uring_register": 427, "clone3": 435, "close_range": 436,
-    "epoll_pwait2": 441, "landlock_create_ruleset": 444, "landlock_restrict_self": 446, "futex_waitv": 449,
+    "statx": 332, "rseq": 334, "pidfd_send_signal": 424, "io_uring_enter": 426, "io_uring_register": 427,
+    "pidfd_open": 434, "clone3": 435, "close_range": 436, "epoll_pwait2": 441, "landlock_create_ruleset": 444,
+    "landlock_restrict_self": 446, "futex_waitv": 449,
 }  # fmt: skip
 
 _LOW = 0xFFFF_FFFF  # ioctl's request and clone's flags: the kernel looks at the low 32 bits
-_PROT_EXEC, _CLONE_THREAD, _AF_UNIX = 4, 0x10000, 1
+_PROT_EXEC, _CLONE_THREAD, _AF_UNIX, _AT_EMPTY_PATH = 4, 0x10000, 1, 0x1000
+
+_FORK = 0x0120_0011  # SIGCHLD, CLONE_CHILD_SETTID, CLONE_CHILD_CLEARTID
 
 
 def _one_of(index: int, *values: int) -> Conditions:
@@ -114,7 +117,7 @@ _RUNTIME = (
     "sched_yield", "gettid", "getpid", "exit", "exit_group", "clock_nanosleep", "nanosleep", "restart_syscall",
     "getrandom", "membarrier", "rseq", "set_robust_list", "sigaltstack", "rt_sigaction", "poll", "ppoll", "getrusage",
     "sched_getaffinity", "sched_setaffinity", "getcpu", "mlock", "mlock2", "munlock", "eventfd2", "fstat", "mremap",
-    "clock_getres", "uname", "epoll_ctl", "readv", "writev", "preadv", "pwritev", "lseek",
+    "clock_getres", "uname", "select", "pselect6", "epoll_ctl", "readv", "writev", "preadv", "pwritev", "lseek",
 )  # fmt: skip
 _MAIN = (
     "epoll_wait", "epoll_pwait", "epoll_pwait2", "epoll_create1", "pread64", "pwrite64", "preadv2", "pwritev2",
@@ -126,22 +129,33 @@ _MAIN = (
 )  # fmt: skip
 _PATHS = (
     "openat", "newfstatat", "statx", "stat", "lstat", "getdents64", "unlinkat", "unlink", "renameat", "renameat2",
-    "rename", "mkdirat",
+    "rename", "mkdir", "mkdirat", "rmdir",
 )  # fmt: skip
+# For a vCPU thread that speaks to a vhost-user back end over a socket that is open.
+_SOCKETS = ("sendto", "sendmsg", "recvfrom", "recvmsg")
+_FIONBIO = 0x5421
 _PRCTL = _one_of(0, 15, 22, 38)  # SET_NAME; SET_SECCOMP and SET_NO_NEW_PRIVS, which only take away
 
 
 def allowed(
-    role: str, pid: int, *, paths: bool = False, unix_connect: bool = False
+    role: str,
+    pid: int,
+    *,
+    paths: bool = False,
+    remove: bool = False,
+    unix_connect: bool = False,
+    sockets: bool = False,
+    forks: bool = False,
 ) -> dict[int, Sequence[Sequence[Arg]]]:
-    """The list of `role` ("vcpu" or "main") for the process `pid`: number -> alternatives of conditions.
+    """The list of `role` ("vcpu", "io" or "main") for the process `pid`: number -> alternatives of conditions.
 
-    `paths`: Landlock lets some directory through, so opening must be possible. `unix_connect`: a vsock device connects
-    to Unix sockets on the host.
+    `paths`: Landlock lets some directory through, so opening must be possible. `remove`: it lets files be removed
+    somewhere. `unix_connect`: a vsock device connects to Unix sockets on the host. `sockets`: vCPU threads use
+    sockets that are open. `forks`: a migration forks senders, as the C library's fork(3) does it, and ends them.
     """
     vcpu = role == "vcpu"
     calls: dict[str, Conditions] = {
-        "ioctl": _ioctls(_VHOST, requests=_VCPU_KVM + _VCPU_STATE + _TUN)
+        "ioctl": _ioctls(_VHOST, requests=_VCPU_KVM + _VCPU_STATE + _TUN + ((_FIONBIO,) if sockets else ()))
         if vcpu
         else _ioctls(_KVM, _VHOST, 0xAA, requests=_TTY + _TUN + _BLOCK),  # 0xAA: userfaultfd
         **dict.fromkeys(_RUNTIME, _FREELY),
@@ -151,9 +165,19 @@ def allowed(
         "prctl": _PRCTL,
         "prlimit64": [[Arg(0, 0, _LOW), Arg(2, 0)]],  # its own limits, read only: abort and sysconf ask
     }
+    if sockets:
+        calls |= dict.fromkeys(_SOCKETS, _FREELY)
     if not vcpu:
         calls |= dict.fromkeys(_MAIN, _FREELY)
+        if remove:
+            calls["unlink"] = _FREELY
+        # How the C library does fstat(2). A path beside the flag would be looked at: its size and owner, no more.
+        calls["newfstatat"] = [[Arg(3, _AT_EMPTY_PATH, _AT_EMPTY_PATH)]]
         calls["clone"] = [[Arg(0, _CLONE_THREAD, _CLONE_THREAD)]]  # threads, no processes
+        if forks:
+            calls["clone"] = [*calls["clone"], [Arg(0, _FORK, _LOW)]]
+            calls |= dict.fromkeys(("socketpair", "pidfd_open", "pidfd_send_signal"), _FREELY)
+            calls["prctl"] = [*_PRCTL, *_one_of(0, 1)]  # SET_PDEATHSIG: a sender ends with the machine
         if paths:
             calls |= dict.fromkeys(_PATHS, _FREELY)
         if unix_connect:
@@ -163,8 +187,18 @@ def allowed(
 
 
 def program(
-    role: str, pid: int, otherwise: int, *, paths: bool = False, unix_connect: bool = False
+    role: str,
+    pid: int,
+    otherwise: int,
+    *,
+    paths: bool = False,
+    remove: bool = False,
+    unix_connect: bool = False,
+    sockets: bool = False,
+    forks: bool = False,
 ) -> list[Instruction]:
     """The filter of a role. clone3 answers ENOSYS, so that the C library uses clone, whose flags can be seen."""
-    list_of_calls = allowed(role, pid, paths=paths, unix_connect=unix_connect)
+    list_of_calls = allowed(
+        role, pid, paths=paths, remove=remove, unix_connect=unix_connect, sockets=sockets, forks=forks
+    )
     return assemble(list_of_calls, otherwise, () if role == "vcpu" else (NR["clone3"],))

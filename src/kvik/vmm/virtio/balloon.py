@@ -86,6 +86,10 @@ class Balloon(VirtioDevice):
     def deactivate(self) -> None:
         self._held = None
 
+    def queue_reset(self, index: int) -> None:
+        if index < len(self._roles) and self._roles[index] == "stats":
+            self._held = None  # the buffer is the driver's again
+
     def reset(self) -> None:
         super().reset()
         self._held = None

@@ -39,8 +39,10 @@ F_FLUSH, CONFIG_WCE, MQ, F_DISCARD, F_WRITE_ZEROES = 1 << 9, 1 << 11, 1 << 12, 1
 T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13  # VIRTIO_BLK_T_*, 5.2.6
 S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
+_unpack_header = _HEADER.unpack_from
 _SEGMENT = struct.Struct("<QII")  # sector, num_sectors, flags
 F_UNMAP = 1
+_clock = time.monotonic_ns
 SECTOR = 512
 ID_BYTES = 20
 
@@ -48,6 +50,8 @@ MAX_SEGMENTS = 64  # of one discard or write-zeroes
 MAX_RANGE_SECTORS = (1 << 30) // SECTOR  # of one segment: bounds how long one request takes
 ROUND = 512  # requests of one turn: then others on the loop have theirs
 DRAIN_SECONDS = 30.0
+BATCH_BYTES = 256 << 10  # copied here before the driver sees the first: it can go on with those meanwhile
+REQUEST_COST = 4096  # what a request costs beside its copy, in bytes copied
 
 POLICIES = ("report", "stop", "ignore", "enospc")  # QEMU's rerror= and werror=
 
@@ -80,7 +84,7 @@ class _Operation:
 
     def __init__(self, op: int, queue: Queue, chain: Chain, status: memoryview, size: int) -> None:
         self.op, self.queue, self.chain, self.status, self.size = op, queue, chain, status, size
-        self.began = time.monotonic_ns()
+        self.began = _clock()
         self.ranges: list[tuple[int, int, bool]] = []  # offset, length, may unmap
         self.left = 0
         self.result = 0
@@ -125,8 +129,10 @@ class Blk(VirtioDevice):
         self.paused = False
         self._private = loop is not None
         self._parked: list[_Operation] = []
-        self._pushed: set[Queue] = set()
+        self._answered: dict[Queue, tuple[list[Chain], list[int]]] = {}  # done, and not yet shown to the driver
         self._waiting: set[int] = set()  # queues that wait for the rate limit
+        self._limited = False
+        self._copied = 0  # since the last `_publish`
         self._write_through = False
         self._started = False
         self.queue_sizes = (queue_size,) * queues
@@ -160,6 +166,7 @@ class Blk(VirtioDevice):
         super().attach(machine)
         self.image.start(self.loop, private=self._private, on_ready=self._completions)
         self._started = True
+        self._limits_changed()
 
     # The driver's side -------------------------------------------------------------------------------------------
 
@@ -181,10 +188,11 @@ class Blk(VirtioDevice):
         self._parked.clear()
         self._drain("reset")
         self._parked.clear()
-        self._pushed.clear()
+        self._answered.clear()
 
     def queue_reset(self, index: int) -> None:
         self._drain("queue reset")
+        self._publish()
         self._parked = [operation for operation in self._parked if operation.queue.index != index]
 
     def reset(self) -> None:
@@ -205,9 +213,10 @@ class Blk(VirtioDevice):
                 if not self._begin(queue, chain):
                     left = -1
                     break
+                if self._copied >= BATCH_BYTES:
+                    self._publish()
             self.image.flush()
-            queue.flush()
-            self._notify()
+            self._publish()
             if left <= 0:
                 if left == 0:  # the rest in the next round
                     self.loop.call_soon(lambda: self.kick(index))
@@ -218,12 +227,17 @@ class Blk(VirtioDevice):
 
     def _begin(self, queue: Queue, chain: Chain) -> bool:
         """Start one request. False: its queue must wait for the rate limit, and the request is back in it."""
-        kind, _, sector = _HEADER.unpack(chain.take_front(16))
+        parts = chain.readable
+        if parts and len(parts[0]) == 16:  # as all drivers cut it
+            kind, _, sector = _unpack_header(parts.pop(0))
+            chain.readable_size -= 16
+        else:
+            kind, _, sector = _HEADER.unpack(chain.take_front(16))
         status = chain.take_tail()
         if kind == T_IN:
-            op, size = READ, chain.writable_size
+            op, size, buffers = READ, chain.writable_size, chain.writable
         elif kind == T_OUT:
-            op, size = WRITE, chain.readable_size
+            op, size, buffers = WRITE, chain.readable_size, chain.readable
         else:
             self._begin_other(queue, chain, status, kind)
             return True
@@ -232,9 +246,16 @@ class Blk(VirtioDevice):
             self._wait(queue.index, wait)
             return False
         offset = sector * SECTOR
-        if not size or size % SECTOR or offset + size > self.image.size or (op == WRITE and self.image.read_only):
+        image = self.image
+        if not size or size % SECTOR or offset + size > image.size or (op == WRITE and image.read_only):
             self.block_stats.invalid[op] += 1
             self._answer(queue, chain, status, S_IOERR)
+            return True
+        began = _clock()
+        if image.now(op, buffers, offset, size, self._write_through):
+            self.block_stats.done(op, size, offset + size, began)
+            self._copied += size + REQUEST_COST
+            self._answer(queue, chain, status, S_OK)
             return True
         operation = _Operation(op, queue, chain, status, size)
         operation.ranges.append((offset, size, False))
@@ -318,24 +339,31 @@ class Blk(VirtioDevice):
             if not self.active:  # the driver reset the device meanwhile: the rings are no longer ours
                 return
         self._answer(operation.queue, operation.chain, operation.status, code)
-        self._pushed.add(operation.queue)
 
     def _answer(self, queue: Queue, chain: Chain, status: memoryview, code: int) -> None:
         status[0] = code
-        chain.writable.append(status)  # part of what was written, for the dirty log
-        queue.push(chain, chain.writable_size + 1)
+        answers = self._answered.get(queue)
+        if answers is None:
+            answers = self._answered[queue] = ([], [])
+        answers[0].append(chain)
+        answers[1].append(chain.writable_size + 1)
 
-    def _notify(self) -> None:
-        pushed, self._pushed = self._pushed, set()
-        for queue in pushed:
-            queue.flush()
+    def _publish(self) -> None:
+        """Show the driver what was answered, all at once. One by one it would take them one by one: a driver that is
+        looking already asks anew for each, and every such small round costs a kick and an interrupt."""
+        self._copied = 0
+        if self._answered:
+            answered, self._answered = self._answered, {}
+            for queue, (chains, lengths) in answered.items():
+                queue.push_all(chains, lengths)
+                queue.flush()
 
     def _completions(self) -> None:
         """On the loop: the engine has results."""
         with self.lock:
             self.image.reap()
             self.image.flush()
-            self._notify()
+            self._publish()
 
     def _failed(self, operation: _Operation) -> str:
         """What to do about a host's error: the action, told to the manager as QMP's BLOCK_IO_ERROR."""
@@ -374,7 +402,7 @@ class Blk(VirtioDevice):
         with self.lock:
             self.paused = True
             self._drain("pause")
-            self._notify()
+            self._publish()
 
     def resume(self) -> None:
         with self.lock:
@@ -389,7 +417,7 @@ class Blk(VirtioDevice):
             for operation in parked:
                 self._issue(operation)
             self.image.flush()
-            self._notify()
+            self._publish()
             for queue in self.queues:
                 self.kick(queue.index)
 
@@ -405,6 +433,7 @@ class Blk(VirtioDevice):
         super().restore(state)
         for key, limit in self.limits.items():
             limit.restore(state["limits"][key])
+        self._limits_changed()
         self.config["capacity"] = self.image.size // SECTOR  # the disk as it is, whatever the state says
         self._set_write_through()
 
@@ -436,15 +465,15 @@ class Blk(VirtioDevice):
 
         self.config_changed(change)
 
-    @property
-    def _limited(self) -> bool:
-        return any(limit.limited for limit in self.limits.values())
+    def _limits_changed(self) -> None:
+        self._limited = any(limit.limited for limit in self.limits.values())
 
     def set_limits(self, **limits: tuple[int, int, int, int]) -> None:
         """For "total", "read", "write": bytes a second, their burst, operations a second, their burst; 0: none."""
         with self.lock:
             for key, (size, size_burst, ops, ops_burst) in limits.items():
                 self.limits[key].update(size, ops, bytes_burst=size_burst, ops_burst=ops_burst)
+            self._limits_changed()
 
     def _admit(self, op: int, size: int) -> float:
         """0.0: go. Else the seconds to wait."""

@@ -182,6 +182,21 @@ class Mem(VirtioDevice):
             data = {"id": self.name, "size": self.config["plugged_size"], "qom-path": f"/machine/{self.name}"}
             self.machine.emit("MEMORY_DEVICE_SIZE_CHANGE", data)
 
+    @property
+    def requested(self) -> int:
+        """Bytes that the guest is asked to use."""
+        return self.config["requested_size"]
+
+    @property
+    def plugged(self) -> int:
+        """Bytes that it uses."""
+        return self.config["plugged_size"]
+
+    @property
+    def address(self) -> int:
+        """Guest-physical, where the window begins."""
+        return self.config["addr"]
+
     def request(self, size: int) -> None:
         """Ask the guest to use `size` bytes of the window (QMP: qom-set requested-size)."""
         self._check(size)

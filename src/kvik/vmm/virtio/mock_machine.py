@@ -19,12 +19,12 @@ from kvik.vmm.pci.bus import PciBus
 from kvik.vmm.pci.device import PciDevice
 from kvik.vmm.virtio import transport as t
 from kvik.vmm.virtio.mock import MockDriver
-from kvik.vmm.virtio.transport import VirtioPci
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from kvik.vmm.memory import Region
     from kvik.vmm.virtio.device import VirtioDevice
 
 __all__ = ["MockMachine", "VirtioDriver"]
@@ -33,8 +33,10 @@ __all__ = ["MockMachine", "VirtioDriver"]
 class MockMachine:
     """What a device needs of a machine. `logged`, `events` and `interrupts.sent` hold what came out."""
 
-    def __init__(self, memory: int = 16 << 20) -> None:
-        self.memory = GuestMemory.allocate(memory)
+    still = False
+
+    def __init__(self, memory: int = 16 << 20, hotplug: int = 0) -> None:
+        self.memory = GuestMemory.allocate(memory, hotplug=hotplug)
         self.mmio = Bus("memory", 1 << 52)
         self.ports = Bus("port", 1 << 16)
         self.interrupts = Interrupts(None)
@@ -49,8 +51,13 @@ class MockMachine:
     def log(self, text: str) -> None:
         self.logged.append(text)
 
-    def emit(self, name: str, data: dict[str, Any]) -> None:
-        self.events.append((name, data))
+    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
+        self.events.append((name, data or {}))
+
+    def back(self, region: Region, flags: int = 0) -> None:
+        """No KVM that would want to know of it."""
+
+    def unback(self, region: Region) -> None: ...
 
     def add(self, device: Any) -> None:
         """A port or MMIO device, or one on the PCI bus."""
@@ -61,7 +68,7 @@ class MockMachine:
         self.devices[device.name] = device
 
     def add_virtio(self, device: VirtioDevice, slot: int | None = None) -> VirtioDriver:
-        self.pci.add(VirtioPci(device), slot)
+        self.pci.add(t.VirtioPci(device), slot)
         self.devices[device.name] = device
         return VirtioDriver(self, self.pci.find(device.name))
 

@@ -188,11 +188,11 @@ class NetDevice(VirtioDevice):
             self.backend.set_pairs(self.active_pairs)
 
     def _run_all(self) -> None:
-        for pair in range(self.pairs):
-            for half in (self.receivers[pair], self.transmitters[pair]):
-                if half.queue.ready:
-                    half.queue.disable_notifications()
-                    self.guarded(half.run)
+        # A guest's fault in one of them ends all: they are then closed, and the lists empty.
+        for half in [half for pair in zip(self.receivers, self.transmitters, strict=True) for half in pair]:
+            if half.queue.ready and not half.closed:
+                half.queue.disable_notifications()
+                self.guarded(half.run)
         control = self.queues[self.control]
         if self.active and control.ready:
             self.kick(self.control)

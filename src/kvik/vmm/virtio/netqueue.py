@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from kvik.vmm.virtio.queue import Chain, Queue
 
 _BUDGET = 256  # packets before other devices of the loop have their turn
+_MAX_FAILURES = 1024  # of reads without one that succeeds: a descriptor that stays readable and broken would spin
 _BATCH = 32  # packets received before the driver hears of them
+_MAX_SPREAD = 64  # buffers given to one read
+_AHEAD = 16  # buffers popped at once, at least
 _MAX_PARTS = 512  # buffers in one readv, whose limit is IOV_MAX = 1024; a chain has no more than a queue's 512
 _NUM_BUFFERS = Struct("<H").pack
 _ONE = _NUM_BUFFERS(1)
@@ -102,6 +105,7 @@ class Receiver(_Half):
         self._overflow = memoryview(bytearray(MAX_PACKET))
         self._size = 0  # bytes of a packet that waits for buffers, of which ...
         self._placed = 0  # ... so many lie in the stash, the rest in the overflow
+        self.failures = 0  # of reads, one behind the other
         self.packets = self.bytes = self.dropped = 0
 
     def kick(self) -> None:
@@ -125,19 +129,25 @@ class Receiver(_Half):
                     if self.timer is None:
                         self._later(wait)
                     return
-                if not self._stashed(self._spread if self.mergeable else 1):
-                    self._starve()
-                    return
+                if len(self.stash) < self._spread:
+                    self._fill_stash(self._spread if self.mergeable else 1)
+                    if not self.stash:
+                        self._starve()
+                        return
                 try:
                     self._receive()
                 except BlockingIOError:
                     self.queue.flush()
                     self._watch()
                     return
-                except OSError:
+                except OSError as error:
                     self.dropped += 1
                     device.backend_errors += 1
+                    self.failures += 1
+                    if self.failures > _MAX_FAILURES:
+                        raise BackendGone(f"reading fails again and again: {error.strerror}") from error
                     continue
+                self.failures = 0
                 if not self._size:
                     continue
             if not self._deliver():
@@ -148,29 +158,24 @@ class Receiver(_Half):
         self.queue.flush()
         self._soon()
 
-    def _pop(self) -> bool:
-        """One more chain in the stash; False if the driver has put none."""
-        queue = self.queue
-        chain = queue.pop()
-        if chain is None:
-            if not queue.enable_notifications():
-                return False
-            chain = queue.pop()
-            if chain is None:
-                return False  # the driver took its index back
-            queue.disable_notifications()
-        if chain.writable_size < HEADER or chain.readable:
-            raise GuestFault(f"a receive buffer of {chain.writable_size} writable bytes")
-        self.stash.append(chain)
-        return True
-
-    def _stashed(self, wanted: int) -> bool:
-        """Fill the stash up to `wanted` chains; whether there is at least one."""
-        stash = self.stash
-        while len(stash) < wanted:
-            if not self._pop():
-                break
-        return bool(stash)
+    def _fill_stash(self, wanted: int) -> None:
+        """Up to `wanted` chains, as far as the driver gave some; if fewer, its next notification is armed."""
+        stash, queue = self.stash, self.queue
+        missing = wanted - len(stash)
+        while missing > 0:
+            chains = queue.pop_many(max(missing, _AHEAD))
+            if not chains:
+                if not queue.enable_notifications():
+                    break
+                chains = queue.pop_many(max(missing, _AHEAD))
+                queue.disable_notifications()
+                if not chains:
+                    break  # the driver took its index back
+            for chain in chains:
+                if chain.writable_size < HEADER or chain.readable:
+                    raise GuestFault(f"a receive buffer of {chain.writable_size} writable bytes")
+            stash += chains
+            missing -= len(chains)
 
     def _receive(self) -> None:
         """Read a packet: sets `_size` and `_placed`."""
@@ -193,34 +198,32 @@ class Receiver(_Half):
     def _deliver(self) -> bool:
         """Hand the packet that was read to the driver; False if that takes more buffers than there are."""
         size, stash, queue = self._size, self.stash, self.queue
-        rest, missing = self._overflow, size - self._placed
-        room = used = 0
+        limit = queue.size if self.mergeable else 1
         shares: list[int] = []
-        for chain in stash:
-            used += 1
-            share = min(chain.writable_size, size - room)
-            shares.append(share)
-            room += share
-            if room == size:
-                break
-        while room < size:  # the overflow is copied once all its buffers are there
-            if not self.mergeable or used >= queue.size:
+        room = used = 0
+        while room < size:
+            if used == limit:  # larger than all that the driver could ever give
                 self._size = 0
-                self.dropped += 1  # larger than all that the driver could ever give
+                self.dropped += 1
                 return True
-            if not self._pop():
-                return False
-            used += 1
-            share = min(stash[-1].writable_size, size - room)
+            if used == len(stash):
+                self._fill_stash(used + 1)
+                if used == len(stash):
+                    return False
+            share = min(stash[used].writable_size, size - room)
             shares.append(share)
             room += share
-        if missing:
-            self._copy_rest(rest[:missing], shares)
-        stash[0].write(_ONE if used == 1 else _NUM_BUFFERS(used), 10)
-        for share in shares:
-            queue.push(stash.popleft(), share)
+            used += 1
         self._size = 0
-        self._spread = min(used + 1, 64)
+        if self._placed < size:  # the overflow is copied once all its buffers are there
+            self._copy_rest(self._overflow[: size - self._placed], shares)
+        stash[0].write(_ONE if used == 1 else _NUM_BUFFERS(used), 10)
+        if used == 1:
+            queue.push(stash.popleft(), size)
+        else:
+            queue.push_all([stash.popleft() for _ in shares], shares)
+        # As many as this one took, less only slowly: acknowledgements come among full packets.
+        self._spread = max(min(used + 1, _MAX_SPREAD), self._spread * 3 >> 2)
         self.packets += 1
         self.bytes += size - HEADER
         if self.limiter.limited:
@@ -240,7 +243,7 @@ class Receiver(_Half):
             start = end
 
     def _starve(self) -> None:
-        """No buffers; `_pop` has armed the driver's notification."""
+        """No buffers; `_fill_stash` has armed the driver's notification."""
         self.starved = True
         self.queue.flush()
         self._unwatch()

@@ -99,11 +99,25 @@ class PackedQueue(Queue):
         self._pop_order -= 1
 
     def _put(self, chain: Chain, written: int) -> None:
+        self._show(self._fill(chain, written))
+
+    def _put_all(self, chains: list[Chain], lengths: list[int]) -> None:
+        # The driver looks at them in order, so it sees none before the first.
+        first = self._fill(chains[0], lengths[0])
+        for chain, written in zip(chains[1:], lengths[1:], strict=True):
+            self._show(self._fill(chain, written))
+        self._show(first)
+
+    def _show(self, entry: tuple[int, int]) -> None:
+        self._flags[entry[0]] = entry[1]
+
+    def _fill(self, chain: Chain, written: int) -> tuple[int, int]:
+        """Write the next used descriptor but for its flags: with them it is the driver's, so they come last, and x86
+        keeps the order of stores. Where they lie, and what they are."""
         at = self._used_at
         self._words[4 * at + 2] = written & 0xFFFFFFFF
         self._flags[8 * at + 6] = chain.head
-        # Last, and x86 keeps the order of stores: with the flags the descriptor is the driver's.
-        self._flags[8 * at + 7] = (AVAIL | USED if self._used_wrap else 0) | (DESC_WRITE if written else 0)
+        flags = (AVAIL | USED if self._used_wrap else 0) | (DESC_WRITE if written else 0)
         self._used_at += chain.count
         if self._used_at >= self.size:
             self._used_at -= self.size
@@ -112,6 +126,7 @@ class PackedQueue(Queue):
         if memory.dirty_log is not None:
             memory.touched(self.desc + 16 * at, 16)
             log_written(memory, chain, written)
+        return 8 * at + 7, flags
 
     def disable_notifications(self) -> None:
         self._polling = True

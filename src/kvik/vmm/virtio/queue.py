@@ -43,6 +43,7 @@ MAX_CHAIN_BYTES = 1 << 32  # 2.7.5.2: "the total length of a descriptor chain MU
 
 DESCRIPTOR = Struct("<QIHH")  # split: addr, len, flags, next; packed: addr, len, id, flags
 _unpack_descriptor = DESCRIPTOR.unpack_from
+_iter_descriptors = DESCRIPTOR.iter_unpack
 
 
 class Chain:
@@ -219,6 +220,31 @@ class Queue:
     def _put(self, chain: Chain, written: int) -> None:
         raise NotImplementedError
 
+    def pop_many(self, limit: int) -> list[Chain]:
+        """Up to `limit` requests that are there already; unlike `pop` it never asks for a notification."""
+        polling, self._polling = self._polling, True
+        chains: list[Chain] = []
+        while len(chains) < limit and (chain := self.pop()) is not None:
+            chains.append(chain)
+        self._polling = polling
+        return chains
+
+    def push_all(self, chains: list[Chain], lengths: list[int]) -> None:
+        """`push` for the buffers of one packet: the driver sees all of them used, or none (5.1.6.4.1)."""
+        if self.in_order:
+            for chain, written in zip(chains, lengths, strict=True):
+                self._held[chain.order] = (chain, written)
+            chains, lengths = [], []
+            while (entry := self._held.pop(self._next_order, None)) is not None:
+                chains.append(entry[0])
+                lengths.append(entry[1])
+                self._next_order += 1
+        if chains:
+            self._put_all(chains, lengths)
+
+    def _put_all(self, chains: list[Chain], lengths: list[int]) -> None:
+        raise NotImplementedError
+
     def undo_pop(self, chain: Chain) -> None:
         """Give back the request popped last, unworked: the next `pop` returns it again (no packet was there, ...)."""
         raise NotImplementedError
@@ -290,7 +316,9 @@ class Queue:
             raise GuestFault(f"queue {self.index}: an indirect table without VIRTIO_F_INDIRECT_DESC")
         if flags & DESC_NEXT:
             raise GuestFault(f"queue {self.index}: a descriptor is both INDIRECT and NEXT")
-        if length % 16 or not 0 < length <= 16 * self.size:
+        # 2.7.5.3.1: no chain is longer than the queue, with what came before the table; iovecs rely on it.
+        room = self.size - len(chain.readable) - len(chain.writable)
+        if length % 16 or not 0 < length <= 16 * room:
             raise GuestFault(f"queue {self.index}: an indirect table of {length} bytes")
         self._walk_indirect(chain, bytes(self._buffer(address, length)))
 
@@ -333,14 +361,24 @@ def _nobody() -> None:
 class SplitQueue(Queue):
     """The split virtqueue (2.7): descriptor table, available ring, used ring."""
 
-    __slots__ = ("_avail", "_desc", "_mask", "_next_avail", "_next_used", "_signalled", "_used", "_used_ring")
+    __slots__ = (
+        "_avail",
+        "_desc",
+        "_mask",
+        "_next_avail",
+        "_next_used",
+        "_signalled",
+        "_table_limit",
+        "_used",
+        "_used_ring",
+    )
 
     def reset(self) -> None:
         super().reset()
         self._next_avail = self._next_used = self._signalled = 0
         self._desc = memoryview(b"")
         self._avail = self._used = self._used_ring = self._desc
-        self._mask = 0
+        self._mask = self._table_limit = 0
 
     def _map(self) -> None:
         size = self.size
@@ -353,6 +391,7 @@ class SplitQueue(Queue):
         self._used = used.cast("H")  # flags, idx, ..., avail_event
         self._used_ring = used[4 : 4 + 8 * size].cast("I")  # id, len, id, len, ...
         self._mask = size - 1
+        self._table_limit = 16 * size if self.indirect else 0
 
     def pop(self) -> Chain | None:
         last = self._next_avail
@@ -391,6 +430,72 @@ class SplitQueue(Queue):
         self._pop_order += 1
         return chain
 
+    def pop_many(self, limit: int) -> list[Chain]:
+        last, avail, size, mask = self._next_avail, self._avail, self.size, self._mask
+        ahead = (avail[1] - last) & 0xFFFF
+        if ahead > size:
+            raise GuestFault(f"queue {self.index}: the available index is {ahead} ahead, of {size} entries")
+        chains: list[Chain] = []
+        desc, base, end, ram, order = self._desc, self._base, self._end, self._ram, self._pop_order
+        for _ in range(min(ahead, limit)):
+            head = avail[2 + (last & mask)]
+            if head >= size:
+                break  # `pop` says what is wrong with it
+            address, length, flags, _ = _unpack_descriptor(desc, head << 4)
+            if flags != DESC_WRITE or not length or address < base or address + length > end:
+                break
+            chain = Chain(head, 1)  # a single buffer to write to, where the last one was: a receive queue's all
+            chain.writable.append(ram[address - base : address - base + length])
+            chain.targets.append((address, length))
+            chain.writable_size = length
+            chain.order = order
+            order += 1
+            last = (last + 1) & 0xFFFF
+            chains.append(chain)
+        self._next_avail, self._pop_order = last, order
+        if len(chains) < min(ahead, limit):
+            chains += super().pop_many(limit - len(chains))
+        return chains
+
+    def _indirect(self, chain: Chain, address: int, length: int, flags: int) -> None:
+        # As drivers write tables: alone, in order, all in one region of RAM. Anything else, and whatever is wrong, is
+        # left to the careful walk, which begins anew.
+        base, end, ram = self._base, self._end, self._ram
+        at = address - base
+        if at < 0 or address + length > end or not 0 < length <= self._table_limit or length & 15:
+            super()._indirect(chain, address, length, flags)
+            return
+        readable, writable, targets = chain.readable, chain.writable, chain.targets
+        if flags & DESC_NEXT or readable or writable:
+            super()._indirect(chain, address, length, flags)
+            return
+        read = written = 0
+        copy = bytes(ram[at : at + length])
+        for number, (start, size, kind, following) in enumerate(_iter_descriptors(copy), 1):
+            at = start - base
+            if at < 0 or start + size > end or not size or kind & DESC_INDIRECT:
+                break
+            if kind & DESC_WRITE:
+                writable.append(ram[at : at + size])
+                targets.append((start, size))
+                written += size
+            elif writable:
+                break
+            else:
+                readable.append(ram[at : at + size])
+                read += size
+            if not kind & DESC_NEXT:
+                if read + written > MAX_CHAIN_BYTES:
+                    break
+                chain.readable_size, chain.writable_size = read, written
+                return
+            if following != number:
+                break
+        readable.clear()
+        writable.clear()
+        targets.clear()
+        super()._indirect(chain, address, length, flags)
+
     def _walk_indirect(self, chain: Chain, table: bytes) -> None:
         count = len(table) >> 4
         following = 0
@@ -409,16 +514,32 @@ class SplitQueue(Queue):
 
     def _put(self, chain: Chain, written: int) -> None:
         memory = self.memory
-        slot = self._next_used & self._mask
+        used = self._next_used
+        slot = used & self._mask
         ring = self._used_ring
         ring[2 * slot] = chain.head
         ring[2 * slot + 1] = written & 0xFFFFFFFF
-        self._next_used = following = (self._next_used + 1) & 0xFFFF
-        self._used[1] = following  # x86 keeps the order of stores
+        self._next_used = self._used[1] = (used + 1) & 0xFFFF  # x86 keeps the order of stores
         if memory.dirty_log is not None:
             memory.touched(self.used, 4)
             memory.touched(self.used + 4 + 8 * slot, 8)
             log_written(memory, chain, written)
+
+    def _put_all(self, chains: list[Chain], lengths: list[int]) -> None:
+        ring, mask, index = self._used_ring, self._mask, self._next_used
+        for chain, written in zip(chains, lengths, strict=True):
+            slot = (index & mask) << 1
+            ring[slot] = chain.head
+            ring[slot + 1] = written & 0xFFFFFFFF
+            index += 1
+        first, self._next_used = self._next_used, index & 0xFFFF
+        self._used[1] = self._next_used  # x86 keeps the order of stores
+        memory = self.memory
+        if memory.dirty_log is not None:
+            memory.touched(self.used, 4)
+            for number, (chain, written) in enumerate(zip(chains, lengths, strict=True)):
+                memory.touched(self.used + 4 + 8 * ((first + number) & mask), 8)
+                log_written(memory, chain, written)
 
     def disable_notifications(self) -> None:
         self._polling = True

@@ -83,8 +83,9 @@ class VirtioPci(PciDevice):
         for window in self.windows:
             window.lock = device.lock
         self.pages.append((BAR, 0, self._page))
+        # Of any size: what a bell is rung with does not matter, and VMX then need not decode the instruction.
         self.doorbells = [
-            Doorbell(BAR, NOTIFY + NOTIFY_MULTIPLIER * index, 2, fd) for index, fd in enumerate(self._kick_fds)
+            Doorbell(BAR, NOTIFY + NOTIFY_MULTIPLIER * index, 0, fd) for index, fd in enumerate(self._kick_fds)
         ]
         device.config.move(self._page.view[DEVICE : DEVICE + PAGE])
 
@@ -127,19 +128,14 @@ class VirtioPci(PciDevice):
     def _listen(self) -> None:
         for index, fd in enumerate(self._kick_fds):
             if not self._taken[index]:
-                self.device.loop.add_reader(fd, self._kicker(index, fd))
+                self.device.loop.add_reader(fd, self._kicker(index), edge=True)
 
-    def _kicker(self, index: int, fd: int) -> Callable[[], None]:
-        taken, kick, read = self._taken, self.device.kick, os.eventfd_read
+    def _kicker(self, index: int) -> Callable[[], None]:
+        taken, kick = self._taken, self.device.kick
 
         def kicked() -> None:
-            if taken[index]:
-                return  # somebody else's now; the reader is about to be removed
-            try:
-                read(fd)
-            except BlockingIOError:
-                return
-            kick(index)
+            if not taken[index]:  # else somebody else's now; the reader is about to be removed
+                kick(index)
 
         return kicked
 
@@ -162,7 +158,7 @@ class VirtioPci(PciDevice):
 
         def listen() -> None:
             if not self._taken[index] and self._kick_fds[index] >= 0:
-                self.device.loop.add_reader(fd, self._kicker(index, fd))
+                self.device.loop.add_reader(fd, self._kicker(index), edge=True)
                 self.device.kick(index)
 
         self._on_loop(listen)

@@ -31,7 +31,14 @@ class FakeVcpu:
 
 class FakeThread:
     def __init__(self, index: int) -> None:
+        self.name = ""
         self.index, self.thread_id, self.exits, self.vcpu = index, 1000 + index, [0] * 64, FakeVcpu()
+
+
+@pytest.fixture(autouse=True)
+def no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshots and migration need a real machine: tests/functional/vmm/test_state*.py. Here they are refused."""
+    monkeypatch.setattr("kvik.vmm.state.qmp.HANDLERS", {})
 
 
 class FakeMachine:
@@ -51,6 +58,16 @@ class FakeMachine:
         self.calls: list[str] = []
         self.holds = 0
         self.on_close: list[Callable[[], None]] = []
+        self.migration = None
+
+    def checkpoint(self) -> None:
+        self.calls.append("checkpoint")
+
+    def forget_checkpoint(self) -> None:
+        self.calls.append("forget checkpoint")
+
+    def rewind(self) -> int:
+        raise OperationInvalid("there is no checkpoint")
 
     def find(self, name: str) -> Any:
         return self.devices[name]

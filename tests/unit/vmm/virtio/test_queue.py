@@ -122,6 +122,38 @@ def test_a_queue_that_was_found_empty_asks_for_a_kick(memory, features):
         driver.collect()
 
 
+class Spied:
+    """A view whose every store is followed by a look at the ring."""
+
+    def __init__(self, view, look):
+        self.view, self.look = view, look
+
+    def __getitem__(self, at):
+        return self.view[at]
+
+    def __setitem__(self, at, value):
+        self.view[at] = value
+        self.look()
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_a_driver_sees_all_buffers_of_a_packet_used_or_none(memory, features):
+    """5.1.6.4.1: a driver that looks at any moment must not find the first buffer of a packet without the others."""
+    queue, driver = make(memory, features)
+    seen = []
+    for name in ("_used", "_used_ring") if isinstance(queue, SplitQueue) else ("_words", "_flags"):
+        setattr(queue, name, Spied(getattr(queue, name), lambda: seen.append(driver.collect())))
+    for _ in range(10):  # also where the ring wraps
+        requests = [driver.add([], [64]) for _ in range(7)]
+        chains = queue.pop_many(3) + queue.pop_many(16)
+        assert [chain.writable_size for chain in chains] == [64] * 7 and queue.pop_many(1) == []
+        seen.clear()
+        queue.push_all(chains, list(range(7)))
+        found = [done for done in seen if done]
+        assert found == [requests]
+        assert [request.written for request in requests] == list(range(7))
+
+
 @pytest.mark.parametrize("features", FEATURES)
 def test_state_is_carried_to_another_queue(memory, features):
     queue, driver = make(memory, features)
@@ -187,6 +219,21 @@ def test_framing_is_free(memory):
     assert driver.collect()[0].data[2:] == b"12345\x07"
 
 
+def test_an_indirect_table_may_be_in_any_order_and_end_a_chain_of_direct_ones(memory):
+    queue, driver = make(memory)
+    queue.start(INDIRECT_DESC)
+    memory.write(0x1000, b"abcdef")
+    table = [(0x1000, 1, NEXT, 2), (0x2000, 5, WRITE, 9), (0x1001, 2, NEXT, 1), (0, 0, INDIRECT, 0)]
+    memory.write(0x3000, b"".join(struct.pack("<QIHH", *entry) for entry in table))
+    driver.add_raw([(0x3000, 64, INDIRECT)])
+    driver.add_raw([(0x1003, 3, 0), (0x3000, 64, INDIRECT)])
+    for expected in (b"abc", b"defabc"):
+        chain = queue.pop()
+        assert chain.read_all(99) == expected and chain.readable_size == len(expected)
+        assert [len(part) for part in chain.writable] == [5] and chain.writable_size == 5
+        assert chain.targets == [(0x2000, 5)]
+
+
 HOSTILE = {
     "no length": [(0x1000, 0, 0)],
     "outside of RAM": [(4 << 20, 16, 0)],
@@ -198,6 +245,15 @@ HOSTILE = {
 }
 
 
+def primed(memory, features):
+    """A queue that has had a request already: it knows where RAM is, and takes its short ways."""
+    queue, driver = make(memory, features)
+    driver.add([b"x"], [16])
+    queue.push(queue.pop(), 0)
+    driver.collect()
+    return queue, driver
+
+
 @pytest.mark.parametrize("features", [0, RING_PACKED])
 @pytest.mark.parametrize("parts", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_malformed_chain_is_a_fault(memory, features, parts):
@@ -205,15 +261,23 @@ def test_a_malformed_chain_is_a_fault(memory, features, parts):
     driver.add_raw(parts)
     with pytest.raises(GuestFault):
         queue.pop()
+    queue, driver = primed(memory, features)
+    good = driver.add([], [64])
+    driver.add_raw(parts)
+    [chain] = queue.pop_many(1)
+    assert chain.head == good.head
+    with pytest.raises(GuestFault):
+        queue.pop_many(8)
 
 
 @pytest.mark.parametrize("features", [INDIRECT_DESC, INDIRECT_DESC | RING_PACKED])
 @pytest.mark.parametrize("parts", [*HOSTILE.values(), [(0x1000, 1, 0)] * 17], ids=[*HOSTILE.keys(), "longer"])
 def test_a_malformed_indirect_table_is_a_fault(memory, features, parts):
-    queue, driver = make(memory, features)
-    driver.add_raw(parts)
-    with pytest.raises(GuestFault):
-        queue.pop()
+    for start in (make, primed):
+        queue, driver = start(memory, features)
+        driver.add_raw(parts)
+        with pytest.raises(GuestFault):
+            queue.pop()
 
 
 @pytest.mark.parametrize("length", [0, 8, 24, 16 * 17, (1 << 32) - 16])
@@ -291,9 +355,10 @@ def test_random_rings_never_do_more_than_fault(memory, features):
                 if not features & RING_PACKED:
                     memory.put_u16(driver.avail + 4 + 2 * slot, dice.randrange(size + 1))
             memory.put_u16(driver.avail + 2, dice.randrange(size + 2))
+        many = dice.random() < 0.5
         try:
             for _ in range(size * 2):
-                chain = queue.pop()
+                chain = next(iter(queue.pop_many(1)), None) if many else queue.pop()
                 if chain is None:
                     break
                 chains += 1

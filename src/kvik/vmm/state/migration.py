@@ -1,0 +1,112 @@
+"""A machine's migration: its parameters, and the one that goes on or was the last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvik.errors import InvalidArgument, OperationInvalid
+from kvik.vmm.state.incoming import Incoming
+from kvik.vmm.state.outgoing import RUNNING, Outgoing
+from kvik.vmm.state.stream import MAX_CHANNELS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvik.vmm.machine import Machine
+
+__all__ = ["Migration", "await_incoming", "migration_of"]
+
+# QEMU's names (qapi/migration.json), with what is accepted: smallest and largest value.
+PARAMETERS: dict[str, tuple[int, int]] = {
+    "max-bandwidth": (0, (1 << 63) - 1),  # bytes a second, 0: no limit
+    "downtime-limit": (0, 2_000_000),  # milliseconds
+    "multifd-channels": (1, MAX_CHANNELS),
+}
+CAPABILITIES = ("events", "multifd", "return-path", "zero-copy-send", "auto-converge", "postcopy-ram", "xbzrle")
+ALWAYS = ("return-path",)  # the destination always answers
+POSSIBLE = ("events", "multifd", *ALWAYS)
+
+
+class Migration:
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.parameters = {"max-bandwidth": 0, "downtime-limit": 300, "multifd-channels": 2}
+        self.capabilities = {name: name in ALWAYS for name in CAPABILITIES}
+        self.outgoing: Outgoing | None = None
+        self.incoming: Incoming | None = None
+
+    def set_parameters(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if name not in PARAMETERS:
+                raise InvalidArgument(
+                    f"kvik-vmm's migration has no parameter {name[:40]!r}", remedy=f"it has {', '.join(PARAMETERS)}"
+                )
+            low, high = PARAMETERS[name]
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise InvalidArgument(f"{name} is a number from {low} to {high}, not {str(value)[:40]!r}")
+        self.parameters.update(values)
+        if self.outgoing is not None and self.outgoing.status in RUNNING:
+            self.outgoing.downtime_limit = self.parameters["downtime-limit"] / 1000
+            self.outgoing.set_bandwidth(self.parameters["max-bandwidth"])
+
+    def set_capability(self, name: str, state: bool) -> None:
+        if name not in CAPABILITIES or (state and name not in POSSIBLE) or (name in ALWAYS and not state):
+            raise InvalidArgument(
+                f"the migration of kvik-vmm cannot have {name[:40]!r} {'on' if state else 'off'}",
+                remedy=f"it knows {', '.join(POSSIBLE)}",
+            )
+        self.capabilities[name] = state
+
+    def _told(self, status: str) -> None:
+        if self.capabilities["events"]:
+            self.machine.emit("MIGRATION", {"status": status})
+
+    def start(self, uri: str) -> Outgoing:
+        """Begin to send the machine there. Returns at once; `outgoing` tells how far it is."""
+        if self.outgoing is not None and self.outgoing.status in RUNNING:
+            raise OperationInvalid("There's a migration process in progress")  # QEMU's words: clients look for them
+        if self.machine.status == "inmigrate":
+            raise OperationInvalid("Guest is waiting for an incoming migration")
+        if self.machine.status == "postmigrate":
+            raise OperationInvalid("the guest has left for another machine")
+        self._told("setup")
+        self.outgoing = Outgoing(
+            self.machine,
+            uri,
+            channels=self.parameters["multifd-channels"] if self.capabilities["multifd"] else 1,
+            bandwidth=self.parameters["max-bandwidth"],
+            downtime_limit=self.parameters["downtime-limit"] / 1000,
+            on_change=self._told,
+        )
+        return self.outgoing
+
+    def cancel(self) -> None:
+        if self.outgoing is not None:
+            self.outgoing.cancel()
+
+    def listen(self, uri: str) -> Incoming:
+        if self.machine.status != "inmigrate":
+            raise OperationInvalid("The incoming migration has already been started")
+        if self.incoming is not None:
+            raise OperationInvalid("The incoming migration has already been started")
+        told: Callable[[str], None] = self._told
+        self.incoming = Incoming(self.machine, uri, told)
+        return self.incoming
+
+    def report(self) -> dict[str, Any]:
+        current = self.outgoing or self.incoming
+        return current.report() if current is not None else {}
+
+
+def migration_of(machine: Machine) -> Migration:
+    if machine.migration is None:
+        machine.migration = Migration(machine)
+    return machine.migration
+
+
+def await_incoming(machine: Machine, uri: str) -> Incoming | None:
+    """Start a machine that was built without booting, to be filled from `uri`; "defer": wait to be told from where."""
+    machine.hold_devices()
+    machine.start(paused=True)
+    machine.status = "inmigrate"
+    return migration_of(machine).listen(uri) if uri != "defer" else None

@@ -1,0 +1,100 @@
+"""The monitor's commands for migration and snapshots: what QEMU's do (qapi/migration.json), and ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+from kvik.vmm.state.migration import migration_of
+from kvik.vmm.state.snapshot import load, save_steps
+
+if TYPE_CHECKING:
+    from kvik.vmm.monitor.table import Arguments, Context, Handler
+
+__all__ = ["HANDLERS"]
+
+
+def _uri(context: Context, text: str) -> str:
+    """fd:NAME is a descriptor that came by `getfd`, as with QEMU; the number stays valid until the stream is made."""
+    if text.startswith("fd:") and (fd := context.server.named_fds.get(text[3:])) is not None:
+        return f"fd:{fd}"
+    return text
+
+
+def migrate(context: Context, arguments: Arguments) -> None:
+    uri = arguments["uri"]
+    migration_of(context.machine).start(_uri(context, uri))
+    _close_named(context, uri)
+
+
+def migrate_incoming(context: Context, arguments: Arguments) -> None:
+    uri = arguments["uri"]
+    migration_of(context.machine).listen(_uri(context, uri))
+    _close_named(context, uri)
+
+
+def _close_named(context: Context, uri: str) -> None:
+    """The stream has a copy of its own."""
+    if uri.startswith("fd:") and (fd := context.server.named_fds.pop(uri[3:], None)) is not None:
+        os.close(fd)
+
+
+def migrate_cancel(context: Context, arguments: Arguments) -> None:
+    migration_of(context.machine).cancel()
+
+
+def set_parameters(context: Context, arguments: Arguments) -> None:
+    migration_of(context.machine).set_parameters(arguments)
+
+
+def set_capabilities(context: Context, arguments: Arguments) -> None:
+    for item in arguments["capabilities"]:
+        migration_of(context.machine).set_capability(item["capability"], item["state"])
+
+
+def query_migrate(context: Context, arguments: Arguments) -> dict[str, Any]:
+    return migration_of(context.machine).report()
+
+
+def query_parameters(context: Context, arguments: Arguments) -> dict[str, Any]:
+    return dict(migration_of(context.machine).parameters)
+
+
+def query_capabilities(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
+    found = migration_of(context.machine).capabilities
+    return [{"capability": name, "state": state} for name, state in found.items()]
+
+
+def snapshot_save(context: Context, arguments: Arguments) -> Generator[None, None, None]:
+    """The guest stands still, the monitor goes on answering."""
+    for _ in save_steps(context.machine, arguments["directory"], arguments.get("compression", "none")):
+        yield
+
+
+def snapshot_load(context: Context, arguments: Arguments) -> None:
+    load(context.machine, arguments["directory"])
+
+
+def checkpoint(context: Context, arguments: Arguments) -> None:
+    context.machine.checkpoint()
+
+
+def reset_to_snapshot(context: Context, arguments: Arguments) -> None:
+    context.machine.rewind()
+
+
+HANDLERS: dict[str, Handler] = {
+    "migrate": migrate,
+    "migrate-incoming": migrate_incoming,
+    "migrate_cancel": migrate_cancel,
+    "migrate-set-parameters": set_parameters,
+    "migrate-set-capabilities": set_capabilities,
+    "query-migrate": query_migrate,
+    "query-migrate-parameters": query_parameters,
+    "query-migrate-capabilities": query_capabilities,
+    "x-kvik-snapshot-save": snapshot_save,
+    "x-kvik-snapshot-load": snapshot_load,
+    "x-kvik-checkpoint": checkpoint,
+    "x-kvik-reset-to-snapshot": reset_to_snapshot,
+}

@@ -1,0 +1,85 @@
+"""A stock Debian kernel on kvik-vmm whose network changes while it runs: link, tap, hot-plug, bridge, passt, vsock."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lab.harness import REPOSITORY, SHARE, Lab
+from lab.vmm_guest import initramfs
+from lab.vmm_net_live import SHELL
+
+pytestmark = pytest.mark.lab(deadline=280)
+
+NET = ("virtio_pci", "virtio_net")
+VSOCK = ("virtio_pci", "vsock", "vmw_vsock_virtio_transport")
+
+
+def compiled(tmp_path: Path, source: Path) -> bytes:
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc for the guest's program")
+    out = tmp_path / "program"
+    subprocess.run(["gcc", "-O2", "-static", "-o", out, source], check=True)
+    return out.read_bytes()
+
+
+def play(lab: Lab, scenario: str, *words: str, space: str = "") -> None:
+    """Run a scenario inside the lab, in the network namespace `space` if one is named."""
+    tree = f"PYTHONPATH={REPOSITORY}/src:{REPOSITORY}/tests"
+    command = ["env", tree, sys.executable, "-m", "lab.vmm_net_scenarios", scenario, str(lab.kernel.image), *words]
+    done = lab.run([*(("ip", "netns", "exec", space) if space else ()), *command], timeout=200)
+    assert done.code == 0 and f"{scenario}: well" in done.stdout, done.stdout[-6000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("options", ["vhost=off", "vhost=on", "vhost=off,packed=on"])
+def test_link_down_and_up_and_a_tap_that_is_deleted(lab: Lab, options: str) -> None:
+    lab.load("tun", "vhost_net")
+    (lab.share / "initrd").write_bytes(initramfs(SHELL, NET))
+    play(lab, "link_and_end", options)
+
+
+@pytest.mark.parametrize("vhost", ["off", "on"])
+def test_a_card_comes_and_goes_over_qmp(lab: Lab, vhost: str) -> None:
+    lab.load("tun", "vhost_net")
+    (lab.share / "initrd").write_bytes(initramfs(SHELL, NET))
+    play(lab, "hot_plug", vhost)
+
+
+@pytest.mark.parametrize("options", ["vhost=off", "vhost=on"])
+def test_two_guests_on_a_bridge(lab: Lab, options: str) -> None:
+    lab.load("tun", "vhost_net", "bridge")
+    (lab.share / "initrd").write_bytes(initramfs(SHELL, NET))
+    lab.sh("ip netns add kvik-bridge")
+    try:
+        play(lab, "bridged", options, space="kvik-bridge")
+    finally:
+        lab.sh("ip netns del kvik-bridge")
+
+
+def test_passt(lab: Lab) -> None:
+    if shutil.which("passt") is None:
+        pytest.skip("passt is not installed: apt install passt")
+    lab.load("dummy", "tun")
+    (lab.share / "initrd").write_bytes(initramfs(SHELL, (*NET, "af_packet")))
+    play(lab, "passt")
+
+
+@pytest.mark.parametrize("kind", ["own", "vhost"])
+def test_vsock(lab: Lab, tmp_path: Path, kind: str) -> None:
+    lab.load("vhost_vsock")
+    program = compiled(tmp_path, REPOSITORY / "tests/lab/vsock_guest.c")
+    (lab.share / "initrd").write_bytes(initramfs(SHELL, VSOCK, {"vsock": program}))
+    play(lab, "vsock", kind)
+
+
+def test_small_round_trips_never_stall_on_a_saturated_host(lab: Lab, tmp_path: Path) -> None:
+    """Four busy loops beside it; a round trip that gets no answer within a second counts as lost."""
+    lab.load("tun")
+    program = compiled(tmp_path, REPOSITORY / "benchmarks/vmm_net_guest.c")
+    (lab.share / "load").write_bytes(program)
+    (lab.share / "initrd").write_bytes(initramfs(SHELL, NET, {"load": program}))
+    play(lab, "saturated", "3000")

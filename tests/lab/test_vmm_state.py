@@ -1,0 +1,57 @@
+"""A stock Debian kernel, saved, restored, rewound and migrated on a true KVM, checking itself all the time."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+from lab.harness import REPOSITORY, SHARE, Lab
+from lab.vmm_guest import initramfs
+
+# Sums of memory and of what it wrote to the disk, five times a second, by its own timer; and an echo.
+SCRIPT = """
+dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+exec 3<&0
+( while read word <&3; do echo "heard $word"; [ "$word" = end ] && touch /stop; done ) &
+i=0
+while [ ! -e /stop ]; do
+    i=$((i + 1))
+    echo "number $i" | dd of=/dev/vda bs=512 conv=sync 2>/dev/null; sync
+    echo 3 > /proc/sys/vm/drop_caches
+    read word disk < /dev/vda
+    [ "$disk" = "$i" ] && disk=same
+    set -- $(md5sum < /tmp/data)
+    echo "tick $i $1 $disk"
+    usleep 200000
+done
+dmesg | grep -iE 'soft lockup|rcu.*stall|clocksource.*unstable|BUG' || echo "nothing wrong"
+"""
+
+
+@pytest.mark.lab(deadline=300)
+def test_a_stock_kernel_lives_through_save_restore_rewind_and_migration(lab: Lab) -> None:
+    (lab.share / "initrd").write_bytes(initramfs(SCRIPT, ["virtio_pci", "virtio_blk", "virtio_rng"]))
+    lab.sh("rm -rf /tmp/state; mkdir /tmp/state; truncate -s 16M /tmp/state/disk")
+    done = lab.run(
+        [
+            *(sys.executable, str(REPOSITORY / "tests/lab/vmm_state_machine.py"), str(lab.kernel.image)),
+            *(f"{SHARE}/initrd", "console=ttyS0 quiet panic=-1", "/tmp/state/disk", "/tmp/state"),
+        ],
+        timeout=200,
+    )
+    assert done.code == 0, done.stdout[-3000:] + done.stderr
+    figures = json.loads(done.stderr.strip().splitlines()[-1])
+    print(figures)
+    ticks = re.findall(r"tick (\d+) (\S+) (\S+)", done.stdout)
+    assert len({memory for _, memory, _ in ticks}) == 1, ticks  # 8 MiB of its memory, the same all the way
+    assert {disk for _, _, disk in ticks} == {"same"}
+    assert figures["migration"]["status"] == "completed" and figures["outcome"] == "guest-shutdown"
+    assert figures["pages"][-1] > 0
+    assert "nothing wrong" in done.stdout
+    numbers = [
+        int(number) for number, _, _ in re.findall(r"tick (\d+) (\S+) (\S+)", done.stdout.partition("== migrate")[2])
+    ]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))  # none twice, none lost
