@@ -2,9 +2,6 @@
 
 The guest is a kernel of a few instructions, whose first is a byte to COM1: when that comes out at the other end of a
 pipe the vCPU runs. So this measures the product as it is, on any KVM. The peer is `python -I -S -c pass`.
-
-    vmm_start.py            the table
-    vmm_start.py --zygote   the same through a zygote
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import tiny_kernel
+import pvh_kernel
 from report import Report
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
@@ -79,7 +76,7 @@ def cases(kernel: Path, disk: Path) -> dict[str, list[str]]:
 
 def measure(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        kernel = tiny_kernel.write(Path(directory, "kernel"))
+        kernel = pvh_kernel.write(Path(directory, "kernel"))
         disk = Path(directory, "disk")
         with disk.open("wb") as file:
             file.truncate(1 << 20)

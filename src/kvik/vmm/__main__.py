@@ -1,4 +1,5 @@
-"""kvik-vmm as the manager executes it: `python -I -S .../kvik/vmm/__main__.py OPTION...`.
+"""kvik-vmm as the manager executes it: `python -I -S .../kvik/vmm/__main__.py OPTION...`; with `--zygote FD` the
+process of which machines are forks.
 
 An interpreter without `site` starts 3 ms sooner, and a console script's `import re` is saved as well. The package is
 sought after the standard library, for which the interpreter then looks in its own places first.
@@ -12,4 +13,9 @@ if __name__ == "__main__":
     sys.path += [root] if root == packages else [root, packages]  # a source tree's needs lie beside the interpreter
     from kvik.vmm.main import main
 
+    if sys.argv[1:2] == ["--zygote"]:
+        from kvik.vmm import zygote
+
+        if zygote.main(int(sys.argv[2])) is None:
+            sys.exit(0)
     sys.exit(main())
