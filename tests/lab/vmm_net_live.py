@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -39,13 +40,16 @@ def wait_for(what: str, condition: Any) -> Any:
 class Guest:
     """One machine, whose initramfs (the lab's share has it) runs SHELL."""
 
-    def __init__(self, *options: str, kernel: str, initrd: str = "/run/lab/initrd") -> None:
+    def __init__(
+        self, *options: str, kernel: str, initrd: str = "/run/lab/initrd", pass_fds: Sequence[int] = ()
+    ) -> None:
         self.socket = f"/tmp/qmp-{os.getpid()}-{next(_numbers)}"
         words = [sys.executable, "-m", "kvik.vmm.main", "--kernel", kernel, "--initrd", initrd, "--memory", "256M"]
         words += ["--append", "console=ttyS0 quiet panic=-1 pci=noearly", "--serial", "stdio"]
         words += ["--qmp", self.socket, *options]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=open(f"{self.socket}.log", "wb"))
+        with open(f"{self.socket}.log", "wb") as log:
+            self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=log, pass_fds=pass_fds)
         self.said = ""
         self.patience = PATIENCE
         self.events: list[dict[str, Any]] = []
