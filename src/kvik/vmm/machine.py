@@ -72,6 +72,7 @@ class Machine:
         self.on_vcpu_start: Callable[[], None] | None = None  # and on each vCPU's
         self.outcome = ""
         self.exit_code = 0
+        self._failure: HostError | None = None  # of a thread, that `run` shall raise
         self.trace: Trace | None = None
         self.power_button: Callable[[], None] | None = None  # set by the ACPI device
         self.loader: Callable[[], None] | None = None  # puts into memory and registers what runs at power-on
@@ -240,6 +241,8 @@ class Machine:
             self.loop.run()
         finally:
             self.close()
+        if self._failure is not None:
+            raise self._failure
         return self.outcome
 
     def pause(self, status: str = "paused") -> None:
@@ -473,6 +476,17 @@ class Machine:
     def vcpu_failed(self, thread: VcpuThread, text: str, error: BaseException | None) -> None:
         self.log(f"vCPU {thread.index} cannot go on: {text}", error)
         self.loop.call_soon(lambda: self.pause("internal-error"))
+
+    def vcpu_cannot_start(self, thread: VcpuThread, error: Exception) -> None:
+        """Its thread could not be confined: it has not run, and it will not. `run` ends with this error."""
+
+        def end() -> None:
+            self._failure = HostError(
+                f"vCPU {thread.index} cannot start: {error}", errno=getattr(error, "errno", None) or 0
+            )
+            self.quit("host-error")
+
+        self.loop.call_soon(end)
 
     def system_event(self, event: Exit) -> None:
         self.log(f"KVM asks for {event}")

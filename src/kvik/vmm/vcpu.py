@@ -124,13 +124,15 @@ class VcpuThread:
 
     def _main(self) -> None:
         self.thread_id = _thread.get_native_id()
-        on_start = self.on_start
         try:
+            if self.on_start is not None:
+                try:
+                    self.on_start()
+                except Exception as error:
+                    self.machine.vcpu_cannot_start(self, error)
+                    return
             while True:
                 try:
-                    if on_start is not None:
-                        on_start()
-                        on_start = None
                     self._loop()
                     return
                 except KvmError as error:
