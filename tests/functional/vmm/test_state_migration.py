@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from state_guest import ERRORS, PATTERN, WRITER, Guest, awaiting, booted
 
-from kvik.errors import HostError, InvalidArgument, OperationInvalid
+from kvik.errors import HostError, InvalidArgument, OperationInvalid, OperationUnsupported
 from kvik.vmm.layout import MIB, VMGENID
 from kvik.vmm.state import stream
 from kvik.vmm.state.migration import migration_of
 from kvik.vmm.virtio.rng import Rng
+from kvik.vmm.virtio.vhost_user import VhostUserDevice
 
 pytestmark = pytest.mark.functional
 
@@ -206,6 +207,15 @@ def test_a_destination_that_differs_says_so_before_a_page_is_sent(
         report = move(source, there, uri)
         assert report["status"] == "failed" and message in report["error-desc"]
         assert report["ram"]["transferred"] == 0
+        source.check()
+
+
+def test_a_device_whose_back_end_writes_unseen_stays_where_it_is(tmp_path: Path) -> None:
+    with booted(tmp_path) as source:
+        source.machine.find("rng0").writes_unseen = True  # type: ignore[attr-defined]  # as vhost-user devices say
+        with pytest.raises(OperationUnsupported, match=r"rng0.*not logged.*unplug"):
+            migration_of(source.machine).start(f"unix:{tmp_path}/there")
+        assert VhostUserDevice.writes_unseen and source.machine.status == "running"
         source.check()
 
 

@@ -20,7 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import kvik
-from kvik.errors import HostError, InvalidArgument, KvikError, OperationInvalid
+from kvik.errors import HostError, InvalidArgument, KvikError, OperationInvalid, OperationUnsupported
 from kvik.vmm.layout import PAGE
 from kvik.vmm.state import sender as s
 from kvik.vmm.state.capture import capture
@@ -54,6 +54,17 @@ def header(machine: Machine) -> dict[str, Any]:
     }
 
 
+def _refuse_unseen_writers(machine: Machine) -> None:
+    """What another process writes into RAM without telling would be lost on the way."""
+    for name in machine.devices:
+        device = machine.find(name)
+        if getattr(device, "writes_unseen", False):
+            raise OperationUnsupported(
+                f"a machine with {name} ({device.kind}) cannot migrate: what its back end writes is not logged",
+                remedy="unplug it first (device_del)",
+            )
+
+
 class Outgoing:
     """One migration. `status` is QEMU's MigrationStatus word; `error` says why it failed.
 
@@ -74,6 +85,7 @@ class Outgoing:
             raise InvalidArgument(f"{channels} connections: 1 to {MAX_CHANNELS} are possible")
         if channels > 1 and uri.startswith(("fd:", "fd=")):
             raise InvalidArgument("a descriptor is one connection", remedy="migrate with one channel")
+        _refuse_unseen_writers(machine)
         self.machine, self.uri, self.downtime_limit = machine, uri, downtime_limit
         self.status, self.error = "setup", ""
         self.on_change = on_change

@@ -26,6 +26,7 @@ class VhostUserDevice(VirtioDevice):
 
     known = 0
     queue_size = 256
+    writes_unseen = True  # the back end writes into RAM and does not log it
     extra_queues = 0  # beside the request queues
     _call_fds: dict[int, int]
     _running: set[int]
