@@ -18,8 +18,7 @@ from kvik.errors import ConfigUnsupported
 __all__ = ["EMULATOR", "check", "command"]
 
 EMULATOR = "kvik-vmm"
-# Isolated (-I) and without site (-S): nothing of anybody's environment takes part, and it starts some ms sooner.
-_START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from kvik.vmm.main import main; sys.exit(main())"
+_LAUNCHER = Path(kvik.__file__).parent / "vmm" / "__main__.py"
 
 
 def check(emulator: str) -> None:
@@ -39,4 +38,5 @@ def command(argv: Sequence[str]) -> list[str]:
     if emulator != EMULATOR:
         return [*argv]
     cached = ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
-    return [sys.executable, "-I", "-S", *cached, "-c", _START, str(Path(kvik.__file__).parents[1]), *rest]
+    # Isolated (-I) and without site (-S): nothing of anybody's environment takes part, and it starts some ms sooner.
+    return [sys.executable, "-I", "-S", *cached, str(_LAUNCHER), *rest]
