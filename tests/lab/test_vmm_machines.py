@@ -147,7 +147,7 @@ def test_debians_virsh_runs_one(lab: Lab) -> None:
     if lab.run(["sh", "-c", "command -v virsh"]).code:
         pytest.skip("virsh is not installed: apt install libvirt-clients")
     run(lab, "one")
-    socket = "/run/kvik/kvik-sock"
+    socket = Paths.system().socket
     virsh = f"virsh -c 'qemu+unix:///system?socket={socket}'"
     assert lab.sh(f"{virsh} list --name").split() == ["one"]
     assert EMULATOR in lab.sh(f"{virsh} dumpxml one")
