@@ -47,7 +47,7 @@ def test_a_stock_kernel_lives_through_save_restore_rewind_and_migration(lab: Lab
     print(figures)
     ticks = re.findall(r"tick (\d+) (\S+) (\S+)", done.stdout)
     assert len({memory for _, memory, _ in ticks}) == 1, ticks  # 8 MiB of its memory, the same all the way
-    assert {disk for _, _, disk in ticks} == {"same"}
+    assert all(disk.startswith("same") for _, _, disk in ticks), ticks  # what is typed may stand behind it
     assert figures["migration"]["status"] == "completed" and figures["outcome"] == "guest-shutdown"
     assert figures["pages"][-1] > 0
     assert "nothing wrong" in done.stdout
