@@ -93,7 +93,7 @@ def net(directory: Path) -> VirtioDevice:
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     device = NetDevice("fuzzed", StreamBackend(ours.detach()), "52:54:00:12:34:56", mtu=1500)
-    device.peer = theirs  # type: ignore[attr-defined]
+    device.peer = theirs  # type: ignore[attr-defined]  # the fuzzer's own, beside what it is of
     return device
 
 
@@ -104,7 +104,7 @@ def net_dgram(directory: Path) -> VirtioDevice:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.setblocking(False)
     device = NetDevice("fuzzed", DatagramBackend(ours.detach()), "52:54:00:12:34:56")
-    device.peer = theirs  # type: ignore[attr-defined]
+    device.peer = theirs  # type: ignore[attr-defined]  # the fuzzer's own, beside what it is of
     return device
 
 
@@ -130,7 +130,7 @@ def console(directory: Path) -> VirtioDevice:
             Port(Chardev("null", "channel1"), name="org.example.1"),
         ],
     )
-    device.peer, device.path, device.client = theirs, path, None  # type: ignore[attr-defined]
+    device.peer, device.path, device.client = theirs, path, None  # type: ignore[attr-defined]  # the fuzzer's own, beside what it is of
     return device
 
 
@@ -148,12 +148,12 @@ def vsock(directory: Path) -> VirtioDevice:
     from kvik.vmm.virtio.vsock import VsockDevice
 
     device = VsockDevice("fuzzed", 3, str(directory / "vsock"), max_streams=16)
-    device.clients = []  # type: ignore[attr-defined]
+    device.clients = []  # type: ignore[attr-defined]  # the fuzzer's own, beside what it is of
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(directory / "vsock_80"))
     listener.listen(8)
     listener.setblocking(False)
-    device.server = listener  # type: ignore[attr-defined]
+    device.server = listener  # type: ignore[attr-defined]  # the fuzzer's own, beside what it is of
     return device
 
 
@@ -373,7 +373,7 @@ class HostileGuest:
             self.dice.choice(actions)()
             if self.error is not None:
                 raise self.error
-            if self.driver is not None and not self.pci.device.active and self.dice.random() < 0.1:  # type: ignore[attr-defined]
+            if self.driver is not None and not self.pci.device.active and self.dice.random() < 0.1:  # type: ignore[attr-defined]  # the fuzzer's own, beside what it is of
                 self.again()
         self.again()
 
@@ -398,7 +398,7 @@ class HostileGuest:
         self.machine.mmio.write(self.place + 4, 2, 0x406)
         if self.driver is None:
             return
-        device = self.pci.device  # type: ignore[attr-defined]
+        device = self.pci.device  # type: ignore[attr-defined]  # the fuzzer's own, beside what it is of
         device.resume()
         self.faults = device.faults
         chosen = self.driver.offered() & ~(RING_PACKED | IN_ORDER | EVENT_IDX | INDIRECT_DESC | RING_RESET)
@@ -525,7 +525,7 @@ class HostileGuest:
 
     def holds(self) -> None:
         """The machine stands still for a moment, as for a snapshot."""
-        device = self.pci.device  # type: ignore[attr-defined]
+        device = self.pci.device  # type: ignore[attr-defined]  # the fuzzer's own, beside what it is of
         device.pause()
         if self.dice.random() < 0.5:
             device.state()
@@ -533,7 +533,7 @@ class HostileGuest:
 
     def host(self) -> None:
         """Something happens on the host's side."""
-        device = self.pci.device  # type: ignore[attr-defined]
+        device = self.pci.device  # type: ignore[attr-defined]  # the fuzzer's own, beside what it is of
         self.dice.choice(HOST[self.name])(device, self.dice)
         self.machine.turn(1)
 

@@ -196,7 +196,7 @@ class Qmp:
     def __init__(self, directory: Path, seed: int) -> None:
         self.dice = random.Random(seed)
         self.machine = PeerMachine(directory)
-        self.server = MonitorServer(self.machine)  # type: ignore[arg-type]
+        self.server = MonitorServer(self.machine)  # type: ignore[arg-type]  # the fuzzer's own, beside what it is of
         self.path = str(directory / "qmp")
         self.server.listen(self.path)
         self.client: socket.socket | None = None

@@ -45,7 +45,7 @@ class Ports:
         machine.loop.on_error = self._failed
         for word in ("hold_caller", "request_shutdown", "request_reset", "request_stop"):
             setattr(machine, word, lambda *_, **__: None)
-        machine.config = _Config()  # type: ignore[attr-defined]
+        machine.config = _Config()  # type: ignore[attr-defined]  # the fuzzer's own, beside what it is of
         self.events = AcpiEvents()
         self.cpus = CpuHotplug(self.events, 2, 8)
         ours, self.peer = socket.socketpair()
