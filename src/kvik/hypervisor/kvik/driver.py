@@ -20,8 +20,7 @@ from kvik.conf.capabilities import DomainCapabilities, format_domain_capabilitie
 from kvik.conf.cpu import Cpu
 from kvik.conf.devices.interface import Backend, InterfaceModel
 from kvik.conf.domain import Domain
-from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError
-from kvik.host.process import find
+from kvik.errors import ConfigUnsupported, HypervisorError
 from kvik.hypervisor import process
 from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
@@ -30,16 +29,14 @@ from kvik.hypervisor.kvik import hotplug, program, support
 from kvik.hypervisor.kvik.argv import build
 from kvik.hypervisor.kvik.machine import KvikMachine
 from kvik.hypervisor.kvik.program import EMULATOR
+from kvik.hypervisor.launch import bring_up, find_running, take_up
 from kvik.hypervisor.sidecars import virtiofsd
-from kvik.hypervisor.sidecars.group import attach_sidecars
 from kvik.hypervisor.sidecars.start import start_sidecars
 from kvik.hypervisor.words import shell_text
 from kvik.paths import Paths
 
 __all__ = ["EMULATOR", "KvikDriver"]
 
-START_DEADLINE = 30.0
-ATTACH_DEADLINE = 2.0
 _FEATURES = frozenset(
     {
         Feature.REBOOT_IN_PLACE,
@@ -148,65 +145,33 @@ class KvikDriver:
                 sink=request.sink,
                 sidecars=sidecars,
             )
-            machine.hold_events()
-            try:
-                await machine.connect(START_DEADLINE)
-                await machine.refresh()
-                await hotplug.start_settings(machine)
-                if opened.output is not None:
-                    machine.watch_output(opened.output)
-                    opened.output = None
-                failure = sidecars.failure(request.log_fd)
-                if failure is not None:
-                    raise failure
-                if not request.paused:
-                    await machine.resume()
-            except BaseException as error:
-                reason = error
-                if isinstance(error, KvikError):
-                    reason = await process.died(domain.name, handle, request.log_fd, position, error, product=self.name)
-                    reason = sidecars.failure(request.log_fd, qemu_alive=handle.alive) or reason
-                await asyncio.shield(machine.quit(0.0))
-                if reason is error:
-                    raise
-                raise reason from error
-            undo.pop_all()
-            machine.watch_sidecars()
-            machine.release_events()
-            return machine
+            return await bring_up(
+                machine,
+                request,
+                opened,
+                undo,
+                settings=hotplug.start_settings,
+                explain=lambda error: process.died(
+                    domain.name, handle, request.log_fd, position, error, product=self.name
+                ),
+            )
 
     async def attach(
         self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink
     ) -> KvikMachine | None:
-        """A machine whose monitor does not answer is found all the same; its monitor is tried until it does."""
-        pid, start_time, boot = handle.get("pid"), handle.get("start_time"), handle.get("boot")
-        if not isinstance(pid, int) or not isinstance(start_time, int) or not isinstance(boot, str):
-            raise ConfigError(f"the status of machine {definition.name} does not say which process it is")
-        found = find(pid, start_time, boot)
-        sidecars, lost = attach_sidecars(definition.name, handle.get("sidecars"), boot)
+        found = await find_running(definition, handle)
         if found is None:
-            await sidecars.end()
             return None
         machine = KvikMachine(
             definition,
             directory,
-            found,
+            found.process,
             emulator=str(handle.get("emulator") or EMULATOR),
             version=int(handle.get("version") or _version()),
             sink=sink,
-            sidecars=sidecars,
+            sidecars=found.sidecars,
         )
-        if handle.get("started") is not False:
-            machine.mark_started()
-        machine.clock_base = int(handle.get("clock_base") or 0)
-        try:
-            await machine.connect(ATTACH_DEADLINE)
-            await machine.refresh()
-        except KvikError:
-            if not machine.ended:
-                machine.keep_reconnecting()
-        machine.watch_sidecars(lost)
-        return machine
+        return await take_up(machine, handle, found)
 
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str:
         path = emulator or await self.default_emulator(arch)

@@ -16,8 +16,8 @@ import kvik
 from kvik.conf.enums import DomainState
 from kvik.errors import HypervisorError, MonitorError, OperationTimeout, OperationUnsupported
 from kvik.host.process import read_stat
+from kvik.hypervisor import launch
 from kvik.hypervisor.driver import HostVerdict
-from kvik.hypervisor.kvik import driver as module
 from kvik.hypervisor.kvik.driver import KvikDriver
 from kvik.hypervisor.test.driver import TestDriver
 from kvik.manager.domain import DomainObject
@@ -171,7 +171,7 @@ async def test_a_vmm_that_gives_up_is_quoted(world: World) -> None:
 
 
 async def test_a_vmm_that_is_silent_is_given_up_and_ended(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "START_DEADLINE", 0.5)
+    monkeypatch.setattr(launch, "START_DEADLINE", 0.5)
     manager = await world.manager()
     domain = await manager.define(world.document("silent"))
     with pytest.raises(OperationTimeout, match="within"):
