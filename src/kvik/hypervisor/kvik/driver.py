@@ -18,14 +18,13 @@ from kvik import __version__
 from kvik.conf.aliases import assign_aliases
 from kvik.conf.capabilities import DomainCapabilities, format_domain_capabilities
 from kvik.conf.cpu import Cpu
-from kvik.conf.devices.interface import Backend, InterfaceModel
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported, HypervisorError
 from kvik.hypervisor import process
 from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
 from kvik.hypervisor.kernels import unpacked_kernel
-from kvik.hypervisor.kvik import hotplug, program, support
+from kvik.hypervisor.kvik import changes, program, support
 from kvik.hypervisor.kvik.argv import build
 from kvik.hypervisor.kvik.machine import KvikMachine
 from kvik.hypervisor.kvik.program import EMULATOR
@@ -86,9 +85,7 @@ class KvikDriver:
             definition.cpu = definition.cpu or Cpu()
             definition.cpu.mode = "host-passthrough"
         for nic in definition.devices.interfaces:
-            nic.model = nic.model or InterfaceModel(type="virtio")
-            if nic.type == "user" and nic.backend is None:
-                nic.backend = Backend(type="passt")
+            support.complete_interface(nic)
 
     async def validate(self, definition: Domain) -> None:
         support.check(definition)
@@ -144,13 +141,14 @@ class KvikDriver:
                 version=_version(),
                 sink=request.sink,
                 sidecars=sidecars,
+                log=self._log(domain),
             )
             return await bring_up(
                 machine,
                 request,
                 opened,
                 undo,
-                settings=hotplug.start_settings,
+                settings=changes.start_settings,
                 explain=lambda error: process.died(
                     domain.name, handle, request.log_fd, position, error, product=self.name
                 ),
@@ -170,8 +168,12 @@ class KvikDriver:
             version=int(handle.get("version") or _version()),
             sink=sink,
             sidecars=found.sidecars,
+            log=self._log(definition),
         )
         return await take_up(machine, handle, found)
+
+    def _log(self, domain: Domain) -> Path:
+        return self._paths.domain_logs / f"{domain.name}.log"
 
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str:
         path = emulator or await self.default_emulator(arch)

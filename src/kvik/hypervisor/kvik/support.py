@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from kvik.conf.devices.chardev import Chardev
 from kvik.conf.devices.disk import Disk
-from kvik.conf.devices.interface import Interface
+from kvik.conf.devices.interface import Backend, Interface, InterfaceModel
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.names import TAP_TYPES, is_passt
 
-__all__ = ["CHARDEVS", "MACHINE", "MACHINES", "MAX_VCPUS", "check"]
+__all__ = ["CHARDEVS", "MACHINE", "MACHINES", "MAX_VCPUS", "check", "check_device", "complete_interface"]
 
 MACHINE = "kvik-1"  # the newest of our machine types: what its name says never changes
 MACHINES = {"kvik": MACHINE, MACHINE: MACHINE}  # alias or name -> name
@@ -24,6 +24,24 @@ _DISKS = "write <disk type='file' device='disk'> with <target dev='vda' bus='vir
 def check(domain: Domain) -> None:
     """Raises `ConfigUnsupported` for the first thing. Asks nothing of the host."""
     for path, what, remedy in _missing(domain):
+        raise ConfigUnsupported(f"kvik-vmm {what}", path=path, remedy=remedy)
+
+
+def complete_interface(nic: Interface) -> None:
+    """What its document leaves to the VMM."""
+    nic.model = nic.model or InterfaceModel(type="virtio")
+    if nic.type == "user" and nic.backend is None:
+        nic.backend = Backend(type="passt")
+
+
+def check_device(device: object) -> None:
+    """The same for a disk or an interface alone."""
+    found: Iterator[Refusal] = iter(())
+    if isinstance(device, Disk):
+        found = (("disk" + path, what, remedy) for path, what, remedy in _disk(device))
+    elif isinstance(device, Interface):
+        found = (("interface" + path, what, remedy) for path, what, remedy in _interface(device))
+    for path, what, remedy in found:
         raise ConfigUnsupported(f"kvik-vmm {what}", path=path, remedy=remedy)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import kvik
 from kvik.conf.enums import DomainState
-from kvik.errors import HypervisorError, MonitorError, OperationTimeout, OperationUnsupported
+from kvik.errors import ConfigUnsupported, HypervisorError, MonitorError, OperationTimeout, OperationUnsupported
 from kvik.host.process import read_stat
 from kvik.hypervisor import launch
 from kvik.hypervisor.driver import HostVerdict
@@ -145,8 +145,35 @@ async def test_what_it_has_not_is_said(world: World) -> None:
     for ask in (domain.screenshot(), domain.send_key(0, 0, [30])):
         with pytest.raises(OperationUnsupported, match="neither screen nor keyboard"):
             await ask
-    with pytest.raises(OperationUnsupported, match="rng"):
-        await domain.attach_device("<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>")
+    with pytest.raises(OperationUnsupported, match="plug a channel into running machine m: the ports of its console"):
+        await domain.attach_device("<channel type='unix'><target type='virtio' name='org.x'/></channel>")
+    with pytest.raises(OperationUnsupported, match="plug a watchdog into running machine m"):
+        await domain.attach_device("<watchdog model='i6300esb' action='reset'/>")
+
+
+async def test_an_rng_comes_and_goes(world: World) -> None:
+    _, domain = await world.started()
+    xml = "<rng model='virtio'><rate bytes='1024' period='500'/><backend model='random'>/dev/urandom</backend></rng>"
+    await domain.attach_device(xml)
+    (_, backend, _), (_, device, _) = world.commands(domain)[-2:]
+    assert backend == {"qom-type": "rng-builtin", "id": "backrng0"} and device["rng"] == "backrng0"
+    assert (device["max-bytes"], device["period"]) == (1024, 500)
+    await domain.detach_device(xml)
+    assert [name for name, _, _ in world.commands(domain)][-2:] == ["device_del", "object-del"]
+
+
+async def test_what_a_running_disk_or_interface_can_become(world: World) -> None:
+    _, domain = await world.started()
+    image = "<disk type='file'><driver type='raw'/><source file='{0}'/><target dev='vda'/>{1}</disk>"
+    mine = world.root / "a.raw"
+    await domain.update_device(image.format(mine, "<iotune><total_iops_sec>7</total_iops_sec></iotune>"), 1)
+    assert world.commands(domain)[-1][1]["iops"] == 7
+    await domain.update_device(image.format(mine, ""), 1)
+    assert world.commands(domain)[-1][1]["iops"] == 0
+    with pytest.raises(OperationUnsupported, match="image of disk vda cannot change"):
+        await domain.update_device(image.format(world.root / "b.raw", ""), 1)
+    with pytest.raises(ConfigUnsupported, match="limits reads and writes together"):
+        await domain.update_device(image.format(mine, "<iotune><read_iops_sec>7</read_iops_sec></iotune>"), 1)
 
 
 async def test_a_later_daemon_finds_it_again(world: World) -> None:
