@@ -211,6 +211,8 @@ def _cpus(domain: Domain) -> Iterator[tuple[str, str]]:
         model = cpu.model.value if cpu.mode in (None, "custom") and cpu.model is not None else None
         words = [model or "host"]
         for feature in cpu.features:
+            if feature.policy == "optional":
+                continue  # the host's own model has it already, if there is one (`support` refuses it for others)
             words.append(f"{'-' if feature.policy in ('disable', 'forbid') else '+'}{feature.name}")
         yield "cpu", ",".join(words)
 

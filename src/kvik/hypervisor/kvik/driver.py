@@ -27,6 +27,7 @@ from kvik.hypervisor.kernels import unpacked_kernel
 from kvik.hypervisor.kvik import changes, program, support
 from kvik.hypervisor.kvik.argv import build
 from kvik.hypervisor.kvik.machine import KvikMachine
+from kvik.hypervisor.kvik.models import Models, ModelSource
 from kvik.hypervisor.kvik.program import EMULATOR
 from kvik.hypervisor.launch import bring_up, find_running, take_up
 from kvik.hypervisor.sidecars import virtiofsd
@@ -57,6 +58,7 @@ class KvikDriver:
         self._paths = paths
         self._probe = probe
         self._verdict = probe()
+        self._models = ModelSource()
 
     def features(self) -> frozenset[Feature]:
         return _FEATURES | ({Feature.KVM} if self._verdict.usable else set())
@@ -103,6 +105,7 @@ class KvikDriver:
                 remedy=remedy,
             )
         program.check(definition.devices.emulator or EMULATOR)
+        await self._models.check(definition, definition.devices.emulator or EMULATOR)
 
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         """Nothing is kept between runs: there is no TPM."""
@@ -111,6 +114,7 @@ class KvikDriver:
         copy = definition.copy()
         await self.complete(copy)
         assign_aliases(copy)
+        await self._models.resolve(copy, copy.devices.emulator or EMULATOR)
         line = build(copy, copy.devices.emulator or EMULATOR, paused=False, now=time.time())
         return shell_text(line.argv) + "\n"
 
@@ -119,6 +123,7 @@ class KvikDriver:
     async def start(self, request: StartRequest) -> KvikMachine:
         domain = request.definition
         await self.validate(domain)
+        await self._models.resolve(domain, domain.devices.emulator or EMULATOR)
         assign_aliases(domain)
         kernel = await unpacked_kernel(domain, self._paths.cache)
         with ExitStack() as undo, ExitStack() as close:
@@ -191,7 +196,7 @@ class KvikDriver:
                 f"kvik-vmm needs KVM, which cannot be used here: {self._verdict.reason}",
                 remedy=self._verdict.remedy or "use QEMU",
             )
-        return format_domain_capabilities(_domain_capabilities(path, name))
+        return format_domain_capabilities(_domain_capabilities(path, name, await self._models.of(path)))
 
 
 def _version() -> int:
@@ -200,7 +205,7 @@ def _version() -> int:
     return major * 1_000_000 + minor * 1_000 + micro
 
 
-def _domain_capabilities(path: str, machine: str) -> DomainCapabilities:
+def _domain_capabilities(path: str, machine: str, models: Models) -> DomainCapabilities:
     return DomainCapabilities(
         path=path,
         domain="kvm",
@@ -208,7 +213,9 @@ def _domain_capabilities(path: str, machine: str) -> DomainCapabilities:
         arch="x86_64",
         max_vcpus=support.MAX_VCPUS,
         iothreads=False,
-        cpu_modes=["host-passthrough", "maximum"],
+        cpu_modes=["host-passthrough", "maximum", *(["host-model"] if models.nearest else []), "custom"],
+        host_model=models.nearest,
+        cpu_models=[(name, usable, "unknown") for name, usable in models.usable.items()],
         memory_sources=["anonymous", "memfd"],
         devices={
             "disk": {"diskDevice": ["disk"], "bus": ["virtio"], "model": ["virtio", "virtio-non-transitional"]},

@@ -176,6 +176,22 @@ async def test_what_a_running_disk_or_interface_can_become(world: World) -> None
         await domain.update_device(image.format(mine, "<iotune><read_iops_sec>7</read_iops_sec></iotune>"), 1)
 
 
+async def test_cpu_models_are_asked_of_the_vmm_and_host_model_becomes_one(world: World) -> None:
+    manager = await world.manager()
+    with pytest.raises(ConfigUnsupported, match="no CPU model 'core2duo'") as caught:
+        await manager.define(world.document().replace("<vcpu>", "<cpu><model>core2duo</model></cpu><vcpu>"))
+    assert "x86-64-v2, EPYC;" in caught.value.remedy
+    domain = await manager.define(world.document().replace("<vcpu>", "<cpu mode='host-model'/><vcpu>"))
+    await domain.start()
+    argv = Path(f"/proc/{domain.pid}/cmdline").read_bytes().decode().split("\0")
+    assert argv[argv.index("--cpu") + 1] == "EPYC"
+    assert domain.live is not None and domain.live.cpu is not None and domain.live.cpu.model is not None
+    assert (domain.live.cpu.mode, domain.live.cpu.model.value) == ("custom", "EPYC")
+    assert "host-model" in domain.xml(2)  # the definition means each host's own
+    told = await manager.driver_for("kvm", "kvik-vmm").domain_capabilities("", "", "", str(world.root / "kvik-vmm"))
+    assert "<model fallback='forbid'>EPYC</model>" in told and "<model usable='no' vendor='unknown'>Nehalem<" in told
+
+
 async def test_a_later_daemon_finds_it_again(world: World) -> None:
     manager, domain = await world.started()
     pid = domain.pid
