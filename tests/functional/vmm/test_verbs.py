@@ -14,6 +14,7 @@ import re
 import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ ANY_KVM = Path(__file__).with_name("any_kvm.py")
 NAMESPACE = """mount -t sysfs sysfs /sys && ip link set lo up
 for bridge in br0 br1 out0; do ip link add $bridge type bridge && ip link set $bridge up; done
 ip addr add 192.0.2.1/24 dev out0 && ip route add default via 192.0.2.2 dev out0"""
+VIRTIOFSD = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd", "/usr/bin/virtiofsd")
 NO_AGENT = "the guest agent is not connected"
 
 DOMAIN = """<domain type='kvm'><name>{name}</name>
@@ -67,6 +69,8 @@ DEVICES = {
     "<requested unit='MiB'>64</requested></target></memory>",
     "memory-more": "<memory model='virtio-mem'><target><size unit='MiB'>256</size><node>0</node>"
     "<block unit='MiB'>2</block><requested unit='MiB'>128</requested></target></memory>",
+    "memory-none": "<memory model='virtio-mem'><target><size unit='MiB'>256</size><node>0</node>"
+    "<block unit='MiB'>2</block><requested unit='MiB'>0</requested></target></memory>",
     "disk": "<disk type='file'><driver name='qemu' type='raw'/><source file='{root}/a.raw'/><target dev='vda'/>"
     "<iotune><total_iops_sec>100</total_iops_sec></iotune></disk>",
     "disk-other": "<disk type='file'><driver name='qemu' type='raw'/><source file='{root}/b.raw'/><target dev='vda'/>"
@@ -172,7 +176,9 @@ STEPS: list[tuple[str, str, str]] = [
     ("attach-device m @memory --live", WORKS, "attached"),
     ("update-device m @memory-more --live", WORKS, "updated"),
     (QUERY % "query-memory-devices", WORKS, '"requested-size": 134217728'),
-    ("detach-device m @memory --live", WORKS, "detached"),
+    ("detach-device m @memory-more --live", "cannot unplug virtiomem0 while the guest may use 128 MiB of it", ""),
+    ("update-device m @memory-none --live", WORKS, "updated"),
+    ("detach-device m @memory-none --live", WORKS, "detached"),
     ("update-device m @balloon --live", WORKS, "updated"),
     ("dumpxml m", WORKS, "<stats period='3'/>"),
     ("attach-device m @balloon --live", "there is a memballoon already", ""),
@@ -414,11 +420,29 @@ def test_a_shared_directory_and_passt_bring_their_processes_and_take_them_along(
         assert beside("passt")
         running.out("detach-device c @user --live")
         assert not beside("passt")
-    if any(Path(place).exists() for place in ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")):
+    if any(Path(place).exists() for place in VIRTIOFSD):
         running.out("attach-device c @filesystem --live")
         assert beside("virtiofsd")
         running.out("detach-device c @filesystem --live")
         assert not beside("virtiofsd")
+
+
+def test_a_later_daemon_lets_go_what_an_earlier_one_plugged(running: Machine) -> None:
+    running.out("attach-device c @rng --live")
+    running.out("attach-device c @memory --live")
+    if virtiofsd := any(Path(place).exists() for place in VIRTIOFSD):
+        running.out("attach-device c @filesystem --live")
+    running.daemon.end(signal.SIGKILL)
+    running.daemon.start()
+    document = running.out("dumpxml c")
+    assert "<rng " in document and "<memory model='virtio-mem'" in document
+    running.out("update-device c @memory-none --live")
+    for name in ("rng", "memory", *(["filesystem"] if virtiofsd else [])):
+        running.out(f"detach-device c @{name} --live")
+    document = running.out("dumpxml c")
+    assert "<rng " not in document and "<filesystem" not in document and "virtio-mem" not in document
+    assert not any("virtiofsd" in argv for argv in processes(running.root))
+    running.out("update-device c @balloon --live")
 
 
 def processes(root: Path) -> list[str]:
