@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from struct import Struct
+from struct import Struct, unpack_from
 
 from kvik.vmm.backends.request import READ, WRITE
 from kvik.vmm.virtio.queue import DESC_INDIRECT, DESC_NEXT, DESC_WRITE
@@ -88,10 +88,10 @@ def serve(queue: Queue, image: BlockImage, stats: BlockStats, limit: int, *, wri
         elif what >> _FLAGS == DESC_INDIRECT and 48 < (count := what & _LENGTH) <= most and not count & 15:
             if not 0 <= table <= room - count:
                 break
-            words = memoryview(bytes(ram[table : table + count])).cast("Q").tolist()
-            header, header_what, *_, status, status_what = words
+            words = unpack_from(f"<{count >> 3}Q", ram, table)  # copied here, once
+            header, header_what, status, status_what = *words[:2], *words[-2:]
             what = words[3] >> _FLAGS
-            buffers = _pieces(ram, base, room, words, what)
+            buffers = _pieces(ram, base, words, what)
             length = sum(map(len, buffers))
         else:
             break
@@ -145,15 +145,22 @@ def serve(queue: Queue, image: BlockImage, stats: BlockStats, limit: int, *, wri
     return done
 
 
-def _pieces(ram: memoryview, base: int, room: int, words: list[int], what: int) -> list[memoryview]:
+def _pieces(ram: memoryview, base: int, words: tuple[int, ...], what: int) -> list[memoryview]:
     """The data of a table with several pieces; empty if one of them is not usual. `what`: of the first one."""
-    pieces: list[memoryview] = []
-    what = what << _FLAGS
-    for data, word in zip(words[2:-2:2], words[3:-2:2], strict=True):
-        length = word ^ what  # flags and next are as they shall be when only the length is left
-        data -= base
-        if not 0 < length <= _LENGTH or not 0 <= data <= room - length:
+    places, shapes = words[2:-2:2], words[3:-2:2]
+    size, room = shapes[0] & _LENGTH, len(ram)
+    expected = size | what << _FLAGS
+    if shapes == tuple(range(expected, expected + (len(shapes) << _NEXT), 1 << _NEXT)):  # of one size: pages, mostly
+        if not size or min(places) < base or max(places) - base > room - size:
             return []
-        pieces.append(ram[data : data + length])
-        what += 1 << _NEXT
+        return [ram[data - base : data - base + size] for data in places]
+    pieces: list[memoryview] = []
+    expected -= size
+    for data, shape in zip(places, shapes, strict=True):
+        size = shape ^ expected  # flags and next are as they shall be when only the length is left
+        data -= base
+        if not 0 < size <= _LENGTH or not 0 <= data <= room - size:
+            return []
+        pieces.append(ram[data : data + size])
+        expected += 1 << _NEXT
     return pieces

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from struct import Struct
+
 from kvik.vmm.faults import GuestFault
 from kvik.vmm.virtio.queue import (
     DESC_INDIRECT,
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _unpack_descriptor = DESCRIPTOR.unpack_from
+_unpack_buffer = Struct("<QIH2x").unpack_from  # a descriptor without `next`
 _iter_descriptors = DESCRIPTOR.iter_unpack
 
 
@@ -94,32 +97,47 @@ class SplitQueue(Queue):
         self._pop_order += 1
         return chain
 
-    def pop_many(self, limit: int) -> list[Chain]:
-        last, avail, size, mask = self._next_avail, self._avail, self.size, self._mask
+    def pop_singles(self, limit: int) -> tuple[list[int], list[int], list[int]]:
+        """Single buffers to write to from the ring's front, up to `limit` and as long as they lie in one region, which
+        `region` then tells: the head, the place in its view, and the bytes of each. None where something else comes
+        next. For queues that are not IN_ORDER."""
+        last, avail, size = self._next_avail, self._avail, self.size
         ahead = (avail[1] - last) & 0xFFFF
         if ahead > size:
             raise GuestFault(f"queue {self.index}: the available index is {ahead} ahead, of {size} entries")
-        chains: list[Chain] = []
-        desc, base, end, ram, order = self._desc, self._base, self._end, self._ram, self._pop_order
-        for _ in range(min(ahead, limit)):
-            head = avail[2 + (last & mask)]
+        start, desc, base, room = last & self._mask, self._desc, self._base, self._end - self._base
+        places: list[int] = []
+        sizes: list[int] = []
+        heads = avail[2 + start : 2 + min(start + ahead, start + limit, size)].tolist()
+        for head in heads:
             if head >= size:
                 break  # `pop` says what is wrong with it
-            address, length, flags, _ = _unpack_descriptor(desc, head << 4)
-            if flags != DESC_WRITE or not length or address < base or address + length > end:
+            address, length, flags = _unpack_buffer(desc, head << 4)
+            place = address - base
+            if flags != DESC_WRITE or not length:
                 break
-            chain = Chain(head, 1)  # a single buffer to write to, where the last one was: a receive queue's all
-            chain.writable.append(ram[address - base : address - base + length])
-            chain.targets.append((address, length))
-            chain.writable_size = length
-            chain.order = order
-            order += 1
-            last = (last + 1) & 0xFFFF
-            chains.append(chain)
-        self._next_avail, self._pop_order = last, order
-        if len(chains) < min(ahead, limit):
-            chains += super().pop_many(limit - len(chains))
-        return chains
+            if not 0 <= place <= room - length:
+                if places:
+                    break
+                self._buffer(address, length)  # finds its region
+                base, room = self._base, self._end - self._base
+                place = address - base
+                if not 0 <= place <= room - length:
+                    break
+            places.append(place)
+            sizes.append(length)
+        count = len(places)
+        self._next_avail = (last + count) & 0xFFFF
+        return heads[:count], places, sizes
+
+    @property
+    def region(self) -> tuple[memoryview, int]:
+        """The region of RAM that was found last: all of it, and its address."""
+        return self._ram, self._base
+
+    def undo_pops(self, count: int) -> None:
+        """Give back what the last calls of `pop_singles` returned."""
+        self._next_avail = (self._next_avail - count) & 0xFFFF
 
     def _indirect(self, chain: Chain, address: int, length: int, flags: int) -> None:
         # As drivers write tables: alone, in order, all in one region of RAM. Anything else, and whatever is wrong, is
@@ -190,20 +208,22 @@ class SplitQueue(Queue):
             log_written(memory, chain, written)
 
     def _put_all(self, chains: list[Chain], lengths: list[int]) -> None:
-        ring, mask, index = self._used_ring, self._mask, self._next_used
-        for chain, written in zip(chains, lengths, strict=True):
-            slot = (index & mask) << 1
-            ring[slot] = chain.head
-            ring[slot + 1] = written & 0xFFFFFFFF
-            index += 1
-        first, self._next_used = self._next_used, index & 0xFFFF
-        self._used[1] = self._next_used  # x86 keeps the order of stores
         memory = self.memory
         if memory.dirty_log is not None:
-            memory.touched(self.used, 4)
-            for number, (chain, written) in enumerate(zip(chains, lengths, strict=True)):
-                memory.touched(self.used + 4 + 8 * ((first + number) & mask), 8)
+            for chain, written in zip(chains, lengths, strict=True):
                 log_written(memory, chain, written)
+        self.put([chain.head for chain in chains], lengths)
+
+    def put(self, heads: list[int], lengths: list[int]) -> None:
+        """Give back requests by their heads, all in one step: to those that were not popped as chains."""
+        ring, slot, count = self._used_ring, self._next_used & self._mask, len(heads)
+        for head, written in zip(heads, lengths, strict=True):
+            ring[2 * slot] = head
+            ring[2 * slot + 1] = written & 0xFFFFFFFF
+            slot = (slot + 1) & self._mask
+        self._next_used = self._used[1] = (self._next_used + count) & 0xFFFF  # x86 keeps the order of stores
+        if self.memory.dirty_log is not None:
+            self.memory.touched(self.used, 4 + 8 * self.size)
 
     def show(self, count: int) -> None:
         """The next `count` requests were served without `pop`, and the next `count` entries of the used ring written:

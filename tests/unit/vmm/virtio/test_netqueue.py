@@ -14,6 +14,7 @@ import pytest
 
 from kvik.vmm.loop import EventLoop
 from kvik.vmm.ratelimit import RateLimiter
+from kvik.vmm.virtio.netbuffers import Chains, Singles
 from kvik.vmm.virtio.queue import EVENT_IDX
 
 from .netrig import FULL, HEADER, RINGS, Rig
@@ -270,3 +271,88 @@ def test_no_wake_up_is_lost(ring):
     finally:
         sys.setswitchinterval(interval)
         r.close()
+
+
+# --- buffers (virtio/netbuffers.py)
+
+
+def receive(r, *frames):
+    for frame in frames:
+        r.far.send(frame)
+    r.turn()
+    return [done.data[12:] for done in r.rx.collect()]
+
+
+def test_a_buffer_that_is_not_usual_changes_the_way_and_nothing_else(rig):
+    """Single buffers, then one of two descriptors, then single ones: each gets its frame, in order."""
+    r = rig(FULL)
+    r.turn()
+    receiver = r.device.receivers[0]
+    frames = [bytes([number]) * 200 for number in range(5)]
+    for parts, some, kind in (
+        (([256], [256]), frames[:2], Singles),
+        (([256], [64, 300], [256]), frames[2:], Chains),
+    ):
+        for sizes in parts:
+            r.rx.add([], sizes)
+        r.kick(0)
+        assert receive(r, *some) == some
+        assert isinstance(receiver.buffers, kind)
+
+
+def test_a_frame_that_waits_survives_the_change(rig):
+    r = rig(FULL)
+    r.turn()
+    r.rx.add([], [256])
+    r.kick(0)
+    r.far.send(b"z" * 400)
+    r.turn()
+    assert not r.rx.collect()
+    r.rx.add([], [64, 300])
+    r.kick(0)
+    r.turn()
+    first, second = r.rx.collect()
+    assert first.data[:12] == bytes(10) + b"\2\0"
+    assert first.data[12:] + second.data == b"z" * 400
+
+
+def test_what_was_popped_and_not_used_is_the_drivers_again_after_a_pause(rig):
+    r = rig(FULL)
+    r.turn()
+    for _ in range(20):
+        r.rx.add([], [256])
+    r.kick(0)
+    assert receive(r, b"a" * 100) == [b"a" * 100]
+    r.device.pause()
+    assert r.device.queues[0].state()["next_avail"] == 1
+    r.device.resume()
+    r.turn()
+    assert receive(r, b"b" * 100, b"c" * 244, b"d") == [b"b" * 100, b"c" * 244, b"d"]
+
+
+def test_the_log_of_dirty_pages_hears_of_packets(rig):
+    r = rig(FULL)
+    r.turn()
+    requests = [r.rx.add([], [1000]) for _ in range(3)]
+    r.kick(0)
+    heard = []
+    r.memory.dirty_log = lambda address, size: heard.append((address, size))
+    r.far.send(b"x" * 2500)
+    r.turn()
+    assert len(r.rx.collect()) == 3
+    for request, size in zip(requests, (1000, 1000, 512), strict=True):
+        assert (request.writable[0][0], size) in heard
+    assert any(address == r.rx.used for address, _ in heard)
+
+
+def test_memory_that_changes_under_the_buffers(rig):
+    r = rig(FULL)
+    r.turn()
+    for _ in range(40):
+        r.rx.add([], [256])
+    r.kick(0)
+    assert receive(r, b"a" * 100) == [b"a" * 100]
+    for callback in r.memory.on_change:  # as when RAM comes or goes
+        callback()
+    frames = [bytes([number]) * 200 for number in range(39)]
+    assert receive(r, *frames) == frames
