@@ -49,6 +49,19 @@ def test_a_backend_that_ends_takes_the_link_down_and_no_more(rig):
     assert len(r.machine.logged) == 1
 
 
+def test_a_datapath_that_ends_leaves_the_buffers_to_the_next(rig):
+    """The link goes down under the kernel's datapath: ours takes over, and pops ahead. The kernel then comes back."""
+    r = rig(FULL)
+    r.turn()
+    for _ in range(8):
+        r.rx.add([], [256])
+    r.kick(0)
+    r.turn()
+    assert r.device.queues[0].state()["next_avail"] == 8
+    r.device._end()
+    assert r.device.queues[0].state()["next_avail"] == 0
+
+
 def test_a_sender_learns_of_the_end_too(rig):
     r = rig(FULL, kind=socket.SOCK_STREAM)
     r.turn()
