@@ -43,7 +43,7 @@ RWF_DSYNC, RWF_NOWAIT = 0x02, 0x08  # preadv2(2)
 BLKSSZGET, BLKGETSIZE64, BLKPBSZGET = 0x1268, 0x80081272, 0x127B  # linux/fs.h
 TMPFS_MAGIC, RAMFS_MAGIC = 0x01021994, 0x858458F6  # statfs(2)
 SECTOR = 512
-INLINE_WRITE = 256 << 10  # bytes; above, a hand-over costs nothing beside the copy
+INLINE_WRITE = 1 << 20  # bytes; above, a hand-over costs nothing beside the copy
 _MAGIC = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"QED\0": "qed", b"vhdxfile": "vhdx", b"conectix": "vpc"}
 
 
