@@ -128,6 +128,19 @@ def test_balloon_without_statistics_has_its_report_queue_earlier(machine: FakeMa
     driver.close()
 
 
+def test_balloon_counts_what_the_machine_began_with(machine: FakeMachine) -> None:
+    """As QEMU does: what virtio-mem brings comes and goes by its own request."""
+    from kvik.vmm.memory import HostMemory
+
+    device = Balloon("balloon0")
+    driver = Driver(device, machine=machine)
+    machine.memory.add_ram(1 << 32, 64 * MIB, HostMemory())
+    assert device.actual == 32 * MIB
+    device.set_target(24 * MIB)
+    assert device.config["num_pages"] == 8 * MIB // 4096
+    driver.close()
+
+
 def test_balloon_target_actual_and_statistics(machine: FakeMachine) -> None:
     device = Balloon("balloon0")
     driver = Driver(device, machine=machine)

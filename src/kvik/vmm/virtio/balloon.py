@@ -221,14 +221,15 @@ class Balloon(VirtioDevice):
 
     @property
     def actual(self) -> int:
-        """Bytes of memory that the guest has for itself (QMP query-balloon)."""
-        return max(self.memory.size - (self.config["actual"] << PAGE_SHIFT), 0)
+        """Bytes of memory that the guest has for itself (QMP query-balloon), of what it began with: virtio-mem's
+        comes and goes on its own."""
+        return max(self.memory.boot_size - (self.config["actual"] << PAGE_SHIFT), 0)
 
     def set_target(self, size: int) -> None:
         """Ask the guest to live with `size` bytes (QMP balloon)."""
         if size <= 0:
             raise InvalidArgument(f"a machine cannot be left {size} bytes of memory")
-        pages = max(self.memory.size - size, 0) >> PAGE_SHIFT
+        pages = max(self.memory.boot_size - size, 0) >> PAGE_SHIFT
 
         def change() -> None:
             self.config["num_pages"] = pages
