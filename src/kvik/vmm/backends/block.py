@@ -83,6 +83,8 @@ class BlockImage:
         self._engine: ThreadPool | Uring | None = None
         self._loop: EventLoop | None = None
         self._aio = aio
+        # Whether a device may read and write `fd` without asking `now`: a class made from this one wants to be asked.
+        self.plain = type(self) is BlockImage
         self.inline_write_limit = 0  # bytes; a write of no more is done at once
         self.read_flags = 0 if self.direct else RWF_NOWAIT  # of a read that shall not wait
         self._nowait = not self.direct

@@ -47,7 +47,7 @@ _clock = time.monotonic_ns
 def serve(queue: Queue, image: BlockImage, stats: BlockStats, limit: int, *, write_through: bool) -> int:
     """Answers up to `limit` requests from the ring's front, as long as they are usual ones; how many. The driver sees
     all of them at once; `queue.flush` then tells it."""
-    if type(queue) is not SplitQueue or queue.memory.dirty_log is not None:
+    if type(queue) is not SplitQueue or not image.plain or queue.memory.dirty_log is not None:
         return 0
     last, avail, size = queue._next_avail, queue._avail, queue.size
     ahead = (avail[1] - last) & 0xFFFF
@@ -58,15 +58,8 @@ def serve(queue: Queue, image: BlockImage, stats: BlockStats, limit: int, *, wri
     if not (reads or writes):
         return 0
     start = last & queue._mask
-    desc, base, ram, ring, used, mask = (
-        queue._desc,
-        queue._base,
-        queue._ram,
-        queue._used_ring,
-        queue._next_used,
-        size - 1,
-    )
-    room = queue._end - base
+    desc, ring, used, mask = queue._desc, queue._used_ring, queue._next_used, size - 1
+    ram, base, room = queue._ram, queue._base, queue._end - queue._base
     fd, flags, image_size = image.fd, image.read_flags, image.size
     preadv, pwritev = os.preadv, os.pwritev
     done = hits = read = written = highest = copied = 0
