@@ -73,6 +73,10 @@ class DirtyPages:
         self.regions = list(memory.regions)
         self._bitmaps = [bytearray(-(-region.size // PAGE // 64) * 8) for region in self.regions]
         memory.dirty_log = self._touched
+        # A device amid its work may not know of the log yet; whoever looks at RAM behind `start` sees that work.
+        for device in list(self.machine.devices.values()):
+            with device.lock:
+                pass
         for region in self.regions:
             self.machine.back(region, LOG_DIRTY_PAGES)
         for carrier in self.machine.devices.values():
