@@ -36,7 +36,7 @@ from kvik.conf.devices.other import Cid, Vsock
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported, HostError
 from kvik.host import files as host_files
-from kvik.hypervisor.chain import qcow2_backing
+from kvik.hypervisor.chain import check_qcow2, qcow2_backing
 from kvik.hypervisor.layers import Layer, has_medium, layers
 from kvik.hypervisor.names import (
     MONITOR,
@@ -199,6 +199,8 @@ def open_disk(opened: Opened, disk: Disk) -> None:
             return  # QEMU reaches it by protocol
         fd = _open_image(opened, alias, number, layer.source, layer.read_only)
         _check_kind(fd, layer, disk)
+        if layer.format == "qcow2":
+            check_qcow2(fd, layer.source.location or f"disk {disk.target.dev}")
         if number:
             assert above.backing_store is not None
             above = above.backing_store
