@@ -14,6 +14,8 @@ and QEMU itself needs no right to open anything.
     tpm:ALIAS         control channel of swtpm
     fs:ALIAS          connection to virtiofsd
     passt:ALIAS       connection to passt
+    vublk:ALIAS       connection to a disk's vhost-user back end
+    life:ALIAS        what that back end ends with
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from kvik.hypervisor.names import (
 )
 from kvik.qmp.aio import short_unix_path
 
-__all__ = ["Opened", "listen_unix", "open_all", "open_chardev", "open_disk", "with_paths"]
+__all__ = ["Opened", "connected_listener", "listen_unix", "open_all", "open_chardev", "open_disk", "with_paths"]
 
 _MAX_CHAIN = 200
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
@@ -151,6 +153,25 @@ def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
         sock.close()
         raise host_files.host_error("listen on", path, error) from error
     return sock
+
+
+def connected_listener(path: Path) -> tuple[socket.socket, socket.socket]:
+    """A socket that listens and the one connection that waits on it; its path is gone before anybody else could use it.
+
+    Raises `HostError`.
+    """
+    listening = listen_unix(path)
+    client = socket.socket(socket.AF_UNIX)
+    try:
+        with short_unix_path(path) as short:
+            client.connect(short)
+    except OSError as error:
+        listening.close()
+        client.close()
+        raise host_files.host_error("connect to", path, error) from error
+    finally:
+        path.unlink(missing_ok=True)
+    return listening, client
 
 
 def _listen(opened: Opened, name: str, path: Path) -> None:

@@ -37,7 +37,7 @@ from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
 from kvik.hypervisor.events import translate
 from kvik.hypervisor.names import alias_of, character_devices
 from kvik.hypervisor.output import Output
-from kvik.hypervisor.sidecars.group import Sidecars
+from kvik.hypervisor.sidecars.group import Sidecar, Sidecars
 from kvik.qmp.aio import QmpConnection, connect_unix
 from kvik.qmp.protocol import Event
 
@@ -253,15 +253,19 @@ class QmpMachine:
     def watch_sidecars(self, lost: Sequence[str] = ()) -> None:
         """From now on the end of a side process is told; `lost` are the labels of those that ended unseen."""
         for label in lost:
-            self._sidecar_died(label, "while nobody watched")
-        self.sidecars.watch(lambda member, how: self._sidecar_died(member.label, how))
+            self._loop.call_later(_SIDECAR_SETTLES, self._tell_sidecar, label, "while nobody watched")
+        self.sidecars.watch(self._sidecar_died)
 
-    def _sidecar_died(self, label: str, how: str) -> None:
-        # At a VMM's end its side processes see their connection close a moment before we see that end.
-        self._loop.call_later(_SIDECAR_SETTLES, self._tell_sidecar, label, how)
+    def watch_sidecar(self, member: Sidecar) -> None:
+        """The same for one that came with a device that was plugged in."""
+        self.sidecars.watch_one(member, self._sidecar_died)
 
-    def _tell_sidecar(self, label: str, how: str) -> None:
-        if self.process.alive and not self._quitting:
+    def _sidecar_died(self, member: Sidecar, how: str) -> None:
+        # At the end of a VMM, or of a device, its side processes see their connection close a moment before we hear.
+        self._loop.call_later(_SIDECAR_SETTLES, self._tell_sidecar, member.label, how, member)
+
+    def _tell_sidecar(self, label: str, how: str, member: Sidecar | None = None) -> None:
+        if self.process.alive and not self._quitting and (member is None or member in self.sidecars):
             self._emit(MachineEvent(EventKind.SIDECAR_ENDED, f"{label} ended: {how}", {}, time.time()))
 
     async def _device_gone(self, device: Any, event: MachineEvent) -> None:

@@ -8,6 +8,7 @@ event, and the call returns after a few seconds whether it came or not, as libvi
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -195,6 +196,8 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
                 files: dict[str, int] = {}
                 if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
                     files = await domain.manager.store.run(open_taps, [device], taps)
+                files["log"] = domain.log.open()  # for a side process that the device needs
+                taps.callback(os.close, files["log"])
                 await machine.attach_device(device, files)
             _arrived(domain, run, device)
             run.arriving = None

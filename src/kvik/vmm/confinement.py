@@ -116,8 +116,9 @@ class Confinement:
             MODES[config.sandbox],
             writable=(config.snapshots,) if config.snapshots else (),
             removable=_directories(config),
-            # The back ends of these are spoken to by vCPU threads, when the guest resets a device.
-            sockets=bool(config.fs or config.vhost_user_blk),
+            # The back ends of these are spoken to by vCPU threads, when the guest resets a device. Shared memory means
+            # that one may be plugged later.
+            sockets=bool(config.fs or config.vhost_user_blk or config.memory.shared),
             forks=config.migratable,
             unix_connect=any(vsock.uds for vsock in config.vsock),
         )

@@ -27,13 +27,17 @@ from kvik.hypervisor.names import (
     chardev_name,
     image_name,
     is_passt,
+    life_name,
     log_name,
     passt_name,
     tap_name,
     vhost_name,
+    vhost_user_name,
 )
+from kvik.hypervisor.sidecars import storage_daemon
+from kvik.hypervisor.sidecars.storage_daemon import by_vhost_user
 
-__all__ = ["CommandLine", "Files", "build", "disk_options", "net_options", "slot_of"]
+__all__ = ["CommandLine", "Files", "build", "disk_options", "net_options", "slot_of", "vcpus_now", "vhost_user_options"]
 
 Options = dict[str, object]
 
@@ -97,7 +101,10 @@ def _options(domain: Domain, files: Files, now: float) -> Iterator[tuple[str, st
     for serial in devices.serials:
         yield "serial", _chardev(serial, files)
     for disk in devices.disks:
-        yield "disk", _joined(disk_options(disk, files))
+        if disk.type == "vhostuser" or storage_daemon.served(disk):
+            yield "vhost-user-blk", _joined(vhost_user_options(disk, files, vcpus_now(domain)))
+        else:
+            yield "disk", _joined(disk_options(disk, files))
     for nic in devices.interfaces:
         yield "net", _joined(net_options(nic, files))
     # All are ports of one device, whose place is that of the document's first virtio-serial controller.
@@ -150,11 +157,14 @@ def slot_of(device: Device) -> int | None:
 
 def _memory(domain: Domain) -> Iterator[tuple[str, str]]:
     backing = domain.memory_backing
-    options: Options = {}
+    # What serves a disk from another process reads and writes the guest's memory.
+    options: Options = {"shared": True if by_vhost_user(domain) else None}
     pluggable = sum(item.target.size or 0 for item in domain.devices.memorys if item.target is not None)
     if backing is not None:
         shared = backing.access is not None and backing.access.mode == "shared"
-        options["shared"] = True if shared or (backing.source is not None and backing.source.type == "memfd") else None
+        memfd = backing.source is not None and backing.source.type == "memfd"
+        if shared or memfd:
+            options["shared"] = True
         if backing.hugepages is not None:
             pages = backing.hugepages.pages
             options["hugepages"] = f"{pages[0].size}K" if pages and pages[0].size else "2M"
@@ -184,9 +194,15 @@ def _ranges(text: str) -> str:
     return ":".join(map(str, sorted(parse_cpuset(text))))
 
 
+def vcpus_now(domain: Domain) -> int:
+    """vCPUs at the start."""
+    vcpu = domain.vcpu
+    return (vcpu.current or vcpu.value) if vcpu is not None else 1
+
+
 def _cpus(domain: Domain) -> Iterator[tuple[str, str]]:
     most = domain.vcpu.value if domain.vcpu is not None else 1
-    now = (domain.vcpu.current if domain.vcpu is not None else None) or most
+    now = vcpus_now(domain)
     options: Options = {"maximum": most if most != now else None}
     cpu = domain.cpu
     if cpu is not None and cpu.topology is not None:
@@ -315,6 +331,25 @@ def disk_options(disk: Disk, files: Files) -> Options:
             "iops-burst": tune.total_iops_sec_max or None,
         }
     return options
+
+
+def vhost_user_options(disk: Disk, files: Files, vcpus: int) -> Options:
+    """What `--vhost-user-blk` takes of it."""
+    alias = alias_of(disk)
+    fd = files.get(vhost_user_name(alias))
+    theirs = disk.source.path if disk.source is not None and disk.type == "vhostuser" else None
+    return {
+        **({"fd": fd} if fd is not None else {"socket": theirs or f"{alias}-storage.sock"}),
+        "life-fd": files.get(life_name(alias)),
+        "id": alias,
+        "slot": slot_of(disk),
+        "queues": storage_daemon.queues(disk, vcpus) if storage_daemon.served(disk) else _queues(disk),
+        "queue-size": disk.driver.queue_size if disk.driver is not None else None,
+    }
+
+
+def _queues(disk: Disk) -> int | None:
+    return disk.driver.queues if disk.driver is not None else None
 
 
 def net_options(nic: Interface, files: Files) -> Options:

@@ -33,6 +33,7 @@ from kvik.hypervisor.kvik.program import EMULATOR
 from kvik.hypervisor.sidecars import virtiofsd
 from kvik.hypervisor.sidecars.group import attach_sidecars
 from kvik.hypervisor.sidecars.start import start_sidecars
+from kvik.hypervisor.sidecars.storage_daemon import by_vhost_user
 from kvik.hypervisor.words import shell_text
 from kvik.paths import Paths
 
@@ -130,7 +131,13 @@ class KvikDriver:
         with ExitStack() as undo, ExitStack() as close:
             opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
             sidecars = await start_sidecars(
-                domain, request.directory, opened, tpm_states=self._paths.data, log_fd=request.log_fd, undo=undo
+                domain,
+                request.directory,
+                opened,
+                tpm_states=self._paths.data,
+                log_fd=request.log_fd,
+                undo=undo,
+                disks=by_vhost_user(domain),
             )
             line = build(domain, domain.devices.emulator or EMULATOR, opened.fds, now=time.time())
             handle, position = process.spawn(

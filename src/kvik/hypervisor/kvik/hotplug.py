@@ -16,8 +16,17 @@ from kvik.conf.devices.interface import Interface
 from kvik.conf.devices.memory import Memballoon
 from kvik.errors import ConfigUnsupported, HypervisorError, KvikError, MonitorError, OperationUnsupported
 from kvik.hypervisor.descriptors import Opened, open_disk
-from kvik.hypervisor.kvik.argv import slot_of
-from kvik.hypervisor.names import TAP_TYPES, alias_of, image_name, tap_name, vhost_name
+from kvik.hypervisor.kvik.argv import Files, slot_of, vcpus_now, vhost_user_options
+from kvik.hypervisor.names import (
+    TAP_TYPES,
+    alias_of,
+    image_name,
+    life_name,
+    tap_name,
+    vhost_name,
+    vhost_user_name,
+)
+from kvik.hypervisor.sidecars import storage_daemon
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
@@ -51,12 +60,16 @@ async def attach(machine: KvikMachine, device: Any, files: Mapping[str, int]) ->
             open_disk(opened, device)
         steps = _Steps(machine)
         try:
-            if isinstance(device, Disk):
+            if isinstance(device, Disk) and (storage_daemon.served(device) or device.type == "vhostuser"):
+                await _attach_served(steps, device, opened, files.get("log", 2), undo)
+            elif isinstance(device, Disk):
                 await _attach_disk(steps, device, opened)
             else:
                 await _attach_interface(steps, device, opened)
         except BaseException:
             await asyncio.shield(steps.undo())
+            if isinstance(device, Disk) and storage_daemon.served(device):
+                await asyncio.shield(machine.sidecars.end(alias_of(device)))
             raise
         undo.pop_all()
 
@@ -120,6 +133,47 @@ async def _attach_disk(steps: _Steps, disk: Disk, opened: Opened) -> None:
         await throttle(steps.machine, disk, disk.iotune)
 
 
+async def _attach_served(steps: _Steps, disk: Disk, opened: Opened, log_fd: int, undo: ExitStack) -> None:
+    machine, alias = steps.machine, alias_of(disk)
+    reply = await machine.execute("query-memdev")
+    if not any(isinstance(item, dict) and item.get("share") is True for item in reply or []):
+        raise OperationUnsupported(
+            f"machine {machine.name}: a disk that another process serves needs guest memory that can be shared",
+            remedy="add <memoryBacking><source type='memfd'/></memoryBacking> to the definition and start it again",
+        )
+    vcpus = vcpus_now(machine.domain)
+    daemon = storage_daemon.start(
+        disk, machine.directory, opened, machine.sidecars, vcpus=vcpus, log_fd=log_fd, undo=undo
+    )
+    if daemon is not None:
+        await daemon.ready()
+    labels = {}
+    for prefix in (vhost_user_name(alias), life_name(alias)):
+        if prefix in opened.fds:
+            labels[prefix] = label = prefix.replace(":", "-")
+            await steps.do("getfd", {"fdname": label}, "closefd", {"fdname": label}, fd=opened.fds[prefix])
+    name = f"char-{alias}"
+    address = {"type": "fd", "data": {"str": labels[vhost_user_name(alias)]}}
+    socket = {"type": "socket", "data": {"addr": address, "server": False}}
+    await steps.do("chardev-add", {"id": name, "backend": socket}, "chardev-remove", {"id": name})
+    options = vhost_user_options(disk, Files({}), vcpus)
+    props = {
+        "driver": "vhost-user-blk-pci",
+        "id": alias,
+        "chardev": name,
+        "lifefd": labels.get(life_name(alias)),
+        "num-queues": options["queues"],
+        "queue-size": options["queue-size"],
+        "addr": _addr(slot_of(disk)),
+    }
+    await _device_add(steps, props, str(disk.source.location if disk.source is not None else alias))
+    # The device has duplicates of both.
+    await machine.execute("chardev-remove", {"id": name})
+    await machine.execute("closefd", {"fdname": labels[vhost_user_name(alias)]})
+    if daemon is not None:
+        machine.watch_sidecar(daemon.member)
+
+
 async def _attach_interface(steps: _Steps, nic: Interface, opened: Opened) -> None:
     alias = alias_of(nic)
     if nic.type not in TAP_TYPES:
@@ -168,7 +222,12 @@ async def finish_detach(machine: KvikMachine, device: Any) -> None:
     """The device is gone: its host side goes as well."""
     alias = alias_of(device)
     steps: list[tuple[str, Props]] = []
-    if isinstance(device, Disk):
+    if isinstance(device, Disk) and (storage_daemon.served(device) or device.type == "vhostuser"):
+        storage_daemon.monitor_path(machine.directory, alias).unlink(missing_ok=True)
+        for prefix in (vhost_user_name(alias), life_name(alias)):  # of an attach that was cut off
+            steps.append(("closefd", {"fdname": prefix.replace(":", "-")}))
+        steps.append(("chardev-remove", {"id": f"char-{alias}"}))
+    elif isinstance(device, Disk):
         steps.append(("blockdev-del", {"node-name": node_name(alias)}))
     elif isinstance(device, Interface):
         steps.append(("netdev_del", {"id": netdev_name(alias)}))
@@ -202,7 +261,11 @@ async def update(machine: KvikMachine, old: Any, new: Any) -> None:
 
 
 async def throttle(machine: KvikMachine, disk: Disk, tune: IoTune) -> None:
-    """Bytes and requests a second, reads and writes together; 0: no limit."""
+    """Bytes and requests a second, reads and writes together; 0: no limit. Its daemon's, for a disk that has one."""
+    if storage_daemon.served(disk):
+        group = {"path": f"/objects/{storage_daemon.limits_name(alias_of(disk))}", "property": "limits"}
+        await machine.ask_storage(disk, "qom-set", group | {"value": storage_daemon.limits(tune)})
+        return
     arguments: Props = {"id": alias_of(disk), "bps_rd": 0, "bps_wr": 0, "iops_rd": 0, "iops_wr": 0}
     arguments |= {"bps": tune.total_bytes_sec or 0, "iops": tune.total_iops_sec or 0}
     if tune.total_bytes_sec_max:

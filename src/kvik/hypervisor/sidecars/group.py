@@ -24,6 +24,7 @@ from kvik.hypervisor import words
 __all__ = ["Command", "Sidecar", "Sidecars", "attach_sidecars", "program"]
 
 GRACE = 0.5  # seconds between asking and killing
+_GRACES = {"qemu-storage-daemon": 5.0}  # it writes what it has cached of its image's tables
 _LAST = 5.0  # seconds after which a process that even a kill does not end is left to the kernel
 _MOST = 64  # of them, in a status file
 
@@ -43,7 +44,7 @@ def program(what: str, *, path: str = process.SEARCH_PATH, others: Sequence[str]
 class Command:
     """What to run: `fds` are inherited under the numbers that `argv` mentions."""
 
-    kind: str  # "swtpm", "virtiofsd", "passt"
+    kind: str  # "swtpm", "virtiofsd", "passt", "qemu-storage-daemon"
     alias: str  # the device that it serves
     argv: Sequence[str]
     fds: Sequence[int] = ()
@@ -112,15 +113,19 @@ class Sidecars:
     def watch(self, died: Died) -> None:
         """Tell `died` of each that ends from now on, or has ended already."""
         for member in self._members:
-            if member.process.alive:
+            self.watch_one(member, died)
 
-                def ended(member: Sidecar = member) -> None:
-                    member.stop_watching = None
-                    died(member, describe_exit(member.process.code))
+    def watch_one(self, member: Sidecar, died: Died) -> None:
+        """The same for one that came later."""
+        if not member.process.alive:
+            died(member, describe_exit(member.process.code))
+            return
 
-                member.stop_watching = member.process.on_exit(ended)
-            else:
-                died(member, describe_exit(member.process.code))
+        def ended() -> None:
+            member.stop_watching = None
+            died(member, describe_exit(member.process.code))
+
+        member.stop_watching = member.process.on_exit(ended)
 
     def handles(self) -> list[dict[str, Any]]:
         """For the status file: `attach_sidecars` finds them by it."""
@@ -167,8 +172,9 @@ class Sidecars:
 
 async def _end(member: Sidecar) -> None:
     with contextlib.suppress(Exception):
-        async with asyncio.timeout(_LAST):
-            await member.process.terminate_async(GRACE)
+        grace = _GRACES.get(member.kind, GRACE)
+        async with asyncio.timeout(grace + _LAST):
+            await member.process.terminate_async(grace)
     member.process.close()
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from kvik.conf.devices.disk import Disk
 from kvik.conf.domain import Domain
 from kvik.errors import HostError
-from kvik.hypervisor.descriptors import Opened, listen_unix
-from kvik.hypervisor.names import alias_of, passt_name
-from kvik.hypervisor.sidecars import passt, swtpm, virtiofsd
+from kvik.hypervisor.descriptors import Opened, connected_listener
+from kvik.hypervisor.names import alias_of, passt_name, vhost_user_name
+from kvik.hypervisor.sidecars import passt, storage_daemon, swtpm, virtiofsd
 from kvik.hypervisor.sidecars.group import Sidecar, Sidecars, wait_confined
-from kvik.qmp.aio import short_unix_path
 
 __all__ = ["check", "start_sidecars"]
 
@@ -28,9 +29,18 @@ def check(domain: Domain) -> None:
 
 
 async def start_sidecars(
-    domain: Domain, directory: Path, opened: Opened, *, tpm_states: Path, log_fd: int, undo: ExitStack
+    domain: Domain,
+    directory: Path,
+    opened: Opened,
+    *,
+    tpm_states: Path,
+    log_fd: int,
+    undo: ExitStack,
+    disks: Sequence[Disk] = (),
 ) -> Sidecars:
-    """Raises `MissingPackages`, `HostError`, `HypervisorError`; then (by `undo`) none is left."""
+    """`disks`: those that the VMM reaches over vhost-user.
+
+    Raises `MissingPackages`, `HostError`, `HypervisorError`; then (by `undo`) none is left."""
     started = Sidecars(domain.name)
     undo.callback(started.kill)
     for device in swtpm.emulated(domain):
@@ -50,8 +60,17 @@ async def start_sidecars(
         if name in opened.fds:
             continue
         with ExitStack() as close:
-            listening = _listening(opened, name, directory, close)
+            listening, client = connected_listener(directory / f"{name.replace(':', '-')}.sock")
+            close.callback(listening.close)
+            opened.add(name, client.detach())
             started.spawn(await virtiofsd.virtiofsd_command(share, listening.fileno()), log_fd)
+    daemons = [
+        storage_daemon.start(
+            disk, directory, opened, started, vcpus=domain.vcpu.value if domain.vcpu else 1, log_fd=log_fd, undo=undo
+        )
+        for disk in disks
+        if vhost_user_name(alias_of(disk)) not in opened.fds
+    ]
     waiting: list[Sidecar] = []
     for nic in passt.users(domain):
         name = passt_name(alias_of(nic))
@@ -63,6 +82,9 @@ async def start_sidecars(
     for member in waiting:
         # A port that is taken must be an error of this start, not of a network that later does not work.
         await wait_confined(member, _READY)
+    for daemon in daemons:
+        if daemon is not None:
+            await daemon.ready()
     failure = started.failure(log_fd)
     if failure is not None:
         raise failure
@@ -78,19 +100,3 @@ def _pair(opened: Opened, name: str, close: ExitStack) -> socket.socket:
     opened.add(name, ours.detach())
     close.callback(theirs.close)
     return theirs
-
-
-def _listening(opened: Opened, name: str, directory: Path, close: ExitStack) -> socket.socket:
-    """A socket that already has its one connection waiting; its path is gone before anybody else could use it."""
-    path = directory / f"{name.replace(':', '-')}.sock"
-    listening = listen_unix(path)
-    close.callback(listening.close)
-    close.callback(path.unlink, missing_ok=True)
-    client = socket.socket(socket.AF_UNIX)
-    opened.add(name, client.detach())
-    with socket.socket(fileno=opened.fds[name]) as borrowed, short_unix_path(path) as short:
-        try:
-            borrowed.connect(short)
-        finally:
-            borrowed.detach()
-    return listening

@@ -12,12 +12,14 @@ listens in the machine's directory and tells sizes and takes limits.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,31 @@ import kvik
 from kvik.conf.devices.disk import Disk, IoTune
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, HostError, HypervisorError, KvikError, MissingPackages
-from kvik.hypervisor.descriptors import Opened, listen_unix
+from kvik.hypervisor.descriptors import Opened, connected_listener, listen_unix
 from kvik.hypervisor.layers import layers
 from kvik.hypervisor.names import alias_of, image_name, life_name, vhost_user_name
 from kvik.hypervisor.qemu.argv.disks import FORMATS as QEMUS
 from kvik.hypervisor.qemu.argv.disks import block_nodes, top_node
-from kvik.hypervisor.qemu.argv.options import Files
-from kvik.hypervisor.sidecars.group import Command, Sidecars, program
+from kvik.hypervisor.qemu.argv.options import Files, node_name
+from kvik.hypervisor.sidecars.group import Command, Sidecar, Sidecars, program
 from kvik.qmp.aio import QmpConnection, connect_unix, short_unix_path
 
-__all__ = ["FORMATS", "KIND", "by_vhost_user", "connect", "limits", "monitor_path", "served", "start", "storage_command"]
+__all__ = [
+    "FORMATS",
+    "KIND",
+    "Waiting",
+    "bottom_node",
+    "by_vhost_user",
+    "connect",
+    "limits",
+    "limits_name",
+    "monitor_path",
+    "queues",
+    "served",
+    "start",
+    "storage_command",
+    "top_node",
+]
 
 KIND = "qemu-storage-daemon"
 FORMATS = QEMUS - {"luks"}  # that one needs a secret
@@ -63,17 +80,17 @@ def monitor_path(directory: Path, alias: str) -> Path:
 # -- starting it
 
 
-async def start(
+def start(
     disk: Disk, directory: Path, opened: Opened, sidecars: Sidecars, *, vcpus: int, log_fd: int, undo: ExitStack
-) -> None:
+) -> Waiting | None:
     """Takes the disk's images out of `opened` and leaves the VMM's ends there: `vublk:ALIAS` and `life:ALIAS`.
 
-    Raises `MissingPackages`, `HostError`, `HypervisorError` with the daemon's own words, `ConfigError`.
+    Nothing to wait for where somebody else runs the back end. Raises `MissingPackages`, `HostError`, `ConfigError`.
     """
     alias = alias_of(disk)
     if disk.type == "vhostuser":
         opened.add(vhost_user_name(alias), _connect(disk).detach())
-        return
+        return None
     images = _take_images(opened, disk)
     _check_images(disk, images)
     path = monitor_path(directory, alias)
@@ -84,36 +101,36 @@ async def start(
         monitor = listen_unix(path)
         close.callback(monitor.close)
         undo.callback(path.unlink, missing_ok=True)
-        place = directory / f"{alias}-export.sock"
-        listening = listen_unix(place)
-        close.callback(listening.close)
-        client = socket.socket(socket.AF_UNIX)
+        export, client = connected_listener(directory / f"{alias}-export.sock")
+        close.callback(export.close)
         opened.add(vhost_user_name(alias), client.detach())
-        try:
-            with socket.socket(fileno=os.dup(opened.fds[vhost_user_name(alias)])) as same:
-                with short_unix_path(place) as short:
-                    same.connect(short)
-        finally:
-            place.unlink(missing_ok=True)
         command = storage_command(
-            disk, images, life=theirs.fileno(), monitor=monitor.fileno(), export=listening.fileno(), vcpus=vcpus
+            disk, images, life=theirs.fileno(), monitor=monitor.fileno(), export=export.fileno(), vcpus=vcpus
         )
         member = sidecars.spawn(command, log_fd)
-    try:
-        connection = await connect(path, f"{KIND} of {alias}", READY)
-        connection.close()
-    except KvikError as error:
-        failure = sidecars.failure(log_fd) if not member.process.alive or await _ended(sidecars, alias) else None
-        raise _explained(failure or error, disk, images) from error
+    return Waiting(disk, images, path, member, sidecars, log_fd)
 
 
-async def _ended(sidecars: Sidecars, alias: str) -> bool:
-    """One whose monitor hung up is about to be gone: its words are complete when it is."""
-    for member in sidecars:
-        if member.alias == alias:
-            member.process.terminate()
-            await member.process.wait_async(2.0)
-    return True
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A daemon that was started and has not said yet that it could open its images."""
+
+    disk: Disk
+    images: Mapping[str, int]
+    monitor: Path
+    member: Sidecar
+    sidecars: Sidecars
+    log_fd: int
+
+    async def ready(self) -> None:
+        """Its monitor answers when everything on its command line is done. `HypervisorError` with its own words."""
+        try:
+            connection = await connect(self.monitor, self.member.label, READY)
+            connection.close()
+        except KvikError as error:
+            with contextlib.suppress(KvikError):
+                await self.member.process.wait_async(1.0)  # it hung up, and is about to be gone
+            raise _explained(self.sidecars.failure(self.log_fd) or error, self.disk, self.images) from error
 
 
 def _explained(error: KvikError, disk: Disk, images: Mapping[str, int]) -> HypervisorError:
@@ -140,7 +157,9 @@ async def connect(path: Path, name: str, deadline: float) -> QmpConnection:
 def _connect(disk: Disk) -> socket.socket:
     path = disk.source.path if disk.source is not None else None
     if not path:
-        raise ConfigError(f"disk {disk.target.dev}: a vhostuser source needs a path", path="/domain/devices/disk/source")
+        raise ConfigError(
+            f"disk {disk.target.dev}: a vhostuser source needs a path", path="/domain/devices/disk/source"
+        )
     sock = socket.socket(socket.AF_UNIX)
     try:
         with short_unix_path(Path(path)) as short:
@@ -195,7 +214,8 @@ def storage_command(
     for layer in chain:
         fd = images[image_name(alias, layer.number)]
         launch.append(f"--{'read' if layer.read_only else 'write'}={fd}")
-        if _lock_is_ours(disk, layer.format):
+        if _is_raw(disk) and not disk.shareable:
+            # The daemon's raw driver lets everybody else write as well; other formats allow no second writer.
             launch.append(f"--lock={fd}")
     fds = (*images.values(), life, monitor, export)
     argv = [
@@ -212,16 +232,16 @@ def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
+def bottom_node(disk: Disk) -> str:
+    """The block node of the image file that the guest writes to."""
+    return node_name(alias_of(disk), 0, "storage")
+
+
 def limits_name(alias: str) -> str:
     return f"{alias}-limits"
 
 
-def _lock_is_ours(disk: Disk, format_: str) -> bool:
-    # The daemon's raw driver lets everybody else write as well; other formats allow no second writer.
-    return format_ == "raw" and layer_is_top(disk) and not disk.shareable
-
-
-def layer_is_top(disk: Disk) -> bool:
+def _is_raw(disk: Disk) -> bool:
     return disk.driver is None or disk.driver.type in (None, "raw")
 
 
@@ -229,7 +249,7 @@ def _nodes(disk: Disk, images: Mapping[str, int]) -> list[dict[str, Any]]:
     files = Files(paths={name: f"/proc/self/fd/{fd}" for name, fd in images.items()})
     nodes: list[dict[str, Any]] = block_nodes(files, disk)
     for node in nodes:
-        if node["driver"] == "file" and layer_is_top(disk):
+        if node["driver"] == "file" and _is_raw(disk):
             node["locking"] = "off"  # the launcher has locked it, or it is shared
     alias = alias_of(disk)
     return [*nodes, {"driver": "throttle", "node-name": f"{alias}-drive", "throttle-group": limits_name(alias),
@@ -275,9 +295,3 @@ def limits(tune: IoTune | None) -> dict[str, int]:
     if tune is not None and tune.size_iops_sec:
         found["iops-size"] = tune.size_iops_sec
     return found
-
-
-def of(domain: Domain, alias: str) -> Disk | None:
-    """The disk that a daemon of ours serves under this alias."""
-    disks: Sequence[Disk] = domain.devices.disks
-    return next((disk for disk in disks if served(disk) and disk.alias and disk.alias.name == alias), None)

@@ -8,6 +8,7 @@ Reference: QEMU's qapi/qdev.json, qapi/qom.json.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -129,21 +130,31 @@ def _vsock(context: Context, name: str, properties: Arguments) -> c.VsockConfig:
     )
 
 
-def _socket(context: Context, properties: Arguments) -> str:
-    backend = char.added(context).get(text("chardev", properties.get("chardev", "")), "")
+def _socket(context: Context, properties: Arguments) -> dict[str, Any]:
+    """The back end of a vhost-user device: a path to connect to, or a connected descriptor (`getfd`), which the device
+    gets a duplicate of."""
+    backend = str(char.added(context).get(text("chardev", properties.get("chardev", "")), ""))
+    if backend.startswith("fd="):
+        return {"fd": os.dup(int(backend.removeprefix("fd=")))}
     if not backend.startswith("unix:"):
-        raise QmpError("Property 'chardev' needs a socket of type unix")
-    return str(backend).removeprefix("unix:")
+        raise QmpError("Property 'chardev' needs a socket of type unix or fd")
+    return {"socket": backend.removeprefix("unix:")}
 
 
 def _fs(context: Context, name: str, properties: Arguments) -> c.FsConfig:
     tag = text("tag", properties.get("tag", ""))
-    return c.FsConfig(id=name, slot=slot(properties), tag=tag, socket=_socket(context, properties))
+    return c.FsConfig(id=name, slot=slot(properties), tag=tag, **_socket(context, properties))
 
 
 def _vhost_user_blk(context: Context, name: str, properties: Arguments) -> c.VhostUserBlkConfig:
-    queues = number("num-queues", properties.get("num-queues", 1), 1, 64)
-    return c.VhostUserBlkConfig(id=name, slot=slot(properties), socket=_socket(context, properties), queues=queues)
+    settings = c.VhostUserBlkConfig(id=name, slot=slot(properties))
+    settings.queues = number("num-queues", properties.get("num-queues", 1), 1, 64)
+    settings.queue_size = number("queue-size", properties.get("queue-size", 256), 2, 1024)
+    life = properties.get("lifefd")
+    for key, value in _socket(context, properties).items():
+        setattr(settings, key, value)
+    settings.life_fd = net.named_fd(context, text("lifefd", life)) if life is not None else -1
+    return settings
 
 
 def _virtio_mem(context: Context, name: str, properties: Arguments) -> c.VirtioMemConfig:
@@ -180,7 +191,7 @@ DRIVERS: dict[str, Driver] = {
     "virtio-balloon-pci": Driver(("deflate-on-oom", "free-page-reporting"), _balloon),
     "vhost-vsock-pci": Driver(("guest-cid", "vhostfd"), _vsock),
     "vhost-user-fs-pci": Driver(("chardev", "tag", "queue-size"), _fs),
-    "vhost-user-blk-pci": Driver(("chardev", "num-queues"), _vhost_user_blk),
+    "vhost-user-blk-pci": Driver(("chardev", "num-queues", "queue-size", "lifefd"), _vhost_user_blk),
     "virtio-mem-pci": Driver(("memdev", "requested-size", "block-size", "node"), _virtio_mem),
 }  # fmt: skip
 ALIASES = {name.removesuffix("-pci"): name for name in DRIVERS if name.startswith("virtio-")} | {

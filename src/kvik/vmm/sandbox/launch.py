@@ -49,7 +49,7 @@ def main(words: list[str]) -> int:
         privileges.no_new_privileges()
         privileges.bound_capabilities((_DAC_OVERRIDE, _DAC_READ_SEARCH))
         files |= {os.open(path, os.O_PATH | os.O_CLOEXEC): path == "/dev/null" for path in _SETTINGS}
-        places = {*filter(os.path.isdir, _PROGRAMS), os.path.dirname(os.path.realpath(program[0]))}  # noqa: PTH112, PTH120
+        places = {*filter(os.path.isdir, _PROGRAMS), os.path.dirname(os.path.realpath(program[0]))}  # noqa: PTH120
         landlock.restrict(programs=tuple(sorted(places)), files=files)
         os.execv(program[0], program)
     except (OSError, KvikError) as error:
