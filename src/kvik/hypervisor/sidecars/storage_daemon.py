@@ -139,7 +139,7 @@ def _explained(error: KvikError, disk: Disk, images: Mapping[str, int]) -> Hyper
     for layer in layers(disk):
         fd = images.get(image_name(alias_of(disk), layer.number))
         text = text.replace(f"/proc/self/fd/{fd}", layer.source.location or "the image")
-    busy = "lock" in text
+    busy = "another process" in text  # "Failed to get ... lock; is another process using the image", our own the same
     return HypervisorError(
         text,
         remedy="stop the machine or tool that has the image open (fuser -v shows which)"
