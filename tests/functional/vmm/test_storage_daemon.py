@@ -345,7 +345,9 @@ async def test_what_cannot_be_opened_is_the_daemons_own_words(world: World) -> N
         assert holder.stdout is not None
         holder.stdout.read(8)  # its prompt: the image is open
         for number, name in enumerate(("qemu", "qemu-storage-daemon")):
-            with pytest.raises(HypervisorError, match=r"busy\.qcow2.* another process|another process.*busy") as refused:
+            with pytest.raises(
+                HypervisorError, match=r"busy\.qcow2.* another process|another process.*busy"
+            ) as refused:
                 await world.start(IDLE, disk(busy, ("qcow2", "raw")[number], name=name))
             assert "fuser" in refused.value.remedy
     finally:

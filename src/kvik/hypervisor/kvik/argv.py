@@ -339,7 +339,7 @@ def vhost_user_options(disk: Disk, files: Files, vcpus: int) -> Options:
     fd = files.get(vhost_user_name(alias))
     theirs = disk.source.path if disk.source is not None and disk.type == "vhostuser" else None
     return {
-        **({"fd": fd} if fd is not None else {"socket": theirs or f"{alias}-storage.sock"}),
+        **({"fd": fd} if fd is not None else {"socket": theirs or f"{alias}-export.sock"}),
         "life-fd": files.get(life_name(alias)),
         "id": alias,
         "slot": slot_of(disk),

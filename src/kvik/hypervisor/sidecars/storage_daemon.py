@@ -249,7 +249,7 @@ def _nodes(disk: Disk, images: Mapping[str, int]) -> list[dict[str, Any]]:
     files = Files(paths={name: f"/proc/self/fd/{fd}" for name, fd in images.items()})
     nodes: list[dict[str, Any]] = block_nodes(files, disk)
     for node in nodes:
-        if node["driver"] == "file" and _is_raw(disk):
+        if node["driver"] in ("file", "host_device") and _is_raw(disk):
             node["locking"] = "off"  # the launcher has locked it, or it is shared
     alias = alias_of(disk)
     return [*nodes, {"driver": "throttle", "node-name": f"{alias}-drive", "throttle-group": limits_name(alias),
