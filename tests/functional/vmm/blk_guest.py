@@ -77,10 +77,10 @@ class BlkDriver:
             code += poke(common + offset, ring) + poke(common + offset + 4, 0)
         return code + poke(common + 28, 1, 2) + poke(common + 20, 15, 1)
 
-    def _ask(self, kind: int, sector: int, size: int) -> bytes:
+    def _ask(self, kind: int, sector: int, size: int, data: int = 0) -> bytes:
         parts = [(self.header, 16, 0)]
         if size:
-            parts.append((self.data, size, WRITE if kind == T_IN else 0))
+            parts.append((data or self.data, size, WRITE if kind == T_IN else 0))
         parts.append((self.status, 1, WRITE))
         code = fill(self.header, struct.pack("<IIQ", kind, 0, sector)) + poke(self.status, 0xEE, 1)
         for index, (address, length, flags) in enumerate(parts):
@@ -93,16 +93,12 @@ class BlkDriver:
         self.asked += 1
         return wait_word(self.used + 2, self.asked)
 
-    def read(self, sector: int) -> bytes:
-        """512 bytes to `data`; whether it went well is in `status`."""
-        return self._ask(T_IN, sector, 512) + self._answered()
+    def read(self, sector: int, into: int = 0) -> bytes:
+        """512 bytes to address `into`, or to `data`; whether it went well is in `status`."""
+        return self._ask(T_IN, sector, 512, into) + self._answered()
 
     def write(self, sector: int, data: bytes) -> bytes:
         return fill(self.data, data.ljust(512, b"\0")) + self._ask(T_OUT, sector, 512) + self._answered()
-
-    def write_again(self, sector: int) -> bytes:
-        """What is in `data`."""
-        return self._ask(T_OUT, sector, 512) + self._answered()
 
     def flush(self) -> bytes:
         return self._ask(T_FLUSH, 0, 0) + self._answered()
