@@ -146,9 +146,7 @@ class Machine(Protocol):
     async def set_balloon_period(self, seconds: int) -> None: ...  # how often the guest reports; 0: never
 
     # devices: `device` is a conf device Struct, with alias and address already assigned
-    async def attach_device(self, device: Any, files: Mapping[str, int]) -> None:
-        """`files`: what was opened for it, by the names of `hypervisor/names.py`; "log" is the machine's log."""
-
+    async def attach_device(self, device: Any, files: Mapping[str, int]) -> None: ...
     async def detach_device(self, device: Any) -> None: ...  # returns when asked; DEVICE_REMOVED tells the end
     async def update_device(self, old: Any, new: Any) -> None: ...
     async def devices(self) -> frozenset[str] | None:

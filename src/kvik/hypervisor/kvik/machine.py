@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from kvik.conf.devices.disk import Disk
+from kvik.conf.domain import Domain
 from kvik.errors import KvikError, OperationUnsupported
-from kvik.hypervisor.kvik import hotplug
+from kvik.host.process import ProcessHandle
+from kvik.hypervisor.driver import EventSink
+from kvik.hypervisor.kvik import changes, hotplug
 from kvik.hypervisor.machine import QmpMachine
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import storage_daemon
+from kvik.hypervisor.sidecars.group import Sidecars
 
 __all__ = ["KvikMachine"]
+
 
 _STORAGE_DEADLINE = 2.0
 
@@ -24,7 +30,24 @@ def _counted(number: int) -> tuple[str, ...]:
 
 
 class KvikMachine(QmpMachine):
+    """`log` is the machine's log file: the side processes of devices that come later write there as well."""
+
     product = "kvik-vmm"
+
+    def __init__(
+        self,
+        domain: Domain,
+        directory: Path,
+        process: ProcessHandle,
+        *,
+        emulator: str,
+        version: int,
+        sink: EventSink,
+        sidecars: Sidecars,
+        log: Path,
+    ) -> None:
+        super().__init__(domain, directory, process, emulator=emulator, version=version, sink=sink, sidecars=sidecars)
+        self.log = log
 
     def top_node(self, disk: Disk) -> str:
         return hotplug.node_name(alias_of(disk))
@@ -43,7 +66,7 @@ class KvikMachine(QmpMachine):
         figures = await super().stats(groups)
         if not groups or "block" in groups:
             for number, disk in enumerate(self.domain.devices.disks):
-                if disk.type == "vhostuser" or storage_daemon.served(disk):
+                if storage_daemon.by_vhost_user(disk):
                     figures = {key: figures[key] for key in figures if not key.startswith(_counted(number))}
                 if storage_daemon.served(disk):
                     with contextlib.suppress(KvikError):  # it has ended: the machine goes on without its figures
@@ -75,7 +98,7 @@ class KvikMachine(QmpMachine):
         await hotplug.finish_detach(self, device)
 
     async def update_device(self, old: Any, new: Any) -> None:
-        await hotplug.update(self, old, new)
+        await changes.update(self, old, new)
 
     # -- what it has not
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvik.conf.cpu import Cpu
 from kvik.conf.devices.chardev import Chardev
 from kvik.conf.devices.disk import Disk
-from kvik.conf.devices.interface import Interface
+from kvik.conf.devices.interface import Backend, Interface, InterfaceModel
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.names import TAP_TYPES, is_passt
-from kvik.hypervisor.sidecars.storage_daemon import FORMATS, served
+from kvik.hypervisor.sidecars.storage_daemon import FORMATS, by_vhost_user
 
-__all__ = ["CHARDEVS", "MACHINE", "MACHINES", "MAX_VCPUS", "check"]
+__all__ = ["CHARDEVS", "MACHINE", "MACHINES", "MAX_VCPUS", "check", "check_device", "complete_interface"]
 
 MACHINE = "kvik-1"  # the newest of our machine types: what its name says never changes
 MACHINES = {"kvik": MACHINE, MACHINE: MACHINE}  # alias or name -> name
@@ -26,6 +27,24 @@ _DISKS = "write <disk type='file' device='disk'> with <target dev='vda' bus='vir
 def check(domain: Domain) -> None:
     """Raises `ConfigUnsupported` for the first thing. Asks nothing of the host."""
     for path, what, remedy in _missing(domain):
+        raise ConfigUnsupported(f"kvik-vmm {what}", path=path, remedy=remedy)
+
+
+def complete_interface(nic: Interface) -> None:
+    """What its document leaves to the VMM."""
+    nic.model = nic.model or InterfaceModel(type="virtio")
+    if nic.type == "user" and nic.backend is None:
+        nic.backend = Backend(type="passt")
+
+
+def check_device(device: object) -> None:
+    """The same for a disk or an interface alone."""
+    found: Iterator[Refusal] = iter(())
+    if isinstance(device, Disk):
+        found = (("disk" + path, what, remedy) for path, what, remedy in _disk(device))
+    elif isinstance(device, Interface):
+        found = (("interface" + path, what, remedy) for path, what, remedy in _interface(device))
+    for path, what, remedy in found:
         raise ConfigUnsupported(f"kvik-vmm {what}", path=path, remedy=remedy)
 
 
@@ -70,6 +89,7 @@ def _machine(domain: Domain) -> Iterator[Refusal]:
     vcpus = domain.vcpu.value if domain.vcpu is not None else 1
     if vcpus > MAX_VCPUS:
         yield "/domain/vcpu", f"has at most {MAX_VCPUS} vCPUs", f"ask for 1 to {MAX_VCPUS}"
+    yield from _cpu(domain.cpu)
     if domain.launch_security is not None:
         yield "/domain/launchSecurity", "has no encrypted machines", QEMU
     if domain.qemu_commandline is not None:
@@ -85,6 +105,19 @@ def _machine(domain: Domain) -> Iterator[Refusal]:
         yield "/domain/features/smm", "has no system management mode", QEMU
 
 
+def _cpu(cpu: Cpu | None) -> Iterator[Refusal]:
+    if cpu is None:
+        return
+    if cpu.match == "minimum":
+        yield "/domain/cpu/@match", "has no CPU that is at least a model", "write <cpu mode='host-model'/>"
+    if cpu.mode in (None, "custom", "host-model") and any(item.policy == "optional" for item in cpu.features):
+        yield "/domain/cpu/feature", "cannot leave a feature to the host", "write policy='require' or 'disable'"
+    if cpu.maxphysaddr is not None:
+        yield "/domain/cpu/maxphysaddr", "has the address size of its CPU model", "leave it out"
+    if cpu.cache is not None and cpu.cache.mode != "passthrough":
+        yield "/domain/cpu/cache", "tells guests of the host's caches only", "write <cache mode='passthrough'/>"
+
+
 def _disk(disk: Disk) -> Iterator[Refusal]:
     if disk.device == "cdrom":
         yield "/@device", "has no CD drives", "write device='disk' with <readonly/>: Linux finds it by its label"
@@ -97,7 +130,7 @@ def _disk(disk: Disk) -> Iterator[Refusal]:
     format_ = disk.driver.type if disk.driver is not None else None
     if format_ not in (None, "raw") and format_ not in FORMATS:
         yield "/driver/@type", f"knows no image format {format_!r}", f"one of: {', '.join(sorted(FORMATS))}"
-    other = served(disk) or disk.type == "vhostuser"
+    other = by_vhost_user(disk)
     if other:
         yield from _served(disk)
     if disk.driver is not None and disk.driver.cache == "directsync" and not other:

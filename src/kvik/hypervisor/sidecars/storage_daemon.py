@@ -46,6 +46,7 @@ __all__ = [
     "limits",
     "limits_name",
     "monitor_path",
+    "of",
     "queues",
     "served",
     "start",
@@ -68,9 +69,14 @@ def served(disk: Disk) -> bool:
     return disk.driver.type not in (None, "raw") or disk.driver.name == KIND
 
 
-def by_vhost_user(domain: Domain) -> list[Disk]:
-    """The disks that reach guest memory from another process."""
-    return [disk for disk in domain.devices.disks if served(disk) or disk.type == "vhostuser"]
+def by_vhost_user(disk: Disk) -> bool:
+    """Whether another process, ours or somebody's, reads and writes guest memory for it."""
+    return served(disk) or disk.type == "vhostuser"
+
+
+def of(domain: Domain) -> list[Disk]:
+    """The disks that are reached so."""
+    return [disk for disk in domain.devices.disks if by_vhost_user(disk)]
 
 
 def monitor_path(directory: Path, alias: str) -> Path:
@@ -81,7 +87,7 @@ def monitor_path(directory: Path, alias: str) -> Path:
 
 
 def start(
-    disk: Disk, directory: Path, opened: Opened, sidecars: Sidecars, *, vcpus: int, log_fd: int, undo: ExitStack
+    disk: Disk, directory: Path, opened: Opened, sidecars: Sidecars, *, vcpus: int, log_fd: int
 ) -> Waiting | None:
     """Takes the disk's images out of `opened` and leaves the VMM's ends there: `vublk:ALIAS` and `life:ALIAS`.
 
@@ -100,7 +106,7 @@ def start(
         opened.add(life_name(alias), ours.detach())
         monitor = listen_unix(path)
         close.callback(monitor.close)
-        undo.callback(path.unlink, missing_ok=True)
+        opened.undo.callback(path.unlink, missing_ok=True)
         export, client = connected_listener(directory / f"{alias}-export.sock")
         close.callback(export.close)
         opened.add(vhost_user_name(alias), client.detach())
@@ -130,7 +136,9 @@ class Waiting:
         except KvikError as error:
             with contextlib.suppress(KvikError):
                 await self.member.process.wait_async(1.0)  # it hung up, and is about to be gone
-            raise _explained(self.sidecars.failure(self.log_fd) or error, self.disk, self.images) from error
+            raise _explained(
+                self.sidecars.failure(self.log_fd, only=self.member.alias) or error, self.disk, self.images
+            ) from error
 
 
 def _explained(error: KvikError, disk: Disk, images: Mapping[str, int]) -> HypervisorError:

@@ -102,6 +102,9 @@ def _nic(context: Context, name: str, properties: Arguments) -> c.NetConfig:
     settings.mtu = number("host_mtu", properties.get("host_mtu", 0), 0, 65535)
     settings.queue_size = number("rx_queue_size", properties.get("rx_queue_size", 256), 16, 1024)
     settings.packed = boolean("packed", properties.get("packed", False))
+    # Ours alone: QEMU leaves rates to the host.
+    settings.rx_bps = number("x-rx-bps", properties.get("x-rx-bps", 0), 0, 1 << 50)
+    settings.tx_bps = number("x-tx-bps", properties.get("x-tx-bps", 0), 0, 1 << 50)
     return settings
 
 
@@ -130,20 +133,21 @@ def _vsock(context: Context, name: str, properties: Arguments) -> c.VsockConfig:
     )
 
 
-def _socket(context: Context, properties: Arguments) -> dict[str, Any]:
-    """The back end of a vhost-user device: a path to connect to, or a connected descriptor (`getfd`), which the device
-    gets a duplicate of."""
+def _socket(context: Context, properties: Arguments) -> tuple[str, int]:
+    """(path, -1), or ("", descriptor): a duplicate, which is the device's from then on."""
     backend = str(char.added(context).get(text("chardev", properties.get("chardev", "")), ""))
     if backend.startswith("fd="):
-        return {"fd": os.dup(int(backend.removeprefix("fd=")))}
+        return "", os.dup(int(backend.removeprefix("fd=")))
     if not backend.startswith("unix:"):
         raise QmpError("Property 'chardev' needs a socket of type unix or fd")
-    return {"socket": backend.removeprefix("unix:")}
+    return backend.removeprefix("unix:"), -1
 
 
 def _fs(context: Context, name: str, properties: Arguments) -> c.FsConfig:
     tag = text("tag", properties.get("tag", ""))
-    return c.FsConfig(id=name, slot=slot(properties), tag=tag, **_socket(context, properties))
+    place = slot(properties)
+    path, fd = _socket(context, properties)
+    return c.FsConfig(id=name, slot=place, tag=tag, socket=path, fd=fd)
 
 
 def _vhost_user_blk(context: Context, name: str, properties: Arguments) -> c.VhostUserBlkConfig:
@@ -151,8 +155,7 @@ def _vhost_user_blk(context: Context, name: str, properties: Arguments) -> c.Vho
     settings.queues = number("num-queues", properties.get("num-queues", 1), 1, 64)
     settings.queue_size = number("queue-size", properties.get("queue-size", 256), 2, 1024)
     life = properties.get("lifefd")
-    for key, value in _socket(context, properties).items():
-        setattr(settings, key, value)
+    settings.socket, settings.fd = _socket(context, properties)
     settings.life_fd = net.named_fd(context, text("lifefd", life)) if life is not None else -1
     return settings
 
@@ -183,7 +186,7 @@ DRIVERS: dict[str, Driver] = {
         (
             "netdev", "mac", "mq", "host_mtu", "rx_queue_size", "tx_queue_size", "tx", "csum", "gso", "host_tso4",
             "host_tso6", "host_ecn", "host_ufo", "guest_csum", "guest_tso4", "guest_tso6", "guest_ecn", "guest_ufo",
-            "mrg_rxbuf",
+            "mrg_rxbuf", "x-rx-bps", "x-tx-bps",
         ),
         _nic,
     ),

@@ -126,7 +126,7 @@ async def test_a_vmdk_that_names_other_files_is_refused(disks: list[Disk], head:
         opened = Opened(close, undo, {})
         open_disk(opened, disk)
         with pytest.raises(ConfigError, match="monolithicSparse"):
-            storage_daemon.start(disk, tmp_path, opened, Sidecars("m"), vcpus=1, log_fd=2, undo=undo)
+            storage_daemon.start(disk, tmp_path, opened, Sidecars("m"), vcpus=1, log_fd=2)
     assert [item.name for item in tmp_path.iterdir()] == ["disk.vmdk"]
 
 
