@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvik.errors import HostError, NotFound
-from kvik.guest.tiny import TinyImage, tiny
+from kvik.guest.tiny import TinyImage, kernel_arguments, tiny
 from kvik.paths import Paths
 from lab.harness import Lab
 from lab.kernel import cache_directory
@@ -60,6 +60,14 @@ def run(lab: Lab, name: str) -> None:
     lab.kvik("run", "--vmm", "kvik", "--network", "none", "--detach", "--name", name, timeout=READY).check()
 
 
+def wait_for_agent(lab: Lab) -> None:
+    for _ in range(30):
+        lab.sh("sleep 1")
+        if lab.kvik("exec", "one", "--", "true", timeout=READY).code == 0:
+            return
+    raise AssertionError("the guest's agent does not answer")
+
+
 @pytest.mark.lab(deadline=300)
 def test_one_command_runs_a_command_in_a_machine_on_kvik_vmm(lab: Lab) -> None:
     done = lab.kvik("run", "--vmm", "kvik", "--network", "none", "--rm", "--", "uname", "-a", timeout=READY).check()
@@ -107,10 +115,7 @@ def test_the_guest_powers_off_and_reboots(lab: Lab) -> None:
     run(lab, "one")
     pid = lab.sh(PIDS).strip()
     lab.kvik("reboot", "one", "--mode", "agent").check()
-    for _ in range(30):  # the agent goes with the old system and comes with the new one
-        lab.sh("sleep 1")
-        if lab.kvik("exec", "one", "--", "true", timeout=READY).code == 0:
-            break
+    wait_for_agent(lab)  # it goes with the old system and comes with the new one
     assert lab.sh(PIDS).strip() == pid
     lab.kvik("shutdown", "one", "--mode", "acpi").check()
     for _ in range(60):
@@ -121,25 +126,56 @@ def test_the_guest_powers_off_and_reboots(lab: Lab) -> None:
     assert lab.run(["sh", "-c", PIDS]).code == 1
 
 
-DISK = "<disk type='file'><driver name='qemu' type='raw'/><source file='/tmp/b.raw'/><target dev='vdb'/></disk>"
+DISK = "<disk type='file'><driver name='qemu' type='{0}'/><source file='/tmp/{1}'/><target dev='{2}'/></disk>"
+
+
+def inside(lab: Lab, command: str) -> str:
+    return lab.kvik("exec", "one", "--", "sh", "-c", command, timeout=READY).check().stdout
 
 
 @pytest.mark.lab(deadline=400)
-def test_a_disk_comes_and_goes_while_the_guest_runs(lab: Lab) -> None:
-    lab.sh("truncate -s 16M /tmp/b.raw")
-    (lab.share / "disk.xml").write_text(DISK)
-    run(lab, "one")
-    before = lab.kvik("exec", "one", "--", "ls", "/sys/block", timeout=READY).check().stdout.split()
-    lab.kvik("attach-device", "one", "/run/lab/disk.xml", "--live").check()
-    size = "for n in $(seq 50); do cat /sys/block/vd*/size && exit; sleep 0.2; done"
-    assert lab.kvik("exec", "one", "--", "sh", "-c", size, timeout=READY).check().stdout.split() == ["32768"]
-    write = "dd if=/dev/zero of=/dev/vda bs=4k count=64 oflag=direct 2>/dev/null; sync"
-    lab.kvik("exec", "one", "--", "sh", "-c", write, timeout=READY).check()
-    counted = lab.kvik("domblkstat", "one", "vdb").check().stdout
-    assert int(counted.split("wr_bytes")[1].split()[0]) >= 64 * 4096
-    lab.kvik("detach-disk", "one", "vdb", "--live").check()
-    assert lab.kvik("exec", "one", "--", "ls", "/sys/block", timeout=READY).check().stdout.split() == before
+def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: tuple[Paths, TinyImage]) -> None:
+    """One qcow2 disk from the start, which makes the memory one that a storage daemon can map; a raw and a qcow2 one
+    that are plugged in; and the first one's daemon killed."""
+    lab.sh("truncate -s 16M /tmp/b.raw; for n in a c; do qemu-img create -q -f qcow2 /tmp/$n.qcow2 8M; done")
+    paths, files = image
+    kernel, initrd = (f"/var/lib/kvik/images/{path.relative_to(paths.images)}" for path in (files.kernel, files.initrd))
+    words = ["--kernel", kernel, "--initrd", initrd, "--append", kernel_arguments("kvm", hostname="one")]
+    disk = ["--disk", "/tmp/a.qcow2", "--network", "none", "--detach", "--name", "one"]
+    lab.kvik("run", "--vmm", "kvik", *words, *disk, timeout=READY).check()
+    wait_for_agent(lab)
+    assert inside(lab, "cat /sys/block/vda/size") == "16384\n"
+    inside(lab, "seq 60000 >/p; dd if=/p of=/dev/vda bs=4k count=64 oflag=direct 2>/dev/null; sync")
+    for format_, name, dev, size in (("raw", "b.raw", "vdb", "32768"), ("qcow2", "c.qcow2", "vdc", "16384")):
+        (lab.share / "disk.xml").write_text(DISK.format(format_, name, dev))
+        before = inside(lab, "ls /sys/block")
+        lab.kvik("attach-device", "one", "/run/lab/disk.xml", "--live").check()
+        # The guest calls it by the first free name.
+        found = inside(lab, "for n in $(seq 50); do cat /sys/block/vdb/size && exit; sleep 0.2; done").split()
+        assert found == [size]
+        inside(lab, "dd if=/p of=/dev/vdb bs=4k count=64 oflag=direct 2>/dev/null; sync")
+        if format_ == "raw":
+            counted = lab.kvik("domblkstat", "one", dev).check().stdout
+            assert int(counted.split("wr_bytes")[1].split()[0]) >= 64 * 4096
+        lab.kvik("detach-disk", "one", dev, "--live").check()
+        assert inside(lab, "ls /sys/block") == before
+    lab.sh("kill -KILL $(pgrep -f 'qemu-storage-[d]aemon.*virtio-disk0')")
+    for _ in range(50):
+        if "vda" in lab.kvik("domblkerror", "one").stdout:
+            break
+        lab.sh("sleep 0.1")
+    else:
+        raise AssertionError(lab.kvik("domblkerror", "one").stdout)
+    assert inside(lab, "echo still here") == "still here\n"
     lab.kvik("destroy", "one").check()
+    for name in ("a", "c"):
+        lab.sh(
+            f"""
+            qemu-img check -q -f qcow2 /tmp/{name}.qcow2
+            qemu-img convert -f qcow2 -O raw /tmp/{name}.qcow2 /tmp/{name}.raw
+            seq 60000 | cmp -n 262144 - /tmp/{name}.raw
+            """
+        )
 
 
 @pytest.mark.lab(deadline=400)

@@ -156,7 +156,12 @@ def _vhost_user_blk(context: Context, name: str, properties: Arguments) -> c.Vho
     settings.queue_size = number("queue-size", properties.get("queue-size", 256), 2, 1024)
     life = properties.get("lifefd")
     settings.socket, settings.fd = _socket(context, properties)
-    settings.life_fd = net.named_fd(context, text("lifefd", life)) if life is not None else -1
+    try:
+        settings.life_fd = net.named_fd(context, text("lifefd", life)) if life is not None else -1
+    except QmpError:
+        if settings.fd >= 0:
+            os.close(settings.fd)
+        raise
     return settings
 
 

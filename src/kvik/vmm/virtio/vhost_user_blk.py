@@ -32,10 +32,14 @@ class VhostUserBlk(VhostUserDevice):
     def __init__(
         self, name: str, source: str | int, queues: int = 1, *, queue_size: int = 256, life_fd: int = -1
     ) -> None:
-        """`life_fd`: what the back end ends with, closed when this device is."""
+        """`life_fd`: what the back end ends with, closed when this device is, or cannot be made."""
         self.queue_size = queue_size
         self.life_fd = life_fd
-        super().__init__(name, source, queues)
+        try:
+            super().__init__(name, source, queues)
+        except BaseException:
+            self._end_of_life()
+            raise
 
     def load_config(self, back_end: VhostUser) -> None:
         self.config.restore(back_end.get_config(self.config.size))
@@ -43,6 +47,9 @@ class VhostUserBlk(VhostUserDevice):
 
     def close(self) -> None:
         super().close()
+        self._end_of_life()
+
+    def _end_of_life(self) -> None:
         fd, self.life_fd = self.life_fd, -1
         if fd >= 0:
             os.close(fd)
