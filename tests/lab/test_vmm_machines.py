@@ -26,6 +26,14 @@ def run(lab: Lab, name: str) -> None:
     lab.kvik("run", "--vmm", "kvik", "--network", "none", "--detach", "--name", name, timeout=READY).check()
 
 
+def wait_for_agent(lab: Lab) -> None:
+    for _ in range(30):
+        lab.sh("sleep 1")
+        if lab.kvik("exec", "one", "--", "true", timeout=READY).code == 0:
+            return
+    raise AssertionError("the guest's agent does not answer")
+
+
 @pytest.mark.lab(deadline=300)
 def test_one_command_runs_a_command_in_a_machine_on_kvik_vmm(lab: Lab) -> None:
     done = lab.kvik("run", "--vmm", "kvik", "--network", "none", "--rm", "--", "uname", "-a", timeout=READY).check()
@@ -73,10 +81,7 @@ def test_the_guest_powers_off_and_reboots(lab: Lab) -> None:
     run(lab, "one")
     pid = lab.sh(PIDS).strip()
     lab.kvik("reboot", "one", "--mode", "agent").check()
-    for _ in range(30):  # the agent goes with the old system and comes with the new one
-        lab.sh("sleep 1")
-        if lab.kvik("exec", "one", "--", "true", timeout=READY).code == 0:
-            break
+    wait_for_agent(lab)  # it goes with the old system and comes with the new one
     assert lab.sh(PIDS).strip() == pid
     lab.kvik("shutdown", "one", "--mode", "acpi").check()
     for _ in range(60):
@@ -157,6 +162,54 @@ def test_what_comes_and_goes_while_the_guest_runs_is_seen_by_it(lab: Lab, image:
     pinged = lab.kvik("qemu-agent-command", "one", '{"execute": "guest-ping"}').check().stdout
     assert json.loads(pinged) == {"return": {}}
     lab.kvik("destroy", "one").check()
+
+
+PLUGGED = "<disk type='file'><driver name='qemu' type='qcow2'/><source file='/tmp/c.qcow2'/><target dev='vdc'/></disk>"
+
+
+def inside(lab: Lab, command: str) -> str:
+    return lab.kvik("exec", "one", "--", "sh", "-c", command, timeout=READY).check().stdout
+
+
+@pytest.mark.lab(deadline=400)
+def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: tuple[Paths, TinyImage]) -> None:
+    """One qcow2 disk from the start, which makes the memory one that a storage daemon can map; one that is plugged in;
+    and the first one's daemon killed."""
+    lab.sh("for n in a c; do qemu-img create -q -f qcow2 /tmp/$n.qcow2 8M; done")
+    paths, files = image
+    kernel, initrd = in_lab(files.kernel, paths), in_lab(files.initrd, paths)
+    words = ["--kernel", kernel, "--initrd", initrd, "--append", kernel_arguments("kvm", hostname="one")]
+    disk = ["--disk", "/tmp/a.qcow2", "--network", "none", "--detach", "--name", "one"]
+    lab.kvik("run", "--vmm", "kvik", *words, *disk, timeout=READY).check()
+    wait_for_agent(lab)
+    assert inside(lab, "cat /sys/block/vda/size") == "16384\n"
+    inside(lab, "seq 60000 >/p; dd if=/p of=/dev/vda bs=4k count=64 oflag=direct 2>/dev/null; sync")
+    (lab.share / "disk.xml").write_text(PLUGGED)
+    before = inside(lab, "ls /sys/block")
+    lab.kvik("attach-device", "one", "/run/lab/disk.xml", "--live").check()
+    # The guest calls it by the first free name.
+    found = inside(lab, "for n in $(seq 50); do cat /sys/block/vdb/size && exit; sleep 0.2; done").split()
+    assert found == ["16384"]
+    inside(lab, "dd if=/p of=/dev/vdb bs=4k count=64 oflag=direct 2>/dev/null; sync")
+    lab.kvik("detach-disk", "one", "vdc", "--live").check()
+    assert inside(lab, "ls /sys/block") == before
+    lab.sh("kill -KILL $(pgrep -f 'qemu-storage-[d]aemon.*virtio-disk0')")
+    for _ in range(50):
+        if "vda" in lab.kvik("domblkerror", "one").stdout:
+            break
+        lab.sh("sleep 0.1")
+    else:
+        raise AssertionError(lab.kvik("domblkerror", "one").stdout)
+    assert inside(lab, "echo still here") == "still here\n"
+    lab.kvik("destroy", "one").check()
+    for name in ("a", "c"):
+        lab.sh(
+            f"""
+            qemu-img check -q -f qcow2 /tmp/{name}.qcow2
+            qemu-img convert -f qcow2 -O raw /tmp/{name}.qcow2 /tmp/{name}.raw
+            seq 60000 | cmp -n 262144 - /tmp/{name}.raw
+            """
+        )
 
 
 @pytest.mark.lab(deadline=400)
