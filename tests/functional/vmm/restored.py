@@ -61,12 +61,17 @@ def either(make: Callable[[], Machine], mode: str) -> Machine:
 
 def again(first: Machine, make: Callable[[], Machine], begun: Callable[[], bool]) -> Machine:
     """Run `first` until it has begun, save it, end it; another one of the kind, restored and not started."""
-    assert directory is not None
     first.start()
     end = time.monotonic() + SECONDS
     while not begun():
         assert time.monotonic() < end, "the guest did not begin"
         first.loop.run_once(0.001)
+    return moved(first, make)
+
+
+def moved(first: Machine, make: Callable[[], Machine]) -> Machine:
+    """Save a machine as it is now, end it; another one of the kind, restored and not started."""
+    assert directory is not None
     number = len(list(directory.iterdir()))
     place = directory / str(number)
     first.save(str(place))
