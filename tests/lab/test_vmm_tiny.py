@@ -1,4 +1,4 @@
-"""The tests with tiny guests that need a true x86 beneath: interrupts in service, EOI, exceptions, what KVM-PVM lacks."""
+"""The tests with tiny guests on a true KVM: also of what KVM-PVM lacks, as interrupts in service and their end."""
 
 from __future__ import annotations
 

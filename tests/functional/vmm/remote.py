@@ -33,7 +33,8 @@ END_OF_INTERRUPT = 1  # of the mailbox's flags: the handler says it by itself
 LENGTH = 128  # of the log
 ALL = (1 << 64) - 1
 
-# Mailbox: +0 what to call, +8 rdi, +16 rsi, +24 rdx, +32 rcx, +40 rax, +48 rsp of the call, +56 entries logged, +64 flags
+# Mailbox: +0 what to call, +8 rdi, +16 rsi, +24 rdx, +32 rcx, +40 rax, +48 rsp of the call, +56 number of entries that
+# were logged, +64 flags, +128 the pointer to the IDT
 PROGRAM = bytes.fromhex(
     # lidt MAIL+128; sti
     "0f011c2580300100 fb"
@@ -46,7 +47,8 @@ PROGRAM = bytes.fromhex(
     # common (vector, error code, rip, cs, rflags, rsp, ss): push %rax; push %rcx; rcx = LOG's next entry
     "50 51 488b0c2538300100 83e17f c1e105"
     # vector, error code, rip, cr2 to the entry; incq MAIL+56
-    "488b442410 48898100400100 488b442418 48898108400100 488b442420 48898110400100 0f20d0 48898118400100 48ff042538300100"
+    "488b442410 48898100400100 488b442418 48898108400100 488b442420 48898110400100 0f20d0 48898118400100"
+    "48ff042538300100"
     # mov vector,%eax; cmp $2,%eax (NMI); je out; cmp $32,%eax; jae irq
     "8b442410 83f802 743b 83f820 7321"
     # an exception ends the call: rip = done, rsp = that of the call, rax = -1; jmp out

@@ -1,7 +1,7 @@
 """Interrupts as the guest sees them: IOAPIC, INTx, MSI-X, local APIC, other processors, time. Like kvm-unit-tests.
 
-Each test also moves the machine at its hardest instant (`guest.moves`): with an interrupt in service, pending or masked,
-a timer running, a processor that waits for its start.
+Each test also moves the machine at its hardest instant (`guest.moves`): with an interrupt in service, pending or
+masked, a timer running, a processor that waits for its start.
 """
 
 from __future__ import annotations

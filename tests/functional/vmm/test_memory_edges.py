@@ -1,8 +1,7 @@
-"""Memory, memory-mapped I/O and ports at their edges, pages and exceptions, as the guest sees them. Like kvm-unit-tests."""
+"""Memory, memory-mapped I/O and ports at their edges, pages and exceptions as a guest sees them, like kvm-unit-tests."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -276,10 +275,9 @@ def test_small_pages_are_translated_marked_and_translated_anew(guest: RemoteGues
 
 @pytest.mark.parametrize("large", [1 << 21, 1 << 30])
 def test_large_pages(guest: RemoteGuest, large: int) -> None:
-    if large == 1 << 30:
-        # push %rbx; mov %edi,%eax; cpuid; mov %edx,%eax; pop %rbx: PDPE1GB
-        if not guest.call("53 89f8 0fa2 89d0 5b c3", 0x8000_0001) >> 26 & 1:
-            pytest.skip("this host's KVM has no 1 GiB pages for its guests")
+    # push %rbx; mov %edi,%eax; cpuid; mov %edx,%eax; pop %rbx: PDPE1GB
+    if large == 1 << 30 and not guest.call("53 89f8 0fa2 89d0 5b c3", 0x8000_0001) >> 26 & 1:
+        pytest.skip("this host's KVM has no 1 GiB pages for its guests")
     pages = Pages(guest)
     pages.put(TABLES + (0x1000 if large == 1 << 21 else 0) + 8, PRESENT | WRITE | LARGE)  # physical 0
     guest.write(FREE, 0x5A5A_5A5A)
