@@ -1,4 +1,4 @@
-"""Memory, memory-mapped I/O and ports at their edges, pages and exceptions as a guest sees them, like kvm-unit-tests."""
+"""Memory, memory-mapped I/O and ports at their edges, pages and exceptions, seen by a guest; like kvm-unit-tests."""
 
 from __future__ import annotations
 
