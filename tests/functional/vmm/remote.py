@@ -13,7 +13,6 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import restored
@@ -59,13 +58,6 @@ PROGRAM = bytes.fromhex(
     "59 58 4883c410 48cf"
 )
 COMMON = CODE + 0x56
-
-
-# The tests that say so also run in the lab, on a true KVM: tests/lab/test_vmm_tiny.py.
-not_on_pvm = pytest.mark.skipif(
-    Path("/sys/module/kvm_pvm").exists(),
-    reason="this host's KVM is KVM-PVM, which is no true x86 here: runs in the lab",
-)
 
 
 class Fault(Exception):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from guests import needs_kvm
-from remote import FREE, Fault, RemoteGuest, not_on_pvm
+from remote import FREE, Fault, RemoteGuest
 from restored import either_way
 
 from kvik.vmm.layout import ECAM, IOAPIC, LAPIC, pci_gsi
@@ -83,7 +83,7 @@ def configuration(offset: int) -> int:
 # IOAPIC ---------------------------------------------------------------------------------------------------------------
 
 
-@not_on_pvm
+@pytest.mark.true_kvm
 def test_an_edge_that_comes_while_the_pin_is_masked_is_lost_and_a_level_is_not(guest: RemoteGuest) -> None:
     line = guest.machine.interrupts.line(PIN)
     entry(guest, PIN, MASKED | 0x50)
@@ -99,7 +99,7 @@ def test_an_edge_that_comes_while_the_pin_is_masked_is_lost_and_a_level_is_not(g
     guest.interrupted(0x51)
 
 
-@not_on_pvm
+@pytest.mark.true_kvm
 def test_a_level_that_is_in_service_comes_again_after_its_end_while_it_is_up(guest: RemoteGuest) -> None:
     """Remote IRR is set from delivery to EOI, and with it nothing more is delivered."""
     guest.flags(0)
@@ -145,7 +145,7 @@ def test_the_ioapic_says_what_it_is(guest: RemoteGuest) -> None:
 # INTx -----------------------------------------------------------------------------------------------------------------
 
 
-@not_on_pvm
+@pytest.mark.true_kvm
 def test_intx_is_disabled_by_the_command_register_and_still_told_by_the_status(guest: RemoteGuest) -> None:
     entry(guest, CARD_PIN, LEVEL | 0x51)
     guest.flags(0)
@@ -282,7 +282,7 @@ def test_higher_vectors_come_first_and_the_task_priority_holds_the_lower_back(gu
     guest.interrupted(0x85, 0x51)
 
 
-@not_on_pvm
+@pytest.mark.true_kvm
 def test_what_is_in_service_holds_its_class_back_until_its_end(guest: RemoteGuest) -> None:
     guest.flags(0)
     guest.machine.interrupts.send(LAPIC, 0x91)
@@ -308,7 +308,7 @@ def test_the_same_vector_twice_is_one_pending_interrupt(guest: RemoteGuest) -> N
     guest.interrupted(0x66)
 
 
-@not_on_pvm
+@pytest.mark.true_kvm
 def test_a_processor_interrupts_itself_by_address_shorthand_and_x2apic(guest: RemoteGuest) -> None:
     guest.write(LAPIC + ICR_HIGH, 0)
     guest.write(LAPIC + ICR_LOW, 0x4042)
@@ -422,7 +422,7 @@ def test_time_never_goes_back(guest: RemoteGuest) -> None:
     assert first < second < third < second + 60_000 * khz
 
 
-@not_on_pvm
+@pytest.mark.true_kvm
 def test_a_tsc_that_the_guest_set_stays_set(guest: RemoteGuest) -> None:
     far = guest.rdmsr(IA32_TSC) + (1 << 44)  # some hours
     guest.wrmsr(IA32_TSC, far)

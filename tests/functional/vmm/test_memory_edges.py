@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from guests import needs_kvm
-from remote import CS, FREE, Fault, RemoteGuest, not_on_pvm
+from remote import CS, FREE, Fault, RemoteGuest
 from restored import either_way
 
 from kvik.vmm.device import MmioDevice, PortDevice
@@ -332,7 +332,7 @@ def test_exceptions_have_their_vector_and_error_code(
     assert guest.call("8cc8 c3") & 0xFFFF == CS  # and it goes on
 
 
-@not_on_pvm
+@pytest.mark.true_kvm
 def test_a_software_interrupt_is_no_exception(guest: RemoteGuest) -> None:
     guest.call("cd80 c3")
     guest.interrupted(0x80)
