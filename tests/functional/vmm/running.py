@@ -43,7 +43,11 @@ class Running:
         self.events: list[str] = []
         if restored.directory is not None and "--incoming" not in options:
             kernel.write_bytes(elf(GATE + code))
-            words += ["--restore", str(self._saved(restored.directory, [*start, *words], fds))]
+            try:
+                words += ["--restore", str(self._saved(restored.directory, [*start, *words], fds))]
+            except BaseException:
+                self.close()  # nobody has this object yet
+                raise
         kernel.write_bytes(elf(code))
         self._spawn([*start, *words], fds)
 
