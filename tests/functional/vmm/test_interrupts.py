@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 from guests import needs_kvm
-from remote import FREE, Fault, RemoteGuest
+from remote import ALL, FREE, Fault, RemoteGuest
 from restored import either_way
 
-from kvik.vmm.layout import ECAM, IOAPIC, LAPIC, pci_gsi
+from kvik.vmm.layout import ECAM, IOAPIC, LAPIC, RAM_LOW_END, pci_gsi
 from kvik.vmm.machine import Machine
 from kvik.vmm.pci.config import BAR0, COMMAND, COMMAND_MEMORY, COMMAND_NO_INTX, STATUS, STATUS_INTERRUPT
 from kvik.vmm.pci.device import Bar, PciDevice
@@ -37,12 +37,15 @@ RDTSC = "0f31 48c1e220 4809d0 c3"  # rdtsc; shl $32,%rdx; or %rdx,%rax; ret
 
 
 class Card(PciDevice):
-    """A device that interrupts when the test says so, by its pin or by MSI-X."""
+    """A device that interrupts when the test says so, by its pin or by MSI-X; behind its BAR each byte is its offset."""
 
     kind, vendor, device_id, class_code = "card", 0x1B36, 0x00CA, 0xFF0000
-    bars = (Bar(0, 4096),)
+    bars = (Bar(0, 16),)
     msix_vectors = 2
     intx = True
+
+    def read_bar(self, bar: int, offset: int, size: int) -> int:
+        return int.from_bytes(bytes(range(offset, offset + size)), "little")
 
 
 def with_card(machine: Machine) -> None:
@@ -162,6 +165,22 @@ def test_intx_is_disabled_by_the_command_register_and_still_told_by_the_status(g
     assert not guest.read(configuration(STATUS), 2) & STATUS_INTERRUPT
 
 
+def test_a_bar_ends_where_it_ends_and_answers_where_it_is_put(guest: RemoteGuest) -> None:
+    register, word = configuration(BAR0), 0x0706_0504
+    place = guest.read(register) & ~0xF
+    assert guest.read(place + 4) == 0xFFFF_FFFF  # not before it decodes
+    guest.write(configuration(COMMAND), COMMAND_MEMORY, 2)
+    assert guest.read(place + 8, 8) == 0x0F0E_0D0C_0B0A_0908
+    assert guest.read(place + 12, 8) == ALL and guest.read(place + 16) == 0xFFFF_FFFF  # over its end, and behind it
+    guest.write(register, 0xFFFF_FFFF)
+    assert guest.read(register) == 0xFFFF_FFF0  # its size
+    guest.write(register, place + 0x10_0000)
+    guest.moves()
+    assert guest.read(place + 4) == 0xFFFF_FFFF and guest.read(place + 0x10_0004) == word
+    guest.write(register, RAM_LOW_END - 0x1000)  # over RAM that is not there: no window of the bridge leads there
+    assert guest.read(RAM_LOW_END - 0x1000 + 4) == 0xFFFF_FFFF
+
+
 # MSI-X ----------------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +268,23 @@ def test_another_process_s_descriptor_is_masked_and_pending_too(guest: RemoteGue
     guest.interrupted(0x70)
     os.eventfd_write(card(guest).msix.fd(0), 1)
     guest.interrupted(0x70)
+
+
+def test_the_table_takes_whole_aligned_words_only(guest: RemoteGuest) -> None:
+    """PCI 3.0, 6.8.2: what else is written is undefined, here nothing. Reading is free, and so is no byte behind it."""
+    table = MsixTable(guest)
+    table.set(0, 0x70)
+    table.set(1, 0x71)
+    table.control(ENABLE)
+    for offset, size in ((8, 1), (8, 2), (10, 4), (4, 8), (28, 8), (32, 4), (0xFF8, 8)):
+        guest.write(table.table + offset, 0, size)
+    assert guest.read(table.table + 8, 1) == 0x70 and guest.read(table.table + 8, 8) == 0x70
+    guest.write(table.table + 0xFFC, ALL, 8)  # half in the table's page, half in the pending bits
+    assert table.pending() == 0
+    guest.moves()
+    for number in range(2):
+        card(guest).msix.signal(number)
+        guest.interrupted(0x70 + number)
 
 
 def test_nothing_comes_while_msix_is_off(guest: RemoteGuest) -> None:
