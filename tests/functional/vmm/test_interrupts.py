@@ -37,7 +37,7 @@ RDTSC = "0f31 48c1e220 4809d0 c3"  # rdtsc; shl $32,%rdx; or %rdx,%rax; ret
 
 
 class Card(PciDevice):
-    """A device that interrupts when the test says so, by its pin or by MSI-X; behind its BAR each byte is its offset."""
+    """A device that interrupts when the test says so, by its pin or by MSI-X; each byte of its BAR is its offset."""
 
     kind, vendor, device_id, class_code = "card", 0x1B36, 0x00CA, 0xFF0000
     bars = (Bar(0, 16),)
