@@ -38,6 +38,11 @@ WRITER = bytes.fromhex(
 )
 
 
+# The same over 16 MiB: more than a thin connection carries in a second.
+BIG_PAGES = 4096
+BIG_WRITER = WRITER.replace(bytes.fromhex("b900020000"), bytes.fromhex("b900100000"))
+
+
 class Guest:
     """A machine with the far end of its serial line."""
 
@@ -72,7 +77,7 @@ class Guest:
 
 def config(directory: Path, line: socket.socket, code: bytes = ECHO, **memory: Any) -> MachineConfig:
     text = code.rjust(0x850 + len(code), b"\x90").ljust(4096, b"\x90")
-    kernel = directory / ("kernel" if code is ECHO else "writer")
+    kernel = directory / ({ECHO: "kernel", WRITER: "writer"}.get(code, "big-writer"))
     if not kernel.exists():
         kernel.write_bytes(elf(text=text, entry=KERNEL + 0x850))
     return MachineConfig(

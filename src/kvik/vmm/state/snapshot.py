@@ -54,6 +54,7 @@ def save_steps(machine: Machine, directory: str, compression: str = "none") -> I
     """As `save`, in steps; yields how many bytes of RAM are done."""
     if compression not in COMPRESSIONS:
         raise InvalidArgument(f"there is no compression {compression!r}", remedy=f"use {' or '.join(COMPRESSIONS)}")
+    machine.memory.require_whole("be saved")
     place = Path(directory).absolute()
     unfinished = place.with_name(f"{place.name}.{os.getpid()}.partial")
     try:
@@ -246,6 +247,7 @@ def restore(given: MachineConfig, confinement: Confinement | None = None) -> Mac
 
 def load(machine: Machine, directory: str) -> None:
     """Put a machine that may be running into a saved state; it then goes on from there, if it ran."""
+    machine.memory.require_whole("be replaced")
     snapshot = read(directory)
     cpu = Fields(snapshot.state, snapshot.where).object("cpu")
     with machine.paused():  # a vCPU that runs answers no ioctl
