@@ -79,6 +79,7 @@ class Machine:
         self.on_close: list[Callable[[], None]] = []
         self._holds = 0  # `paused` contexts
         self._stalled = False
+        self.before_end: list[Callable[[], None]] = []  # lets go of what vCPUs may wait for in the kernel
         self.may_not_run = ""  # why `resume` is refused: the guest runs elsewhere, or lacks memory
         self._going = False  # vCPUs run, or may
         self._started = self._closed = False
@@ -336,10 +337,20 @@ class Machine:
 
     def quit(self, reason: str = "host-qmp-quit") -> None:
         """End the process's work: `run` returns."""
+        self._let_go()
         if self.status != "shutdown":
             self._end("shutdown", False, reason)
         self.outcome = reason
         self.loop.stop()
+
+    def _let_go(self) -> None:
+        """vCPUs that wait for memory cannot park. They are kicked first: none enters guest mode once it has that."""
+        callbacks, self.before_end = self.before_end, []
+        if callbacks:
+            for thread in self.vcpus:
+                thread.ask_to_park()
+        for callback in callbacks:
+            callback()
 
     def _end(self, status: str, guest: bool, reason: str) -> None:
         self.status = status
@@ -537,6 +548,7 @@ class Machine:
         if self._closed:
             return
         self._closed = True
+        self._let_go()
         for thread in self.vcpus:
             thread.end()
         self.forget_checkpoint()

@@ -51,7 +51,7 @@ class Incoming:
         self._count, self._token = 0, b""
         self._ended = 0
         self._threads: list[tuple[socket.socket, _thread.LockType]] = []  # locks are released when a thread ends
-        self._state: dict[str, Any] = {}
+        self._state: dict[str, Any] | None = None
         self._lock = _thread.allocate_lock()
         self._socket: socket.socket | None
         self._socket, listening = stream.listen(uri)
@@ -137,9 +137,9 @@ class Incoming:
                 if channel:
                     self._maybe()
                     return
-            elif kind == stream.MISSING and ended and not self._state:
+            elif kind == stream.MISSING and ended and self._state is None:
                 self._take_missing(sock, size, address)
-            elif kind == stream.STATE and ended and not self._state:
+            elif kind == stream.STATE and ended and self._state is None:
                 self._state = Fields(decode(self._data(sock, size, MAX_STATE), WHERE), WHERE).members
                 postcopy = bool(self._missing)
                 self._maybe()
@@ -184,7 +184,7 @@ class Incoming:
     def _maybe(self) -> None:
         """All channels have ended and the state is there: put it in."""
         with self._lock:
-            ready = self._state and self._ended == self._count
+            ready = self._state is not None and self._ended == self._count
         if ready:
             self.machine.loop.call_soon(self._restore)
 
@@ -196,7 +196,7 @@ class Incoming:
             self.on_change(status)
 
     def _restore(self) -> None:
-        if self.status != "active":
+        if self.status != "active" or self._state is None:
             return
         try:
             check_cpu(self.machine, Fields(self._state, WHERE).fields("cpu"))
@@ -279,7 +279,7 @@ class Incoming:
         for device in machine.devices.values():
             if (announce := getattr(getattr(device, "device", device), "announce", None)) is not None:
                 announce()
-        if Fields(self._state, WHERE).text("status") == "running" and not machine.config.paused:
+        if Fields(self._state or {}, WHERE).text("status") == "running" and not machine.config.paused:
             machine.resume()
         else:
             machine.status = "paused"

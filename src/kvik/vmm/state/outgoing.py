@@ -305,7 +305,8 @@ class Outgoing:
         """The destination could run. From here on this machine does not."""
         self.machine.status = "postmigrate"
         self._waiting, self._next = 1, self._completed  # after post-copy it is RUNNING that answers
-        self._senders[0][1].sendall(s.SEND_RUN)
+        for _, orders, _ in self._senders if self.postcopy else self._senders[:1]:
+            orders.sendall(s.SEND_RUN)
 
     # Post-copy ---------------------------------------------------------------------------------------------------
 
@@ -364,7 +365,7 @@ class Outgoing:
         self.error = ""
         self.machine.may_not_run = "it runs at the destination of its migration"
         for _, orders, _ in self._senders:
-            orders.sendall(s.SERVE)
+            orders.sendall(s.STREAM)
         self._change("postcopy-active")
 
     # The end -----------------------------------------------------------------------------------------------------

@@ -253,12 +253,7 @@ class Pager:
         if self._left or not self._running or self._complete or not self._channels:
             return
         self._complete = True
-        for channel in self._channels:  # on each: who sends there must not take the end for a loss
-            channel.sock.settimeout(stream.SILENCE)
-            try:
-                channel.sock.sendall(channel.waiting + stream.frame(stream.FILLED))
-            except OSError:
-                pass  # then it does not know, but nothing is missing here
+        self._last_words(stream.frame(stream.FILLED), stream.SILENCE)
         self._drop()
         self.orders.send(COMPLETE)
 
@@ -350,17 +345,25 @@ class Pager:
             self.listener = socket.socket(fileno=descriptors[0])
             self._forget_coming()
             self._listen()
-        elif self._channels:
-            channel = self._channels[0]
+        elif word == SAY_DONE:
             try:
-                if word == SAY_DONE:
+                for channel in self._channels[:1]:
                     channel.send(stream.frame(stream.DONE))
-                else:
-                    channel.sock.settimeout(PATIENCE)
-                    channel.sock.sendall(channel.waiting + stream.frame(stream.FAILED, len(data)) + data)
             except OSError as error:
                 self._lose(f"the source is lost: {error.strerror}")
-        return word != FAIL
+        elif word == FAIL:
+            self._last_words(stream.frame(stream.FAILED, len(data)) + data, PATIENCE)
+            return False
+        return True
+
+    def _last_words(self, data: bytes, seconds: float) -> None:
+        """On each channel: who sends there must not take the end for a loss."""
+        for channel in self._channels:
+            channel.sock.settimeout(seconds)
+            try:
+                channel.sock.sendall(channel.waiting + data)
+            except OSError:
+                pass  # then it does not know
 
 
 def start(make: Callable[[socket.socket], Pager], keep: list[int]) -> tuple[int, int, socket.socket]:

@@ -166,6 +166,7 @@ class Postcopy:
         for address, size in self._ranges:
             self._uffd.register(address, size)
         memory.arrival = Arrival(self.machine, self.board, self._want)
+        self.machine.before_end.append(self.close)
         self._fork(sockets)
 
     def _fork(self, sockets: list[socket.socket]) -> None:
@@ -253,7 +254,10 @@ class Postcopy:
         self.close()
 
     def close(self) -> None:
-        """The machine ends, or post-copy does. Who waits goes on; when pages are missing, the guest must not."""
+        """The machine ends, or post-copy does. Who waits in the kernel goes on, with zeroes where pages are missing: the
+        guest must not, and our own threads do not (`Arrival`)."""
+        if self.close in self.machine.before_end:
+            self.machine.before_end.remove(self.close)
         self._end_pager()
         self._uffd.close()
         if self.listener is not None:

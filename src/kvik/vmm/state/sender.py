@@ -28,12 +28,17 @@ from kvik.vmm.state.helper import fork_helper
 from kvik.vmm.state.memory_file import is_zero
 from kvik.vmm.state.stream import (
     CHUNK,
+    DONE,
     END,
+    FAILED,
+    FILLED,
     MISSING,
     PAGES,
     PIECE,
+    READY,
     REQUEST,
     RUN,
+    RUNNING,
     STATE,
     ZERO,
     frame,
@@ -50,8 +55,9 @@ __all__ = ["Board", "Sender", "fork_sender"]
 # Orders to a sender, a byte each; it answers a round with "r", and forwards the destination's frames as
 # "a" + kind + length + data; "e" + length + text when it gives up.
 ROUND_FRESH, ROUND, LAST, SEND_STATE, SEND_RUN = b"f", b"r", b"l", b"s", b"g"
-# Of post-copy: nothing more before the switch; what is missing and the state; serve; learn what is missing there.
-END_ROUNDS, SEND_MAP, SERVE, RECEIVE_MAP = b"n", b"m", b"p", b"y"
+# Of post-copy: nothing more before the switch; what is missing and the state; serve; the same
+# and send what nobody asks for; learn what is missing there.
+END_ROUNDS, SEND_MAP, SERVE, STREAM, RECEIVE_MAP = b"n", b"m", b"p", b"q", b"y"
 _SENT, _NORMAL, _ZERO, _REQUESTS, _POSTCOPY, _FIELDS = range(6)
 _HEAD = 2  # words before the channels' figures
 MAX_ANSWER = 1 << 16
@@ -144,7 +150,7 @@ class Sender:
     def __init__(self, board: Board, channel: int, sock: socket.socket, memory: int, orders: socket.socket) -> None:
         self.board, self.channel, self.sock, self.memory, self.orders = board, channel, sock, memory, orders
         self._budget, self._since = 0.0, time.monotonic()
-        self._serving = False
+        self._serving = self._streaming = False
         self._left = 0  # pages of this channel that post-copy has still to send
         self._cursor = (0, 0)  # where it is: region, 2 MiB piece of it
 
@@ -179,7 +185,8 @@ class Sender:
                 self.sock.sendall(frame(STATE, size) + os.pread(state, size, 0))
                 self._serve()
                 return
-            elif order == SERVE:
+            elif order in (SERVE, STREAM):
+                self._streaming = order == STREAM
                 self._serve()
                 return
             elif order == RECEIVE_MAP:
@@ -194,7 +201,8 @@ class Sender:
         self._forward(kind, size)
 
     def _forward(self, kind: int, size: int) -> None:
-        size = min(size, MAX_ANSWER)
+        if kind not in (READY, DONE, FAILED, RUNNING, FILLED) or size > (MAX_ANSWER if kind == FAILED else 0):
+            raise OperationFailed(f"the destination answered {kind}, with {size} bytes")
         data = bytearray(size)
         receive_exactly(self.sock, memoryview(data))
         self.orders.sendall(b"a" + struct.pack("<BI", kind, size) + data)
@@ -273,23 +281,25 @@ class Sender:
 
     def _serve(self) -> None:
         """Until the orders end. Pages that are asked for go first, and what is near them next; the limit of bandwidth
-        is for those that nobody asked for."""
+        is for those that nobody asked for, which are not sent before the guest may run there."""
         prepare_postcopy(self.sock)
         self._serving, self._left = True, self._mine()
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         poll.register(self.orders, select.POLLIN)
         while True:
-            delay = self._delay() * 1000 if self._left else None
+            delay = self._delay() * 1000 if self._left and self._streaming else None
             ready = [fd for fd, _ in poll.poll(delay)]
             if self.orders.fileno() in ready:
                 order = self.orders.recv(1)
                 if not order:
                     return
-                self.sock.sendall(frame(RUN))
+                self._streaming = True
+                if not self.channel:
+                    self.sock.sendall(frame(RUN))
             if self.sock.fileno() in ready:
                 self._hear()
-            elif self._left and not self._delay():
+            elif self._left and self._streaming and not self._delay():
                 self._background()
 
     def _hear(self) -> None:
