@@ -275,6 +275,8 @@ class Incoming:
     def _run(self, status: str = "completed") -> None:
         machine = self.machine
         self._close_sockets()
+        if self.postcopy is None:
+            self.ability.close()
         self._change(status)
         for device in machine.devices.values():
             if (announce := getattr(getattr(device, "device", device), "announce", None)) is not None:
