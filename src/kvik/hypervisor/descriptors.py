@@ -53,7 +53,7 @@ from kvik.hypervisor.names import (
 )
 from kvik.qmp.aio import short_unix_path
 
-__all__ = ["Opened", "listen_unix", "open_all", "open_chardev", "open_disk", "with_paths"]
+__all__ = ["Opened", "listen_unix", "open_all", "open_chardev", "open_disk", "open_vsock", "with_paths"]
 
 _MAX_CHAIN = 200
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
@@ -127,7 +127,7 @@ def open_all(
     _open_boot(opened, domain, kernel)
     _open_networks(opened, domain)
     if domain.devices.vsock is not None:
-        _open_vsock(opened, domain.devices.vsock)
+        open_vsock(opened, domain.devices.vsock)
     return opened
 
 
@@ -319,9 +319,18 @@ def _open_networks(opened: Opened, domain: Domain) -> None:
                 break  # an accelerator, not a need
 
 
-def _open_vsock(opened: Opened, device: Vsock) -> None:
+def open_vsock(opened: Opened, device: Vsock) -> None:
     """The CID is claimed here, where a taken one can be told from other errors (and another tried)."""
-    fd = opened.open(f"vsock:{alias_of(device)}", "/dev/vhost-vsock", os.O_RDWR)
+    try:
+        fd = opened.open(f"vsock:{alias_of(device)}", "/dev/vhost-vsock", os.O_RDWR)
+    except HostError as error:
+        if error.errno == errno.ENOENT:
+            raise HostError(
+                "a vsock needs the kernel's vhost_vsock: /dev/vhost-vsock does not exist",
+                errno=errno.ENOENT,
+                remedy="modprobe vhost_vsock; a kernel without that module has no vsock for machines",
+            ) from error
+        raise
     wanted = device.cid.address if device.cid and not device.cid.auto else None
     for cid in [wanted] if wanted is not None else range(_FIRST_CID, _FIRST_CID + 65536):
         try:

@@ -116,8 +116,9 @@ class Confinement:
             MODES[config.sandbox],
             writable=(config.snapshots,) if config.snapshots else (),
             removable=_directories(config),
-            # The back ends of these are spoken to by vCPU threads, when the guest resets a device.
-            sockets=bool(config.fs or config.vhost_user_blk),
+            # The back ends of these are spoken to by vCPU threads, when the guest resets a device. With memory that
+            # another process can share, one may be plugged at any time.
+            sockets=bool(config.fs or config.vhost_user_blk or (config.memory.shared and config.qmp)),
             forks=config.migratable,
             unix_connect=any(vsock.uds for vsock in config.vsock),
         )

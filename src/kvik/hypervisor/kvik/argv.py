@@ -20,6 +20,7 @@ from kvik.conf.devices.other import Filesystem, Rng, Vsock, Watchdog
 from kvik.conf.domain import Domain
 from kvik.conf.os import SysinfoBlock
 from kvik.errors import ConfigUnsupported
+from kvik.hypervisor.cpus import boot_vcpus
 from kvik.hypervisor.names import (
     MONITOR,
     TAP_TYPES,
@@ -33,9 +34,11 @@ from kvik.hypervisor.names import (
     vhost_name,
 )
 
-__all__ = ["CommandLine", "Files", "build", "disk_options", "net_options", "slot_of"]
+__all__ = ["CommandLine", "Files", "build", "disk_options", "net_options", "rate_of", "slot_of"]
 
 Options = dict[str, object]
+
+_SECTION = 128 << 10  # KiB: Linux's unit of memory that comes and goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +163,14 @@ def _memory(domain: Domain) -> Iterator[tuple[str, str]]:
             options["hugepages"] = f"{pages[0].size}K" if pages and pages[0].size else "2M"
         immediate = backing.allocation is not None and backing.allocation.mode == "immediate"
         options["prealloc"] = True if immediate or backing.locked else None
-    if pluggable:
-        options["hotplug"] = f"{pluggable}K"
+    room = pluggable
+    if domain.max_memory is not None and domain.max_memory.value:
+        # What may come later as well; each device begins at a multiple of 128 MiB.
+        room = max(room, domain.max_memory.value - domain.memory + pluggable) + _SECTION * (
+            domain.max_memory.slots or 0
+        )
+    if room:
+        options["hotplug"] = f"{room}K"
     yield "memory", _joined(options, f"{domain.memory - pluggable}K")
     cells = domain.cpu.numa.cells if domain.cpu is not None and domain.cpu.numa is not None else []
     tuned = domain.numatune.memnodes if domain.numatune is not None else []
@@ -186,7 +195,7 @@ def _ranges(text: str) -> str:
 
 def _cpus(domain: Domain) -> Iterator[tuple[str, str]]:
     most = domain.vcpu.value if domain.vcpu is not None else 1
-    now = (domain.vcpu.current if domain.vcpu is not None else None) or most
+    now = boot_vcpus(domain)
     options: Options = {"maximum": most if most != now else None}
     cpu = domain.cpu
     if cpu is not None and cpu.topology is not None:
@@ -202,6 +211,8 @@ def _cpus(domain: Domain) -> Iterator[tuple[str, str]]:
         model = cpu.model.value if cpu.mode in (None, "custom") and cpu.model is not None else None
         words = [model or "host"]
         for feature in cpu.features:
+            if feature.policy == "optional":
+                continue  # the host's own model has it already, if there is one (`support` refuses it for others)
             words.append(f"{'-' if feature.policy in ('disable', 'forbid') else '+'}{feature.name}")
         yield "cpu", ",".join(words)
 
@@ -348,11 +359,11 @@ def net_options(nic: Interface, files: Files) -> Options:
         }
     if nic.bandwidth is not None:
         # As the host sees it, inbound is what the guest receives.
-        options |= {"rx-bps": _rate(nic.bandwidth.inbound), "tx-bps": _rate(nic.bandwidth.outbound)}
+        options |= {"rx-bps": rate_of(nic.bandwidth.inbound), "tx-bps": rate_of(nic.bandwidth.outbound)}
     return options
 
 
-def _rate(rate: Rate | None) -> int | None:
+def rate_of(rate: Rate | None) -> int | None:
     return rate.average * 1024 if rate is not None and rate.average else None
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvik.conf.cpu import Cpu
 from kvik.conf.devices.chardev import Chardev
 from kvik.conf.devices.disk import Disk
-from kvik.conf.devices.interface import Interface
+from kvik.conf.devices.interface import Backend, Interface, InterfaceModel
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.names import TAP_TYPES, is_passt
 
-__all__ = ["CHARDEVS", "MACHINE", "MACHINES", "MAX_VCPUS", "check"]
+__all__ = ["CHARDEVS", "MACHINE", "MACHINES", "MAX_VCPUS", "check", "check_device", "complete_interface"]
 
 MACHINE = "kvik-1"  # the newest of our machine types: what its name says never changes
 MACHINES = {"kvik": MACHINE, MACHINE: MACHINE}  # alias or name -> name
@@ -24,6 +25,24 @@ _DISKS = "write <disk type='file' device='disk'> with <target dev='vda' bus='vir
 def check(domain: Domain) -> None:
     """Raises `ConfigUnsupported` for the first thing. Asks nothing of the host."""
     for path, what, remedy in _missing(domain):
+        raise ConfigUnsupported(f"kvik-vmm {what}", path=path, remedy=remedy)
+
+
+def complete_interface(nic: Interface) -> None:
+    """What its document leaves to the VMM."""
+    nic.model = nic.model or InterfaceModel(type="virtio")
+    if nic.type == "user" and nic.backend is None:
+        nic.backend = Backend(type="passt")
+
+
+def check_device(device: object) -> None:
+    """The same for a disk or an interface alone."""
+    found: Iterator[Refusal] = iter(())
+    if isinstance(device, Disk):
+        found = (("disk" + path, what, remedy) for path, what, remedy in _disk(device))
+    elif isinstance(device, Interface):
+        found = (("interface" + path, what, remedy) for path, what, remedy in _interface(device))
+    for path, what, remedy in found:
         raise ConfigUnsupported(f"kvik-vmm {what}", path=path, remedy=remedy)
 
 
@@ -68,6 +87,7 @@ def _machine(domain: Domain) -> Iterator[Refusal]:
     vcpus = domain.vcpu.value if domain.vcpu is not None else 1
     if vcpus > MAX_VCPUS:
         yield "/domain/vcpu", f"has at most {MAX_VCPUS} vCPUs", f"ask for 1 to {MAX_VCPUS}"
+    yield from _cpu(domain.cpu)
     if domain.launch_security is not None:
         yield "/domain/launchSecurity", "has no encrypted machines", QEMU
     if domain.qemu_commandline is not None:
@@ -81,6 +101,19 @@ def _machine(domain: Domain) -> Iterator[Refusal]:
         yield "/domain/features/hyperv", "has no enlightenments for Windows", QEMU
     if features is not None and features.smm is not None and features.smm.state:
         yield "/domain/features/smm", "has no system management mode", QEMU
+
+
+def _cpu(cpu: Cpu | None) -> Iterator[Refusal]:
+    if cpu is None:
+        return
+    if cpu.match == "minimum":
+        yield "/domain/cpu/@match", "has no CPU that is at least a model", "write <cpu mode='host-model'/>"
+    if cpu.mode in (None, "custom", "host-model") and any(item.policy == "optional" for item in cpu.features):
+        yield "/domain/cpu/feature", "cannot leave a feature to the host", "write policy='require' or 'disable'"
+    if cpu.maxphysaddr is not None:
+        yield "/domain/cpu/maxphysaddr", "has the address size of its CPU model", "leave it out"
+    if cpu.cache is not None and cpu.cache.mode != "passthrough":
+        yield "/domain/cpu/cache", "tells guests of the host's caches only", "write <cache mode='passthrough'/>"
 
 
 def _disk(disk: Disk) -> Iterator[Refusal]:

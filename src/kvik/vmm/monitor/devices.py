@@ -8,6 +8,7 @@ Reference: QEMU's qapi/qdev.json, qapi/qom.json.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,6 +102,9 @@ def _nic(context: Context, name: str, properties: Arguments) -> c.NetConfig:
     settings.mtu = number("host_mtu", properties.get("host_mtu", 0), 0, 65535)
     settings.queue_size = number("rx_queue_size", properties.get("rx_queue_size", 256), 16, 1024)
     settings.packed = boolean("packed", properties.get("packed", False))
+    # Ours alone: QEMU leaves rates to the host.
+    settings.rx_bps = number("x-rx-bps", properties.get("x-rx-bps", 0), 0, 1 << 50)
+    settings.tx_bps = number("x-tx-bps", properties.get("x-tx-bps", 0), 0, 1 << 50)
     return settings
 
 
@@ -129,21 +133,28 @@ def _vsock(context: Context, name: str, properties: Arguments) -> c.VsockConfig:
     )
 
 
-def _socket(context: Context, properties: Arguments) -> str:
-    backend = char.added(context).get(text("chardev", properties.get("chardev", "")), "")
+def _socket(context: Context, properties: Arguments) -> tuple[str, int]:
+    """(path, -1), or ("", descriptor): a duplicate, which is the device's from then on."""
+    backend = str(char.added(context).get(text("chardev", properties.get("chardev", "")), ""))
+    if backend.startswith("fd="):
+        return "", os.dup(int(backend.removeprefix("fd=")))
     if not backend.startswith("unix:"):
-        raise QmpError("Property 'chardev' needs a socket of type unix")
-    return str(backend).removeprefix("unix:")
+        raise QmpError("Property 'chardev' needs a socket of type unix or fd")
+    return backend.removeprefix("unix:"), -1
 
 
 def _fs(context: Context, name: str, properties: Arguments) -> c.FsConfig:
     tag = text("tag", properties.get("tag", ""))
-    return c.FsConfig(id=name, slot=slot(properties), tag=tag, socket=_socket(context, properties))
+    place = slot(properties)
+    path, fd = _socket(context, properties)
+    return c.FsConfig(id=name, slot=place, tag=tag, socket=path, fd=fd)
 
 
 def _vhost_user_blk(context: Context, name: str, properties: Arguments) -> c.VhostUserBlkConfig:
     queues = number("num-queues", properties.get("num-queues", 1), 1, 64)
-    return c.VhostUserBlkConfig(id=name, slot=slot(properties), socket=_socket(context, properties), queues=queues)
+    place = slot(properties)
+    path, fd = _socket(context, properties)
+    return c.VhostUserBlkConfig(id=name, slot=place, socket=path, fd=fd, queues=queues)
 
 
 def _virtio_mem(context: Context, name: str, properties: Arguments) -> c.VirtioMemConfig:
@@ -172,7 +183,7 @@ DRIVERS: dict[str, Driver] = {
         (
             "netdev", "mac", "mq", "host_mtu", "rx_queue_size", "tx_queue_size", "tx", "csum", "gso", "host_tso4",
             "host_tso6", "host_ecn", "host_ufo", "guest_csum", "guest_tso4", "guest_tso6", "guest_ecn", "guest_ufo",
-            "mrg_rxbuf",
+            "mrg_rxbuf", "x-rx-bps", "x-tx-bps",
         ),
         _nic,
     ),

@@ -101,6 +101,7 @@ class DirtyPages:
                 self._vhosts.append(rings)
 
     def _touched(self, address: int, size: int) -> None:
+        """Any thread. The set is never exchanged for another: a page that came to the old one would be lost."""
         first = address // PAGE
         if size <= PAGE - address % PAGE:
             self._ours.add(first)
@@ -117,7 +118,9 @@ class DirtyPages:
         meanwhile are in this one or in the next."""
         for rings in self._vhosts:
             rings.take_log()
-        ours, self._ours = self._ours, set()
+        ours = []
+        while self._ours:
+            ours.append(self._ours.pop())
         taken = []
         for region, bitmap in zip(self.regions, self._bitmaps, strict=True):
             self.machine.vm.get_dirty_log(region.slot, bitmap)
