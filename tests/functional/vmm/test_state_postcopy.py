@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from state_guest import BIG_WRITER, ERRORS, PATTERN, Guest, awaiting, booted
+from restored import either_way
+from state_guest import BIG_WRITER, ERRORS, PATTERN, Guest, awaiting, booted, running
 from test_state_migration import HEAD, children, header, until
 
 from kvik.errors import HostError, KvikError, OperationFailed, OperationInvalid, OperationUnsupported
@@ -64,6 +65,7 @@ def begin(source: Guest, there: Guest, uri: str, channels: int = 1, **parameters
     return outgoing
 
 
+@either_way
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 def test_a_guest_that_writes_more_than_the_connection_carries_moves_at_once(
@@ -72,7 +74,7 @@ def test_a_guest_that_writes_more_than_the_connection_carries_moves_at_once(
     before = children()
     uri = f"unix:{tmp_path}/there"
     with (
-        booted(tmp_path, code=BIG_WRITER) as source,
+        running(tmp_path, code=BIG_WRITER) as source,
         awaiting(tmp_path, uri, code=BIG_WRITER, shared=shared) as there,
     ):
         begin(source, there, uri, channels)

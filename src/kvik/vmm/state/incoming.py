@@ -20,7 +20,7 @@ from kvik.errors import InvalidArgument, KvikError, OperationFailed, OperationIn
 from kvik.vmm.layout import PAGE
 from kvik.vmm.state import stream
 from kvik.vmm.state.capture import MALFORMED, apply, check_devices
-from kvik.vmm.state.cpucheck import check_cpu
+from kvik.vmm.state.cpucheck import arrange_processors, check_cpu
 from kvik.vmm.state.pager import COMPLETE, FAULTED, LOST, RECOVERED, STARTED
 from kvik.vmm.state.postcopy import Ability, Postcopy
 from kvik.vmm.state.values import MAX_STATE, Fields, decode
@@ -176,7 +176,7 @@ class Incoming:
                 remedy="start the destination with the same memory",
             )
         check_devices(self.machine, fields.object("devices"), WHERE)
-        check_cpu(self.machine, fields)
+        check_cpu(self.machine, fields, fresh=True)
         if fields.members.get("postcopy"):
             self.ability.check(self.machine)
         self.machine.loop.call_soon(lambda: self._change("active"))
@@ -199,7 +199,9 @@ class Incoming:
         if self.status != "active" or self._state is None:
             return
         try:
-            check_cpu(self.machine, Fields(self._state, WHERE).fields("cpu"))
+            cpu = Fields(self._state, WHERE).fields("cpu")
+            check_cpu(self.machine, cpu, fresh=True)
+            arrange_processors(self.machine, cpu)
             if self._missing:
                 self._begin_postcopy()
             apply(self.machine, self._state, WHERE, identity=True, catch_up=True, same=True)

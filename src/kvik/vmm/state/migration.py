@@ -9,6 +9,7 @@ from kvik.vmm.state.incoming import Incoming
 from kvik.vmm.state.outgoing import AFTER, GOING, Outgoing
 from kvik.vmm.state.postcopy import Ability
 from kvik.vmm.state.stream import MAX_CHANNELS
+from kvik.vmm.state.throttle import Throttle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,11 +23,14 @@ PARAMETERS: dict[str, tuple[int, int]] = {
     "max-bandwidth": (0, (1 << 63) - 1),  # bytes a second, 0: no limit
     "downtime-limit": (0, 2_000_000),  # milliseconds
     "multifd-channels": (1, MAX_CHANNELS),
+    "cpu-throttle-initial": (1, 99),  # percent of the time that vCPUs sleep, with auto-converge
+    "cpu-throttle-increment": (1, 99),
+    "max-cpu-throttle": (1, 99),
     "max-postcopy-bandwidth": (0, (1 << 63) - 1),  # bytes a second of pages that nobody asked for, 0: no limit
 }
 CAPABILITIES = ("events", "multifd", "return-path", "zero-copy-send", "auto-converge", "postcopy-ram", "xbzrle")
 ALWAYS = ("return-path",)  # the destination always answers
-POSSIBLE = ("events", "multifd", "postcopy-ram", *ALWAYS)
+POSSIBLE = ("events", "multifd", "postcopy-ram", "auto-converge", *ALWAYS)
 
 
 class Migration:
@@ -37,6 +41,9 @@ class Migration:
             "downtime-limit": 300,
             "multifd-channels": 2,
             "max-postcopy-bandwidth": 0,
+            "cpu-throttle-initial": 20,
+            "cpu-throttle-increment": 10,
+            "max-cpu-throttle": 99,
         }
         self.capabilities = {name: name in ALWAYS for name in CAPABILITIES}
         self.outgoing: Outgoing | None = None
@@ -97,9 +104,15 @@ class Migration:
             downtime_limit=self.parameters["downtime-limit"] / 1000,
             postcopy=self.capabilities["postcopy-ram"],
             postcopy_bandwidth=self.parameters["max-postcopy-bandwidth"],
+            throttle=self._throttle() if self.capabilities["auto-converge"] else None,
             on_change=self._told,
         )
         return self.outgoing
+
+    def _throttle(self) -> Throttle:
+        names = ("cpu-throttle-initial", "cpu-throttle-increment", "max-cpu-throttle")
+        initial, increment, most = (self.parameters[name] for name in names)
+        return Throttle(self.machine, initial, increment, most)
 
     def start_postcopy(self) -> None:
         if self.outgoing is None:

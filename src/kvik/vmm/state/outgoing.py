@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from kvik.vmm.machine import Machine
     from kvik.vmm.memory import Region
+    from kvik.vmm.state.throttle import Throttle
 
 __all__ = ["AFTER", "GOING", "Outgoing", "header"]
 
@@ -68,7 +69,7 @@ def header(machine: Machine, *, postcopy: bool = False) -> dict[str, Any]:
         "name": machine.config.name,
         "regions": [[region.start, region.size] for region in machine.memory.regions],
         "devices": {name: {"kind": device.kind} for name, device in machine.devices.items()},
-        "vcpus": [{"cpuid": bytes(thread.vcpu.cpuid())} for thread in machine.vcpus],
+        "vcpus": [{"index": thread.index, "cpuid": bytes(thread.vcpu.cpuid())} for thread in machine.vcpus],
     }
 
 
@@ -99,6 +100,7 @@ class Outgoing:
         downtime_limit: float = 0.3,
         postcopy: bool = False,
         postcopy_bandwidth: int = 0,
+        throttle: Throttle | None = None,
         on_change: Callable[[str], None] | None = None,
     ) -> None:
         if not 1 <= channels <= MAX_CHANNELS:
@@ -109,6 +111,7 @@ class Outgoing:
         self.machine, self.uri, self.downtime_limit = machine, uri, downtime_limit
         self.may_postcopy, self.postcopy_bandwidth = postcopy, postcopy_bandwidth
         self.postcopy = False  # asked for
+        self._throttle = throttle
         self.status, self.error = "setup", ""
         self.on_change = on_change
         self.rounds = self.remaining = self.dirty_rate = 0
@@ -266,19 +269,28 @@ class Outgoing:
             return
         self.remaining = self._take()
         self.dirty_rate = int(self.remaining / seconds / PAGE)
-        if self.expected_downtime <= self.downtime_limit or not self.machine.vcpus:
+        if self._throttle is not None:
+            self._throttle.round_done(sent, self.remaining)
+        # A limit that is shorter than what the rest takes anyway must not make rounds go on for ever.
+        if self.pages_time <= max(self.downtime_limit - OVERHEAD, self.downtime_limit / 2) or not self.machine.vcpus:
             self._stop()
         else:
             self._begin_round(s.ROUND)
 
     @property
+    def pages_time(self) -> float:
+        """Seconds to send what is left, if the guest stopped now."""
+        return self.remaining / self.rate if self.rate else 0.0
+
+    @property
     def expected_downtime(self) -> float:
-        """Seconds, if the guest stopped now."""
-        return OVERHEAD + self.remaining / self.rate if self.rate else OVERHEAD
+        """The same with all else that a stop costs."""
+        return OVERHEAD + self.pages_time
 
     def _stop(self) -> None:
         """The guest stands still from here on."""
         machine = self.machine
+        self._end_throttle()
         self._was, self._stopped_at = machine.status, time.monotonic()
         machine.pause("finish-migrate")
         machine.hold()
@@ -415,8 +427,13 @@ class Outgoing:
             machine.resume()
         self._change(status)
 
+    def _end_throttle(self) -> None:
+        if self._throttle is not None:
+            self._throttle.stop()
+
     def _finish(self) -> None:
         """Senders end, nothing is logged any more."""
+        self._end_throttle()
         senders, self._senders = self._senders, []
         for pid, orders, pidfd in senders:
             self.machine.loop.remove_reader(orders.fileno())
@@ -471,6 +488,8 @@ class Outgoing:
             info["downtime"] = int(1000 * self.downtime)
         else:
             info["expected-downtime"] = int(1000 * self.expected_downtime)
+        if self._throttle is not None and self._throttle.percentage and going:
+            info["cpu-throttle-percentage"] = self._throttle.percentage
         if self.error:
             info["error-desc"] = self.error
         return info

@@ -254,8 +254,8 @@ class Postcopy:
         self.close()
 
     def close(self) -> None:
-        """The machine ends, or post-copy does. Who waits in the kernel goes on, with zeroes where pages are missing: the
-        guest must not, and our own threads do not (`Arrival`)."""
+        """The machine ends, or post-copy does. Who waits in the kernel goes on, with zeroes where pages are missing:
+        the guest must not, and our own threads do not (`Arrival`)."""
         if self.close in self.machine.before_end:
             self.machine.before_end.remove(self.close)
         self._end_pager()

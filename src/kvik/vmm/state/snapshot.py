@@ -23,7 +23,7 @@ from kvik.vmm.config import MachineConfig
 from kvik.vmm.settings import to_dict
 from kvik.vmm.state import memory_file
 from kvik.vmm.state.capture import apply, capture
-from kvik.vmm.state.cpucheck import check_cpu, cpuid_equal
+from kvik.vmm.state.cpucheck import arrange_processors, check_cpu, cpuid_equal
 from kvik.vmm.state.settings_check import merge, read_config
 from kvik.vmm.state.values import MAX_STATE, Fields, decode, encode
 
@@ -262,8 +262,10 @@ def load(machine: Machine, directory: str) -> None:
 
 def fill_and_apply(machine: Machine, snapshot: Snapshot, *, fresh: bool) -> None:
     where = snapshot.where
-    check_cpu(machine, Fields(snapshot.state, where).fields("cpu"))
+    cpu = Fields(snapshot.state, where).fields("cpu")
+    check_cpu(machine, cpu, fresh=fresh)
     if fresh:
+        arrange_processors(machine, cpu)
         machine.hold_devices()
     snapshot.fill(machine, fresh=fresh)
     apply(machine, snapshot.state, where, identity=fresh, catch_up=machine.config.catch_up)
