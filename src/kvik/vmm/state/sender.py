@@ -154,11 +154,15 @@ class Sender:
         self._left = 0  # pages of this channel that post-copy has still to send
         self._cursor = (0, 0)  # where it is: region, 2 MiB piece of it
 
-    def run(self, state: int) -> None:
-        """Until the orders end. `state`: a memfd with what SEND_STATE sends."""
+    def prepare(self) -> None:
+        """Have room for a piece of RAM."""
         buffer = mmap.mmap(-1, CHUNK)
         self._view = memoryview(buffer)
         self._address = ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))
+
+    def run(self, state: int) -> None:
+        """Until the orders end. `state`: a memfd with what SEND_STATE sends."""
+        self.prepare()
         while order := self.orders.recv(1):
             if order in (ROUND, ROUND_FRESH, LAST):
                 self._round(fresh=order == ROUND_FRESH, last=order == LAST)
