@@ -139,7 +139,13 @@ class KvikDriver:
             sidecars = await start_sidecars(
                 domain, request.directory, opened, tpm_states=self._paths.data, log_fd=request.log_fd, undo=undo
             )
-            line = build(domain, domain.devices.emulator or EMULATOR, opened.fds, now=time.time())
+            line = build(
+                domain,
+                domain.devices.emulator or EMULATOR,
+                opened.fds,
+                now=time.time(),
+                cached_kernel=kernel is not None and Path(kernel).is_relative_to(self._paths.cache),
+            )
             handle, position = await self._run(line, request)
             undo.callback(handle.close)
             undo.callback(handle.kill)
