@@ -119,13 +119,14 @@ def _place(numbers: list[int], fds: list[int], channel: socket.socket) -> socket
 
 def main(fd: int) -> Request | None:
     """Be a zygote on socket `fd` (AF_UNIX, SOCK_SEQPACKET), as `serve`."""
-    import importlib
-
     from kvik.vmm.sandbox.privileges import no_new_privileges
 
     no_new_privileges()
-    for name in MODULES:
-        importlib.import_module(f"kvik.vmm.{name}")
+    from kvik.vmm.confinement import AT_START, LATE, LATE_CONTROL, import_all
+    from kvik.vmm.rehearsal import rehearse
+
+    import_all([*(f"kvik.vmm.{name}" for name in MODULES), *AT_START, *LATE, *LATE_CONTROL])
+    rehearse()
     process_image.prepare()
     renames = process_image.rename("kvik-zygote", ["kvik-zygote"], dict(os.environ))
     channel = socket.socket(fileno=fd)

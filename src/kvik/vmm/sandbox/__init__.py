@@ -14,12 +14,13 @@ runs its loop, which is the first time that it handles a guest's request. After 
 from __future__ import annotations
 
 import os
+import sys
 
 from kvik.vmm.sandbox import landlock, privileges, seccomp
 from kvik.vmm.sandbox.policy import program
 from kvik.vmm.sandbox.privileges import close_stray
 
-__all__ = ["Policy", "close_stray", "enter", "preload"]
+__all__ = ["Policy", "assemble", "close_stray", "enter", "preload"]
 
 # What the standard library imports inside functions that a running machine calls; an import cannot be done inside.
 _LATE = ("encodings.ascii", "encodings.latin_1", "traceback", "linecache")
@@ -63,10 +64,23 @@ class Policy:
 
 def preload() -> None:
     """Import what would otherwise be imported on first use."""
-    import importlib
-
     for name in _LATE:
-        importlib.import_module(name)
+        if name not in sys.modules:
+            __import__(name)
+
+
+def assemble(role: str, policy: Policy) -> list[seccomp.Instruction]:
+    """The filter of this process's threads of that role."""
+    return program(
+        role,
+        os.getpid(),
+        seccomp.ACTIONS[policy.action],
+        paths=bool(policy.readable or policy.writable),
+        remove=bool(policy.removable) and landlock.abi() > 0,
+        unix_connect=policy.unix_connect,
+        sockets=policy.sockets,
+        forks=policy.forks,
+    )
 
 
 def enter(role: str, policy: Policy, *, inherited: bool = False) -> dict[str, int | str]:
@@ -81,16 +95,7 @@ def enter(role: str, policy: Policy, *, inherited: bool = False) -> dict[str, in
     if role == "main":
         preload()
         privileges.limit(policy.descriptors)
-    code = program(
-        role,
-        os.getpid(),
-        seccomp.ACTIONS[policy.action],
-        paths=bool(policy.readable or policy.writable),
-        remove=bool(policy.removable) and landlock.abi() > 0,
-        unix_connect=policy.unix_connect,
-        sockets=policy.sockets,
-        forks=policy.forks,
-    )
+    code = assemble(role, policy)
     if not inherited:
         privileges.no_new_privileges()
     version = 0
