@@ -85,7 +85,7 @@ LATE_CONTROL = (
 )
 # Imported inside functions that only run before the main thread enters.
 AT_START = (
-    "importlib",
+    "ctypes",
     "kvik",
     "kvik.image.kernel",
     "kvik.image.kernel_index",
@@ -95,6 +95,7 @@ AT_START = (
     "kvik.vmm.confinement",
     "kvik.vmm.gdb",
     "kvik.vmm.metrics",
+    "kvik.vmm.rehearsal",
     "kvik.vmm.monitor.server",
     "kvik.vmm.sandbox",
     "kvik.vmm.state.migration",

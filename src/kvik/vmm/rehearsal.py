@@ -8,17 +8,17 @@ kernel of one instruction. Nothing of it stays open, no thread is started and no
 from __future__ import annotations
 
 import os
+import socket
 import struct
 
 from kvik.errors import KvikError
-from kvik.vmm import options, sandbox
+from kvik.vmm import sandbox
 from kvik.vmm.build import build
-from kvik.vmm.confinement import Confinement
-from kvik.vmm.monitor.server import MonitorServer
+from kvik.vmm.main import Prepared, open_control
 
 __all__ = ["rehearse"]
 
-TIMES = 3  # the interpreter takes a function for settled after some calls; most are called often in each build
+TIMES = 10  # the interpreter takes a function for settled after eight calls
 _LOAD = 0x10_0000
 _WORDS = ("--name", "rehearsal", "--memory", "4M", "--sandbox", "on", "--serial", "null", "--rng", "", "--balloon", "")
 
@@ -37,15 +37,20 @@ def rehearse() -> None:
 
 
 def _once(kernel: int) -> None:
-    config = options.parse([*_WORDS, "--boot", f"kernel-fd={kernel},stable-kernel=on"])
-    confinement = Confinement(config)
-    machine = build(config, confinement)
-    try:
-        MonitorServer(machine).close()
-    finally:
-        machine.close()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")  # a name that the kernel chooses, and nobody else has
+        listener.listen()
+        words = [*_WORDS, "--boot", f"kernel-fd={kernel},stable-kernel=on", "--qmp", f"fd={listener.fileno()}"]
+        prepared = Prepared.parse(words)
+        assert prepared.confinement is not None
+        machine = build(prepared.config, prepared.confinement)
+        try:
+            open_control(machine)
+        finally:
+            machine.close()
+            listener.detach()  # the monitor closed it
     for role in ("vcpu", "io", "main"):
-        sandbox.assemble(role, confinement.policy)
+        sandbox.assemble(role, prepared.confinement.policy)
 
 
 def _kernel() -> bytes:

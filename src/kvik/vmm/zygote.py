@@ -30,8 +30,9 @@ import sys
 
 from kvik.host.zygote_wire import MAX_DESCRIPTORS, MAX_NUMBER, MAX_REQUEST, PROTOCOL, Request, answer
 from kvik.vmm import process_image
+from kvik.vmm.main import Prepared
 
-__all__ = ["Request", "serve"]
+__all__ = ["Fork", "main", "serve"]
 
 # What a machine's start imports, besides the modules of `kvik.vmm.build`.
 MODULES = (
@@ -41,13 +42,30 @@ MODULES = (
 )
 
 
-def serve(channel: socket.socket) -> Request | None:
-    """Fork for each request until the other end closes. Returns in the forks, with their request; None in the zygote,
-    at its end."""
+class Fork:
+    """`serve` returns it in a fork, whose command line is in `sys.argv`; `prepared`: what it says, if it is right."""
+
+    __slots__ = ("prepared",)
+
+    def __init__(self, prepared: Prepared | None) -> None:
+        self.prepared = prepared
+
+
+def _prepare(words: list[str]) -> Prepared | None:
+    """What can be worked out once is not worked out in the fork, where each page that this writes is one more."""
+    try:
+        return Prepared.parse(words)
+    except Exception:
+        return None  # the fork finds the same, and tells its user
+
+
+def serve(channel: socket.socket) -> Fork | None:
+    """Fork for each request until the other end closes. Returns in the forks; None in the zygote, at its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: whoever cares has the pidfd
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # so that no collection in a fork writes to the pages that all share
+    process_image.trim_heap()
     while True:
         data, fds, flags, _ = socket.recv_fds(channel, MAX_REQUEST + 1, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         if not data:
@@ -56,9 +74,10 @@ def serve(channel: socket.socket) -> Request | None:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError("the request was cut off")
             request = Request.decode(data, len(fds))
+            prepared = _prepare(request.argv[1:])
             if os.fork() == 0:
                 _become(request, fds, channel)
-                return request
+                return Fork(prepared)
         except (ValueError, OSError) as error:
             if not _tell(channel, answer(error=str(error)[:500])):
                 return None
@@ -117,7 +136,7 @@ def _place(numbers: list[int], fds: list[int], channel: socket.socket) -> socket
     return socket.socket(fileno=last)
 
 
-def main(fd: int) -> Request | None:
+def main(fd: int) -> Fork | None:
     """Be a zygote on socket `fd` (AF_UNIX, SOCK_SEQPACKET), as `serve`."""
     from kvik.vmm.sandbox.privileges import no_new_privileges
 

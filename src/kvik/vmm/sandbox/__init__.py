@@ -69,18 +69,39 @@ def preload() -> None:
             __import__(name)
 
 
-def assemble(role: str, policy: Policy) -> list[seccomp.Instruction]:
+# Filters as the kernel takes them, by what they depend on: one for all vCPUs, and those of a zygote for its forks. Made
+# for the process id `_SELF`, which none has, and which stands in one place.
+_filters: dict[tuple[object, ...], bytes] = {}
+_SELF = 0x7FFF_FFFE
+
+
+def assemble(role: str, policy: Policy) -> bytes:
     """The filter of this process's threads of that role."""
-    return program(
+    key = (
         role,
-        os.getpid(),
         seccomp.ACTIONS[policy.action],
-        paths=bool(policy.readable or policy.writable),
-        remove=bool(policy.removable) and landlock.abi() > 0,
-        unix_connect=policy.unix_connect,
-        sockets=policy.sockets,
-        forks=policy.forks,
+        bool(policy.readable or policy.writable),
+        bool(policy.removable) and landlock.abi() > 0,
+        policy.unix_connect,
+        policy.sockets,
+        policy.forks,
     )
+    if key not in _filters:
+        _, action, paths, remove, unix_connect, sockets, forks = key
+        _filters[key] = seccomp.pack(
+            program(
+                role,
+                _SELF,
+                action,
+                paths=paths,
+                remove=remove,
+                unix_connect=unix_connect,
+                sockets=sockets,
+                forks=forks,
+            )
+        )
+    before, after = _filters[key].split(_SELF.to_bytes(4, "little"))
+    return before + os.getpid().to_bytes(4, "little") + after
 
 
 def enter(role: str, policy: Policy, *, inherited: bool = False) -> dict[str, int | str]:
@@ -103,4 +124,9 @@ def enter(role: str, policy: Policy, *, inherited: bool = False) -> dict[str, in
         version = landlock.restrict(policy.readable, policy.writable, policy.removable)
         privileges.drop_capabilities()
     seccomp.load(code)
-    return {"role": role, "landlock": version, "seccomp": policy.action, "instructions": len(code)}
+    return {
+        "role": role,
+        "landlock": version,
+        "seccomp": policy.action,
+        "instructions": len(code) // seccomp.INSTRUCTION_SIZE,
+    }
