@@ -27,10 +27,6 @@ import pvh_kernel
 from report import Report
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
-sys.path.insert(0, str(SOURCE))
-
-from kvik.host.zygote_wire import Request  # behind the path
-
 SETTLE = 0.15  # seconds: a machine that ends keeps KVM busy for the next one
 VMM = [sys.executable, "-I", "-S", str(SOURCE / "kvik/vmm/__main__.py")]
 
@@ -83,8 +79,8 @@ class Zygote:
         listener, null = listening(), os.open(os.devnull, os.O_RDWR)
         argv = ["kvik-vmm", *arguments, "--serial", "fd=10", "--qmp", "fd=11"]
         begun = time.perf_counter()
-        request = Request(argv, {"HOME": "/"}, [0, 1, 2, 10, 11]).encode()
-        socket.send_fds(self.channel, [request], [null, null, 2, writer, listener.fileno()])
+        request = {"argv": argv, "env": {"HOME": "/"}, "fds": [0, 1, 2, 10, 11], "cwd": "/"}
+        socket.send_fds(self.channel, [json.dumps(request).encode()], [null, null, 2, writer, listener.fileno()])
         answer, fds, _, _ = socket.recv_fds(self.channel, 4096, 1)
         os.close(writer)
         if os.read(reader, 1) != b"!":
@@ -107,14 +103,14 @@ class Machine:
         self.pid, self.pidfd, self.first = pid, pidfd, first
 
     def private(self, ram: int) -> float:
-        """MB of memory that it shares with nobody, but for the mapping of `ram` bytes that is its guest's."""
+        """MiB of memory that it shares with nobody, but for the mapping of `ram` bytes that is its guest's."""
         total, counts = 0, True
         for line in Path(f"/proc/{self.pid}/smaps").read_text().splitlines():
             if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
                 counts = int(found[2], 16) - int(found[1], 16) != ram
             elif counts and line.startswith("Private_"):
                 total += int(line.split()[1])
-        return total * 1024 / 1e6
+        return total / 1024
 
     def end(self) -> None:
         signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
@@ -164,12 +160,10 @@ def both_ways(rounds: int) -> None:
                 private[way].append(machine.private(ram))
                 machine.end()
         zygote.close()
-    report = Report(
-        "to the guest's first instruction, beside an interpreter that does nothing; memory, fork beside exec"
-    )
+    report = Report("to the guest's first instruction, beside a bare interpreter; memory, fork beside exec")
     report.below("exec", first["exec"], "ms", 20, first["bare"])
     report.below("fork of a zygote", first["fork"], "ms", 8, first["bare"])
-    report.below("private memory of a fork", private["fork"], "MB", 4.2, private["exec"])
+    report.below("private memory of a fork", private["fork"], "MiB", 4, private["exec"])
     report.show()
     print(f"  fastest: exec {min(first['exec']):.1f}, fork {min(first['fork']):.1f}, bare {min(first['bare']):.1f} ms")
 
