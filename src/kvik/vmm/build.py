@@ -150,7 +150,7 @@ class KernelLoader:
         names = smbios.build(
             config.smbios,
             uuid=config.uuid,
-            memory=sum(size for _, size in machine.memory.layout.ram),
+            memory=machine.memory.boot_size,
             topology=Topology.of(config.cpus),
             ram=machine.memory.layout.ram,
         )

@@ -89,8 +89,10 @@ AT_START = (
     "kvik",
     "kvik.image.kernel",
     "kvik.image.kernel_index",
+    "kvik.kvm.system",
     "kvik.vmm.build",
     "kvik.vmm.config",
+    "kvik.vmm.cpu.listing",
     "kvik.vmm.cpu.models",
     "kvik.vmm.confinement",
     "kvik.vmm.gdb",
@@ -128,8 +130,9 @@ class Confinement:
             MODES[config.sandbox],
             writable=(config.snapshots,) if config.snapshots else (),
             removable=_directories(config),
-            # The back ends of these are spoken to by vCPU threads, when the guest resets a device.
-            sockets=bool(config.fs or config.vhost_user_blk),
+            # The back ends of these are spoken to by vCPU threads, when the guest resets a device. With memory that
+            # another process can share, one may be plugged at any time.
+            sockets=bool(config.fs or config.vhost_user_blk or (config.memory.shared and config.qmp)),
             forks=config.migratable,
             unix_connect=any(vsock.uds for vsock in config.vsock),
         )

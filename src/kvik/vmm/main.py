@@ -72,6 +72,9 @@ def main(arguments: list[str] | None = None, prepared: Prepared | None = None) -
 
         print(f"kvik-vmm {kvik.__version__}")
         return 0
+    if "--cpu=help" in words or " --cpu help " in f" {' '.join(words)} ":
+        sys.stdout.write(_cpu_models())
+        return 0
     try:
         return _run(prepared or Prepared.parse(words), alone=arguments is None)
     except KvikError as error:
@@ -82,6 +85,17 @@ def main(arguments: list[str] | None = None, prepared: Prepared | None = None) -
         hint = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
         print(f"kvik-vmm: the host refuses something that a machine needs: {error}{hint}", file=sys.stderr)
     return 1
+
+
+def _cpu_models() -> str:
+    from kvik.kvm.system import System
+    from kvik.vmm.cpu.listing import listing
+
+    try:
+        with System() as system:
+            return listing(system.supported_cpuid())
+    except OSError:
+        return listing(None)
 
 
 def _have_standard_streams() -> None:

@@ -212,8 +212,13 @@ class GuestMemory:
 
     @property
     def size(self) -> int:
-        """Bytes of RAM."""
+        """Bytes of RAM, with all that devices bring (virtio-mem's whole window)."""
         return sum(region.size for region in self.regions)
+
+    @property
+    def boot_size(self) -> int:
+        """Bytes of RAM that the machine begins with."""
+        return sum(size for _, size in self.layout.ram)
 
     def add_ram(self, start: int, size: int, host: HostMemory, node: int = 0) -> Region:
         address, fd = host.allocate(size)

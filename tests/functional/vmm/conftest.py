@@ -12,7 +12,16 @@ import pytest
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
 
-from running import Running  # behind the path
+import restored  # behind the path
+from running import Running
+
+
+@pytest.fixture(params=["booted", "restored"])
+def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """How the test's machines come to be: `restored.either_way`."""
+    restored.directory = tmp_path_factory.mktemp("saved") if request.param == "restored" else None
+    yield request.param
+    restored.directory = None
 
 
 @pytest.fixture

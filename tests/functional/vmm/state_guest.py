@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import restored as restored_at
 from guest import run_until
 
 from kvik.errors import HostError
@@ -119,11 +120,21 @@ def restored(directory: Path, **given: Any) -> Iterator[Guest]:
 
 
 @contextmanager
+def running(directory: Path, **memory: Any) -> Iterator[Guest]:
+    """A guest that runs: booted, or restored where machines shall be that (the module `restored`)."""
+    with (booted if restored_at.directory is None else through_snapshot)(directory, **memory) as guest:
+        yield guest
+
+
+@contextmanager
 def through_snapshot(directory: Path, compression: str = "none", **memory: Any) -> Iterator[Guest]:
     """Boot, run, save, end, restore, start."""
-    saved = directory / "saved"
+    saved = directory / "on the way"
     with booted(directory, **memory) as guest:
-        guest.check()
+        if memory.get("code", ECHO) is ECHO:
+            guest.check()
+        else:
+            run_until(guest.machine, guest.counter)
         guest.machine.save(str(saved), compression)
     with restored(saved) as guest:
         guest.machine.start()

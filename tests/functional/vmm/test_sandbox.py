@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 from guests import needs_kvm
+from restored import booted_only, either_way
 from running import ROOT, Running
 from tiny_kernel import IDLE, POWER_OFF, out, say
 
 from kvik.vmm import confinement
 from kvik.vmm.config import DiskConfig, MachineConfig, NetConfig
 from kvik.vmm.options import parse
+
+pytestmark = either_way
 
 
 def confined(process: subprocess.Popen[bytes]) -> list[str]:
@@ -281,6 +284,7 @@ def test_off_means_off_and_the_log_forbids_nothing(start: Callable[..., Running]
     assert vm.wait() == 0
 
 
+@booted_only
 def test_descriptors_that_a_configuration_names_are_found() -> None:
     config = MachineConfig(
         qmp=["fd=7", "/run/9"], trace="/dev/fd/13", disks=[DiskConfig(fd=8)], nets=[NetConfig(fds=[11, 12])]
@@ -289,6 +293,7 @@ def test_descriptors_that_a_configuration_names_are_found() -> None:
     assert confinement.descriptors(config) == {5, 7, 8, 11, 12, 13}
 
 
+@booted_only
 def test_only_directories_of_own_sockets_may_lose_files() -> None:
     config = parse(
         ["--qmp", "/run/a/qmp", "--serial", "unix:/run/b/serial", "--serial", "file:/var/log/x", "--kernel", "k"]
@@ -296,6 +301,7 @@ def test_only_directories_of_own_sockets_may_lose_files() -> None:
     assert confinement._directories(config) == ("/run/a", "/run/b")
 
 
+@booted_only
 def test_whatever_is_imported_late_is_imported_before_the_sandbox() -> None:
     """No function of the package imports what the lists of `confinement` do not name."""
     import ast

@@ -82,6 +82,10 @@ class Balloon(VirtioDevice):
         self._roles += ["stats"] if self.has(STATS_VQ) else []
         self._roles += ["report"] if self.has(PAGE_REPORTING) else []
         self._held = None
+        if "stats" in self._roles:
+            # Linux puts its buffer and kicks before DRIVER_OK (init_vqs in its virtio_balloon.c), when nobody listens.
+            index = self._roles.index("stats")
+            self.loop.call_soon(lambda: self.kick(index))
 
     def deactivate(self) -> None:
         self._held = None
@@ -221,14 +225,15 @@ class Balloon(VirtioDevice):
 
     @property
     def actual(self) -> int:
-        """Bytes of memory that the guest has for itself (QMP query-balloon)."""
-        return max(self.memory.size - (self.config["actual"] << PAGE_SHIFT), 0)
+        """Bytes of memory that the guest has for itself (QMP query-balloon), of what it began with: virtio-mem's
+        comes and goes on its own."""
+        return max(self.memory.boot_size - (self.config["actual"] << PAGE_SHIFT), 0)
 
     def set_target(self, size: int) -> None:
         """Ask the guest to live with `size` bytes (QMP balloon)."""
         if size <= 0:
             raise InvalidArgument(f"a machine cannot be left {size} bytes of memory")
-        pages = max(self.memory.size - size, 0) >> PAGE_SHIFT
+        pages = max(self.memory.boot_size - size, 0) >> PAGE_SHIFT
 
         def change() -> None:
             self.config["num_pages"] = pages
