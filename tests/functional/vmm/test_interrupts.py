@@ -384,6 +384,7 @@ def test_a_processor_that_halts_is_woken(guest: RemoteGuest, by: str) -> None:
     entry(guest, PIN, 0x50)
     guest.halt()
     guest.moves()
+    assert guest.halted()
     vector = {"message": 0x60, "line": 0x50, "nmi": 2}[by]
     if by == "line":
         guest.machine.interrupts.line(PIN).pulse()
