@@ -143,10 +143,14 @@ class DiskConfig:
 
 @settings
 class VhostUserBlkConfig:
+    """`life_fd`: held open as long as the device is there; its back end may end when it closes."""
+
     socket: str = ""
     fd: int = -1
+    life_fd: int = -1
     id: str = ""
     queues: int = 1
+    queue_size: int = 256
     slot: int = 0
 
 

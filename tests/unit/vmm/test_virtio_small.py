@@ -167,6 +167,28 @@ def test_balloon_target_actual_and_statistics(machine: FakeMachine) -> None:
     driver.close()
 
 
+def test_statistics_that_linux_puts_before_it_is_ready_are_seen(machine: FakeMachine) -> None:
+    """Its init_vqs fills and kicks the queue before DRIVER_OK."""
+    device = Balloon("balloon0")
+    driver = Driver(device, machine=machine)
+    device.stop()
+    stats = struct.pack("<HQ", 4, 123)
+    room = driver.space(len(stats), stats)
+
+    def early() -> None:
+        driver.put(2, [(room, len(stats), False)])
+        driver.kick(2)
+        driver.spin()
+        assert device.guest_stats == {}
+
+    driver.start(before=early)
+    driver.spin()
+    assert device.guest_stats == {"stat-free-memory": 123}
+    device.ask_for_stats()
+    assert driver.take(2) == [(0, 0)]
+    driver.close()
+
+
 # The console ---------------------------------------------------------------------------------------------------------
 
 

@@ -28,13 +28,25 @@ from kvik.hypervisor.names import (
     chardev_name,
     image_name,
     is_passt,
+    life_name,
     log_name,
     passt_name,
     tap_name,
     vhost_name,
+    vhost_user_name,
 )
+from kvik.hypervisor.sidecars import storage_daemon
 
-__all__ = ["CommandLine", "Files", "build", "disk_options", "net_options", "rate_of", "slot_of"]
+__all__ = [
+    "CommandLine",
+    "Files",
+    "build",
+    "disk_options",
+    "net_options",
+    "rate_of",
+    "slot_of",
+    "vhost_user_options",
+]
 
 Options = dict[str, object]
 
@@ -100,7 +112,10 @@ def _options(domain: Domain, files: Files, now: float) -> Iterator[tuple[str, st
     for serial in devices.serials:
         yield "serial", _chardev(serial, files)
     for disk in devices.disks:
-        yield "disk", _joined(disk_options(disk, files))
+        if storage_daemon.by_vhost_user(disk):
+            yield "vhost-user-blk", _joined(vhost_user_options(disk, files, boot_vcpus(domain)))
+        else:
+            yield "disk", _joined(disk_options(disk, files))
     for nic in devices.interfaces:
         yield "net", _joined(net_options(nic, files))
     # All are ports of one device, whose place is that of the document's first virtio-serial controller.
@@ -153,11 +168,14 @@ def slot_of(device: Device) -> int | None:
 
 def _memory(domain: Domain) -> Iterator[tuple[str, str]]:
     backing = domain.memory_backing
-    options: Options = {}
+    # What serves a disk from another process reads and writes the guest's memory.
+    options: Options = {"shared": True if storage_daemon.of(domain) else None}
     pluggable = sum(item.target.size or 0 for item in domain.devices.memorys if item.target is not None)
     if backing is not None:
         shared = backing.access is not None and backing.access.mode == "shared"
-        options["shared"] = True if shared or (backing.source is not None and backing.source.type == "memfd") else None
+        memfd = backing.source is not None and backing.source.type == "memfd"
+        if shared or memfd:
+            options["shared"] = True
         if backing.hugepages is not None:
             pages = backing.hugepages.pages
             options["hugepages"] = f"{pages[0].size}K" if pages and pages[0].size else "2M"
@@ -326,6 +344,25 @@ def disk_options(disk: Disk, files: Files) -> Options:
             "iops-burst": tune.total_iops_sec_max or None,
         }
     return options
+
+
+def vhost_user_options(disk: Disk, files: Files, vcpus: int) -> Options:
+    """What `--vhost-user-blk` takes of it."""
+    alias = alias_of(disk)
+    fd = files.get(vhost_user_name(alias))
+    theirs = disk.source.path if disk.source is not None and disk.type == "vhostuser" else None
+    return {
+        **({"fd": fd} if fd is not None else {"socket": theirs or f"{alias}-export.sock"}),
+        "life-fd": files.get(life_name(alias)),
+        "id": alias,
+        "slot": slot_of(disk),
+        "queues": storage_daemon.queues(disk, vcpus) if storage_daemon.served(disk) else _queues(disk),
+        "queue-size": disk.driver.queue_size if disk.driver is not None else None,
+    }
+
+
+def _queues(disk: Disk) -> int | None:
+    return disk.driver.queues if disk.driver is not None else None
 
 
 def net_options(nic: Interface, files: Files) -> Options:

@@ -13,6 +13,7 @@ from kvik.hypervisor import cpus
 from kvik.hypervisor.changes import check_disk, check_interface
 from kvik.hypervisor.kvik import support
 from kvik.hypervisor.names import alias_of
+from kvik.hypervisor.sidecars import storage_daemon
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
@@ -51,7 +52,11 @@ async def update(machine: KvikMachine, old: Any, new: Any) -> None:
 
 
 async def throttle(machine: KvikMachine, disk: Disk, tune: IoTune) -> None:
-    """Bytes and requests a second, reads and writes together; 0: no limit."""
+    """Bytes and requests a second, reads and writes together; 0: no limit. Its daemon's, for a disk that has one."""
+    if storage_daemon.served(disk):
+        group = {"path": f"/objects/{storage_daemon.limits_name(alias_of(disk))}", "property": "limits"}
+        await machine.ask_storage(disk, "qom-set", group | {"value": storage_daemon.limits(tune)})
+        return
     arguments: Props = {"id": alias_of(disk), "bps_rd": 0, "bps_wr": 0, "iops_rd": 0, "iops_wr": 0}
     arguments |= {"bps": tune.total_bytes_sec or 0, "iops": tune.total_iops_sec or 0}
     if tune.total_bytes_sec_max:

@@ -30,7 +30,7 @@ from kvik.hypervisor.kvik.machine import KvikMachine
 from kvik.hypervisor.kvik.models import Models, ModelSource
 from kvik.hypervisor.kvik.program import EMULATOR
 from kvik.hypervisor.launch import bring_up, find_running, take_up
-from kvik.hypervisor.sidecars import virtiofsd
+from kvik.hypervisor.sidecars import storage_daemon, virtiofsd
 from kvik.hypervisor.sidecars.start import start_sidecars
 from kvik.hypervisor.words import shell_text
 from kvik.paths import Paths
@@ -129,7 +129,13 @@ class KvikDriver:
         with ExitStack() as undo, ExitStack() as close:
             opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
             sidecars = await start_sidecars(
-                domain, request.directory, opened, tpm_states=self._paths.data, log_fd=request.log_fd, undo=undo
+                domain,
+                request.directory,
+                opened,
+                tpm_states=self._paths.data,
+                log_fd=request.log_fd,
+                undo=undo,
+                disks=storage_daemon.of(domain),
             )
             line = build(domain, domain.devices.emulator or EMULATOR, opened.fds, now=time.time())
             handle, position = process.spawn(

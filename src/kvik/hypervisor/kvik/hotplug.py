@@ -20,11 +20,23 @@ from kvik.conf.devices.interface import Interface
 from kvik.conf.devices.memory import Memory
 from kvik.conf.devices.other import Filesystem, Rng, Vsock
 from kvik.errors import ConfigUnsupported, HypervisorError, KvikError, MonitorError, OperationUnsupported
+from kvik.hypervisor.cpus import boot_vcpus
 from kvik.hypervisor.descriptors import Opened, open_disk, open_vsock
 from kvik.hypervisor.kvik import support
-from kvik.hypervisor.kvik.argv import Files, disk_options, rate_of, slot_of
+from kvik.hypervisor.kvik.argv import Files, disk_options, rate_of, slot_of, vhost_user_options
 from kvik.hypervisor.kvik.changes import throttle
-from kvik.hypervisor.names import TAP_TYPES, alias_of, image_name, is_passt, passt_name, tap_name, vhost_name
+from kvik.hypervisor.names import (
+    TAP_TYPES,
+    alias_of,
+    image_name,
+    is_passt,
+    life_name,
+    passt_name,
+    tap_name,
+    vhost_name,
+    vhost_user_name,
+)
+from kvik.hypervisor.sidecars import storage_daemon
 from kvik.hypervisor.sidecars.start import start_for_device
 
 if TYPE_CHECKING:
@@ -73,18 +85,31 @@ async def attach(machine: KvikMachine, device: Any, files: Mapping[str, int]) ->
 
 async def _open(machine: KvikMachine, device: Any, opened: Opened) -> None:
     """The host's side: files, and processes that serve the device."""
+    if isinstance(device, Vsock):
+        open_vsock(opened, device)
     if isinstance(device, Disk):
         open_disk(opened, device)
-    elif isinstance(device, Vsock):
-        open_vsock(opened, device)
-    elif isinstance(device, Filesystem | Interface):
+        if not storage_daemon.by_vhost_user(device):
+            return
+        await _need_shared_memory(machine)
+    if isinstance(device, Disk | Filesystem | Interface):
         log_fd = os.open(machine.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        vcpus = boot_vcpus(machine.domain)
         try:
-            member = await start_for_device(machine.sidecars, device, machine.directory, opened, log_fd)
+            member = await start_for_device(machine.sidecars, device, machine.directory, opened, log_fd, vcpus=vcpus)
         finally:
             os.close(log_fd)
         if member is not None:
             machine.watch_sidecar(member)
+
+
+async def _need_shared_memory(machine: KvikMachine) -> None:
+    reply = await machine.execute("query-memdev")
+    if not any(isinstance(item, dict) and item.get("share") is True for item in reply or []):
+        raise OperationUnsupported(
+            f"machine {machine.name}: a disk that another process serves needs guest memory that can be shared",
+            remedy="add <memoryBacking><source type='memfd'/></memoryBacking> to the definition and start it again",
+        )
 
 
 class _Steps:
@@ -116,6 +141,9 @@ class _Steps:
 
 
 async def _attach_disk(steps: _Steps, disk: Disk, opened: Opened) -> None:
+    if storage_daemon.by_vhost_user(disk):
+        await _attach_served(steps, disk, opened)
+        return
     alias = alias_of(disk)
     name = image_name(alias, 0)
     reply = await steps.do("add-fd", {"opaque": name}, fd=opened.fds[name])
@@ -159,6 +187,28 @@ async def _attach_disk(steps: _Steps, disk: Disk, opened: Opened) -> None:
     )
     if disk.iotune is not None:
         await throttle(steps.machine, disk, disk.iotune)
+
+
+async def _attach_served(steps: _Steps, disk: Disk, opened: Opened) -> None:
+    alias = alias_of(disk)
+    label = await steps.give(f"vublk-{alias}", opened.fds[vhost_user_name(alias)])
+    life = opened.fds.get(life_name(alias))
+    socket = {"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": label}}, "server": False}}
+    await steps.do("chardev-add", {"id": _backend(alias), "backend": socket}, "chardev-remove", {"id": _backend(alias)})
+    asked = vhost_user_options(disk, Files({}), boot_vcpus(steps.machine.domain))
+    props = {
+        "driver": "vhost-user-blk-pci",
+        "id": alias,
+        "chardev": _backend(alias),
+        "lifefd": await steps.give(f"life-{alias}", life) if life is not None else None,
+        "num-queues": asked["queues"],
+        "queue-size": asked["queue-size"],
+        "addr": _addr(slot_of(disk)),
+    }
+    await _device_add(steps, props, str(disk.source.location if disk.source is not None else alias))
+    # The device has a duplicate: what is left here would keep the connection open when it goes.
+    await steps.machine.execute("chardev-remove", {"id": _backend(alias)})
+    await steps.machine.execute("closefd", {"fdname": label})
 
 
 async def _attach_interface(steps: _Steps, nic: Interface, opened: Opened) -> None:
@@ -301,7 +351,11 @@ async def finish_detach(machine: KvikMachine, device: Any) -> None:
     """The device is gone: its host side goes as well."""
     alias = alias_of(device)
     steps: list[tuple[str, Props]] = []
-    if isinstance(device, Disk):
+    if isinstance(device, Disk) and storage_daemon.by_vhost_user(device):
+        storage_daemon.monitor_path(machine.directory, alias).unlink(missing_ok=True)
+        steps.append(("chardev-remove", {"id": _backend(alias)}))  # of an attach that was cut off
+        steps += [("closefd", {"fdname": f"{prefix}-{alias}"}) for prefix in ("vublk", "life")]
+    elif isinstance(device, Disk):
         steps.append(("blockdev-del", {"node-name": node_name(alias)}))
     elif isinstance(device, Interface):
         steps.append(("netdev_del", {"id": netdev_name(alias)}))

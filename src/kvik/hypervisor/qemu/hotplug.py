@@ -248,7 +248,7 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
         new.alias = old.alias
         open_disk(opened, new)  # a medium that cannot be opened leaves the old one in
         await _take_medium(machine, alias)
-        nodes = disks.block_nodes(_context(machine, {}, {}), old) if has_medium(old) else []
+        nodes = disks.block_nodes(_context(machine, {}, {}).files, old) if has_medium(old) else []
         for node in reversed(nodes):
             with contextlib.suppress(MonitorError):
                 await machine.execute("blockdev-del", {"node-name": node["node-name"]})
@@ -257,7 +257,7 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
             undone = _Undo(machine)
             try:
                 paths = {name: await add_fd(machine, fd, name) for name, fd in opened.fds.items()}
-                for node in disks.block_nodes(_context(machine, opened.fds, paths), new):
+                for node in disks.block_nodes(_context(machine, opened.fds, paths).files, new):
                     await machine.execute("blockdev-add", _clean(node), deadline=_DEADLINE)
                     undone.add("blockdev-del", node_name=node["node-name"])
                 await machine.execute("blockdev-insert-medium", {"id": alias, "node-name": disks.top_node(new)})

@@ -24,6 +24,7 @@ from kvik.hypervisor import words
 __all__ = ["Command", "Sidecar", "Sidecars", "attach_sidecars", "program"]
 
 GRACE = 0.5  # seconds between asking and killing
+_GRACES = {"qemu-storage-daemon": 5.0}  # it writes what it has cached of its image's tables
 _LAST = 5.0  # seconds after which a process that even a kill does not end is left to the kernel
 _MOST = 64  # of them, in a status file
 
@@ -43,7 +44,7 @@ def program(what: str, *, path: str = process.SEARCH_PATH, others: Sequence[str]
 class Command:
     """What to run: `fds` are inherited under the numbers that `argv` mentions."""
 
-    kind: str  # "swtpm", "virtiofsd", "passt"
+    kind: str  # "swtpm", "virtiofsd", "passt", "qemu-storage-daemon"
     alias: str  # the device that it serves
     argv: Sequence[str]
     fds: Sequence[int] = ()
@@ -172,8 +173,9 @@ class Sidecars:
 
 async def _end(member: Sidecar) -> None:
     with contextlib.suppress(Exception):
-        async with asyncio.timeout(_LAST):
-            await member.process.terminate_async(GRACE)
+        grace = _GRACES.get(member.kind, GRACE)
+        async with asyncio.timeout(grace + _LAST):
+            await member.process.terminate_async(grace)
     member.process.close()
 
 

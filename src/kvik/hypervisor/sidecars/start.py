@@ -4,18 +4,20 @@ connections are left among the opened descriptors."""
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.interface import Interface
 from kvik.conf.devices.other import Filesystem
 from kvik.conf.domain import Domain
 from kvik.errors import HostError
-from kvik.hypervisor.descriptors import Opened, listen_unix
-from kvik.hypervisor.names import alias_of, is_passt, passt_name
-from kvik.hypervisor.sidecars import passt, swtpm, virtiofsd
+from kvik.hypervisor.cpus import boot_vcpus
+from kvik.hypervisor.descriptors import Opened, connected_listener
+from kvik.hypervisor.names import alias_of, is_passt, passt_name, vhost_user_name
+from kvik.hypervisor.sidecars import passt, storage_daemon, swtpm, virtiofsd
 from kvik.hypervisor.sidecars.group import Sidecar, Sidecars, wait_confined
-from kvik.qmp.aio import short_unix_path
 
 __all__ = ["check", "start_for_device", "start_sidecars"]
 
@@ -31,9 +33,18 @@ def check(domain: Domain) -> None:
 
 
 async def start_sidecars(
-    domain: Domain, directory: Path, opened: Opened, *, tpm_states: Path, log_fd: int, undo: ExitStack
+    domain: Domain,
+    directory: Path,
+    opened: Opened,
+    *,
+    tpm_states: Path,
+    log_fd: int,
+    undo: ExitStack,
+    disks: Sequence[Disk] = (),
 ) -> Sidecars:
-    """Raises `MissingPackages`, `HostError`, `HypervisorError`; then (by `undo`) none is left."""
+    """`disks`: those that the VMM reaches over vhost-user.
+
+    Raises `MissingPackages`, `HostError`, `HypervisorError`; then (by `undo`) none is left."""
     started = Sidecars(domain.name)
     undo.callback(started.kill)
     for device in swtpm.emulated(domain):
@@ -50,11 +61,19 @@ async def start_sidecars(
             started.spawn(command, log_fd)
     for share in virtiofsd.shares(domain):
         await _start_virtiofsd(started, share, directory, opened, log_fd)
+    daemons = [
+        storage_daemon.start(disk, directory, opened, started, vcpus=boot_vcpus(domain), log_fd=log_fd)
+        for disk in disks
+        if vhost_user_name(alias_of(disk)) not in opened.fds
+    ]
     waiting = [_start_passt(started, nic, opened, log_fd) for nic in passt.users(domain)]
     for member in waiting:
         # A port that is taken must be an error of this start, not of a network that later does not work.
         if member is not None:
             await wait_confined(member, _READY)
+    for daemon in daemons:
+        if daemon is not None:
+            await daemon.ready()
     failure = started.failure(log_fd)
     if failure is not None:
         raise failure
@@ -62,13 +81,25 @@ async def start_sidecars(
 
 
 async def start_for_device(
-    sidecars: Sidecars, device: Filesystem | Interface, directory: Path, opened: Opened, log_fd: int
+    sidecars: Sidecars,
+    device: Filesystem | Interface | Disk,
+    directory: Path,
+    opened: Opened,
+    log_fd: int,
+    *,
+    vcpus: int = 1,
 ) -> Sidecar | None:
     """What a device that is plugged into a running machine needs; None if it needs nothing of ours.
 
     Raises as `start_sidecars` does; whoever calls it ends `sidecars.end(alias)` then.
     """
     member: Sidecar | None = None
+    if isinstance(device, Disk):
+        daemon = storage_daemon.start(device, directory, opened, sidecars, vcpus=vcpus, log_fd=log_fd)
+        if daemon is None:
+            return None
+        await daemon.ready()
+        return daemon.member
     if isinstance(device, Interface):
         if is_passt(device) and (member := _start_passt(sidecars, device, opened, log_fd)) is not None:
             await wait_confined(member, _READY)
@@ -87,7 +118,9 @@ async def _start_virtiofsd(
     if name in opened.fds:
         return None
     with ExitStack() as close:
-        listening = _listening(opened, name, directory, close)
+        listening, client = connected_listener(directory / f"{name.replace(':', '-')}.sock")
+        close.callback(listening.close)
+        opened.add(name, client.detach())
         return started.spawn(await virtiofsd.virtiofsd_command(share, listening.fileno()), log_fd)
 
 
@@ -109,19 +142,3 @@ def _pair(opened: Opened, name: str, close: ExitStack) -> socket.socket:
     opened.add(name, ours.detach())
     close.callback(theirs.close)
     return theirs
-
-
-def _listening(opened: Opened, name: str, directory: Path, close: ExitStack) -> socket.socket:
-    """A socket that already has its one connection waiting; its path is gone before anybody else could use it."""
-    path = directory / f"{name.replace(':', '-')}.sock"
-    listening = listen_unix(path)
-    close.callback(listening.close)
-    close.callback(path.unlink, missing_ok=True)
-    client = socket.socket(socket.AF_UNIX)
-    opened.add(name, client.detach())
-    with socket.socket(fileno=opened.fds[name]) as borrowed, short_unix_path(path) as short:
-        try:
-            borrowed.connect(short)
-        finally:
-            borrowed.detach()
-    return listening

@@ -151,10 +151,18 @@ def _fs(context: Context, name: str, properties: Arguments) -> c.FsConfig:
 
 
 def _vhost_user_blk(context: Context, name: str, properties: Arguments) -> c.VhostUserBlkConfig:
-    queues = number("num-queues", properties.get("num-queues", 1), 1, 64)
-    place = slot(properties)
-    path, fd = _socket(context, properties)
-    return c.VhostUserBlkConfig(id=name, slot=place, socket=path, fd=fd, queues=queues)
+    settings = c.VhostUserBlkConfig(id=name, slot=slot(properties))
+    settings.queues = number("num-queues", properties.get("num-queues", 1), 1, 64)
+    settings.queue_size = number("queue-size", properties.get("queue-size", 256), 2, 1024)
+    life = properties.get("lifefd")
+    settings.socket, settings.fd = _socket(context, properties)
+    try:
+        settings.life_fd = net.named_fd(context, text("lifefd", life)) if life is not None else -1
+    except QmpError:
+        if settings.fd >= 0:
+            os.close(settings.fd)
+        raise
+    return settings
 
 
 def _virtio_mem(context: Context, name: str, properties: Arguments) -> c.VirtioMemConfig:
@@ -191,7 +199,7 @@ DRIVERS: dict[str, Driver] = {
     "virtio-balloon-pci": Driver(("deflate-on-oom", "free-page-reporting"), _balloon),
     "vhost-vsock-pci": Driver(("guest-cid", "vhostfd"), _vsock),
     "vhost-user-fs-pci": Driver(("chardev", "tag", "queue-size"), _fs),
-    "vhost-user-blk-pci": Driver(("chardev", "num-queues"), _vhost_user_blk),
+    "vhost-user-blk-pci": Driver(("chardev", "num-queues", "queue-size", "lifefd"), _vhost_user_blk),
     "virtio-mem-pci": Driver(("memdev", "requested-size", "block-size", "node"), _virtio_mem),
 }  # fmt: skip
 ALIASES = {name.removesuffix("-pci"): name for name in DRIVERS if name.startswith("virtio-")} | {

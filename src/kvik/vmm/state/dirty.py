@@ -4,6 +4,7 @@
     the guest               KVM's dirty log, one bitmap a slot (api.rst 4.8)
     this process            `GuestMemory.write` and `touched`, which tell `dirty_log`
     vhost                   its own bitmap, which `vhost.Rings.take_log` hands to `touched`
+    vhost-user              the same, in a memfd (`virtio.vhost_user.VhostUserDevice.take_log`)
 
 KVM protects pages against writes again when it hands out the log, so a page costs its guest one fault a round.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvik.errors import OperationInvalid
+from kvik.errors import OperationInvalid, OperationUnsupported
 from kvik.vmm.layout import PAGE
 
 if TYPE_CHECKING:
@@ -91,7 +92,20 @@ class DirtyPages:
             raise OperationInvalid("the machine's dirty pages are logged already", remedy="one checkpoint or migration")
         self.regions = list(memory.regions)
         self._bitmaps = [bytearray(-(-region.size // PAGE // 64) * 8) for region in self.regions]
+        devices: list[Any] = [self.machine.find(name) for name in self.machine.devices]
+        served = [device for device in devices if hasattr(device, "start_log")]
+        for device in served:
+            if not device.logs:
+                self.regions = []
+                raise OperationUnsupported(
+                    f"the back end of {device.name} ({device.kind}) does not tell which pages it writes",
+                    remedy="unplug it first (device_del), or serve it by one that offers VHOST_F_LOG_ALL",
+                )
         memory.dirty_log = self._touched
+        # A device amid its work may not know of the log yet; whoever looks at RAM behind `start` sees that work.
+        for device in list(self.machine.devices.values()):
+            with device.lock:
+                pass
         for region in self.regions:
             self.machine.back(region, LOG_DIRTY_PAGES)
         for carrier in self.machine.devices.values():
@@ -99,6 +113,9 @@ class DirtyPages:
             if (rings := getattr(vhost, "rings", None)) is not None:
                 rings.start_log()
                 self._vhosts.append(rings)
+        for device in served:
+            device.start_log()
+            self._vhosts.append(device)
 
     def _touched(self, address: int, size: int) -> None:
         """Any thread. The set is never exchanged for another: a page that came to the old one would be lost."""

@@ -83,6 +83,10 @@ class Balloon(VirtioDevice):
         self._roles += ["stats"] if self.has(STATS_VQ) else []
         self._roles += ["report"] if self.has(PAGE_REPORTING) else []
         self._held = None
+        if "stats" in self._roles:
+            # Linux puts its buffer and kicks before DRIVER_OK (init_vqs in its virtio_balloon.c), when nobody listens.
+            index = self._roles.index("stats")
+            self.loop.call_soon(lambda: self.kick(index))
 
     def deactivate(self) -> None:
         self._held = None
