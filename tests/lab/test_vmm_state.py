@@ -53,6 +53,8 @@ def test_a_stock_kernel_lives_through_save_restore_rewind_and_migration(lab: Lab
     others = [tick for tick in ticks if not tick[2].startswith("same")]
     assert all(" ".join(tick) in rewinding for tick in others), ticks
     assert figures["migration"]["status"] == "completed" and figures["outcome"] == "guest-shutdown"
+    postcopy = figures["postcopy"]
+    assert postcopy["status"] == "completed" and postcopy["ram"]["postcopy-requests"] > 0, postcopy
     assert figures["pages"][-1] > 0
     assert "nothing wrong" in done.stdout
     numbers = [

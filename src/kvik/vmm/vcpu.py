@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 else:
     import _signal  # what is behind `signal`, which is slow to import
 
-__all__ = ["KICK_SIGNAL", "VcpuThread", "prepare_signal"]
+__all__ = ["KICK_SIGNAL", "SLEEP", "VcpuThread", "prepare_signal"]
 
 KICK_SIGNAL: int = _signal.SIGRTMIN
-_PARK, _END = 1, 2
+_PARK, _END, SLEEP = 1, 2, 4  # what is asked of a thread; SLEEP: to park as well, for another reason
 _IO, _MMIO, _INTR, _HLT = ExitReason.IO, ExitReason.MMIO, ExitReason.INTR, ExitReason.HLT
 _DEBUG, _SHUTDOWN, _SYSTEM_EVENT = ExitReason.DEBUG, ExitReason.SHUTDOWN, ExitReason.SYSTEM_EVENT
 REASONS = 64  # more than the kernel has exit reasons
@@ -77,9 +77,9 @@ class VcpuThread:
         if self._ident:
             _signal.pthread_kill(self._ident, KICK_SIGNAL)
 
-    def ask_to_park(self) -> None:
+    def ask_to_park(self, reason: int = _PARK) -> None:
         with self._lock:
-            self._request |= _PARK
+            self._request |= reason
             parked = self.parked
         if not parked:
             self.kick()
@@ -93,9 +93,11 @@ class VcpuThread:
             if not self._came.acquire(timeout=0.02):
                 self.kick()  # for a kernel that looks at the signal only, when it came just before KVM_RUN
 
-    def unpark(self) -> None:
+    def unpark(self, reason: int = _PARK) -> None:
         with self._lock:
-            self._request &= ~_PARK
+            self._request &= ~reason
+            if self._request & (_PARK | SLEEP):
+                return
             self.parked = False
         self._look_again()
 
@@ -201,7 +203,7 @@ class VcpuThread:
             with self._lock:
                 if self._request & _END:
                     return False
-                if not self._request & _PARK:
+                if not self._request & (_PARK | SLEEP):
                     self.parked = False
                     return True
                 self.parked = True

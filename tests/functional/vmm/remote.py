@@ -18,6 +18,7 @@ import pytest
 import restored
 
 from kvik.errors import HostError
+from kvik.kvm.constants import MpState
 from kvik.vmm.config import CpuConfig, MachineConfig, MemoryConfig
 from kvik.vmm.layout import LAPIC, MIB
 from kvik.vmm.machine import Machine
@@ -31,7 +32,8 @@ END_OF_INTERRUPT = 1  # of the mailbox's flags: the handler says it by itself
 LENGTH = 128  # of the log
 ALL = (1 << 64) - 1
 
-# Mailbox: +0 what to call, +8 rdi, +16 rsi, +24 rdx, +32 rcx, +40 rax, +48 rsp of the call, +56 entries logged, +64 flags
+# Mailbox: +0 what to call, +8 rdi, +16 rsi, +24 rdx, +32 rcx, +40 rax, +48 rsp of the call, +56 number of entries that
+# were logged, +64 flags, +128 the pointer to the IDT
 PROGRAM = bytes.fromhex(
     # lidt MAIL+128; sti
     "0f011c2580300100 fb"
@@ -44,7 +46,8 @@ PROGRAM = bytes.fromhex(
     # common (vector, error code, rip, cs, rflags, rsp, ss): push %rax; push %rcx; rcx = LOG's next entry
     "50 51 488b0c2538300100 83e17f c1e105"
     # vector, error code, rip, cr2 to the entry; incq MAIL+56
-    "488b442410 48898100400100 488b442418 48898108400100 488b442420 48898110400100 0f20d0 48898118400100 48ff042538300100"
+    "488b442410 48898100400100 488b442418 48898108400100 488b442420 48898110400100 0f20d0 48898118400100"
+    "48ff042538300100"
     # mov vector,%eax; cmp $2,%eax (NMI); je out; cmp $32,%eax; jae irq
     "8b442410 83f802 743b 83f820 7321"
     # an exception ends the call: rip = done, rsp = that of the call, rax = -1; jmp out
@@ -109,7 +112,7 @@ class RemoteGuest:
     def moves(self) -> None:
         """On the restored way: saved as it is now, ended, and restored in another machine, which goes on."""
         if restored.directory is not None:
-            self.machine = restored.again(self.machine, self._make, lambda: True)
+            self.machine = restored.moved(self.machine, self._make)
             self.machine.start()
 
     def until(self, condition: Callable[[], object], what: object = "it") -> None:
@@ -164,8 +167,15 @@ class RemoteGuest:
         self.call("89f8 0f30 c3", value, rdx=value >> 32, rcx=index)  # mov %edi,%eax; wrmsr; ret
 
     def halt(self) -> None:
-        """Begin to wait for an interrupt. hlt; ret"""
-        self.begin("f4c3")
+        """Let it wait for an interrupt. None is taken before the hlt: sti holds them back for one instruction."""
+        self.mask(True)
+        self.begin("fbf4c3")  # sti; hlt; ret
+
+        def halted() -> bool:
+            with self.machine.paused():
+                return self.machine.vcpus[0].vcpu.mp_state() == MpState.HALTED
+
+        self.until(halted, "the hlt")
 
     def mask(self, yes: bool) -> None:
         """cli or sti"""
@@ -194,10 +204,10 @@ class RemoteGuest:
         """Wait for these, and no others."""
         self.until(lambda: len(self.peek()) >= len(vectors), f"interrupts {vectors}")
         self.call("90c3")  # a turn of the guest's: what is to come has come
-        assert self.logged() == list(vectors)
+        heard = self.logged()
+        assert heard == list(vectors), heard
 
     def quiet(self) -> None:
         """Nothing came, and nothing is on its way: whatever could come is delivered before the guest's next steps."""
         self.call("90c3")
-        self.call("90c3")
-        assert self.logged() == []
+        self.interrupted()

@@ -1,4 +1,4 @@
-"""Every test that boots a machine also runs on a restored one: saved amid its guest's first steps, ended, and made anew.
+"""Every test that boots a machine also runs on a restored one: saved amid its guest's first steps, ended, made anew.
 
 A test marked with `either_way` runs twice. The second time the helpers that make machines (`guests.machine_with`,
 `guest.machine`, `running.Running`) do more: the guest first waits at a gate of a few instructions; there the machine is
@@ -29,8 +29,9 @@ directory: Path | None = None  # where machines are saved on the way, or none: s
 
 def gate(mode: str, target: int) -> bytes:
     """1: incl COUNT; cmpl $0, OPEN; je 1b; jmp target. It touches no register but the flags."""
-    if mode == "real":
-        body = b"\x66\xff\x06" + COUNT.to_bytes(2, "little") + b"\x66\x83\x3e" + OPEN.to_bytes(2, "little") + b"\0"
+    if mode == "real":  # by cs, whose base is 0; ds may lie elsewhere
+        body = b"\x2e\x66\xff\x06" + COUNT.to_bytes(2, "little")
+        body += b"\x2e\x66\x83\x3e" + OPEN.to_bytes(2, "little") + b"\0"
         width = 2
     else:  # with a SIB byte: absolute in 32 and in 64 bits
         body = b"\xff\x04\x25" + COUNT.to_bytes(4, "little") + b"\x83\x3c\x25" + OPEN.to_bytes(4, "little") + b"\0"
@@ -61,12 +62,17 @@ def either(make: Callable[[], Machine], mode: str) -> Machine:
 
 def again(first: Machine, make: Callable[[], Machine], begun: Callable[[], bool]) -> Machine:
     """Run `first` until it has begun, save it, end it; another one of the kind, restored and not started."""
-    assert directory is not None
     first.start()
     end = time.monotonic() + SECONDS
     while not begun():
         assert time.monotonic() < end, "the guest did not begin"
         first.loop.run_once(0.001)
+    return moved(first, make)
+
+
+def moved(first: Machine, make: Callable[[], Machine]) -> Machine:
+    """Save a machine as it is now, end it; another one of the kind, restored and not started."""
+    assert directory is not None
     number = len(list(directory.iterdir()))
     place = directory / str(number)
     first.save(str(place))

@@ -27,8 +27,8 @@ GATE = b"\xff\x05" + COUNT.to_bytes(4, "little") + b"\x83\x3d" + OPEN.to_bytes(4
 
 
 class Running:
-    """kvik-vmm as a process of its own. Where machines shall be restored ones (`restored`), a first process with the same
-    options saves itself while its guest waits at a gate, and ends; what the test has is a second one, with --restore."""
+    """kvik-vmm as a process of its own. Where machines shall be restored ones (`restored`), a first process with the
+    same options saves itself while its guest waits at a gate, and ends; the test has a second one, with --restore."""
 
     def __init__(
         self, directory: Path, code: bytes, *options: str, program: str = "", fds: tuple[int, ...] = ()

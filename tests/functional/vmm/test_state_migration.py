@@ -350,3 +350,54 @@ def test_the_monitor_migrates_saves_and_rewinds(tmp_path: Path) -> None:
         assert told == ["setup", "active", "device", "completed"]
         until(lambda: there.machine.status == "running", there)
         there.check()
+
+
+def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_can_be_sent(tmp_path: Path) -> None:
+    uri = f"unix:{tmp_path}/there"
+    with running(tmp_path, code=WRITER) as source, awaiting(tmp_path, uri, code=WRITER) as there:
+        until(lambda: source.counter() > 3, source)
+        migration = migration_of(source.machine)
+        migration.set_capability("auto-converge", True)
+        migration.set_parameters({"max-bandwidth": 32 * MIB, "downtime-limit": 40})  # its 2 MiB take 60 ms
+        migration.set_parameters({"cpu-throttle-initial": 50, "cpu-throttle-increment": 49})
+        migration.start(uri)
+        seen: set[int] = set()
+
+        def slowed() -> bool:
+            report = migration.report()
+            seen.add(report.get("cpu-throttle-percentage", 0))
+            return max(seen) == 99 or report["status"] == "completed"
+
+        until(slowed, source, there)
+        assert {0, 50} <= seen
+        source.machine.pause()  # while it sleeps, or not
+        source.machine.resume()
+        migration.set_parameters({"downtime-limit": 200})
+        until(lambda: finished(source), source, there)
+        assert migration.report()["status"] == "completed"
+        until(lambda: there.machine.status == "running", there)
+        before = there.counter()
+        until(lambda: there.counter() > before + 20, there)
+        assert there.machine.memory.u32(ERRORS) == 0
+
+
+def test_a_slowed_guest_is_as_fast_as_before_when_its_migration_is_cancelled(tmp_path: Path) -> None:
+    uri = f"unix:{tmp_path}/there"
+    with running(tmp_path, code=WRITER) as source, awaiting(tmp_path, uri, code=WRITER) as there:
+        migration = migration_of(source.machine)
+        migration.set_capability("auto-converge", True)
+        migration.set_parameters({"max-bandwidth": 8 * MIB, "downtime-limit": 0, "cpu-throttle-initial": 90})
+        migration.start(uri)
+        until(lambda: "cpu-throttle-percentage" in migration.report(), source, there)
+        migration.cancel()
+        assert "cpu-throttle-percentage" not in migration.report()
+        assert not any(thread._request for thread in source.machine.vcpus)
+        goal = source.counter() + 20
+        until(lambda: source.counter() > goal, source)
+
+
+def test_a_guest_that_rests_moves_whatever_the_limit_of_downtime(tmp_path: Path) -> None:
+    uri = f"unix:{tmp_path}/there"
+    with running(tmp_path) as source, awaiting(tmp_path, uri) as there:
+        source.machine.pause()
+        assert move(source, there, uri, downtime_limit=1)["status"] == "completed"

@@ -25,6 +25,7 @@ from kvik.hypervisor.test.driver import TestDriver
 from kvik.manager.domain import DomainObject
 from kvik.manager.manager import Manager
 from kvik.paths import Paths
+from kvik.vmm.sandbox import landlock
 
 pytestmark = [
     needs_kvm,
@@ -363,6 +364,7 @@ async def test_without_the_daemon_the_package_and_another_way_are_named(
     assert "qemu-img convert -f qcow2 -O raw" in missing.value.remedy
 
 
+@pytest.mark.skipif(not landlock.abi(), reason="needs a kernel with Landlock")
 async def test_a_daemon_opens_nothing_but_its_images(world: World) -> None:
     """What a hostile image could have it open, were it taken over: nothing that was not passed."""
     other = image(world.root / "other.qcow2")

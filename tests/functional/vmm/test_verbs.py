@@ -86,8 +86,6 @@ DEVICES = {
     "dimm": "<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></target></memory>",
     "cdrom": "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/><source file='{root}/b.raw'/>"
     "<target dev='sda' bus='sata'/></disk>",
-    "qcow2": "<disk type='file'><driver name='qemu' type='qcow2'/><source file='{root}/b.raw'/><target dev='vdb'/>"
-    "</disk>",
     "vsock": "<vsock model='virtio'><cid auto='yes'/></vsock>",
 }
 

@@ -76,9 +76,8 @@ class Side:
 
 
 @contextmanager
-def machine(directory: Path, incoming: str = "") -> Iterator[Side]:
-    name = "there" if incoming else "here"
-    (directory / "kernel").write_bytes(elf(guest()))
+def served(directory: Path, name: str) -> Iterator[VhostUserBlkConfig]:
+    """A back end for one machine; several share the image, which nobody writes."""
     (directory / "disk.raw").write_bytes(CONTENT)
     place = directory / f"{name}.sock"
     daemon = subprocess.Popen(
@@ -92,23 +91,35 @@ def machine(directory: Path, incoming: str = "") -> Iterator[Side]:
         while not place.exists():
             assert daemon.poll() is None and time.monotonic() < end
             time.sleep(0.01)
+        yield VhostUserBlkConfig(socket=str(place), id="disk0", slot=5)
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
+@contextmanager
+def machine(directory: Path, incoming: str = "", restored: str = "") -> Iterator[Side]:
+    (directory / "kernel").write_bytes(elf(guest()))
+    with served(directory, "there" if incoming or restored else "here") as disk:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
+        serials = [CharConfig(backend=f"fd={theirs.detach()}")]
         config = MachineConfig(
             memory=MemoryConfig(size=64 * MIB, shared=True),
             boot=BootConfig(kernel=str(directory / "kernel")),
-            serials=[CharConfig(backend=f"fd={theirs.detach()}")],
-            vhost_user_blk=[VhostUserBlkConfig(socket=str(place), id="disk0", slot=5)],
+            serials=serials,
+            vhost_user_blk=[disk],
         )
-        with build(config, boot=not incoming) as made, ours:
+        if restored:
+            made = Machine.restore(restored, MachineConfig(serials=serials, vhost_user_blk=[disk]))
+        else:
+            made = build(config, boot=not incoming)
+        with made, ours:
             if incoming:
                 await_incoming(made, incoming)
             else:
                 made.start()
             yield Side(made, ours)
-    finally:
-        daemon.kill()
-        daemon.wait()
 
 
 def test_what_the_back_end_writes_while_the_machine_moves_arrives(tmp_path: Path) -> None:
@@ -156,6 +167,17 @@ def test_a_checkpoint_takes_back_what_the_back_end_wrote(tmp_path: Path) -> None
             checkpoint.close()
         here.read_on(b"two")
         assert here.has(0, 2 * SECTORS)
+
+
+def test_a_restored_machine_goes_on_at_another_back_end(tmp_path: Path) -> None:
+    with machine(tmp_path) as here:
+        here.read_on(b"one")
+        here.machine.save(str(tmp_path / "saved"))
+        here.read_on(b"two")  # saving harmed nothing
+    with machine(tmp_path, restored=str(tmp_path / "saved")) as there:
+        assert there.has(0, SECTORS) and not there.has(SECTORS, SECTORS + 1)
+        there.read_on(b"two")
+        assert there.has(0, 2 * SECTORS)
 
 
 def test_a_back_end_that_does_not_tell_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ def main(words: list[str]) -> int:
         privileges.bound_capabilities((_DAC_OVERRIDE, _DAC_READ_SEARCH))
         files |= {os.open(path, os.O_PATH | os.O_CLOEXEC): path == "/dev/null" for path in _SETTINGS}
         places = {*filter(os.path.isdir, _PROGRAMS), os.path.dirname(os.path.realpath(program[0]))}  # noqa: PTH120
-        landlock.restrict(programs=tuple(sorted(places)), files=files)
+        if not landlock.restrict(programs=tuple(sorted(places)), files=files):
+            sys.stderr.write("this kernel has no Landlock: the program can open whatever its user can\n")
         os.execv(program[0], program)
     except (OSError, KvikError) as error:
         sys.stderr.write(f"{error}\n")

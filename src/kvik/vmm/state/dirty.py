@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvik.vmm.machine import Machine
     from kvik.vmm.memory import Region
 
-__all__ = ["DirtyPages", "page_runs"]
+__all__ = ["DirtyPages", "all_set", "clear_run", "page_runs"]
 
 LOG_DIRTY_PAGES = 1  # KVM_MEM_LOG_DIRTY_PAGES
 _BLOCK = 512  # bytes of bitmap that are compared with zeroes in one go: 16 MiB of RAM
@@ -57,6 +57,24 @@ def page_runs(bitmap: bytes | bytearray | memoryview) -> Iterator[tuple[int, int
         yield first, end - first
 
 
+def _window(first: int, count: int) -> tuple[slice, int]:
+    """The bytes of a bitmap that hold a run, and the run's mask among them."""
+    start, stop = first >> 3, (first + count + 7) >> 3
+    return slice(start, stop), ((1 << count) - 1) << (first & 7)
+
+
+def all_set(bitmap: memoryview, first: int, count: int) -> bool:
+    """Whether all bits of the run are set."""
+    span, mask = _window(first, count)
+    return int.from_bytes(bitmap[span], "little") & mask == mask
+
+
+def clear_run(bitmap: memoryview, first: int, count: int) -> None:
+    span, mask = _window(first, count)
+    rest = int.from_bytes(bitmap[span], "little") & ~mask
+    bitmap[span] = rest.to_bytes(span.stop - span.start, "little")
+
+
 class DirtyPages:
     """Logs from `start` on. One at a time a machine."""
 
@@ -69,6 +87,7 @@ class DirtyPages:
 
     def start(self) -> None:
         memory = self.machine.memory
+        memory.require_whole("be copied")
         if memory.dirty_log is not None:
             raise OperationInvalid("the machine's dirty pages are logged already", remedy="one checkpoint or migration")
         self.regions = list(memory.regions)

@@ -8,6 +8,7 @@ discarded here) or deflates (uses pages again, which then read as zeroes), and t
 from __future__ import annotations
 
 import ctypes
+import errno
 import struct
 import time
 
@@ -176,6 +177,8 @@ class Balloon(VirtioDevice):
             try:
                 self.memory.discard(address, part)
             except HostError as error:  # huge pages: they go only as a whole
+                if error.errno == errno.EBUSY:  # memory that is still arriving: another time
+                    return
                 self._cannot = str(error)
                 if self.machine is not None:
                     self.machine.log(f"{self.name}: pages are not given back to the host: {error}")

@@ -302,7 +302,7 @@ class Queue:
         start = address - self._base
         if start < 0 or address + length > self._end:
             view = self.memory.view(address, length)  # checks
-            for region in self.memory.regions:
+            for region in self.memory.regions if self.memory.arrival is None else ():
                 if region.start <= address < region.start + region.size:
                     self._base, self._end, self._ram = region.start, region.start + region.size, region.view
             return view
