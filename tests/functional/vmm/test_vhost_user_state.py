@@ -182,6 +182,15 @@ def test_a_restored_machine_goes_on_at_another_back_end(tmp_path: Path) -> None:
         assert there.has(0, 2 * SECTORS)
 
 
+def test_post_copy_is_refused_for_its_back_end_would_not_wait_for_pages(tmp_path: Path) -> None:
+    with machine(tmp_path) as here:
+        migration = migration_of(here.machine)
+        migration.set_capability("postcopy-ram", True)
+        with pytest.raises(OperationUnsupported, match=r"disk0.*post-copy"):
+            migration.start(f"unix:{tmp_path}/there")
+        here.read_on(b"one")
+
+
 def test_a_back_end_that_does_not_tell_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vhost_user, "P_LOG_SHMFD", 0)
     with machine(tmp_path) as here:
