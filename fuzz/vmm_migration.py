@@ -117,13 +117,13 @@ class _Uffd:
     def __init__(self, board: Board) -> None:
         self.board = board
 
-    def _placed(self, address: int, size: int) -> None:
+    def _placed(self, address: int, size: int, again: bool = False) -> None:
         region = self.board.regions[0]
         offset = address - region.address
         assert size > 0 and not offset % PAGE and not size % PAGE and 0 <= offset <= region.size - size, (offset, size)
         assert all_set(self.board.bitmap(0), offset // PAGE, size // PAGE), "a page that was not missing"
 
-    def copy(self, address: int, source: int, size: int) -> None:
+    def copy(self, address: int, source: int, size: int, again: bool = False) -> None:
         self._placed(address, size)
         assert size <= stream.PIECE
 

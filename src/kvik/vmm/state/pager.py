@@ -137,6 +137,7 @@ class Pager:
         self._coming: dict[int, socket.socket] = {}  # connections made anew, before all are there
         self._count = 0  # how many they will be
         self._complete = False
+        self._half = board.half  # what the one before was killed at: parts of it are there, and still on the map
         self._poll = select.poll()
 
     def run(self) -> None:
@@ -180,7 +181,7 @@ class Pager:
                 if all_set(self.board.bitmap(index), offset // PAGE, 1):
                     self._request(region.start + offset)
                 else:
-                    self.uffd.zero(host, PAGE)
+                    self.uffd.zero(host, PAGE, again=True)  # two may have touched it
                 return
 
     def _request(self, address: int) -> None:
@@ -238,11 +239,14 @@ class Pager:
         mine = block == (offset + size - 1) // stream.CHUNK and block % len(self._channels) == channel.number
         if address % PAGE or not mine or not all_set(self.board.bitmap(index), first, count):
             raise OperationFailed(f"pages came for {address:#x} that were not to come")
+        again = address < self._half[1] and self._half[0] < address + size
+        self.board.half = address, address + size
         if source:
-            self.uffd.copy(region.address + offset, source, size)
+            self.uffd.copy(region.address + offset, source, size, again=again)
         else:
-            self.uffd.zero(region.address + offset, size)
+            self.uffd.zero(region.address + offset, size, again=again)
         clear_run(self.board.bitmap(index), first, count)
+        self.board.half = 0, 0
         self.board.count_page(size)
         self._left -= count
         for page in range(address, address + size, PAGE):

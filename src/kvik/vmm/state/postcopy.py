@@ -158,13 +158,14 @@ class Postcopy:
             grain *= 2
 
     def begin(self, sockets: list[socket.socket]) -> None:
-        """Drop what is outdated, watch it, fork the pager, which is the only one to use `sockets` afterwards."""
+        """Watch and drop what is outdated, fork the pager, which is the only one to use `sockets` afterwards."""
         memory = self.machine.memory
+        # In this order: what is dropped and not watched, the kernel may fill with zeroes for the sake of a huge page.
+        for address, size in self._ranges:
+            self._uffd.register(address, size)
         for index, region in enumerate(self.board.regions):
             for first, count in page_runs(self.board.bitmap(index)):
                 memory.discard(region.start + first * PAGE, count * PAGE)
-        for address, size in self._ranges:
-            self._uffd.register(address, size)
         memory.arrival = Arrival(self.machine, self.board, self._want)
         self.machine.before_end.append(self.close)
         self._fork(sockets)

@@ -59,7 +59,7 @@ ROUND_FRESH, ROUND, LAST, SEND_STATE, SEND_RUN = b"f", b"r", b"l", b"s", b"g"
 # and send what nobody asks for; learn what is missing there.
 END_ROUNDS, SEND_MAP, SERVE, STREAM, RECEIVE_MAP = b"n", b"m", b"p", b"q", b"y"
 _SENT, _NORMAL, _ZERO, _REQUESTS, _POSTCOPY, _FIELDS = range(6)
-_HEAD = 2  # words before the channels' figures
+_HEAD = 4  # words before the channels' figures: limit, broken off, `half`
 MAX_ANSWER = 1 << 16
 _BLOCK = CHUNK // PAGE // 8  # bytes of bitmap of one piece
 
@@ -93,6 +93,15 @@ class Board:
     @property
     def broken_off(self) -> bool:
         return bool(self.words[1])
+
+    @property
+    def half(self) -> tuple[int, int]:
+        """Post-copy's destination: (start, end) of the guest-physical addresses that are being put in right now."""
+        return self.words[2], self.words[3]
+
+    @half.setter
+    def half(self, span: tuple[int, int]) -> None:
+        self.words[2], self.words[3] = span
 
     def count_request(self) -> None:
         self.words[_HEAD + _REQUESTS] += 1

@@ -132,31 +132,32 @@ class Userfaultfd:
         """Whoever waits there looks again, and faults again if nothing came."""
         self._ioctl(_UFFDIO_WAKE, _Range(address, size), "waking what waits for memory")
 
-    def copy(self, address: int, source: int, size: int) -> None:
-        """Put `size` bytes of the calling process's memory there and wake who waits. A page that is there stays."""
+    def copy(self, address: int, source: int, size: int, *, again: bool = False) -> None:
+        """Put `size` bytes of the calling process's memory there and wake who waits. A page that is there already is an
+        error, since nobody knows what it holds; with `again` it stays as it is."""
         end = address + size
         while address < end:
             argument = _Copy(address, source, end - address, 0, 0)
             if _libc.ioctl(self.fd, _UFFDIO_COPY, ctypes.addressof(argument)) >= 0:
                 return
-            done = self._skipped(argument.copy, address)
+            done = self._skipped(argument.copy, address, again)
             address, source = address + done, source + done
 
-    def zero(self, address: int, size: int) -> None:
+    def zero(self, address: int, size: int, *, again: bool = False) -> None:
         """The same with zeroes."""
         end = address + size
         while address < end:
             argument = _Zeropage(_Range(address, end - address), 0, 0)
             if _libc.ioctl(self.fd, _UFFDIO_ZEROPAGE, ctypes.addressof(argument)) >= 0:
                 return
-            address += self._skipped(argument.zeropage, address)
+            address += self._skipped(argument.zeropage, address, again)
 
-    def _skipped(self, done: int, address: int) -> int:
+    def _skipped(self, done: int, address: int, again: bool) -> int:
         """How far a call came that failed: the bytes that it filled, or the page that was there already."""
         number = ctypes.get_errno()
         if done > 0:
             return int(done)
-        if number == errno.EEXIST:
+        if number == errno.EEXIST and again:
             self.wake(address, PAGE)
             return PAGE
         if number == errno.EAGAIN:  # the memory's map is being changed: again
