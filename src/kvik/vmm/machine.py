@@ -234,6 +234,8 @@ class Machine:
             if self._devices_held:
                 for device in self.devices.values():
                     device.resume()
+            if self.vcpus:
+                self.vcpus[0].wait_begun()
             self.emit("RESUME")
 
     def run(self, paused: bool = False) -> str:

@@ -65,11 +65,18 @@ class VcpuThread:
         self._wake.acquire()
         self._ended = _thread.allocate_lock()
         self._ended.acquire()
+        self._begun = _thread.allocate_lock()  # released by the thread when nothing but the guest is before it
+        self._begun.acquire()
 
     # From other threads ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         self._ident = _thread.start_new_thread(self._main, ())
+
+    def wait_begun(self) -> None:
+        """Leave it the interpreter until it is about to enter guest mode: the caller has much to do that can wait, and
+        the two would take turns. Not for long, whatever happens to the thread."""
+        self._begun.acquire(timeout=0.1)
 
     def kick(self) -> None:
         """Make KVM_RUN return, now or as soon as it is entered."""
@@ -133,6 +140,7 @@ class VcpuThread:
                 except Exception as error:
                     self.machine.vcpu_cannot_start(self, error)
                     return
+            self._begun.release()
             while True:
                 try:
                     self._loop()

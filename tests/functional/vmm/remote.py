@@ -170,12 +170,12 @@ class RemoteGuest:
         """Let it wait for an interrupt. None is taken before the hlt: sti holds them back for one instruction."""
         self.mask(True)
         self.begin("fbf4c3")  # sti; hlt; ret
+        self.until(self.halted, "the hlt")
 
-        def halted() -> bool:
-            with self.machine.paused():
-                return self.machine.vcpus[0].vcpu.mp_state() == MpState.HALTED
-
-        self.until(halted, "the hlt")
+    def halted(self) -> bool:
+        """Whether it waits for an interrupt."""
+        with self.machine.paused():
+            return self.machine.vcpus[0].vcpu.mp_state() == MpState.HALTED
 
     def mask(self, yes: bool) -> None:
         """cli or sti"""

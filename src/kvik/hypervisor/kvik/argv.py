@@ -79,13 +79,20 @@ class Files:
 
 
 def build(
-    domain: Domain, emulator: str, files: Mapping[str, int] | None = None, *, paused: bool = True, now: float = 0.0
+    domain: Domain,
+    emulator: str,
+    files: Mapping[str, int] | None = None,
+    *,
+    paused: bool = True,
+    now: float = 0.0,
+    cached_kernel: bool = False,
 ) -> CommandLine:
-    """`now`, in seconds since the epoch, matters to <clock offset='variable'> only. Raises `ConfigUnsupported`."""
+    """`now`, in seconds since the epoch, matters to <clock offset='variable'> only. `cached_kernel`: the kernel among
+    `files` is one of our cache, which nobody writes any more. Raises `ConfigUnsupported`."""
     fds = dict(files or {})
     passed = Files(fds)
     argv = [emulator, "--name", domain.name]
-    for name, value in _options(domain, passed, now):
+    for name, value in _options(domain, passed, now, cached_kernel):
         argv += [f"--{name}", value] if value is not None else [f"--{name}"]
     if paused:
         argv.append("--paused")
@@ -94,13 +101,13 @@ def build(
     return CommandLine(argv, tuple(sorted(set(fds.values()))))
 
 
-def _options(domain: Domain, files: Files, now: float) -> Iterator[tuple[str, str | None]]:
+def _options(domain: Domain, files: Files, now: float, cached_kernel: bool) -> Iterator[tuple[str, str | None]]:
     """(option, value or None for a flag), machine first, then the devices kind by kind in the document's order."""
     if domain.uuid:
         yield "uuid", domain.uuid
     yield from _memory(domain)
     yield from _cpus(domain)
-    yield from _boot(domain, files)
+    yield from _boot(domain, files, cached_kernel)
     yield from _smbios(domain)
     yield "rtc", _clock(domain, now)
     yield "on-poweroff", "shutdown" if domain.on_poweroff in (None, "destroy") else "pause"
@@ -235,7 +242,7 @@ def _cpus(domain: Domain) -> Iterator[tuple[str, str]]:
         yield "cpu", ",".join(words)
 
 
-def _boot(domain: Domain, files: Files) -> Iterator[tuple[str, str]]:
+def _boot(domain: Domain, files: Files, cached_kernel: bool) -> Iterator[tuple[str, str]]:
     described = domain.os
     options: Options = {}
     for name, path in (("kernel", described.kernel), ("initrd", described.initrd)):
@@ -244,6 +251,8 @@ def _boot(domain: Domain, files: Files) -> Iterator[tuple[str, str]]:
             options[f"{name}-fd"] = fd
         elif path:
             yield name, path
+    if cached_kernel and "kernel-fd" in options:
+        options["stable-kernel"] = True  # mapped, not read: one copy for all machines
     if options:
         yield "boot", _joined(options)
     if described.cmdline:

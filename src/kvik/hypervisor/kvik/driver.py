@@ -2,12 +2,14 @@
 
 A machine is ours when its document's <emulator> is `kvik-vmm` or a path that ends in it (see `program.py`). Starting
 is as for QEMU: every file is opened here, the VMM gets descriptors and speaks QMP; whatever fails on the way is undone
-in reverse, and if the VMM itself gave up, its own words are the error.
+in reverse, and if the VMM itself gave up, its own words are the error. The process is a fork of the daemon's zygote
+where there is one (`zygote.py`), else it is executed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -20,15 +22,17 @@ from kvik.conf.capabilities import DomainCapabilities, format_domain_capabilitie
 from kvik.conf.cpu import Cpu
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported, HypervisorError
+from kvik.host.process import ProcessHandle
 from kvik.hypervisor import process
 from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
 from kvik.hypervisor.kernels import unpacked_kernel
 from kvik.hypervisor.kvik import changes, program, support
-from kvik.hypervisor.kvik.argv import build
+from kvik.hypervisor.kvik.argv import CommandLine, build
 from kvik.hypervisor.kvik.machine import KvikMachine
 from kvik.hypervisor.kvik.models import Models, ModelSource
 from kvik.hypervisor.kvik.program import EMULATOR
+from kvik.hypervisor.kvik.zygote import ZygoteKeeper
 from kvik.hypervisor.launch import bring_up, find_running, take_up
 from kvik.hypervisor.sidecars import storage_daemon, virtiofsd
 from kvik.hypervisor.sidecars.start import start_sidecars
@@ -53,9 +57,10 @@ _FEATURES = frozenset(
 class KvikDriver:
     name = EMULATOR
 
-    def __init__(self, paths: Paths, probe: Callable[[], HostVerdict]) -> None:
-        """`probe` runs the host's acceleration probe (blocking, cached)."""
+    def __init__(self, paths: Paths, probe: Callable[[], HostVerdict], *, zygote: ZygoteKeeper | None = None) -> None:
+        """`probe` runs the host's acceleration probe (blocking, cached). Without a `zygote` machines are executed."""
         self._paths = paths
+        self._zygote = zygote
         self._probe = probe
         self._verdict = probe()
         self._models = ModelSource()
@@ -104,8 +109,11 @@ class KvikDriver:
                 path="/domain/devices/emulator",
                 remedy=remedy,
             )
-        program.check(definition.devices.emulator or EMULATOR)
-        await self._models.check(definition, definition.devices.emulator or EMULATOR)
+        emulator = definition.devices.emulator or EMULATOR
+        program.check(emulator)
+        if self._zygote is not None and emulator == EMULATOR:
+            self._zygote.warm()  # a machine comes, sooner or later
+        await self._models.check(definition, emulator)
 
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         """Nothing is kept between runs: there is no TPM."""
@@ -137,10 +145,14 @@ class KvikDriver:
                 undo=undo,
                 disks=storage_daemon.of(domain),
             )
-            line = build(domain, domain.devices.emulator or EMULATOR, opened.fds, now=time.time())
-            handle, position = process.spawn(
-                program.command(line.argv), line.fds, request.directory, request.log_fd, product=self.name
+            line = build(
+                domain,
+                domain.devices.emulator or EMULATOR,
+                opened.fds,
+                now=time.time(),
+                cached_kernel=kernel is not None and Path(kernel).is_relative_to(self._paths.cache),
             )
+            handle, position = await self._run(line, request)
             undo.callback(handle.close)
             undo.callback(handle.kill)
             close.close()  # the VMM has its own; ours would keep its monitor from ending with it
@@ -165,6 +177,22 @@ class KvikDriver:
                 ),
             )
 
+    async def _run(self, line: CommandLine, request: StartRequest) -> tuple[ProcessHandle, int]:
+        """The machine's process, and where its own words begin in the log."""
+        command, directory, log_fd = program.command(line.argv), request.directory, request.log_fd
+        position = process.announce(command, log_fd, product=self.name)
+        if self._zygote is not None and line.argv[0] == EMULATOR:
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                files = {0: null, 1: log_fd, 2: log_fd, **{fd: fd for fd in line.fds}}
+                environment = process.environment(directory)
+                forked = await self._zygote.fork(request.definition.name, line.argv, environment, files)
+            finally:
+                os.close(null)
+            if forked is not None:
+                return forked, position
+        return process.execute(command, line.fds, directory, log_fd), position
+
     async def attach(
         self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink
     ) -> KvikMachine | None:
@@ -185,6 +213,10 @@ class KvikDriver:
 
     def _log(self, domain: Domain) -> Path:
         return self._paths.domain_logs / f"{domain.name}.log"
+
+    async def close(self) -> None:
+        if self._zygote is not None:
+            await self._zygote.close()
 
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str:
         path = emulator or await self.default_emulator(arch)

@@ -177,6 +177,9 @@ class QemuDriver:
             if known and model not in known:
                 raise ConfigUnsupported(f"{capabilities.binary} has no CPU model {model!r}", path="/domain/cpu/model")
 
+    async def close(self) -> None:
+        """There is nothing but machines."""
+
     async def native(self, definition: Domain) -> str:
         copy = definition.copy()
         await self.complete(copy)

@@ -83,6 +83,16 @@ async def test_kvik_vmm_understands_every_option(name: str) -> None:
         assert config.serials[0].log == "fd=22" and config.channels[0].backend == "fd=21"
 
 
+async def test_a_kernel_of_the_cache_is_mapped_and_no_other_file_is() -> None:
+    domain = await complete((DATA / "passed-descriptors.xml").read_text())
+    assign_aliases(domain)
+    for cached in (False, True):
+        line = build(domain, "", PASSED["passed-descriptors"], cached_kernel=cached)
+        config = parse(line.argv[1:])
+        assert config.boot.stable_kernel is cached
+        assert not config.boot.stable
+
+
 async def test_a_comma_in_a_value_is_doubled_and_text_is_one_word() -> None:
     argv = (await command_line((DATA / "usual.xml").read_text())).argv
     assert argv[argv.index("--append") + 1] == "console=ttyS0 root=/dev/vda,ro"
