@@ -277,8 +277,9 @@ class Outgoing:
         self.dirty_rate = int(self.remaining / seconds / PAGE)
         if self._throttle is not None:
             self._throttle.round_done(sent, self.remaining)
-        # A limit that is shorter than what the rest takes anyway must not make rounds go on for ever.
-        if self.pages_time <= max(self.downtime_limit - OVERHEAD, self.downtime_limit / 2) or not self.machine.vcpus:
+        # A limit that is shorter than what the rest takes anyway must not make rounds go on for ever; one of 0 does.
+        content = self.pages_time <= max(self.downtime_limit - OVERHEAD, self.downtime_limit / 2)
+        if (content and self.downtime_limit) or not self.machine.vcpus:
             self._stop()
         else:
             self._begin_round(s.ROUND)
