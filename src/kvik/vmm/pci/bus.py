@@ -76,7 +76,8 @@ class _Ports:
         if offset < 4:
             if (offset, size) == (0, 4):
                 self.address = value & 0x80FFFFFC
-            elif (offset, size) == (1, 1) and value & RESET_CPU:  # 0xCF9, the chipset's reset control register
+            elif self._bus.firmware and (offset, size) == (1, 1) and value & RESET_CPU:
+                # 0xCF9, the chipset's reset control register
                 self._bus.machine.hold_caller()
                 self._bus.machine.request_reset("guest-reset")
             return
