@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
-from unit.vmm.devices.machine import FakeMachine
 
 from kvik.errors import HostError, ImageError
 from kvik.vmm.boot.source import Source
 from kvik.vmm.devices.flash import Flash, Rom
 from kvik.vmm.layout import FLASH, RAM_HIGH
+from unit.vmm.devices.machine import FakeMachine
 
 SIZE = 16384
 

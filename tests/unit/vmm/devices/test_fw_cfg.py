@@ -6,11 +6,11 @@ import random
 import struct
 
 import pytest
-from unit.vmm.devices.machine import FakeMachine
 
 from kvik.vmm.devices.fw_cfg import BEHIND, DIRECTORY, ERROR, READ, SELECT, SKIP, WRITE, FwCfg
 from kvik.vmm.layout import FW_CFG_PORT, MIB
 from kvik.vmm.memory import GuestMemory
+from unit.vmm.devices.machine import FakeMachine
 
 SELECTOR, DATA, DMA = FW_CFG_PORT, FW_CFG_PORT + 1, FW_CFG_PORT + 4
 REQUEST, BUFFER = 0x1000, 0x2000

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from unit.vmm.devices.machine import FakeMachine
 
 from kvik.vmm.devices.piix4_pm import FREQUENCY, Piix4Pm
 from kvik.vmm.devices.pit import MASKED, Pit
 from kvik.vmm.layout import PIT_PORT, PM_PORT
+from unit.vmm.devices.machine import FakeMachine
 
 
 class Clock:

@@ -72,7 +72,7 @@ def test_there_is_no_ecam(firmware: Firmware) -> None:
 
 def test_bars_have_no_address_until_the_firmware_gives_them_one_in_its_windows(firmware: Firmware) -> None:
     assert firmware.read(2, 0, 0x10) == 0 and firmware.read(2, 0, 0x18) == 4
-    low, high = firmware.machine.memory.layout.pci64
+    _, high = firmware.machine.memory.layout.pci64
     firmware.write(2, 0x10, 0xFBFF_F000)
     firmware.write(2, 0x18, high - (1 << 20) & 0xFFFFFFFF)
     firmware.write(2, 0x1C, high - (1 << 20) >> 32)
