@@ -80,6 +80,7 @@ LATE_CONTROL = (
     "kvik.vmm.virtio.vsock",
     "kvik.vmm.virtio.vsock_vhost",
     "socket",
+    "zlib",
 )
 # Imported inside functions that only run before the main thread enters.
 AT_START = (
@@ -87,6 +88,7 @@ AT_START = (
     "kvik",
     "kvik.image.kernel",
     "kvik.image.kernel_index",
+    "kvik.vmm.boot.firmware",
     "kvik.vmm.build",
     "kvik.vmm.config",
     "kvik.vmm.cpu.models",
@@ -94,6 +96,7 @@ AT_START = (
     "kvik.vmm.gdb",
     "kvik.vmm.metrics",
     "kvik.vmm.monitor.server",
+    "kvik.vmm.pci.chipset",
     "kvik.vmm.sandbox",
     "kvik.vmm.state.migration",
     "kvik.vmm.trace",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,16 @@ def test_what_cannot_be_started_is_said_and_leaves_nothing_open(code: Path, tmp_
     (tmp_path / "vars").write_bytes(bytes(100))
     with pytest.raises(ImageError, match="no flash image"):
         build(config)
+
+
+def test_the_command_runs_it_inside_the_sandbox(code: Path, tmp_path: Path) -> None:
+    (tmp_path / "vars").write_bytes(bytes(FLASH_SIZE))
+    words = ["--firmware", str(code), "--nvram", str(tmp_path / "vars"), "--debugcon", f"file:{tmp_path / 'log'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "kvik.vmm.main", *words, "--serial", "null", "--memory", "32M"],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "log").read_bytes() == b"4QEMU" * 2 and (tmp_path / "vars").read_bytes()[0] == 2

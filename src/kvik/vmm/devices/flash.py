@@ -141,8 +141,11 @@ class Flash(MmioDevice):
         self._enter("status")
 
     def _keep(self, offset: int, data: bytes | memoryview) -> None:
-        if self.fd >= 0:
-            os.pwritev(self.fd, [data], offset)  # of the two calls the one that a vCPU's thread may make
+        if self.fd < 0:
+            return
+        os.lseek(self.fd, offset, os.SEEK_SET)  # pwrite is none of the calls that a vCPU's thread may make
+        while data:
+            data = data[os.write(self.fd, data) :]
 
     # State ---------------------------------------------------------------------------------------------------------
 
