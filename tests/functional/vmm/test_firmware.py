@@ -1,9 +1,10 @@
 """A firmware of a few instructions on the host's own /dev/kvm, from the reset vector to power off. What it does is
-what OVMF does first, in its order: protected mode, the host bridge, fw_cfg, the tick, the flash; then it reboots, once."""
+what OVMF does first, in its order: protected mode, the host bridge, fw_cfg, the tick, the flash; it reboots once."""
 
 from __future__ import annotations
 
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from functional.vmm.guests import needs_kvm
 from kvik.errors import ImageError, InvalidArgument
 from kvik.vmm.build import build
-from kvik.vmm.config import CharConfig, MachineConfig
+from kvik.vmm.config import CharConfig, DiskConfig, MachineConfig
 from kvik.vmm.layout import MIB
 from kvik.vmm.machine import Machine
 
@@ -196,3 +197,23 @@ def test_the_command_runs_it_inside_the_sandbox(code: Path, tmp_path: Path) -> N
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "log").read_bytes() == b"4QEMUT" * 2 and (tmp_path / "vars").read_bytes()[0] == 2
+
+
+def test_the_firmware_is_told_of_memory_processors_disks_and_tables(code: Path, tmp_path: Path) -> None:
+    config = config_of(code, tmp_path)
+    config.cpus.count = 2
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+        config.disks.append(DiskConfig(path=str(tmp_path / name), iothread=False))
+    config.disks[0].slot = 9
+    with build(config) as machine:
+        items = machine.find("fw_cfg").items  # type: ignore[attr-defined]
+        entries = items[0x19]
+        names = [entries[at + 8 : at + 64].rstrip(b"\0").decode() for at in range(4, len(entries), 64)]
+        files = {name: items[0x20 + number] for number, name in enumerate(names)}
+        assert files["bootorder"] == b"/pci@i0cf8/scsi@9/disk@0,0\n/pci@i0cf8/scsi@2/disk@0,0\0"
+        assert files["etc/e820"] == struct.pack("<QQI", 0, 32 * MIB, 1)
+        assert items[5] == b"\2\0" and files["etc/smbios/smbios-anchor"][:5] == b"_SM3_"
+        assert {"etc/table-loader", "etc/acpi/tables", "etc/acpi/rsdp"} <= set(files)
+        cmos = machine.devices["rtc"].cmos  # type: ignore[attr-defined]
+        assert struct.unpack_from("<H", cmos, 0x34) == (16 * MIB >> 16,) and bytes(cmos[0x5B:0x5E]) == bytes(3)
