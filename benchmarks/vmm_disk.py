@@ -1,9 +1,10 @@
 """virtio-blk of kvik-vmm beside QEMU's: same kernel, same initramfs, same file, in the lab, interleaved.
 
-    PYTHONPATH=src python benchmarks/vmm_disk.py [--runs 5] [--seconds 2] [--tmpfs]
+    PYTHONPATH=src python benchmarks/vmm_disk.py [--runs 5] [--seconds 2] [--tmpfs | --cold]
 
-The disk is a block device of the lab in its page cache, as an image in a file system would be; --tmpfs: a file in
-tmpfs, where io_uring hands every request to a worker thread.
+The disk is a block device of the lab in its page cache, as an image in a file system would be: somebody holds it open,
+since Linux drops a block device's pages with its last descriptor. --cold: nobody does, so reads come from the medium
+and writes fill an empty cache. --tmpfs: a file in tmpfs, where io_uring hands every request to a worker thread.
 
 Needs gcc (a static program is the load) and what the lab needs. Figures are ratios: the lab is an emulated host.
 """
@@ -79,9 +80,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--tmpfs", action="store_true")
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--peers", default="qemu threads,qemu io_uring", help="beside which QEMU")
     parser.add_argument("--loads", default="", help="only those whose name and depth begin so: randread-8")
     options = parser.parse_args()
     loads = [load for load in LOADS if f"{load[0]}-{load[2]}".startswith(options.loads)]
+    peers = options.peers.split(",")
     script = "\n".join(f"/load /dev/vda {mode} {block} {depth} {options.seconds}" for mode, block, depth in loads)
     figures: dict[str, dict[Key, list[float]]] = {}
     disk = "/tmp/bench.raw" if options.tmpfs else "/dev/vda"
@@ -92,18 +96,29 @@ def main() -> None:
         initrd = initramfs(script, ("virtio_pci", "virtio_blk"), {"load": guest_program()})
         (lab.share / "initrd").write_bytes(initrd)
         # Everything is in the page cache before anybody is measured.
+        holder = (
+            None if options.cold else lab.spawn(["sh", "-c", f"touch {disk}; exec sleep 3600 <{disk}"], timeout=3600)
+        )
         lab.sh(f"dd if=/dev/urandom of={disk} bs=1M count={SIZE} 2>/dev/null; cat {disk} >/dev/null")
         for _ in range(options.runs):
             for name, command in commands(lab.kernel.image, 256, disk).items():
-                done = lab.run(command, timeout=300)
-                found = RESULT.findall(done.stdout)
-                if len(found) != len(loads):
-                    sys.exit(f"{name}: only {len(found)} results\n{done.stdout}\n{done.stderr}")
+                if name != "kvik-vmm" and name not in peers:
+                    continue
+                for _ in range(2):  # once more, when a nested machine stood still
+                    done = lab.run(command, timeout=300)
+                    found = RESULT.findall(done.stdout)
+                    if len(found) == len(loads):
+                        break
+                    print(f"{name}: only {len(found)} results\n{done.stdout}\n{done.stderr}", file=sys.stderr)
+                else:
+                    sys.exit(1)
                 print(name, *(" ".join(words) for words in found), sep="  ", file=sys.stderr, flush=True)
                 for mode, block, depth, rate in found:
                     key = (mode, int(block), int(depth))
                     figures.setdefault(name, {}).setdefault(key, []).append(float(rate))
-    for peer in ("qemu threads", "qemu io_uring"):
+        if holder is not None:
+            holder.signal()
+    for peer in peers:
         report = Report(f"virtio-blk beside {peer}")
         for key in loads:
             mode, block, depth = key

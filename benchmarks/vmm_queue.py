@@ -13,7 +13,8 @@ import time
 from kvik.vmm.memory import GuestMemory
 from kvik.vmm.virtio.mock import MockDriver
 from kvik.vmm.virtio.packed import PackedQueue
-from kvik.vmm.virtio.queue import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED, SplitQueue
+from kvik.vmm.virtio.queue import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED
+from kvik.vmm.virtio.split import SplitQueue
 
 SIZE = 256
 CASES = {

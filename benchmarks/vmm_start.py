@@ -1,4 +1,5 @@
-"""How long a machine takes from exec to its first instruction, and what each vCPU, device and GiB adds to that.
+"""How long a machine takes from exec, or from a request to a zygote, to its first instruction; what each vCPU, device
+and GiB adds to that; and what memory of its own it has beside its guest's.
 
 The guest is a kernel of a few instructions, whose first is a byte to COM1: when that comes out at the other end of a
 pipe the vCPU runs. So this measures the product as it is, on any KVM. The peer is `python -I -S -c pass`.
@@ -7,8 +8,13 @@ pipe the vCPU runs. So this measures the product as it is, on any KVM. The peer 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import resource
+import select
+import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +27,7 @@ import pvh_kernel
 from report import Report
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
+SETTLE = 0.15  # seconds: a machine that ends keeps KVM busy for the next one
 VMM = [sys.executable, "-I", "-S", str(SOURCE / "kvik/vmm/__main__.py")]
 
 
@@ -56,6 +63,109 @@ def start(arguments: Sequence[str]) -> Sample:
         raise RuntimeError(f"the machine did not run: {came!r}, exit code {code}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return Sample(first, whole, 1e3 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+
+
+class Zygote:
+    """One that forks machines for us."""
+
+    def __init__(self) -> None:
+        self.channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process = subprocess.Popen([*VMM, "--zygote", str(other.fileno())], pass_fds=(other.fileno(),))
+        other.close()
+        self.channel.recv(4096)  # it can fork
+
+    def start(self, arguments: Sequence[str]) -> Machine:
+        reader, writer = os.pipe()
+        listener, null = listening(), os.open(os.devnull, os.O_RDWR)
+        argv = ["kvik-vmm", *arguments, "--serial", "fd=10", "--qmp", "fd=11"]
+        begun = time.perf_counter()
+        request = {"argv": argv, "env": {"HOME": "/"}, "fds": [0, 1, 2, 10, 11], "cwd": "/"}
+        socket.send_fds(self.channel, [json.dumps(request).encode()], [null, null, 2, writer, listener.fileno()])
+        answer, fds, _, _ = socket.recv_fds(self.channel, 4096, 1)
+        os.close(writer)
+        if os.read(reader, 1) != b"!":
+            raise RuntimeError(f"the machine did not run: {answer!r}")
+        first = 1e3 * (time.perf_counter() - begun)
+        listener.close()
+        os.close(null)
+        os.close(reader)
+        return Machine(json.loads(answer)["pid"], fds[0], first)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.process.wait()
+
+
+class Machine:
+    """One that runs; `first`: ms to its guest's first byte."""
+
+    def __init__(self, pid: int, pidfd: int, first: float) -> None:
+        self.pid, self.pidfd, self.first = pid, pidfd, first
+
+    def private(self, ram: int) -> float:
+        """MiB of memory that it shares with nobody, but for the mapping of `ram` bytes that is its guest's."""
+        total, counts = 0, True
+        for line in Path(f"/proc/{self.pid}/smaps").read_text().splitlines():
+            if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                counts = int(found[2], 16) - int(found[1], 16) != ram
+            elif counts and line.startswith("Private_"):
+                total += int(line.split()[1])
+        return total / 1024
+
+    def end(self) -> None:
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        select.select([self.pidfd], [], [])
+        os.close(self.pidfd)
+        time.sleep(SETTLE)
+
+
+def listening() -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    made.bind("")
+    made.listen()
+    return made
+
+
+def execute(arguments: Sequence[str]) -> Machine:
+    """What `Zygote.start` starts, by exec."""
+    reader, writer = os.pipe()
+    listener = listening()
+    options = [*arguments, "--serial", f"fd={writer}", "--qmp", f"fd={listener.fileno()}"]
+    begun = time.perf_counter()
+    process = subprocess.Popen([*VMM, *options], pass_fds=(writer, listener.fileno()))
+    os.close(writer)
+    if os.read(reader, 1) != b"!":
+        raise RuntimeError("the machine did not run")
+    first = 1e3 * (time.perf_counter() - begun)
+    listener.close()
+    os.close(reader)
+    return Machine(process.pid, os.pidfd_open(process.pid), first)
+
+
+def both_ways(rounds: int) -> None:
+    """Fork and exec of the same machine, sandboxed and with a monitor."""
+    ram = 256 << 20
+    with tempfile.TemporaryDirectory() as directory:
+        kernel = pvh_kernel.write(Path(directory, "kernel"), power_off=False)
+        arguments = ["--kernel", str(kernel), "--memory", "256M", "--pvpanic", "off"]
+        zygote = Zygote()
+        first: dict[str, list[float]] = {"fork": [], "exec": [], "bare": []}
+        private: dict[str, list[float]] = {"fork": [], "exec": []}
+        for _ in range(rounds):
+            first["bare"].append(bare([sys.executable, "-I", "-S", "-c", "pass"]).first)
+            for way, begin in (("fork", zygote.start), ("exec", execute)):
+                machine = begin(arguments)
+                time.sleep(SETTLE)  # until it has confined itself and waits
+                first[way].append(machine.first)
+                private[way].append(machine.private(ram))
+                machine.end()
+        zygote.close()
+    report = Report("to the guest's first instruction, beside a bare interpreter; memory, fork beside exec")
+    report.below("exec", first["exec"], "ms", 20, first["bare"])
+    report.below("fork of a zygote", first["fork"], "ms", 8, first["bare"])
+    report.below("private memory of a fork", private["fork"], "MiB", 4, private["exec"])
+    report.show()
+    print(f"  fastest: exec {min(first['exec']):.1f}, fork {min(first['fork']):.1f}, bare {min(first['bare']):.1f} ms")
 
 
 def cases(kernel: Path, disk: Path) -> dict[str, list[str]]:
@@ -100,8 +210,11 @@ def measure(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--short", action="store_true", help="fork beside exec only")
     options = parser.parse_args()
-    measure(options.rounds)
+    both_ways(options.rounds)
+    if not options.short:
+        measure(options.rounds)
 
 
 if __name__ == "__main__":

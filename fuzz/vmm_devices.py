@@ -357,6 +357,7 @@ class HostileGuest:
         if self.driver is not None:
             actions += [
                 *(self.rings, self.rings, self.chain, self.chain, self.chain, self.craft, self.craft),
+                *(self.usual, self.usual, self.usual, self.usual),
                 *(self.kick, self.kick, self.kick, self.registers, self.one_queue, self.holds),
             ]
         if self.name in HOST:
@@ -470,6 +471,30 @@ class HostileGuest:
             queue.add_raw(parts)
         except (ValueError, IndexError):
             queue.rewind()  # the driver's own view of its ring is worn out
+
+    def usual(self) -> None:
+        """What an honest driver writes, nearly always: the ways that were made short for it are to be attacked too."""
+        assert self.driver is not None
+        dice, queue, memory = self.dice, self.driver.queues[0], self.machine.memory
+        place, sizes = queue.buffers + 4096 * dice.randrange(1, 8), (512, 1024, 4096)
+        parts = [(place + 4096 * number, dice.choice(sizes), DESC_WRITE) for number in range(dice.choice((1, 1, 3)))]
+        if self.name.startswith("blk"):
+            kind = dice.choice((0, 1))
+            memory.write(queue.buffers, struct.pack("<IIQ", kind, 0, dice.randrange(64)))
+            parts = [(address, size, 0 if kind else DESC_WRITE) for address, size, _ in parts]
+            parts = [(queue.buffers, 16, 0), *parts, (queue.buffers + 64, 1, DESC_WRITE)]
+        elif not self.name.startswith("net"):
+            self.chain()
+            return
+        if dice.random() < 0.05:
+            number = dice.randrange(len(parts))
+            parts[number] = dice.choice(((MEMORY - 1, *parts[number][1:]), (parts[number][0], self._value(4), 2)))
+        try:
+            queue.add_raw(parts)
+        except (ValueError, IndexError):
+            queue.rewind()
+        self.driver.kick(0)
+        self.check()
 
     def craft(self) -> None:
         """Descriptors as no driver writes them: loops, indirect tables in indirect tables, lengths of 4 GiB."""

@@ -19,12 +19,13 @@ from typing import Any
 
 from vmm_devices import GROWTH, ROUND, STUCK, _stuck, resident
 
-from kvik.errors import KvikError, OperationInvalid
+from kvik.errors import KvikError
 from kvik.vmm.backends.net import MAX_PACKET, BackendGone
 from kvik.vmm.backends.netsocket import StreamBackend
 from kvik.vmm.config import MachineConfig
 from kvik.vmm.monitor import schema
 from kvik.vmm.monitor.commands import COMMANDS
+from kvik.vmm.monitor.mock import MonitoredMock
 from kvik.vmm.monitor.server import MonitorServer
 from kvik.vmm.vhost_user import VhostUser
 from kvik.vmm.virtio.mock_machine import MockMachine
@@ -34,40 +35,8 @@ COMMAND_NAMES = [name for name in COMMANDS if name not in ("migrate", "migrate-i
 TARGETS = ("qmp", "qmp-bytes", "gdb", "stream-peer", "vhost-user")
 
 
-class _Vcpu:
-    def nmi(self) -> None: ...
-
-    def regs(self) -> Any:
-        from kvik.kvm.structs import Regs
-
-        return Regs()
-
-    def sregs(self) -> Any:
-        from kvik.kvm.structs import Sregs
-
-        return Sregs()
-
-    def translate(self, address: int) -> Any:
-        class Answer:
-            valid, physical_address = address < 16 << 20, address
-
-        return Answer
-
-
-class _Thread:
-    def __init__(self, index: int) -> None:
-        self.index, self.thread_id, self.exits, self.vcpu, self.name = index, 1000 + index, [0] * 64, _Vcpu(), ""
-        self.name = f"cpu{index}"
-
-
-class _Hold:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class PeerMachine(MockMachine):
-    """What the monitor asks of a machine, without KVM."""
+class PeerMachine(MonitoredMock, MockMachine):
+    """With a device of each kind that a monitor changes."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__()
@@ -78,14 +47,7 @@ class PeerMachine(MockMachine):
         from kvik.vmm.virtio.net import NetDevice
         from kvik.vmm.virtio.rng import Rng
 
-        self.config = MachineConfig(name="fuzzed", uuid="c7a5fdbd-edaf-9455-926a-d65c16db1809")
-        self.config.memory.size = 16 << 20
-        self.config.cpus.count, self.config.cpus.maximum = 2, 4
-        self.status = "running"
-        self.vcpus = [_Thread(0), _Thread(1)]
-        self.listeners: list[Any] = []
-        self.on_close: list[Any] = []
-        self.migration: Any = None
+        self.prepare("fuzzed")
         self.error: BaseException | None = None
         self.loop.on_error = self._failed
         disk = directory / "disk"
@@ -100,48 +62,6 @@ class PeerMachine(MockMachine):
 
     def _failed(self, error: BaseException) -> None:
         self.error = error
-
-    def find(self, name: str) -> Any:
-        from kvik.errors import NoDevice
-
-        if name not in self.devices:
-            raise NoDevice(f"the machine has no device {name!r}")
-        return self.devices[name]
-
-    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
-        for listener in self.listeners:
-            listener(name, data or {})
-
-    def pause(self, status: str = "paused") -> None:
-        if self.status == "running":
-            self.status = status
-            self.emit("STOP")
-
-    def resume(self) -> None:
-        if self.status in ("shutdown", "guest-panicked"):
-            raise OperationInvalid("the machine cannot go on")
-        self.status = "running"
-        self.emit("RESUME")
-
-    def reset(self, reason: str = "host-qmp-system-reset") -> None:
-        self.emit("RESET", {"guest": False, "reason": reason})
-
-    def powerdown(self) -> None:
-        self.emit("POWERDOWN")
-
-    migration = None
-
-    def checkpoint(self) -> None: ...
-
-    def forget_checkpoint(self) -> None: ...
-
-    def rewind(self) -> int:
-        return 0
-
-    def quit(self, reason: str = "host-qmp-quit") -> None: ...
-
-    def paused(self) -> Any:
-        return _Hold()
 
 
 WORDS = ("", "x", "disk0", "net0", "rng0", "balloon0", "fd:", "a", "/dev/fdset/0", "/machine/net0", "\ud800", "ä" * 300,

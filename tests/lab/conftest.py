@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 from _pytest.runner import runtestprotocol
 
+from kvik.guest.tiny import TinyImage
+from kvik.paths import Paths
 from lab.harness import Lab, LabError, LabOptions, LabUnavailable
+from lab.managed import clear, host_image, put_image
 
 HERE = __file__.rpartition("/")[0]
 DEADLINE = 180.0  # seconds for one test with its fixtures; `@pytest.mark.lab(deadline=...)` says otherwise
@@ -83,6 +86,20 @@ def labs(request: pytest.FixtureRequest) -> Iterator[Labs]:
 @pytest.fixture
 def lab(labs: Labs) -> Lab:
     return labs.get()
+
+
+@pytest.fixture(scope="session")
+def image() -> tuple[Paths, TinyImage]:
+    return host_image()
+
+
+@pytest.fixture
+def managed(labs: Labs, image: tuple[Paths, TinyImage]) -> Iterator[Lab]:
+    """The default lab for machines under our daemon."""
+    lab = labs.get()
+    put_image(lab, image[0])
+    yield lab
+    clear(lab)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,59 +6,19 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kvik.errors import HostError, NotFound
-from kvik.guest.tiny import TinyImage, tiny
-from kvik.paths import Paths
 from lab.harness import Lab
-from lab.kernel import cache_directory
+from lab.managed import row
 
 READY = 120.0  # seconds; 7 is usual for a machine in the lab
-STATE = "/etc/kvik /var/lib/kvik /var/cache/kvik /var/log/kvik /run/kvik"
 NOBODY = {"XDG_RUNTIME_DIR": "/tmp/nobody/run", "HOME": "/tmp/nobody"}
 
 
-@pytest.fixture(scope="session")
-def image() -> tuple[Paths, TinyImage]:
-    """The tiny image, made on the host: the lab has no network, and unpacking packages there would take a minute."""
-    paths = Paths.system(cache_directory() / "root")
-    try:
-        return paths, tiny(paths)
-    except (HostError, NotFound) as error:
-        pytest.skip(f"no tiny image: {error}")
-
-
 @pytest.fixture
-def lab(lab: Lab, image: tuple[Paths, TinyImage]) -> Iterator[Lab]:
-    """The lab with the image in place for everybody; afterwards no daemon, no machine and no state is left."""
-    paths, _ = image
-    lab.sh(
-        f"""
-        mkdir -p /var/lib/kvik/images /var/cache/kvik /tmp/nobody/run /tmp/nobody/.local/share/kvik/images
-        cp -a /run/lower{paths.images}/tiny /var/lib/kvik/images/
-        cp -a /run/lower{paths.cache}/kernels /var/cache/kvik/
-        ln -sfn /var/lib/kvik/images/tiny /tmp/nobody/.local/share/kvik/images/tiny
-        chmod 755 /var/lib/kvik /var/lib/kvik/images
-        chown -R nobody /tmp/nobody
-        """
-    )
-    yield lab
-    lab.sh(
-        f"""
-        pkill -KILL -x qemu-system-x86 || true
-        pkill -KILL -f [k]vik.daemon || true
-        find {STATE} -mindepth 1 -delete || true
-        rm -rf /tmp/nobody
-        """
-    )
-
-
-def row(lab: Lab, name: str) -> dict[str, Any]:
-    rows = json.loads(lab.kvik("list", "--all", "--json").check().stdout)
-    return next(row for row in rows if row["name"] == name)
+def lab(managed: Lab) -> Lab:
+    return managed
 
 
 @contextlib.contextmanager

@@ -42,7 +42,8 @@ def between(text: str) -> str:
     return text.partition(BEGIN)[2].partition(END)[0].replace("\r", "")
 
 
-def test_an_elf_kernel_enters_by_pvh_and_powers_off_through_acpi(lab: Lab, generic: Path) -> None:
+@pytest.mark.parametrize("restored", [False, True], ids=["booted", "restored"])
+def test_an_elf_kernel_enters_by_pvh_and_powers_off_through_acpi(lab: Lab, generic: Path, restored: bool) -> None:
     script = """
     echo cpus $(nproc)
     echo serial $(cat /sys/class/dmi/id/product_serial) uuid $(cat /sys/class/dmi/id/product_uuid)
@@ -52,7 +53,7 @@ def test_an_elf_kernel_enters_by_pvh_and_powers_off_through_acpi(lab: Lab, gener
     """
     identity = "6f8e2a4c-9d0b-4f57-8c9a-0d1f5e3b7a21"
     options = ("--memory", "512M", "--cpus", "2", "--smbios", "serial=ds=nocloud", "--uuid", identity)
-    done = vmm(lab, generic, script, *options).check()
+    done = vmm(lab, generic, script, *options, restored=restored).check()
     said = between(done.stdout)
     assert "cpus 2\n" in said and f"serial ds=nocloud uuid {identity}" in said and "clock kvm-clock" in said
     assert "x2apic enabled" in said and "(supports S0 S5)" in said and "ACPI:Ged" in said
@@ -82,18 +83,18 @@ def test_a_bzimage_enters_in_64_bit_mode_and_moves_itself(lab: Lab, cloud: str, 
 
 @pytest.mark.parametrize("cpus", [16, 64])
 def test_many_processors_on_few(lab: Lab, generic: Path, cpus: int) -> None:
-    """On the lab's two: every one of them comes up and does something."""
+    """On the lab's two: every one of them comes up and does something; the fewer of them on a restored machine."""
     script = f"""
     echo cpus $(nproc)
     for cpu in $(seq 0 {cpus - 1}); do taskset -c $cpu true && echo ran; done | wc -l
     """
-    done = vmm(lab, generic, script, "--memory", "1G", "--cpus", str(cpus), timeout=200).check()
+    done = vmm(lab, generic, script, "--memory", "1G", "--cpus", str(cpus), timeout=200, restored=cpus < 64).check()
     assert between(done.stdout).split() == ["cpus", str(cpus), str(cpus)]
     print(f"{cpus} vCPUs: {done.seconds:.1f} s from start to end")
 
 
 def test_numa_nodes_and_memory_above_4_gib(lab: Lab, cloud: str) -> None:
-    """8 GiB in a lab of 3: what the guest does not touch the host does not have to have."""
+    """8 GiB in a lab of 3: what the guest does not touch the host does not have to have. On a restored machine."""
     script = """
     grep MemTotal /proc/meminfo
     for node in /sys/devices/system/node/node[0-9]; do
@@ -102,7 +103,7 @@ def test_numa_nodes_and_memory_above_4_gib(lab: Lab, cloud: str) -> None:
     grep -E 'physical id|core id' /proc/cpuinfo | tr '\\n\\t' '  '
     """
     numa = ("--numa", "memory=3G,cpus=0-1,distances=10:25", "--numa", "memory=5G,cpus=2-3,distances=25:10")
-    done = vmm(lab, cloud, script, "--memory", "8G", "--cpus", "4,sockets=2,cores=2", *numa).check()
+    done = vmm(lab, cloud, script, "--memory", "8G", "--cpus", "4,sockets=2,cores=2", *numa, restored=True).check()
     said = between(done.stdout)
     assert int(re.search(r"MemTotal: +(\d+) kB", said)[1]) > 7_500_000  # type: ignore[index]
     assert "node0 cpus 0-1 distance 10 25" in said and "node1 cpus 2-3 distance 25 10" in said
@@ -117,8 +118,9 @@ def test_numa_nodes_and_memory_above_4_gib(lab: Lab, cloud: str) -> None:
 
 
 def test_a_named_model_hides_what_it_does_not_list(lab: Lab, cloud: str) -> None:
+    """Nor does a restored machine show it, whose CPU is the saved one."""
     script = "grep -m1 flags /proc/cpuinfo; grep -m1 'model name' /proc/cpuinfo"
-    done = vmm(lab, cloud, script, "--memory", "512M", "--cpu", "x86-64-v2,+aes").check()
+    done = vmm(lab, cloud, script, "--memory", "512M", "--cpu", "x86-64-v2,+aes", restored=True).check()
     said = between(done.stdout)
     flags = set(said.partition(":")[2].split())
     assert {"sse4_2", "popcnt", "cx16", "aes", "hypervisor"} <= flags

@@ -180,6 +180,7 @@ def test_a_directory_through_virtiofsd(lab: Lab, kernel: Path) -> None:
 
 @pytest.mark.lab(deadline=240)
 def test_a_stock_kernel_uses_disks_console_balloon_and_rng(lab: Lab, kernel: Path) -> None:
+    """On a restored machine; that a booted one does so other tests here show."""
     lab.sh("cd /tmp && dd if=/dev/urandom of=one.raw bs=64k count=16 2>/dev/null && truncate -s 4M two.raw")
     script = """
         echo serial $(cat /sys/block/vda/serial) queues $(ls /sys/block/vda/mq | wc -l) ro $(cat /sys/block/vdc/ro)
@@ -212,6 +213,7 @@ def test_a_stock_kernel_uses_disks_console_balloon_and_rng(lab: Lab, kernel: Pat
         *("--channel", "org.qemu.guest_agent.0,backend=file:/tmp/channel.out"),
         modules=MODULES,
         timeout=200,
+        restored=True,
     )
     words = done.stdout
     assert "serial abc queues 2 ro 1" in words, words + done.stderr

@@ -63,7 +63,8 @@ def test_processors_come_and_go_and_come_again(lab: Lab, generic: Path) -> None:
 
 
 def test_a_paused_machine_takes_a_processor_too(lab: Lab, generic: Path) -> None:
-    with Live(lab, generic, WATCH_CPUS, "--cpus", "1,maximum=2") as live:
+    """One that was restored."""
+    with Live(lab, generic, WATCH_CPUS, "--cpus", "1,maximum=2", restored=True) as live:
         live.until("online <0> nproc <1>")
         live.do("stop")
         slot = live.do("query-hotpluggable-cpus")[0]

@@ -3,61 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kvik.errors import HostError, NotFound
-from kvik.guest.tiny import TinyImage, tiny
+from kvik.guest.tiny import TinyImage, kernel_arguments
 from kvik.paths import Paths
 from lab.harness import Lab
-from lab.kernel import cache_directory
+from lab.managed import in_lab, row
 
 READY = 150.0  # seconds; 10 is usual in the lab
-STATE = "/etc/kvik /var/lib/kvik /var/cache/kvik /var/log/kvik /run/kvik"
 EMULATOR = "kvik-vmm"  # the daemon's own
 PIDS = "pgrep -x kvik-vmm"
 
 
-@pytest.fixture(scope="session")
-def image() -> tuple[Paths, TinyImage]:
-    paths = Paths.system(cache_directory() / "root")
-    try:
-        return paths, tiny(paths)
-    except (HostError, NotFound) as error:
-        pytest.skip(f"no tiny image: {error}")
-
-
 @pytest.fixture
-def lab(lab: Lab, image: tuple[Paths, TinyImage]) -> Iterator[Lab]:
-    """The lab with the image in place; afterwards no daemon, no machine and no state is left."""
-    paths, _ = image
-    lab.sh(
-        f"""
-        mkdir -p /var/lib/kvik/images /var/cache/kvik
-        cp -a /run/lower{paths.images}/tiny /var/lib/kvik/images/
-        cp -a /run/lower{paths.cache}/kernels /var/cache/kvik/
-        """
-    )
-    yield lab
-    lab.sh(
-        f"""
-        kill -KILL $({PIDS}) || true
-        pkill -KILL -f [k]vik.daemon || true
-        find {STATE} -mindepth 1 -delete || true
-        """
-    )
-
-
-def row(lab: Lab, name: str) -> dict[str, Any]:
-    rows = json.loads(lab.kvik("list", "--all", "--json").check().stdout)
-    return next(row for row in rows if row["name"] == name)
+def lab(managed: Lab) -> Lab:
+    return managed
 
 
 def run(lab: Lab, name: str) -> None:
     lab.kvik("run", "--vmm", "kvik", "--network", "none", "--detach", "--name", name, timeout=READY).check()
+
+
+def wait_for_agent(lab: Lab) -> None:
+    for _ in range(30):
+        lab.sh("sleep 1")
+        if lab.kvik("exec", "one", "--", "true", timeout=READY).code == 0:
+            return
+    raise AssertionError("the guest's agent does not answer")
 
 
 @pytest.mark.lab(deadline=300)
@@ -107,10 +81,7 @@ def test_the_guest_powers_off_and_reboots(lab: Lab) -> None:
     run(lab, "one")
     pid = lab.sh(PIDS).strip()
     lab.kvik("reboot", "one", "--mode", "agent").check()
-    for _ in range(30):  # the agent goes with the old system and comes with the new one
-        lab.sh("sleep 1")
-        if lab.kvik("exec", "one", "--", "true", timeout=READY).code == 0:
-            break
+    wait_for_agent(lab)  # it goes with the old system and comes with the new one
     assert lab.sh(PIDS).strip() == pid
     lab.kvik("shutdown", "one", "--mode", "acpi").check()
     for _ in range(60):
@@ -121,25 +92,124 @@ def test_the_guest_powers_off_and_reboots(lab: Lab) -> None:
     assert lab.run(["sh", "-c", PIDS]).code == 1
 
 
+GROWING = """<domain type='kvm'><name>one</name><memory unit='MiB'>256</memory>
+<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking><vcpu current='1'>2</vcpu>
+<os><type machine='kvik'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{cmdline}</cmdline></os>
+<devices><emulator>kvik-vmm</emulator><serial type='pty'/>
+<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+<memballoon model='virtio'><stats period='1'/></memballoon></devices></domain>"""
 DISK = "<disk type='file'><driver name='qemu' type='raw'/><source file='/tmp/b.raw'/><target dev='vdb'/></disk>"
+SHARE = "<filesystem><driver type='virtiofs'/><source dir='/run/lab/share'/><target dir='tag'/></filesystem>"
 
 
 @pytest.mark.lab(deadline=400)
-def test_a_disk_comes_and_goes_while_the_guest_runs(lab: Lab) -> None:
+def test_what_comes_and_goes_while_the_guest_runs_is_seen_by_it(lab: Lab, image: tuple[Paths, TinyImage]) -> None:
+    """A disk, a processor, a shared directory, memory by the balloon; and what the agent tells, through its verbs."""
+    paths, tiny = image
     lab.sh("truncate -s 16M /tmp/b.raw")
+    (lab.share / "share").mkdir(exist_ok=True)
+    (lab.share / "share/word").write_text("shared\n")
     (lab.share / "disk.xml").write_text(DISK)
-    run(lab, "one")
-    before = lab.kvik("exec", "one", "--", "ls", "/sys/block", timeout=READY).check().stdout.split()
+    (lab.share / "share.xml").write_text(SHARE)
+    kernel, initrd, words = in_lab(tiny.kernel, paths), in_lab(tiny.initrd, paths), kernel_arguments("kvm")
+    (lab.share / "one.xml").write_text(GROWING.format(kernel=kernel, initrd=initrd, cmdline=words))
+    lab.kvik("create", "/run/lab/one.xml", timeout=READY).check()
+    for _ in range(60):
+        if lab.kvik("exec", "one", "--", "true", timeout=READY).code == 0:
+            break
+        lab.sh("sleep 1")
+
+    def guest(script: str) -> str:
+        return lab.kvik("exec", "one", "--", "sh", "-c", script, timeout=READY).check().stdout
+
+    def soon(test: str) -> str:
+        return guest(f"for n in $(seq 50); do {test} && echo yes && exit; sleep 0.2; done; dmesg | tail")
+
+    before = guest("ls /sys/block").split()
     lab.kvik("attach-device", "one", "/run/lab/disk.xml", "--live").check()
     size = "for n in $(seq 50); do cat /sys/block/vd*/size && exit; sleep 0.2; done"
-    assert lab.kvik("exec", "one", "--", "sh", "-c", size, timeout=READY).check().stdout.split() == ["32768"]
-    write = "dd if=/dev/zero of=/dev/vda bs=4k count=64 oflag=direct 2>/dev/null; sync"
-    lab.kvik("exec", "one", "--", "sh", "-c", write, timeout=READY).check()
+    assert guest(f"modprobe virtio_blk; {size}").split() == ["32768"]
+    guest("dd if=/dev/zero of=/dev/vda bs=4k count=64 oflag=direct 2>/dev/null; sync")
     counted = lab.kvik("domblkstat", "one", "vdb").check().stdout
     assert int(counted.split("wr_bytes")[1].split()[0]) >= 64 * 4096
     lab.kvik("detach-disk", "one", "vdb", "--live").check()
-    assert lab.kvik("exec", "one", "--", "ls", "/sys/block", timeout=READY).check().stdout.split() == before
+    assert guest("ls /sys/block").split() == before
+
+    cpu1 = "/sys/devices/system/cpu/cpu1"
+    lab.kvik("setvcpus", "one", "2", "--live").check()
+    assert soon(f"echo 1 > {cpu1}/online; grep -q 1 {cpu1}/online") == "yes\n"
+    assert guest("nproc") == "2\n"
+    lab.kvik("setvcpus", "one", "1", "--live").check()
+    assert soon(f"! test -e {cpu1}/online") == "yes\n"
+    assert lab.kvik("vcpucount", "one", "--active", "--live").check().stdout.split() == ["1"]
+
+    lab.kvik("attach-device", "one", "/run/lab/share.xml", "--live").check()
+    mount = "modprobe virtiofs; mkdir -p /mnt; mount -t virtiofs tag /mnt 2>/dev/null"
+    assert soon(mount) == "yes\n"
+    assert guest("cat /mnt/word; umount /mnt") == "shared\n"
+    lab.kvik("detach-device", "one", "/run/lab/share.xml", "--live").check()
+
+    lab.kvik("setmem", "one", "192M", "--live").check()
+    for _ in range(50):
+        figures = lab.kvik("dommemstat", "one").check().stdout
+        if f"actual {192 << 10}\n" in figures and "usable" in figures:
+            break
+        lab.sh("sleep 0.2")
+    assert f"actual {192 << 10}\n" in figures and "usable" in figures
+    for verb in ("domtime", "domhostname", "domfsinfo", "guestinfo"):
+        assert lab.kvik(verb, "one").check().stdout.strip(), verb
+    lab.kvik("domifaddr", "one", "--source", "agent").check()
+    pinged = lab.kvik("qemu-agent-command", "one", '{"execute": "guest-ping"}').check().stdout
+    assert json.loads(pinged) == {"return": {}}
     lab.kvik("destroy", "one").check()
+
+
+PLUGGED = "<disk type='file'><driver name='qemu' type='qcow2'/><source file='/tmp/c.qcow2'/><target dev='vdc'/></disk>"
+
+
+def inside(lab: Lab, command: str) -> str:
+    return lab.kvik("exec", "one", "--", "sh", "-c", command, timeout=READY).check().stdout
+
+
+@pytest.mark.lab(deadline=400)
+def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: tuple[Paths, TinyImage]) -> None:
+    """One qcow2 disk from the start, which makes the memory one that a storage daemon can map; one that is plugged in;
+    and the first one's daemon killed."""
+    lab.sh("for n in a c; do qemu-img create -q -f qcow2 /tmp/$n.qcow2 8M; done")
+    paths, files = image
+    kernel, initrd = in_lab(files.kernel, paths), in_lab(files.initrd, paths)
+    words = ["--kernel", kernel, "--initrd", initrd, "--append", kernel_arguments("kvm", hostname="one")]
+    disk = ["--disk", "/tmp/a.qcow2", "--network", "none", "--detach", "--name", "one"]
+    lab.kvik("run", "--vmm", "kvik", *words, *disk, timeout=READY).check()
+    wait_for_agent(lab)
+    assert inside(lab, "cat /sys/block/vda/size") == "16384\n"
+    inside(lab, "seq 60000 >/p; dd if=/p of=/dev/vda bs=4k count=64 oflag=direct 2>/dev/null; sync")
+    (lab.share / "disk.xml").write_text(PLUGGED)
+    before = inside(lab, "ls /sys/block")
+    lab.kvik("attach-device", "one", "/run/lab/disk.xml", "--live").check()
+    # The guest calls it by the first free name.
+    found = inside(lab, "for n in $(seq 50); do cat /sys/block/vdb/size && exit; sleep 0.2; done").split()
+    assert found == ["16384"]
+    inside(lab, "dd if=/p of=/dev/vdb bs=4k count=64 oflag=direct 2>/dev/null; sync")
+    lab.kvik("detach-disk", "one", "vdc", "--live").check()
+    assert inside(lab, "ls /sys/block") == before
+    lab.sh("kill -KILL $(pgrep -f 'qemu-storage-[d]aemon.*virtio-disk0')")
+    for _ in range(50):
+        if "vda" in lab.kvik("domblkerror", "one").stdout:
+            break
+        lab.sh("sleep 0.1")
+    else:
+        raise AssertionError(lab.kvik("domblkerror", "one").stdout)
+    assert inside(lab, "echo still here") == "still here\n"
+    lab.kvik("destroy", "one").check()
+    for name in ("a", "c"):
+        lab.sh(
+            f"""
+            qemu-img check -q -f qcow2 /tmp/{name}.qcow2
+            qemu-img convert -f qcow2 -O raw /tmp/{name}.qcow2 /tmp/{name}.raw
+            seq 60000 | cmp -n 262144 - /tmp/{name}.raw
+            """
+        )
 
 
 @pytest.mark.lab(deadline=400)

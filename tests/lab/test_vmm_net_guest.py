@@ -40,10 +40,16 @@ ip -s link show eth0
 
 
 @pytest.mark.parametrize(
-    ("options", "vhost"),
-    [("vhost=off", False), ("vhost=on", True), ("vhost=off,packed=on", False), ("vhost=off,queues=2", False)],
+    ("options", "vhost", "restored"),
+    [
+        ("vhost=off", False, False),
+        ("vhost=on", True, True),
+        ("vhost=off,packed=on", False, True),
+        ("vhost=off,queues=2", False, False),
+    ],
 )
-def test_ping_and_tcp(lab: Lab, options: str, vhost: bool) -> None:
+def test_ping_and_tcp(lab: Lab, options: str, vhost: bool, restored: bool) -> None:
+    """Two of them on restored machines, which test_vmm_net_live.py boots."""
     lab.load("tun", *(("vhost_net",) if vhost else ()))
     data = hashlib.shake_128(b"kvik").digest(SIZE)
     (lab.share / "data").write_bytes(data)
@@ -61,7 +67,9 @@ def test_ping_and_tcp(lab: Lab, options: str, vhost: bool) -> None:
     try:
         card = f"tap,ifname=kt0,mac=52:54:00:77:00:02,mtu=4000,{options}"
         words = ("--memory", "512M", "--cpus", "2", "--net", card)
-        done = vmm(lab, lab.kernel.image, SCRIPT, *words, modules=("virtio_pci", "virtio_net")).check()
+        done = vmm(
+            lab, lab.kernel.image, SCRIPT, *words, modules=("virtio_pci", "virtio_net"), restored=restored
+        ).check()
         said = done.stdout.partition(BEGIN)[2].partition(END)[0]
         assert "mtu 4000 mac 52:54:00:77:00:02 carrier 1" in said, done.stdout[-3000:] + done.stderr
         assert "5 packets received" in said, said

@@ -27,14 +27,10 @@ while [ ! -e /stop ]; do
     echo "tick $i $1 $disk"
     usleep 200000
 done
-dmesg | grep -iE 'soft lockup|rcu.*stall|clocksource.*unstable|BUG' || echo "nothing wrong"
+dmesg | grep -iE 'soft lockup|rcu.*stall|clocksource.*unstable|BUG:' || echo "nothing wrong"
 """
 
 
-@pytest.mark.xfail(
-    reason="seen to fail: on the way a stock guest's memory had another digest, or it met a warning; not explained yet",
-    strict=False,
-)
 @pytest.mark.lab(deadline=300)
 def test_a_stock_kernel_lives_through_save_restore_rewind_and_migration(lab: Lab) -> None:
     (lab.share / "initrd").write_bytes(initramfs(SCRIPT, ["virtio_pci", "virtio_blk", "virtio_rng"]))
@@ -51,8 +47,14 @@ def test_a_stock_kernel_lives_through_save_restore_rewind_and_migration(lab: Lab
     print(figures)
     ticks = re.findall(r"tick (\d+) (\S+) (\S+)", done.stdout)
     assert len({memory for _, memory, _ in ticks}) == 1, ticks  # 8 MiB of its memory, the same all the way
-    assert all(disk.startswith("same") for _, _, disk in ticks), ticks  # what is typed may stand behind it
+    # The disk is not rewound with the guest: it may hold a number that the guest has not written yet. What is typed
+    # may stand behind the word.
+    rewinding = done.stdout.partition("== rewind")[2].partition("== migrate")[0]
+    others = [tick for tick in ticks if not tick[2].startswith("same")]
+    assert all(" ".join(tick) in rewinding for tick in others), ticks
     assert figures["migration"]["status"] == "completed" and figures["outcome"] == "guest-shutdown"
+    postcopy = figures["postcopy"]
+    assert postcopy["status"] == "completed" and postcopy["ram"]["postcopy-requests"] > 0, postcopy
     assert figures["pages"][-1] > 0
     assert "nothing wrong" in done.stdout
     numbers = [

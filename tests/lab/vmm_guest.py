@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvik.image.cpio import CpioWriter
-from lab.harness import SHARE, Completed, Lab
+from lab.harness import HERE, SHARE, Completed, Lab
 from lab.kernel import ensure_kernel
 
 __all__ = ["BEGIN", "END", "initramfs", "vmm", "vmm_command"]
@@ -67,13 +68,18 @@ def vmm(
     modules: Sequence[str] = (),
     append: str = "",
     timeout: float = 90.0,
-    environment: Mapping[str, str] | None = None,
+    restored: bool = False,
 ) -> Completed:
-    """Boot a kernel of the host's tree with the script; `stdout` is the guest's console. The machine ends itself."""
+    """Boot a kernel of the host's tree with the script; `stdout` is the guest's console. The machine ends itself.
+    `restored`: the script runs on a machine that was saved where it begins, and restored in another process."""
+    if restored:
+        script = f"usleep 500000\n{script}"  # saved meanwhile: the timer rings in the other process
     (lab.share / "initrd").write_bytes(initramfs(script, modules))
     # noearly: the lab's CPU is an AMD of family 15, for which Linux looks for a GART on 256 PCI buses: 33,000 exits.
     cmdline = f"console=ttyS0 quiet panic=-1 pci=noearly {append}".strip()
     command = vmm_command(
         *("--kernel", str(kernel), "--initrd", f"{SHARE}/initrd", "--append", cmdline, "--serial", "stdio", *options)
     )
+    if restored:
+        return lab.run([sys.executable, str(HERE / "vmm_restored.py"), BEGIN, json.dumps(command)], timeout=timeout)
     return lab.run(["sh", "-c", f"exec {shlex.join(command)} </dev/null"], timeout=timeout)

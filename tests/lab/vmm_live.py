@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from lab.harness import REPOSITORY, SHARE, Lab
-from lab.vmm_guest import initramfs, vmm_command
+from lab.vmm_guest import BEGIN, initramfs, vmm_command
 
 __all__ = ["Live"]
 
 SETUP = "console=ttyS0 quiet panic=-1 pci=noearly"  # noearly: see vmm_guest
 QMP = "/tmp/live.qmp"  # in the lab: a socket cannot lie on its 9p share
+SAVED = "/tmp/live.saved"
+SAVE = {"execute": "x-kvik-snapshot-save", "arguments": {"directory": f"{SAVED}/one"}}
 
 
 class Live:
-    """`with Live(lab, kernel, script, ...) as live:` ends it at the end. `console` is what the guest printed so far."""
+    """`with Live(lab, kernel, script, ...) as live:` ends it at the end. `console` is what the guest printed so far.
+    `restored`: the script runs on a machine that was saved where it begins, and restored in another process."""
 
     def __init__(
         self,
@@ -33,15 +36,31 @@ class Live:
         append: str = "",
         memory: str = "512M",
         files: Mapping[str, bytes] | None = None,
+        restored: bool = False,
     ) -> None:
         self.lab = lab
+        if restored:
+            script = f"usleep 1000000\n{script}"  # saved meanwhile: the timer rings in the other process
         (lab.share / "initrd").write_bytes(initramfs(script, modules, files))
         (lab.share / "console").write_text("")
         command = vmm_command(
             *("--kernel", str(kernel), "--initrd", f"{SHARE}/initrd", "--append", f"{SETUP} {append}".strip()),
             *("--serial", f"file:{SHARE}/console", "--memory", memory, "--qmp", QMP, *options),
         )
-        lab.sh(f"rm -f {QMP}; {shlex.join(command)} </dev/null >/tmp/live.out 2>&1 & echo $! > /tmp/live.pid")
+        if restored:
+            command += ["--snapshots", SAVED]
+            lab.sh(f"rm -rf {SAVED}; mkdir {SAVED}")
+        self._start(command)
+        if restored:
+            self.until(BEGIN)
+            replies, _ = self.qmp({"execute": "stop"}, SAVE, {"execute": "quit"})
+            assert replies == [{}, {}, {}], replies
+            lab.sh("while kill -0 $(cat /tmp/live.pid) 2>/dev/null; do sleep 0.1; done")
+            self._start([*command, "--restore", f"{SAVED}/one"])
+            self.qmp({"execute": "cont"}, event="RESUME")
+
+    def _start(self, command: Sequence[str]) -> None:
+        self.lab.sh(f"rm -f {QMP}; {shlex.join(command)} </dev/null >/tmp/live.out 2>&1 & echo $! > /tmp/live.pid")
 
     def __enter__(self) -> Live:
         return self

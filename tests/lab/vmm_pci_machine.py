@@ -1,9 +1,10 @@
 """Run in the lab: a machine with PCI devices of its own, plugged and unplugged from outside while it runs.
 
-    python vmm_pci_machine.py KERNEL INITRD CMDLINE [plug [entropy]]
+    python vmm_pci_machine.py KERNEL INITRD CMDLINE [plug [entropy]] [restored]
 
 The console is standard output. With `plug`: when the guest prints "ready to plug", a device comes (`entropy`: a virtio
-one); on "ready to unplug" it is asked to leave. Figures and events are printed to standard error at the end.
+one); on "ready to unplug" it is asked to leave. With `restored` it is saved where the guest's script begins, ended, and
+another machine goes on with what was saved. Figures and events are printed to standard error at the end.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "devices"))
@@ -19,7 +21,11 @@ from adder import Adder
 from repeatable_entropy import RepeatableEntropy
 
 from kvik.vmm.build import build
+from kvik.vmm.machine import Machine
 from kvik.vmm.options import parse
+from kvik.vmm.state.snapshot import fill_and_apply, read
+
+BEGIN = b"--- the guest begins"  # vmm_guest's
 
 
 def main() -> None:
@@ -31,11 +37,7 @@ def main() -> None:
             *("--serial", f"file:/dev/fd/{console}", "--sandbox", "off"),
         ]
     )
-    machine = build(config)
-    machine.add(RepeatableEntropy("entropy0", seed=1))
-    machine.add(Adder("adder0"))
     events: list[tuple[str, object]] = []
-    machine.listeners.append(lambda name, data: events.append((name, data)))
     seen = bytearray()
     late = RepeatableEntropy("late0", seed=2) if "entropy" in words else Adder("late0")
 
@@ -50,7 +52,25 @@ def main() -> None:
             if b"ready to unplug" in seen and b"ready to unplug" not in before:
                 machine.pci.request_unplug(machine.devices["late0"])
 
-    machine.loop.add_reader(out, heard)
+    def make(*, boot: bool = True) -> Machine:
+        made = build(config, boot=boot)
+        made.add(RepeatableEntropy("entropy0", seed=1))
+        made.add(Adder("adder0"))
+        made.listeners.append(lambda name, data: events.append((name, data)))
+        made.loop.add_reader(out, heard)
+        return made
+
+    machine = make()
+    if "restored" in words:
+        machine.start()
+        while BEGIN not in seen:
+            machine.loop.run_once(0.05)
+        machine.pause()
+        with tempfile.TemporaryDirectory() as directory:
+            machine.save(f"{directory}/saved")
+            machine.close()
+            machine = make(boot=False)
+            fill_and_apply(machine, read(f"{directory}/saved"), fresh=True)
     outcome = machine.run()
     os.set_blocking(out, False)
     try:

@@ -125,10 +125,26 @@ def main() -> None:
     third.wait(lambda: third.machine.status == "running")
     second.machine.close()
     third.check()
-    third.line.sendall(b"end\n")
-    third.wait(lambda: third.machine.outcome)
-    figures["outcome"] = third.machine.outcome
+
+    step("postcopy")
+    address = f"unix:{DIRECTORY}/further"
+    fourth = Guest(lambda serial: build(config(serial), boot=False))
+    await_incoming(fourth.machine, address)
+    migration = migration_of(third.machine)
+    migration.set_capability("postcopy-ram", True)
+    migration.set_parameters({"max-bandwidth": 8 << 20, "max-postcopy-bandwidth": 16 << 20, "downtime-limit": 1})
+    migration.start(address)
+    third.wait(lambda: migration.report()["ram"]["transferred"] > 4 << 20, fourth)
+    migration.start_postcopy()
+    third.wait(lambda: migration.report()["status"] in ("completed", "failed"), fourth)
+    figures["postcopy"] = migration.report()
+    fourth.wait(lambda: migration_of(fourth.machine).report()["status"] == "completed")
     third.machine.close()
+    fourth.check()
+    fourth.line.sendall(b"end\n")
+    fourth.wait(lambda: fourth.machine.outcome)
+    figures["outcome"] = fourth.machine.outcome
+    fourth.machine.close()
     print(json.dumps(figures, default=str), file=sys.stderr)
 
 

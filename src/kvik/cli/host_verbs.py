@@ -39,7 +39,15 @@ def sysinfo(ctx: Context, options: Options) -> int:
 
 def cpu_models(ctx: Context, options: Options) -> int:
     ctx.doing = "failed to get CPU model names"
-    models = list(ctx.connection.call("CONNECT_GET_CPU_MODEL_NAMES", options.data("arch"), 1, 0)[0])
+    emulator = options.text("emulatorbin")
+    if emulator:
+        from kvik.cli.document import parse
+
+        document = parse(ctx.connection.domain_capabilities(emulator, options.data("arch")))
+        listed = document.iterfind("cpu/mode[@name='custom']/model")
+        models = [model.text or "" for model in listed if model.get("usable") != "no"]
+    else:
+        models = list(ctx.connection.call("CONNECT_GET_CPU_MODEL_NAMES", options.data("arch"), 1, 0)[0])
     if ctx.put(models):
         return 0
     if not models:
@@ -144,6 +152,7 @@ COMMANDS = {
         cpu_models,
         "Get the CPU models for an arch.",
         Option("arch", DATA, "architecture", complete=("x86_64", "i686", "aarch64")),
+        Option("emulatorbin", TEXT, "those that machines on this emulator can have here", complete="file"),
     ),
     "freecell": Verb(
         freecell,

@@ -47,6 +47,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--driver", choices=("qemu", "test"), default="qemu", help="test: machines exist in memory only"
     )
+    result.add_argument(
+        "--zygote",
+        choices=("on", "off"),
+        default="on",
+        help="on: machines of kvik-vmm are forks of one process that is kept ready, and start sooner (default: on)",
+    )
     result.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     result.add_argument("--version", action="version", version=f"kvikd {__version__}")
     return result
@@ -162,7 +168,7 @@ async def serve(options: argparse.Namespace, paths: Paths, ready: Callable[[], N
     from kvik.manager.manager import Manager
     from kvik.manager.node import Node
 
-    manager = Manager(paths, make_drivers(paths, options.driver))
+    manager = Manager(paths, make_drivers(paths, options.driver, zygote=options.zygote == "on"))
     idle = options.idle_timeout
     if idle is None:
         idle = SESSION_IDLE if paths.scope == "session" else 0.0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kvik.errors import ConfigUnsupported
 
-__all__ = ["Backing", "qcow2_backing"]
+__all__ = ["Backing", "check_qcow2", "qcow2_backing"]
 
 _MAGIC = 0x514649FB
 _FORMAT_EXTENSION = 0xE2792ACA
@@ -29,8 +29,13 @@ class Backing:
     format: str
 
 
-def qcow2_backing(fd: int, image: str) -> Backing | None:
-    """What a qcow2 image sits on; None if it stands alone. Raises `ConfigUnsupported` for one that is not safe."""
+def check_qcow2(fd: int, image: str) -> None:
+    """Raises `ConfigUnsupported` for what is no qcow2 image, or names another file that its data is in."""
+    _header(fd, image)
+
+
+def _header(fd: int, image: str) -> tuple[bytes, int, int, int]:
+    """The first bytes; where the extensions begin; where the backing file's name is, and how long."""
     data = os.pread(fd, _MAX_HEADER, 0)
     if len(data) < 72:
         raise ConfigUnsupported(f"{image} is not a qcow2 image", remedy="state its true format in <driver type=...>")
@@ -45,6 +50,12 @@ def qcow2_backing(fd: int, image: str) -> Backing | None:
         (position,) = struct.unpack_from(">I", data, 100)
         if features & _EXTERNAL_DATA:
             raise ConfigUnsupported(f"{image} keeps its data in another file, which is not supported")
+    return data, position, offset, length
+
+
+def qcow2_backing(fd: int, image: str) -> Backing | None:
+    """What a qcow2 image sits on; None if it stands alone. Raises `ConfigUnsupported` for one that is not safe."""
+    data, position, offset, length = _header(fd, image)
     if offset == 0:
         return None
     if not 0 < length <= 1023 or offset + length > len(data):

@@ -6,12 +6,32 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.cpu import Vcpu, VcpuEntry
-from kvik.errors import HypervisorError, OperationFailed, OperationInvalid
+from kvik.conf.domain import Domain
+from kvik.errors import ConfigUnsupported, HypervisorError, OperationFailed, OperationInvalid
 
 if TYPE_CHECKING:
     from kvik.hypervisor.machine import QmpMachine
 
-__all__ = ["plug_listed", "set_vcpus", "vcpus"]
+__all__ = ["boot_vcpus", "plug_listed", "set_vcpus", "vcpus"]
+
+
+def boot_vcpus(domain: Domain) -> int:
+    """How many vCPUs the VMM itself makes; those that can be unplugged again are plugged before the guest runs.
+
+    Raises `ConfigUnsupported`: it makes the first ones, whichever the document wants.
+    """
+    maximum = domain.vcpu.value if domain.vcpu else 1
+    entries = domain.vcpus.vcpus if domain.vcpus else []
+    if not entries:
+        return (domain.vcpu.current if domain.vcpu else None) or maximum
+    fixed = sorted(entry.id for entry in entries if entry.enabled and not entry.hotpluggable)
+    if fixed != list(range(len(fixed))):
+        raise ConfigUnsupported(
+            "the vCPUs that cannot be unplugged have to be the first ones",
+            path="/domain/vcpus",
+            remedy="mark those behind a gap hotpluggable='yes'",
+        )
+    return len(fixed)
 
 
 def _objects(value: Any, what: str) -> list[dict[str, Any]]:

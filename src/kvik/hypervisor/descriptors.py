@@ -14,6 +14,8 @@ and QEMU itself needs no right to open anything.
     tpm:ALIAS         control channel of swtpm
     fs:ALIAS          connection to virtiofsd
     passt:ALIAS       connection to passt
+    vublk:ALIAS       connection to a disk's vhost-user back end
+    life:ALIAS        what that back end ends with
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from kvik.conf.devices.other import Cid, Vsock
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported, HostError
 from kvik.host import files as host_files
-from kvik.hypervisor.chain import qcow2_backing
+from kvik.hypervisor.chain import check_qcow2, qcow2_backing
 from kvik.hypervisor.layers import Layer, has_medium, layers
 from kvik.hypervisor.names import (
     MONITOR,
@@ -53,7 +55,16 @@ from kvik.hypervisor.names import (
 )
 from kvik.qmp.aio import short_unix_path
 
-__all__ = ["Opened", "listen_unix", "open_all", "open_chardev", "open_disk", "with_paths"]
+__all__ = [
+    "Opened",
+    "connected_listener",
+    "listen_unix",
+    "open_all",
+    "open_chardev",
+    "open_disk",
+    "open_vsock",
+    "with_paths",
+]
 
 _MAX_CHAIN = 200
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
@@ -127,7 +138,7 @@ def open_all(
     _open_boot(opened, domain, kernel)
     _open_networks(opened, domain)
     if domain.devices.vsock is not None:
-        _open_vsock(opened, domain.devices.vsock)
+        open_vsock(opened, domain.devices.vsock)
     return opened
 
 
@@ -151,6 +162,25 @@ def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
         sock.close()
         raise host_files.host_error("listen on", path, error) from error
     return sock
+
+
+def connected_listener(path: Path) -> tuple[socket.socket, socket.socket]:
+    """A socket that listens and the one connection that waits on it; its path is gone before anybody else could use it.
+
+    Raises `HostError`.
+    """
+    listening = listen_unix(path)
+    client = socket.socket(socket.AF_UNIX)
+    try:
+        with short_unix_path(path) as short:
+            client.connect(short)
+    except OSError as error:
+        listening.close()
+        client.close()
+        raise host_files.host_error("connect to", path, error) from error
+    finally:
+        path.unlink(missing_ok=True)
+    return listening, client
 
 
 def _listen(opened: Opened, name: str, path: Path) -> None:
@@ -199,6 +229,8 @@ def open_disk(opened: Opened, disk: Disk) -> None:
             return  # QEMU reaches it by protocol
         fd = _open_image(opened, alias, number, layer.source, layer.read_only)
         _check_kind(fd, layer, disk)
+        if layer.format == "qcow2":
+            check_qcow2(fd, layer.source.location or f"disk {disk.target.dev}")
         if number:
             assert above.backing_store is not None
             above = above.backing_store
@@ -319,9 +351,18 @@ def _open_networks(opened: Opened, domain: Domain) -> None:
                 break  # an accelerator, not a need
 
 
-def _open_vsock(opened: Opened, device: Vsock) -> None:
+def open_vsock(opened: Opened, device: Vsock) -> None:
     """The CID is claimed here, where a taken one can be told from other errors (and another tried)."""
-    fd = opened.open(f"vsock:{alias_of(device)}", "/dev/vhost-vsock", os.O_RDWR)
+    try:
+        fd = opened.open(f"vsock:{alias_of(device)}", "/dev/vhost-vsock", os.O_RDWR)
+    except HostError as error:
+        if error.errno == errno.ENOENT:
+            raise HostError(
+                "a vsock needs the kernel's vhost_vsock: /dev/vhost-vsock does not exist",
+                errno=errno.ENOENT,
+                remedy="modprobe vhost_vsock; a kernel without that module has no vsock for machines",
+            ) from error
+        raise
     wanted = device.cid.address if device.cid and not device.cid.auto else None
     for cid in [wanted] if wanted is not None else range(_FIRST_CID, _FIRST_CID + 65536):
         try:

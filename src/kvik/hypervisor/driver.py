@@ -205,3 +205,6 @@ class Driver(Protocol):
 
     async def native(self, definition: Domain) -> str: ...  # the command line, for domxml-to-native
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str: ...  # XML
+
+    async def close(self) -> None:
+        """Let go of what serves no single machine. Machines go on."""

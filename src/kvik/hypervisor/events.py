@@ -69,6 +69,11 @@ def _io_error(data: Data) -> tuple[EventKind, str, Data]:
     )
 
 
+def _back_end_gone(data: Data) -> tuple[EventKind, str, Data]:
+    """kvik-vmm's: whoever served a disk (or a shared directory) over vhost-user has ended."""
+    return EventKind.IO_ERROR, _alias(data, "device"), {"reason": _text(data, "reason"), "action": "report"}
+
+
 def _port(data: Data) -> tuple[EventKind, str, Data]:
     # The machine, which knows the document, makes AGENT of it if this channel is the agent's.
     return EventKind.CHANNEL, _alias(data, "id"), {"open": data.get("open") is True}
@@ -119,6 +124,7 @@ TABLE: Mapping[str, Translator] = {
     "STOP": _plain(EventKind.PAUSED),
     "SUSPEND": _plain(EventKind.SUSPENDED, "memory"),
     "SUSPEND_DISK": _plain(EventKind.SUSPENDED, "disk"),
+    "VHOST_USER_DISCONNECTED": _back_end_gone,
     "VNC_CONNECTED": _graphics("connect"),
     "VNC_DISCONNECTED": _graphics("disconnect"),
     "VNC_INITIALIZED": _graphics("initialize"),

@@ -19,7 +19,7 @@ from typing import Any
 
 from kvik.conf.devices.chardev import Channel
 from kvik.conf.devices.disk import Disk
-from kvik.conf.devices.memory import BalloonStats, Memballoon
+from kvik.conf.devices.memory import BalloonStats, Memballoon, Memory
 from kvik.conf.domain import Domain
 from kvik.errors import (
     AgentError,
@@ -37,7 +37,7 @@ from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
 from kvik.hypervisor.events import translate
 from kvik.hypervisor.names import alias_of, character_devices
 from kvik.hypervisor.output import Output
-from kvik.hypervisor.sidecars.group import Sidecars
+from kvik.hypervisor.sidecars.group import Sidecar, Sidecars
 from kvik.qmp.aio import QmpConnection, connect_unix
 from kvik.qmp.protocol import Event
 
@@ -253,15 +253,24 @@ class QmpMachine:
     def watch_sidecars(self, lost: Sequence[str] = ()) -> None:
         """From now on the end of a side process is told; `lost` are the labels of those that ended unseen."""
         for label in lost:
-            self._sidecar_died(label, "while nobody watched")
-        self.sidecars.watch(lambda member, how: self._sidecar_died(member.label, how))
+            self._tell_soon(label, "while nobody watched")
+        self.sidecars.watch(self._sidecar_died)
 
-    def _sidecar_died(self, label: str, how: str) -> None:
-        # At a VMM's end its side processes see their connection close a moment before we see that end.
-        self._loop.call_later(_SIDECAR_SETTLES, self._tell_sidecar, label, how)
+    def watch_sidecar(self, member: Sidecar) -> None:
+        """The same for one that came with a device."""
+        self.sidecars.watch_one(member, self._sidecar_died)
 
-    def _tell_sidecar(self, label: str, how: str) -> None:
-        if self.process.alive and not self._quitting:
+    def _sidecar_died(self, member: Sidecar, how: str) -> None:
+        self._tell_soon(member.label, how, member)
+
+    def _tell_soon(self, label: str, how: str, member: Sidecar | None = None) -> None:
+        # At a VMM's end, and when a device is unplugged, its side process sees the connection close a moment before
+        # we see why.
+        self._loop.call_later(_SIDECAR_SETTLES, self._tell_sidecar, label, how, member)
+
+    def _tell_sidecar(self, label: str, how: str, member: Sidecar | None) -> None:
+        wanted = member is None or member in list(self.sidecars)
+        if wanted and self.process.alive and not self._quitting:
             self._emit(MachineEvent(EventKind.SIDECAR_ENDED, f"{label} ended: {how}", {}, time.time()))
 
     async def _device_gone(self, device: Any, event: MachineEvent) -> None:
@@ -489,6 +498,19 @@ class QmpMachine:
     async def tell_balloon_period(self, device: Memballoon) -> None:
         place = {"path": f"/machine/peripheral/{alias_of(device)}", "property": "guest-stats-polling-interval"}
         await self.execute("qom-set", place | {"value": device.stats.period if device.stats else 0})
+
+    async def request_memory(self, old: Memory, new: Memory) -> None:
+        """How much of a virtio-mem device the guest shall use. Raises `OperationUnsupported` for any other change."""
+        before, after = old.target, new.target
+        if old.model != "virtio-mem" or before is None or after is None or after.requested is None:
+            raise OperationUnsupported(
+                f"memory of model {old.model} cannot change while machine {self.name} runs",
+                remedy="virtio-mem can: <target> with another <requested>",
+            )
+        if (after.size, after.block, after.node) != (before.size, before.block, before.node):
+            raise OperationUnsupported("of virtio-mem only <requested> can change while the machine runs")
+        place = {"path": f"/machine/peripheral/{alias_of(old)}", "property": "requested-size"}
+        await self.execute("qom-set", place | {"value": after.requested * 1024})
 
     # -- devices
 

@@ -24,11 +24,13 @@ __all__ = [
     "first_output",
     "image_name",
     "is_passt",
+    "life_name",
     "listens",
     "log_name",
     "passt_name",
     "tap_name",
     "vhost_name",
+    "vhost_user_name",
 ]
 
 MONITOR = "monitor"
@@ -75,6 +77,16 @@ def vhost_name(alias: str) -> str:
 def passt_name(alias: str) -> str:
     """The connection to passt is passed as `passt:ALIAS`."""
     return f"passt:{alias}"
+
+
+def vhost_user_name(alias: str) -> str:
+    """The connection to a disk's back end is passed as `vublk:ALIAS`."""
+    return f"vublk:{alias}"
+
+
+def life_name(alias: str) -> str:
+    """What a side process ends with: the VMM holds `life:ALIAS` open."""
+    return f"life:{alias}"
 
 
 def is_passt(device: Interface) -> bool:

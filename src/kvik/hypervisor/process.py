@@ -12,7 +12,7 @@ from kvik.host.process import BASE_ENVIRONMENT, ProcessHandle, describe_exit
 from kvik.hypervisor import words
 from kvik.hypervisor.descriptors import with_paths
 
-__all__ = ["died", "environment", "spawn"]
+__all__ = ["announce", "died", "environment", "execute", "spawn"]
 
 
 def environment(directory: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -30,9 +30,20 @@ def spawn(
     env: Mapping[str, str] | None = None,
 ) -> tuple[ProcessHandle, int]:
     """The running process, and where its own words begin in the log. Raises `HostError`."""
-    position = words.write_header(log_fd, f"starting up, {product}", argv, env)
-    handle = process.spawn(argv, env=environment(directory, env), stdout=log_fd, stderr=log_fd, pass_fds=fds, cwd="/")
-    return handle, position
+    position = announce(argv, log_fd, product=product, env=env)
+    return execute(argv, fds, directory, log_fd, env=env), position
+
+
+def announce(argv: Sequence[str], log_fd: int, *, product: str, env: Mapping[str, str] | None = None) -> int:
+    """Say in the log what is started; where its own words begin there."""
+    return words.write_header(log_fd, f"starting up, {product}", argv, env)
+
+
+def execute(
+    argv: Sequence[str], fds: Sequence[int], directory: Path, log_fd: int, *, env: Mapping[str, str] | None = None
+) -> ProcessHandle:
+    """Raises `HostError`."""
+    return process.spawn(argv, env=environment(directory, env), stdout=log_fd, stderr=log_fd, pass_fds=fds, cwd="/")
 
 
 async def died(

@@ -17,6 +17,8 @@ from kvik.conf.devices.common import Device
 from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.hostdev import Hostdev
 from kvik.conf.devices.interface import Interface
+from kvik.conf.devices.memory import Memballoon, Memory
+from kvik.conf.devices.other import Filesystem
 from kvik.conf.devices_xml import (
     FIELDS,
     add_device,
@@ -78,6 +80,13 @@ def _means(given: Any, device: Any) -> bool:
         return _same_address(given, device)
     if isinstance(given, Chardev) and isinstance(device, Chardev):
         return _same_line(given, device)
+    if isinstance(given, Filesystem) and isinstance(device, Filesystem) and given.target and device.target:
+        return given.target.dir == device.target.dir  # the guest knows it by that alone
+    if isinstance(given, Memballoon) and isinstance(device, Memballoon):
+        return True  # there is one at most
+    if isinstance(given, Memory) and isinstance(device, Memory) and given.target and device.target:
+        one, other = given.target, device.target
+        return (given.model, one.size, one.block, one.node) == (device.model, other.size, other.block, other.node)
     return _bare(given) == _bare(device)
 
 

@@ -8,14 +8,16 @@ from kvik.paths import Paths
 __all__ = ["make_drivers"]
 
 
-def make_drivers(paths: Paths, which: str = "qemu") -> dict[str, Driver]:
-    """The drivers by domain type. `which` "test": every type runs in memory."""
+def make_drivers(paths: Paths, which: str = "qemu", *, zygote: bool = False) -> dict[str, Driver]:
+    """The drivers by domain type. `which` "test": every type runs in memory. `zygote`: machines of kvik-vmm are forks
+    of a process that is kept for that."""
     if which == "test":
         from kvik.hypervisor.test.driver import TestDriver
 
         test = TestDriver()
         return {"test": test, "qemu": test, "kvm": test}
     from kvik.host.probe import kvm_verdict
+    from kvik.hypervisor.kvik import program
     from kvik.hypervisor.kvik.driver import EMULATOR, KvikDriver
     from kvik.hypervisor.qemu.driver import QemuDriver
 
@@ -24,4 +26,4 @@ def make_drivers(paths: Paths, which: str = "qemu") -> dict[str, Driver]:
         return HostVerdict(found.usable, found.reason, found.remedy)
 
     qemu = QemuDriver(paths, probe)
-    return {"qemu": qemu, "kvm": qemu, EMULATOR: KvikDriver(paths, probe)}
+    return {"qemu": qemu, "kvm": qemu, EMULATOR: KvikDriver(paths, probe, zygote=program.keeper() if zygote else None)}

@@ -91,6 +91,8 @@ class Manager:
         for domain in self._names.values():
             if domain.run is not None and domain.run.machine is not None:
                 domain.run.machine.detach()
+        for driver in {id(driver): driver for driver in self.drivers.values()}.values():
+            await driver.close()
         self.store.close()
 
     # looking up

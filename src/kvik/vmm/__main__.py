@@ -16,6 +16,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--zygote"]:
         from kvik.vmm import zygote
 
-        if zygote.main(int(sys.argv[2])) is None:
-            sys.exit(0)
+        fork = zygote.main(int(sys.argv[2]))
+        sys.exit(main(prepared=fork.prepared) if fork is not None else 0)
     sys.exit(main())

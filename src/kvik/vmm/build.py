@@ -164,9 +164,14 @@ class KernelLoader:
 
 def _smbios(machine: Machine) -> list[tuple[int, bytes]]:
     """What the machine is called: the entry point and the tables."""
-    config, ram = machine.config, machine.memory.layout.ram
-    memory = sum(size for _, size in ram)
-    return smbios.build(config.smbios, uuid=config.uuid, memory=memory, topology=Topology.of(config.cpus), ram=ram)
+    config, memory = machine.config, machine.memory
+    return smbios.build(
+        config.smbios,
+        uuid=config.uuid,
+        memory=memory.boot_size,
+        topology=Topology.of(config.cpus),
+        ram=memory.layout.ram,
+    )
 
 
 def _cpus(machine: Machine) -> list[Cpu]:

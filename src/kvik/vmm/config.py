@@ -76,6 +76,7 @@ class BootConfig:
     protocol: str = "auto"  # auto, pvh, bzimage
     cache: str = ""  # directory of unpacked kernels; empty: unpack in memory
     stable: bool = False  # nobody writes the files while the machine runs: map them, do not read them
+    stable_kernel: bool = False  # the same of the kernel alone: one of a cache, which is never written again
     firmware: str = ""  # OVMF code image, instead of a kernel
     firmware_fd: int = -1
     nvram: str = ""  # its variables
@@ -143,10 +144,14 @@ class DiskConfig:
 
 @settings
 class VhostUserBlkConfig:
+    """`life_fd`: held open as long as the device is there; its back end may end when it closes."""
+
     socket: str = ""
     fd: int = -1
+    life_fd: int = -1
     id: str = ""
     queues: int = 1
+    queue_size: int = 256
     slot: int = 0
 
 

@@ -11,18 +11,20 @@ thread, while the guest already runs. `docs/internals/vmm-security.md` says what
 from __future__ import annotations
 
 import os
+import sys
 
 from kvik.errors import HostError, InvalidArgument
 from kvik.vmm.settings import fields_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from kvik.vmm.config import MachineConfig
     from kvik.vmm.machine import Machine
 
-__all__ = ["AT_START", "LATE", "LATE_CONTROL", "Confinement", "descriptors"]
+__all__ = ["AT_START", "LATE", "LATE_CONTROL", "Confinement", "descriptors", "import_all"]
 
 # Imported inside functions that run while the guest does.
 LATE = (
@@ -84,17 +86,20 @@ LATE_CONTROL = (
 )
 # Imported inside functions that only run before the main thread enters.
 AT_START = (
-    "importlib",
+    "ctypes",
     "kvik",
     "kvik.image.kernel",
     "kvik.image.kernel_index",
+    "kvik.kvm.system",
     "kvik.vmm.boot.firmware",
     "kvik.vmm.build",
     "kvik.vmm.config",
+    "kvik.vmm.cpu.listing",
     "kvik.vmm.cpu.models",
     "kvik.vmm.confinement",
     "kvik.vmm.gdb",
     "kvik.vmm.metrics",
+    "kvik.vmm.rehearsal",
     "kvik.vmm.monitor.server",
     "kvik.vmm.pci.chipset",
     "kvik.vmm.sandbox",
@@ -102,7 +107,16 @@ AT_START = (
     "kvik.vmm.trace",
     "signal",
 )
+
 MODES = {"on": "errno", "log": "log"}
+
+
+def import_all(names: Iterable[str]) -> None:
+    """Those that are missing. To import one that is there writes to it, which in a zygote's fork is a page of its own;
+    and `importlib` need not be there at all."""
+    for name in names:
+        if name not in sys.modules:
+            __import__(name)
 
 
 class Confinement:
@@ -119,8 +133,9 @@ class Confinement:
             MODES[config.sandbox],
             writable=(config.snapshots,) if config.snapshots else (),
             removable=_directories(config),
-            # The back ends of these are spoken to by vCPU threads, when the guest resets a device.
-            sockets=bool(config.fs or config.vhost_user_blk),
+            # The back ends of these are spoken to by vCPU threads, when the guest resets a device. With memory that
+            # another process can share, one may be plugged at any time.
+            sockets=bool(config.fs or config.vhost_user_blk or (config.memory.shared and config.qmp)),
             forks=config.migratable,
             unix_connect=any(vsock.uds for vsock in config.vsock),
         )
@@ -143,11 +158,8 @@ class Confinement:
 
     def enter_main(self, machine: Machine) -> None:
         """Import what is still missing, and enter. HostError where the kernel refuses."""
-        import importlib
-
         config = machine.config
-        for name in LATE + (LATE_CONTROL if config.qmp or config.gdb else ()):
-            importlib.import_module(name)
+        import_all(LATE + (LATE_CONTROL if config.qmp or config.gdb else ()))
         if config.migratable:  # a sender reads RAM through it, and could not open it inside
             machine.self_memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
             machine.on_close.append(lambda: os.close(machine.self_memory))

@@ -71,6 +71,7 @@ def core(machine: Machine, fd: int) -> Generator[int, None, int]:
 
     The machine must stand still until it is done. Raises `HostError`, `OperationUnsupported`.
     """
+    machine.memory.require_whole("be dumped")
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise OperationUnsupported("a dump goes to a regular file, not to a pipe or a device")
     regions = list(machine.memory.regions)

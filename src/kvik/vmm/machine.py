@@ -79,6 +79,9 @@ class Machine:
         self.loader: Callable[[], None] | None = None  # puts into memory and registers what runs at power-on
         self.on_close: list[Callable[[], None]] = []
         self._holds = 0  # `paused` contexts
+        self._stalled = False
+        self.before_end: list[Callable[[], None]] = []  # lets go of what vCPUs may wait for in the kernel
+        self.may_not_run = ""  # why `resume` is refused: the guest runs elsewhere, or lacks memory
         self._going = False  # vCPUs run, or may
         self._started = self._closed = False
         self._power_on: Any = None
@@ -231,6 +234,8 @@ class Machine:
             if self._devices_held:
                 for device in self.devices.values():
                     device.resume()
+            if self.vcpus:
+                self.vcpus[0].wait_begun()
             self.emit("RESUME")
 
     def run(self, paused: bool = False) -> str:
@@ -257,6 +262,8 @@ class Machine:
             return
         if self.status in ENDED:
             raise OperationInvalid(f"the machine cannot go on: its status is {self.status}", remedy="reset it first")
+        if self.may_not_run:
+            raise OperationInvalid(f"the guest cannot go on here: {self.may_not_run}")
         self.status = "running"
         self._apply()
         self.emit("RESUME")
@@ -332,10 +339,20 @@ class Machine:
 
     def quit(self, reason: str = "host-qmp-quit") -> None:
         """End the process's work: `run` returns."""
+        self._let_go()
         if self.status != "shutdown":
             self._end("shutdown", False, reason)
         self.outcome = reason
         self.loop.stop()
+
+    def _let_go(self) -> None:
+        """vCPUs that wait for memory cannot park. They are kicked first: none enters guest mode once it has that."""
+        callbacks, self.before_end = self.before_end, []
+        if callbacks:
+            for thread in self.vcpus:
+                thread.ask_to_park()
+        for callback in callbacks:
+            callback()
 
     def _end(self, status: str, guest: bool, reason: str) -> None:
         self.status = status
@@ -363,8 +380,35 @@ class Machine:
         for device in self.devices.values():
             device.pause()
 
+    def stall(self) -> None:
+        """Stop the guest without waiting for it: what waits for a page that does not come cannot park."""
+        if self.status == "running":
+            self.status = "paused"
+            self._stalled = True
+            for thread in self.vcpus:
+                thread.ask_to_park()
+            self.emit("STOP")
+
+    def unstall(self) -> None:
+        """Go on after `stall`."""
+        if self._stalled:
+            self._stalled = False
+            if self.status == "paused":
+                self.status = "running"
+                for thread in self.vcpus:
+                    thread.unpark()
+                self.emit("RESUME")
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing of the guest will run any more. Any thread."""
+        return self._closed or self.status == "shutdown"
+
     def hold(self) -> None:
-        """Stand still, whatever the status says, until `release`."""
+        """Stand still, whatever the status says, until `release`. OperationInvalid where that could not be waited for:
+        parts of the guest may wait for memory that does not come (`stall`)."""
+        if self._stalled and not self.ending:
+            raise OperationInvalid(f"the machine cannot stand still: {self.may_not_run}")
         self._holds += 1
         self._apply()
 
@@ -506,6 +550,7 @@ class Machine:
         if self._closed:
             return
         self._closed = True
+        self._let_go()
         for thread in self.vcpus:
             thread.end()
         self.forget_checkpoint()

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from kvik.vmm.config import MachineConfig
+    from kvik.vmm.confinement import Confinement
     from kvik.vmm.machine import Machine
 else:
     import _signal  # what is behind `signal`, which is slow to import
 
-__all__ = ["main", "run"]
+__all__ = ["Prepared", "main", "open_control", "run"]
 
 ENDS = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
 
@@ -31,10 +32,33 @@ ENDS = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
 # interrupt and every exit while any thread is busy.
 SWITCH_INTERVAL = 1e-4
 NAME = "kvik-vmm"
+M_ARENA_MAX = -8  # malloc.h
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, build, run."""
+class Prepared:
+    """What a command line asks for, worked out: nothing is opened, no descriptor is touched. A zygote does this before
+    it forks. Raises `KvikError`."""
+
+    __slots__ = ("config", "confinement", "descriptors")
+
+    def __init__(self, config: MachineConfig) -> None:
+        self.config = config
+        self.confinement: Confinement | None = None
+        self.descriptors: set[int] = set()  # those that the configuration names
+        if config.sandbox != "off":
+            from kvik.vmm.confinement import Confinement, descriptors
+
+            self.confinement, self.descriptors = Confinement(config), descriptors(config)
+
+    @classmethod
+    def parse(cls, words: list[str]) -> Prepared:
+        from kvik.vmm.options import parse
+
+        return cls(parse(words))
+
+
+def main(arguments: list[str] | None = None, prepared: Prepared | None = None) -> int:
+    """Parse, build, run. `prepared`: it is parsed already."""
     if arguments is None:
         _have_standard_streams()
     words = sys.argv[1:] if arguments is None else arguments
@@ -48,10 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"kvik-vmm {kvik.__version__}")
         return 0
-    from kvik.vmm.options import parse
-
+    if "--cpu=help" in words or " --cpu help " in f" {' '.join(words)} ":
+        sys.stdout.write(_cpu_models())
+        return 0
     try:
-        return run(parse(words), alone=arguments is None)
+        return _run(prepared or Prepared.parse(words), alone=arguments is None)
     except KvikError as error:
         print(f"kvik-vmm: {error}", file=sys.stderr)
     except MemoryError:
@@ -60,6 +85,17 @@ def main(arguments: list[str] | None = None) -> int:
         hint = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
         print(f"kvik-vmm: the host refuses something that a machine needs: {error}{hint}", file=sys.stderr)
     return 1
+
+
+def _cpu_models() -> str:
+    from kvik.kvm.system import System
+    from kvik.vmm.cpu.listing import listing
+
+    try:
+        with System() as system:
+            return listing(system.supported_cpuid())
+    except OSError:
+        return listing(None)
 
 
 def _have_standard_streams() -> None:
@@ -71,24 +107,26 @@ def _have_standard_streams() -> None:
             os.open("/dev/null", os.O_RDWR)  # the lowest number that is free: this one
 
 
-def run(config: MachineConfig, *, alone: bool = False) -> int:
-    """Build the machine and run it to its end. `alone`: the process does nothing else, so that descriptors which the
-    configuration does not name are the caller's oversight, and closed."""
+def run(config: MachineConfig) -> int:
+    """Build the machine and run it to its end; its exit code."""
+    return _run(Prepared(config), alone=False)
+
+
+def _run(prepared: Prepared, *, alone: bool) -> int:
+    """`alone`: the process does nothing else, so that descriptors which the configuration does not name are the
+    caller's oversight, and closed."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     if alone:
         _set_name(NAME)
+        _share_heap()
     gc.disable()  # what is made until the guest runs stays: looking for garbage among it is lost time
     for number in ENDS:
         _signal.signal(number, _end_at_once)
     from kvik.vmm.build import build
 
-    confinement = None
-    if config.sandbox != "off":
-        from kvik.vmm.confinement import Confinement, descriptors
-
-        confinement = Confinement(config)
-        if alone:
-            confinement.close_stray(descriptors(config))
+    config, confinement = prepared.config, prepared.confinement
+    if confinement is not None and alone:
+        confinement.close_stray(prepared.descriptors)
     machine = build(config, confinement, boot=not config.incoming)
     trace = -1
     try:
@@ -103,7 +141,7 @@ def run(config: MachineConfig, *, alone: bool = False) -> int:
         else:
             machine.start(machine.config.paused)
         # From here on the guest runs, and nobody waits for what is imported.
-        _open_control(machine)
+        open_control(machine)
         if confinement is not None:
             confinement.enter_main(machine)
         gc.freeze()
@@ -121,10 +159,21 @@ def run(config: MachineConfig, *, alone: bool = False) -> int:
 def _set_name(name: str) -> None:
     """What ps calls the process, whoever's interpreter runs it (proc(5), /proc/PID/comm): 15 bytes at most."""
     try:
-        with open("/proc/self/comm", "wb") as file:  # noqa: PTH123 - pathlib is slow to import
-            file.write(name.encode())
+        fd = os.open("/proc/self/comm", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, name.encode())
+        finally:
+            os.close(fd)
     except OSError:
         pass  # no /proc: a name is no need
+
+
+def _share_heap() -> None:
+    """One arena for all threads (mallopt(3)): the interpreter's lock lets one of them allocate at a time anyway, and
+    another for each would cost it a mapping and pages of its own."""
+    import ctypes
+
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def _open_trace(path: str) -> int:
@@ -140,7 +189,7 @@ def _end_at_once(number: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
-def _open_control(machine: Machine) -> None:
+def open_control(machine: Machine) -> None:
     """Monitors, a debugger's port, metrics."""
     config = machine.config
     if config.qmp:

@@ -11,6 +11,7 @@ so that another process (vhost-user, a fork) can map it too. Nothing is touched 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import struct
@@ -194,6 +195,7 @@ class GuestMemory:
         self.regions: list[Region] = []
         self.on_change: list[Callable[[], None]] = []
         self.dirty_log: Callable[[int, int], None] | None = None  # told (address, size) of what the VMM wrote
+        self.arrival: Callable[[int, int], None] | None = None  # post-copy: waits until (address, size) is there
         self._starts: list[tuple[int, int, Region]] = []
         self._low: Region | None = None
         self._left: list[tuple[int, int]] = []  # (address, size) here of regions that were removed
@@ -214,14 +216,28 @@ class GuestMemory:
 
     @property
     def size(self) -> int:
-        """Bytes of RAM."""
+        """Bytes of RAM, with all that devices bring (virtio-mem's whole window)."""
         return sum(region.size for region in self.regions)
+
+    @property
+    def boot_size(self) -> int:
+        """Bytes of RAM that the machine begins with."""
+        return sum(size for _, size in self.layout.ram)
 
     def add_ram(self, start: int, size: int, host: HostMemory, node: int = 0) -> Region:
         address, fd = host.allocate(size)
         region = Region(start, size, address, fd=fd, node=node)
         self.add(region)
         return region
+
+    def require_whole(self, what: str, number: int = 0) -> None:
+        """HostError while pages are still on their way here, so that not all of it can `what`."""
+        if self.arrival is not None:
+            raise HostError(
+                f"the guest's memory is still arriving (post-copy) and cannot {what}",
+                errno=number,
+                remedy="wait until query-migrate says completed",
+            )
 
     def add(self, region: Region) -> None:
         """Take a mapped region in; it must not overlap another."""
@@ -271,6 +287,9 @@ class GuestMemory:
 
     def view(self, address: int, size: int) -> memoryview:
         """The guest's own bytes, writable, no copy. After writing through it, say so with `touched`."""
+        if self.arrival is not None:
+            self.find(address, size)
+            self.arrival(address, size)
         low = self._low
         if low is not None and address >= 0 and address + size <= low.size:  # most of what is asked for
             return low.view[address : address + size]
@@ -323,7 +342,7 @@ class GuestMemory:
         region = self.find(address, size)
         self.touched(address, size)
         whole = size - size % PAGE
-        if region.fd < 0 and address % PAGE == 0 and offset % PAGE == 0 and whole:
+        if region.fd < 0 and address % PAGE == 0 and offset % PAGE == 0 and whole and self.arrival is None:
             at = region.address + address - region.start
             map_memory(whole, mmap.MAP_PRIVATE, fd, offset, at=at)
             _libc.madvise(at, whole, MADV_DONTDUMP)
@@ -336,6 +355,7 @@ class GuestMemory:
 
     def discard(self, address: int, size: int) -> None:
         """Give pages back to the host; the guest reads zeroes there afterwards. Page aligned."""
+        self.require_whole("be given back to the host", errno.EBUSY)
         region = self.find(address, size)
         at = region.address + address - region.start
         if region.fd >= 0:

@@ -47,7 +47,7 @@ OPTIONS = {
     "memory": Option("memory", "SIZE", "RAM: 512M, 4G; with shared, hugepages=2M, prealloc, hotplug=SIZE", "size"),
     "numa": Option("memory.nodes", "memory=SIZE", "a NUMA node: cpus=0-1, distances=10:20, host-nodes=0", "memory"),
     "cpus": Option("cpus", "N", "vCPUs; with maximum, sockets, dies, cores, threads", "count"),
-    "cpu": Option("cpus.model", "MODEL", "CPU model and features: host, x86-64-v3,+avx2,-x2apic"),
+    "cpu": Option("cpus.model", "MODEL", "CPU model and features: host, x86-64-v3,+avx2,-x2apic; help lists them"),
     "smbios": Option("smbios", "serial=TEXT", "what the guest reads in SMBIOS"),
     "rtc": Option("rtc", "utc|localtime|SECONDS", "the clock at power-on", "base"),
     "serial": Option("serials", "BACKEND", "a 16550 on stdio, null, pty, file:PATH, unix:PATH or fd=N", "backend"),

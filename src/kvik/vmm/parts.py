@@ -142,7 +142,9 @@ def vsock(machine: Machine, config: c.VsockConfig, name: str) -> Device:
 def vhost_user_blk(machine: Machine, config: c.VhostUserBlkConfig, name: str) -> Device:
     from kvik.vmm.virtio.vhost_user_blk import VhostUserBlk
 
-    return VhostUserBlk(name, _socket(config, name), config.queues)
+    return VhostUserBlk(
+        name, _socket(config, name), config.queues, queue_size=config.queue_size, life_fd=config.life_fd
+    )
 
 
 def fs(machine: Machine, config: c.FsConfig, name: str) -> Device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-__all__ = ["prepare", "rename"]
+__all__ = ["prepare", "rename", "trim_heap"]
 
 PR_SET_NAME, PR_SET_MM, PR_SET_MM_MAP = 15, 35, 14
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -42,6 +42,12 @@ def prepare() -> None:
     for name, number in field.items():  # proc(5) counts from 1, and what is before ")" are two
         setattr(_map, name, int(fields[number - 3]))
     _map.exe_fd = 0xFFFF_FFFF
+
+
+def trim_heap() -> None:
+    """Give free memory back (malloc_trim(3)): what a fork allocates then lies in fresh pages, not in holes of shared
+    ones, each of which would become one of its own."""
+    _libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def rename(name: str, argv: list[str], environment: dict[str, str]) -> bool:

@@ -13,7 +13,7 @@ from kvik.errors import InvalidArgument
 from kvik.vmm.boot.entry import Entry
 from kvik.vmm.build import add_vcpus
 from kvik.vmm.config import MachineConfig, MemoryConfig
-from kvik.vmm.layout import MIB
+from kvik.vmm.layout import BOOT_STACK, MIB
 from kvik.vmm.machine import Machine
 
 TYPE_CHECKING = False
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["MODES", "Program", "bare_machine"]
 
 MODES = ("real", "protected", "long")
-STACK = 0xF000
+STACK = 0xF000  # grows down from here
 _REAL_LIMIT = 0x10000
 
 
@@ -56,7 +56,7 @@ class Program:
             entry.prepare(machine.memory)
             entry.apply(vcpu)
             registers = vcpu.regs()
-            registers.rsp = STACK
+            registers.rsp = BOOT_STACK if self.mode == "long" else STACK  # below the page tables, which end at 0xF000
             vcpu.set_regs(registers)
         machine.memory.write(self.address, self.code)
 

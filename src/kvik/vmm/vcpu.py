@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 else:
     import _signal  # what is behind `signal`, which is slow to import
 
-__all__ = ["KICK_SIGNAL", "VcpuThread", "prepare_signal"]
+__all__ = ["KICK_SIGNAL", "SLEEP", "VcpuThread", "prepare_signal"]
 
 KICK_SIGNAL: int = _signal.SIGRTMIN
-_PARK, _END = 1, 2
+_PARK, _END, SLEEP = 1, 2, 4  # what is asked of a thread; SLEEP: to park as well, for another reason
 _IO, _MMIO, _INTR, _HLT = ExitReason.IO, ExitReason.MMIO, ExitReason.INTR, ExitReason.HLT
 _DEBUG, _SHUTDOWN, _SYSTEM_EVENT = ExitReason.DEBUG, ExitReason.SHUTDOWN, ExitReason.SYSTEM_EVENT
 REASONS = 64  # more than the kernel has exit reasons
@@ -65,11 +65,18 @@ class VcpuThread:
         self._wake.acquire()
         self._ended = _thread.allocate_lock()
         self._ended.acquire()
+        self._begun = _thread.allocate_lock()  # released by the thread when nothing but the guest is before it
+        self._begun.acquire()
 
     # From other threads ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         self._ident = _thread.start_new_thread(self._main, ())
+
+    def wait_begun(self) -> None:
+        """Leave it the interpreter until it is about to enter guest mode: the caller has much to do that can wait, and
+        the two would take turns. Not for long, whatever happens to the thread."""
+        self._begun.acquire(timeout=0.1)
 
     def kick(self) -> None:
         """Make KVM_RUN return, now or as soon as it is entered."""
@@ -77,9 +84,9 @@ class VcpuThread:
         if self._ident:
             _signal.pthread_kill(self._ident, KICK_SIGNAL)
 
-    def ask_to_park(self) -> None:
+    def ask_to_park(self, reason: int = _PARK) -> None:
         with self._lock:
-            self._request |= _PARK
+            self._request |= reason
             parked = self.parked
         if not parked:
             self.kick()
@@ -93,9 +100,11 @@ class VcpuThread:
             if not self._came.acquire(timeout=0.02):
                 self.kick()  # for a kernel that looks at the signal only, when it came just before KVM_RUN
 
-    def unpark(self) -> None:
+    def unpark(self, reason: int = _PARK) -> None:
         with self._lock:
-            self._request &= ~_PARK
+            self._request &= ~reason
+            if self._request & (_PARK | SLEEP):
+                return
             self.parked = False
         self._look_again()
 
@@ -131,6 +140,7 @@ class VcpuThread:
                 except Exception as error:
                     self.machine.vcpu_cannot_start(self, error)
                     return
+            self._begun.release()
             while True:
                 try:
                     self._loop()
@@ -201,7 +211,7 @@ class VcpuThread:
             with self._lock:
                 if self._request & _END:
                     return False
-                if not self._request & _PARK:
+                if not self._request & (_PARK | SLEEP):
                     self.parked = False
                     return True
                 self.parked = True

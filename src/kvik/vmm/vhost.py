@@ -144,17 +144,31 @@ class Vhost:
 
 
 class DirtyLog:
-    """A bitmap of one bit a page, in memory that the kernel writes. Taken by exchange, so no bit is lost."""
+    """A bitmap of one bit a page, in memory that the kernel writes, or with `memfd` another process. Taken by
+    exchange, so no bit is lost. `end`: of guest memory; `size` in bytes."""
 
-    def __init__(self, end: int) -> None:
-        self._size = (end // _PAGE // 8 + 8) // 8 * 8 + 8
-        self._maps = [mmap.mmap(-1, self._size), mmap.mmap(-1, self._size)]
+    def __init__(self, end: int, *, memfd: bool = False) -> None:
+        self.size = (end // _PAGE // 8 + 8) // 8 * 8 + 8
+        self._fds = [os.memfd_create("kvik-dirty-log", os.MFD_CLOEXEC) for _ in range(2)] if memfd else []
+        for fd in self._fds:
+            os.ftruncate(fd, self.size)
+        self._maps = [mmap.mmap(fd, self.size) for fd in self._fds or (-1, -1)]
         self._pins = [ctypes.c_char.from_buffer(part) for part in self._maps]
         self._current = 0
 
     @property
     def address(self) -> int:
         return ctypes.addressof(self._pins[self._current])
+
+    @property
+    def fd(self) -> int:
+        """The memfd that is written to now."""
+        return self._fds[self._current]
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
 
     def take(self, use: Callable[[int], None], touched: Callable[[int, int], None]) -> int:
         """Let the kernel write to the other bitmap (`use` gets its address), then report and clear this one.

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_CONFIG_SIZE", "VhostUser"]
 
-GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5
+GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE, SET_LOG_BASE = 1, 2, 3, 5, 6
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL = 12, 13
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
 GET_CONFIG, SET_CONFIG = 24, 25
 
-F_PROTOCOL_FEATURES = 1 << 30
-P_MQ, P_REPLY_ACK, P_CONFIG = 1 << 0, 1 << 3, 1 << 9
+F_LOG_ALL, F_PROTOCOL_FEATURES = 1 << 26, 1 << 30
+P_MQ, P_LOG_SHMFD, P_REPLY_ACK, P_CONFIG = 1 << 0, 1 << 1, 1 << 3, 1 << 9
+VRING_F_LOG = 1
 
 VERSION, REPLY, NEED_REPLY = 1, 1 << 2, 1 << 3
 NO_FD = 1 << 8  # in the payload of SET_VRING_KICK and _CALL
@@ -42,6 +43,7 @@ _U64 = struct.Struct("=Q")
 _STATE = struct.Struct("=II")  # index, number
 _ADDR = struct.Struct("=IIQQQQ")  # index, flags, descriptors, used, available, log: addresses in this process
 _REGION = struct.Struct("=QQQQ")  # guest address, size, address in this process, offset in the file
+_LOG = struct.Struct("=QQ")  # size, offset in the file
 _CONFIG = struct.Struct("=III")  # offset, size, flags
 
 
@@ -88,7 +90,7 @@ class VhostUser:
         self.features = self._get(GET_FEATURES)
         if self.features & F_PROTOCOL_FEATURES:
             offered = self._get(GET_PROTOCOL_FEATURES)
-            self.protocol = offered & (P_MQ | P_REPLY_ACK | P_CONFIG)
+            self.protocol = offered & (P_MQ | P_LOG_SHMFD | P_REPLY_ACK | P_CONFIG)
             self._send(SET_PROTOCOL_FEATURES, _U64.pack(self.protocol))
         self._send(SET_OWNER)
         if self.protocol & P_MQ:
@@ -147,10 +149,22 @@ class VhostUser:
         self._send(request)
         return int(_U64.unpack_from(self._answer(request, _U64.size))[0])
 
+    @property
+    def logs(self) -> bool:
+        """Whether it can tell which pages it writes."""
+        return bool(self.features & F_LOG_ALL and self.protocol & P_LOG_SHMFD)
+
     # What a device says ------------------------------------------------------------------------------------------
 
-    def set_features(self, features: int) -> None:
-        self._send(SET_FEATURES, _U64.pack(features | self.features & F_PROTOCOL_FEATURES))
+    def set_features(self, features: int, *, log: bool = False) -> None:
+        """`log`: from now on note written pages; see `set_log`."""
+        more = self.features & F_PROTOCOL_FEATURES | (F_LOG_ALL if log else 0)
+        self._send(SET_FEATURES, _U64.pack(features | more), checked=True)
+
+    def set_log(self, fd: int, size: int) -> None:
+        """The memfd where it sets a bit for each page of 4 KiB that it writes. It writes to no other from here on."""
+        self._send(SET_LOG_BASE, _LOG.pack(size, 0), [fd])
+        self._answer(SET_LOG_BASE, 0)
 
     def set_memory(self, memory: GuestMemory) -> None:
         """The table of RAM. Every region needs a memfd."""
@@ -166,13 +180,19 @@ class VhostUser:
             table += _REGION.pack(region.start, region.size, region.address, region.fd_offset)
         self._send(SET_MEM_TABLE, table, [region.fd for region in regions], checked=True)
 
+    def set_addresses(self, index: int, addresses: tuple[int, int, int], *, log: int = -1) -> None:
+        """`addresses`: descriptors, used, available, in this process. `log`: the used ring's guest-physical address, if
+        writes to it are to be logged."""
+        place = (VRING_F_LOG, *addresses, log) if log >= 0 else (0, *addresses, 0)
+        self._send(SET_VRING_ADDR, _ADDR.pack(index, *place), checked=True)
+
     def start_queue(
-        self, index: int, size: int, base: int, addresses: tuple[int, int, int], *, kick: int, call: int
+        self, index: int, size: int, base: int, addresses: tuple[int, int, int], *, kick: int, call: int, log: int = -1
     ) -> None:
-        """`base`: index of the next available entry. `addresses`: descriptors, used, available, in this process."""
+        """`base`: index of the next available entry. The rest is as for `set_addresses`."""
         self._send(SET_VRING_NUM, _STATE.pack(index, size))
         self._send(SET_VRING_BASE, _STATE.pack(index, base))
-        self._send(SET_VRING_ADDR, _ADDR.pack(index, 0, *addresses, 0), checked=True)
+        self.set_addresses(index, addresses, log=log)
         self.set_call(index, call)
         self._send(SET_VRING_KICK, _U64.pack(index), [kick])
         if self.features & F_PROTOCOL_FEATURES:

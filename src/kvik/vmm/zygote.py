@@ -1,15 +1,20 @@
 """A process with everything imported that a machine's start needs, of which machines are forks.
 
-    manager                          zygote                         machine
-    one datagram: JSON + SCM_RIGHTS  ->  fork
-                                                                    places the descriptors, takes its own name
-            <- one datagram: JSON + SCM_RIGHTS: the machine's pidfd -
-                                                                    main(argv)
+    keeper                        zygote                    machine
+        <- it can fork ----------
+    request, descriptors  ------>  fork
+                                                            places the descriptors, takes its own name
+        <------------------------- pid and pidfd ----------
+                                                            main(argv)
 
-The answer comes from the machine itself, so that it is never about a process that has ended and been reaped. One
-request is under way at a time. The zygote ends when its socket does; its machines, each in a session of its own, do not
-care. A machine has nothing of another's: the zygote closes what it received as soon as it has forked, and a fork closes
-all that it was not told to keep.
+What is said is in `host/zygote_wire.py`; the keeper is the daemon (`host/zygote.py`). The answer comes from the machine
+itself, so that it is never about a process that has ended and been reaped; a machine that cannot give it ends, so that
+none runs that nobody knows. One request is under way at a time. The zygote ends when its socket does; its machines,
+each in a session of its own, do not care. A machine has nothing of another's: the zygote closes what it received as
+soon as it has forked, and a fork closes all that it was not told to keep.
+
+No byte of a guest's reaches the zygote: it hears its keeper only. It has no right that it would lend to its forks but
+those of any child of the keeper, and no program that it runs gains one (no_new_privs). Each fork confines itself.
 
 What a fork lacks beside a fresh process: a memory layout of its own (all machines of one zygote have their code and
 heap at the same addresses) and an own seed for Python's hashes of strings, which no guest sees.
@@ -18,23 +23,16 @@ heap at the same addresses) and an own seed for Python's hashes of strings, whic
 from __future__ import annotations
 
 import gc
-import json
 import os
 import signal
 import socket
 import sys
 
+from kvik.host.zygote_wire import MAX_DESCRIPTORS, MAX_NUMBER, MAX_REQUEST, PROTOCOL, Request, answer
 from kvik.vmm import process_image
+from kvik.vmm.main import Prepared
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
-__all__ = ["MAX_DESCRIPTORS", "MAX_REQUEST", "Request", "serve"]
-
-MAX_REQUEST = 128 << 10  # bytes
-MAX_DESCRIPTORS = 253  # SCM_MAX_FD, unix(7)
-MAX_NUMBER = 1 << 16
+__all__ = ["Fork", "main", "serve"]
 
 # What a machine's start imports, besides the modules of `kvik.vmm.build`.
 MODULES = (
@@ -44,56 +42,30 @@ MODULES = (
 )
 
 
-class Request:
-    """`argv` with the program's name first; `numbers[i]` is the number that descriptor i of the message is to have."""
+class Fork:
+    """`serve` returns it in a fork, whose command line is in `sys.argv`; `prepared`: what it says, if it is right."""
 
-    __slots__ = ("argv", "directory", "environment", "numbers")
+    __slots__ = ("prepared",)
 
-    def __init__(self, argv: list[str], environment: dict[str, str], numbers: list[int], directory: str = "/") -> None:
-        self.argv, self.environment, self.numbers, self.directory = argv, environment, numbers, directory
-
-    def encode(self) -> bytes:
-        """Raises ValueError if it is more than a message holds."""
-        fields = {"argv": self.argv, "env": self.environment, "fds": self.numbers, "cwd": self.directory}
-        data = json.dumps(fields).encode("ascii")
-        if len(data) > MAX_REQUEST or len(self.numbers) > MAX_DESCRIPTORS:
-            raise ValueError("the request is too long for a zygote")
-        return data
-
-    @classmethod
-    def decode(cls, data: bytes, descriptors: int) -> Request:
-        """Raises ValueError for anything that `encode` does not make of a request with so many descriptors."""
-        try:
-            fields = json.loads(data)
-        except RecursionError:
-            raise ValueError("the request is nested too deeply") from None
-        if not isinstance(fields, dict) or fields.keys() != {"argv", "env", "fds", "cwd"}:
-            raise ValueError("the request has not the fields of one")
-        argv, environment, numbers, directory = fields["argv"], fields["env"], fields["fds"], fields["cwd"]
-        if not _texts(argv) or not argv:
-            raise ValueError("its argv is no list of words")
-        if not isinstance(environment, dict) or not _texts([*environment, *environment.values()]):
-            raise ValueError("its environment is none")
-        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < MAX_NUMBER for n in numbers):
-            raise ValueError("its descriptors' numbers are none")
-        if len(numbers) != descriptors or len(set(numbers)) != descriptors:
-            raise ValueError(f"{len(numbers)} numbers do not name {descriptors} descriptors")
-        if not _texts([directory]) or not directory.startswith("/"):
-            raise ValueError("its directory is no absolute path")
-        return cls(argv, environment, numbers, directory)
+    def __init__(self, prepared: Prepared | None) -> None:
+        self.prepared = prepared
 
 
-def _texts(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) and "\0" not in value for value in values)
+def _prepare(words: list[str]) -> Prepared | None:
+    """What can be worked out once is not worked out in the fork, where each page that this writes is one more."""
+    try:
+        return Prepared.parse(words)
+    except Exception:
+        return None  # the fork finds the same, and tells its user
 
 
-def serve(channel: socket.socket) -> Request | None:
-    """Fork for each request until the other end closes. Returns in the forks, with their request; None in the zygote,
-    at its end."""
+def serve(channel: socket.socket) -> Fork | None:
+    """Fork for each request until the other end closes. Returns in the forks; None in the zygote, at its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: whoever cares has the pidfd
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # so that no collection in a fork writes to the pages that all share
+    process_image.trim_heap()
     while True:
         data, fds, flags, _ = socket.recv_fds(channel, MAX_REQUEST + 1, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         if not data:
@@ -102,14 +74,25 @@ def serve(channel: socket.socket) -> Request | None:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError("the request was cut off")
             request = Request.decode(data, len(fds))
+            prepared = _prepare(request.argv[1:])
             if os.fork() == 0:
                 _become(request, fds, channel)
-                return request
+                return Fork(prepared)
         except (ValueError, OSError) as error:
-            channel.send(json.dumps({"error": str(error)[:500]}).encode("ascii"))
+            if not _tell(channel, answer(error=str(error)[:500])):
+                return None
         finally:
             for fd in fds:
                 os.close(fd)
+
+
+def _tell(channel: socket.socket, message: bytes) -> bool:
+    """False when nobody is there any more."""
+    try:
+        channel.send(message)
+    except OSError:
+        return False
+    return True
 
 
 def _become(request: Request, fds: list[int], channel: socket.socket) -> None:
@@ -127,14 +110,12 @@ def _become(request: Request, fds: list[int], channel: socket.socket) -> None:
             sys.modules["random"].seed()
         sys.argv = request.argv
         pidfd = os.pidfd_open(os.getpid())
-        socket.send_fds(channel, [json.dumps({"pid": os.getpid()}).encode("ascii")], [pidfd])
+        socket.send_fds(channel, [answer(pid=os.getpid())], [pidfd])
         os.close(pidfd)
         channel.close()
     except BaseException as error:
-        try:
-            channel.send(json.dumps({"error": str(error)[:500]}).encode("ascii"))
-        finally:
-            os._exit(1)
+        _tell(channel, answer(error=str(error)[:500]))
+        os._exit(1)
 
 
 def _place(numbers: list[int], fds: list[int], channel: socket.socket) -> socket.socket:
@@ -155,12 +136,19 @@ def _place(numbers: list[int], fds: list[int], channel: socket.socket) -> socket
     return socket.socket(fileno=last)
 
 
-def main(fd: int) -> Request | None:
+def main(fd: int) -> Fork | None:
     """Be a zygote on socket `fd` (AF_UNIX, SOCK_SEQPACKET), as `serve`."""
-    import importlib
+    from kvik.vmm.sandbox.privileges import no_new_privileges
 
-    for name in MODULES:
-        importlib.import_module(f"kvik.vmm.{name}")
+    no_new_privileges()
+    from kvik.vmm.confinement import LATE, LATE_CONTROL, import_all
+    from kvik.vmm.rehearsal import rehearse
+
+    import_all([*(f"kvik.vmm.{name}" for name in MODULES), *LATE, *LATE_CONTROL])
+    rehearse()
     process_image.prepare()
-    process_image.rename("kvik-zygote", ["kvik-zygote"], dict(os.environ))
-    return serve(socket.socket(fileno=fd))
+    renames = process_image.rename("kvik-zygote", ["kvik-zygote"], dict(os.environ))
+    channel = socket.socket(fileno=fd)
+    if not _tell(channel, answer(zygote=PROTOCOL, renames=renames)):
+        return None
+    return serve(channel)

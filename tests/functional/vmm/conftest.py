@@ -12,7 +12,21 @@ import pytest
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
 
-from running import Running  # behind the path
+import restored  # behind the path
+from running import Running
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("true_kvm") is not None and Path("/sys/module/kvm_pvm").exists():
+        pytest.skip("this host's KVM is KVM-PVM, which is no true x86 here: runs in the lab")
+
+
+@pytest.fixture(params=["booted", "restored"])
+def way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """How the test's machines come to be: `restored.either_way`."""
+    restored.directory = tmp_path_factory.mktemp("saved") if request.param == "restored" else None
+    yield request.param
+    restored.directory = None
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 
 import pytest
+from restored import either
 
 from kvik.vmm.config import CpuConfig, MachineConfig, MemoryConfig
 from kvik.vmm.layout import MIB
@@ -32,7 +33,11 @@ def machine_with(
     change: Callable[[MachineConfig], None] | None = None,
 ) -> Machine:
     """A machine whose first vCPU runs `code` at power-on and after each reset."""
-    config = MachineConfig(memory=MemoryConfig(size=memory), cpus=CpuConfig(count=cpus))
-    if change is not None:
-        change(config)
-    return bare_machine(Program(code, CODE, mode), config)
+
+    def make() -> Machine:
+        config = MachineConfig(memory=MemoryConfig(size=memory), cpus=CpuConfig(count=cpus))
+        if change is not None:
+            change(config)
+        return bare_machine(Program(code, CODE, mode), config)
+
+    return either(make, mode)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import restored as restored_at
 from guest import run_until
 
 from kvik.errors import HostError
 from kvik.vmm.build import build
-from kvik.vmm.config import BootConfig, CharConfig, MachineConfig, MemoryConfig, RngConfig
+from kvik.vmm.config import BootConfig, CharConfig, CpuConfig, MachineConfig, MemoryConfig, RngConfig
 from kvik.vmm.layout import KERNEL, MIB
 from kvik.vmm.machine import Machine
 from unit.vmm.test_boot import elf
@@ -36,6 +37,11 @@ DIRTY, ERRORS, PAGES = 0x200_0000, 0x300_1000, 512
 WRITER = bytes.fromhex(
     "31db be00000002 b900020000 391e 7406 ff0500100003 ff06 81c600100000 49 75eb 43 891d00000003 ebd8".replace(" ", "")
 )
+
+
+# The same over 16 MiB: more than a thin connection carries in a second.
+BIG_PAGES = 4096
+BIG_WRITER = WRITER.replace(bytes.fromhex("b900020000"), bytes.fromhex("b900100000"))
 
 
 class Guest:
@@ -70,13 +76,16 @@ class Guest:
         self.echo(b"hello")
 
 
-def config(directory: Path, line: socket.socket, code: bytes = ECHO, **memory: Any) -> MachineConfig:
+def config(
+    directory: Path, line: socket.socket, code: bytes = ECHO, cpus: CpuConfig | None = None, **memory: Any
+) -> MachineConfig:
     text = code.rjust(0x850 + len(code), b"\x90").ljust(4096, b"\x90")
-    kernel = directory / ("kernel" if code is ECHO else "writer")
+    kernel = directory / ({ECHO: "kernel", WRITER: "writer"}.get(code, "big-writer"))
     if not kernel.exists():
         kernel.write_bytes(elf(text=text, entry=KERNEL + 0x850))
     return MachineConfig(
         name="state",
+        cpus=cpus or CpuConfig(),
         memory=MemoryConfig(size=64 * MIB, **memory),
         boot=BootConfig(kernel=str(kernel)),
         serials=[CharConfig(backend=f"fd={line.detach()}")],
@@ -119,11 +128,21 @@ def restored(directory: Path, **given: Any) -> Iterator[Guest]:
 
 
 @contextmanager
+def running(directory: Path, **memory: Any) -> Iterator[Guest]:
+    """A guest that runs: booted, or restored where machines shall be that (the module `restored`)."""
+    with (booted if restored_at.directory is None else through_snapshot)(directory, **memory) as guest:
+        yield guest
+
+
+@contextmanager
 def through_snapshot(directory: Path, compression: str = "none", **memory: Any) -> Iterator[Guest]:
     """Boot, run, save, end, restore, start."""
-    saved = directory / "saved"
+    saved = directory / "on the way"
     with booted(directory, **memory) as guest:
-        guest.check()
+        if memory.get("code", ECHO) is ECHO:
+            guest.check()
+        else:
+            run_until(guest.machine, guest.counter)
         guest.machine.save(str(saved), compression)
     with restored(saved) as guest:
         guest.machine.start()

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 from guest import CODE, COUNTING, DATA, PML4, machine, run_until
+from restored import either_way
 
 from kvik.vmm.machine import Machine
 from kvik.vmm.metrics import MetricsServer
 from kvik.vmm.monitor.server import MonitorServer
+
+pytestmark = either_way
 
 
 class Monitor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from guests import machine_with, needs_kvm
+from restored import booted_only, either_way
 from running import ROOT, Running
 from tiny_kernel import COM1, IDLE, elf, out, say
 
@@ -26,7 +27,7 @@ from kvik.kvm.vm import Vm
 from kvik.vmm.device import PortDevice
 from kvik.vmm.machine import Machine
 
-pytestmark = needs_kvm
+pytestmark = [needs_kvm, either_way]
 UP = say(b"up\n") + IDLE
 # 1: mov $'x',%al; mov $COM1,%dx; out; jmp 1b - it never looks whether there is room
 FLOOD = out(COM1, ord("x")) + b"\xeb" + bytes((256 - 2 - len(out(COM1, 0)),))
@@ -50,6 +51,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 # What it starts from -------------------------------------------------------------------------------------------------
 
 
+@booted_only
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -68,6 +70,7 @@ def test_a_kernel_that_is_none(tmp_path: Path, content: bytes, words: tuple[str,
     assert [path.name for path in tmp_path.iterdir()] == ["kernel"]
 
 
+@booted_only
 def test_files_that_are_not_there_or_no_files(tmp_path: Path) -> None:
     (tmp_path / "kernel").write_bytes(elf(UP))
     refused(kvik_vmm("--kernel", str(tmp_path / "none")), "does not exist", str(tmp_path / "none"))
@@ -113,6 +116,7 @@ def test_a_kernel_that_was_cut_off_meanwhile_stops_the_machine_at_its_reset(
 # What the host lacks -------------------------------------------------------------------------------------------------
 
 
+@booted_only
 def test_too_little_memory(tmp_path: Path) -> None:
     (tmp_path / "kernel").write_bytes(elf(UP))
     kernel = ("--kernel", str(tmp_path / "kernel"))
@@ -126,6 +130,7 @@ def test_too_little_memory(tmp_path: Path) -> None:
         refused(kvik_vmm(*kernel, "--memory", "64M,hugepages=2M,prealloc"), "64 MiB", "huge pages")
 
 
+@booted_only
 @pytest.mark.parametrize("number", range(7, 24, 2))
 def test_too_few_descriptors(tmp_path: Path, number: int) -> None:
     (tmp_path / "kernel").write_bytes(elf(say(b"up\n") + out(0x600, 0x20 | 5 << 2) + IDLE))
@@ -139,6 +144,7 @@ def test_too_few_descriptors(tmp_path: Path, number: int) -> None:
         refused(done, "oo many open files")
 
 
+@booted_only
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL, errno.ENOTTY, errno.ENOMEM])
 @pytest.mark.parametrize(
     ("where", "name"), [(Vm, "create_irqchip"), (Vm, "create_vcpu"), (Vm, "set_tss_addr"), (System, "create_vm")]
@@ -249,6 +255,7 @@ def test_nobody_reads_what_the_guest_says(start: Callable[..., Running]) -> None
     assert vm.wait() == 0
 
 
+@booted_only
 def test_nobody_reads_what_the_machine_logs(tmp_path: Path) -> None:
     (tmp_path / "kernel").write_bytes(elf(UP))
     reader, writer = os.pipe()
@@ -274,6 +281,7 @@ def test_nobody_reads_what_the_machine_logs(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
+@booted_only
 def test_standard_streams_that_are_closed(tmp_path: Path) -> None:
     (tmp_path / "kernel").write_bytes(elf(say(b"up\n") + out(0x600, 0x20 | 5 << 2) + IDLE))
     command = f'exec "$0" -m kvik.vmm.main --kernel {tmp_path}/kernel <&- >&- 2>&-'

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from guest import CODE, DATA, machine, run_until
+from restored import booted_only, either_way
 
 from kvik.errors import HostError, InvalidArgument
 from kvik.vmm.gdb import GdbServer
@@ -19,6 +20,7 @@ from kvik.vmm.machine import Machine
 GDB = shutil.which("gdb")
 # KVM-PVM emulates instructions: it gives up at an int3 and sees no watchpoint.
 true_kvm = pytest.mark.skipif(Path("/sys/module/kvm_pvm").exists(), reason="this host's KVM is KVM-PVM: no int3 exits")
+pytestmark = either_way
 needs_gdb = pytest.mark.skipif(GDB is None, reason="gdb is not installed: apt-get install gdb")
 
 
@@ -168,12 +170,14 @@ def test_no_packet_harms_the_machine(debugged: Machine, tmp_path: Path, junk: by
     run_until(debugged, lambda: debugged.memory.u64(DATA) != before)
 
 
+@booted_only
 @pytest.mark.parametrize("place", ["", "1234", "tcp:1234", "tcp:localhost:x", "unix:"])
 def test_places_that_are_none(place: str) -> None:
     with machine() as made, pytest.raises(InvalidArgument):
         GdbServer(made, place)
 
 
+@booted_only
 def test_a_place_that_cannot_be_had(tmp_path: Path) -> None:
     with machine() as made, pytest.raises(HostError):
         GdbServer(made, f"unix:{tmp_path}/none/gdb")

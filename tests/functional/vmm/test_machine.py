@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from restored import booted_only, either_way
 
 from functional.vmm.guests import machine_with, needs_kvm
 from kvik.errors import AlreadyExists, OperationInvalid
@@ -14,7 +15,7 @@ from kvik.vmm.config import MachineConfig
 from kvik.vmm.device import MmioDevice, PortDevice
 from kvik.vmm.machine import Machine
 
-pytestmark = needs_kvm
+pytestmark = [needs_kvm, either_way]
 
 PORT = 0x5F0
 
@@ -307,6 +308,7 @@ def test_the_trace_counts_what_the_guest_did(capsys: pytest.CaptureFixture[str])
     assert "vCPU 0:" in text and "IO" in text and hex(PORT) in text
 
 
+@booted_only
 def test_without_kvm_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvik.errors import HostError
 

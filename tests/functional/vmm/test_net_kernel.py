@@ -274,12 +274,7 @@ def test_the_kernels_writes_are_logged(rig):
     r.machine.memory.dirty_log = None
 
 
-NO_INTERRUPT = "the mock driver gets no interrupt when vhost takes over again; a stock guest does (test_vmm_net_live)"
-
-
-@pytest.mark.parametrize(
-    "vhost", ["off", pytest.param("on", marks=pytest.mark.xfail(reason=NO_INTERRUPT, strict=False))]
-)
+@pytest.mark.parametrize("vhost", ["off", "on"])
 def test_link_down_and_up(rig, vhost):
     if vhost == "on":
         need_vhost()

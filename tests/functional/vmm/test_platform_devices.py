@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import restored
 
 from kvik.kvm.structs import Regs
 from kvik.vmm.backends.char import Chardev
@@ -19,7 +20,10 @@ from kvik.vmm.devices.pvpanic import Pvpanic
 from kvik.vmm.devices.rtc import Rtc
 from kvik.vmm.machine import Machine
 
-pytestmark = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm may not be opened here")
+pytestmark = [
+    pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm may not be opened here"),
+    restored.either_way,
+]
 
 CODE, HANDLER, VECTOR = 0x1000, 0x1100, 0x40
 POWER_OFF = "ba 05 05 b0 04 ee f4"  # mov $0x505,%dx; mov $4,%al; out %al,(%dx); hlt: pvpanic's shutdown
@@ -29,30 +33,35 @@ Events = list[tuple[str, dict[str, Any]]]
 
 def run(
     code: str,
-    *devices: Device,
+    *devices: Callable[[], Device],
     handler: str = "",
     on_panic: str = "pause",
     prepare: Callable[[Machine], None] | None = None,
 ) -> tuple[Machine, Events]:
-    """Until the guest ends it; what the machine told."""
-    config = MachineConfig(name="platform")
-    config.memory.size, config.on_panic = 1 << 20, on_panic
-    machine = Machine(config)
+    """Until the guest ends it; what the machine told. On a restored machine the devices were saved with it."""
+
+    def make() -> Machine:
+        config = MachineConfig(name="platform")
+        config.memory.size, config.on_panic = 1 << 20, on_panic
+        machine = Machine(config)
+        for device in (Pvpanic, *devices):
+            machine.add(device())
+        vcpu = machine.add_vcpu(0).vcpu
+        sregs = vcpu.sregs()
+        for segment in (sregs.cs, sregs.ds, sregs.es, sregs.ss):
+            segment.base = segment.selector = 0
+        vcpu.set_sregs(sregs)
+        vcpu.set_regs(Regs(rip=CODE, rsp=0x8000, rflags=2))
+        machine.memory.write(CODE, bytes.fromhex(code))
+        machine.memory.write(HANDLER, bytes.fromhex(handler))
+        machine.memory.write(VECTOR * 4, HANDLER.to_bytes(4, "little"))
+        if prepare is not None:
+            prepare(machine)
+        return machine
+
+    machine = restored.either(make, "real")
     events: Events = []
-    machine.listeners.append(lambda name, data: events.append((name, data)))
-    for device in (Pvpanic(), *devices):
-        machine.add(device)
-    vcpu = machine.add_vcpu(0).vcpu
-    sregs = vcpu.sregs()
-    for segment in (sregs.cs, sregs.ds, sregs.es, sregs.ss):
-        segment.base = segment.selector = 0
-    vcpu.set_sregs(sregs)
-    vcpu.set_regs(Regs(rip=CODE, rsp=0x8000, rflags=2))
-    machine.memory.write(CODE, bytes.fromhex(code))
-    machine.memory.write(HANDLER, bytes.fromhex(handler))
-    machine.memory.write(VECTOR * 4, HANDLER.to_bytes(4, "little"))
-    if prepare is not None:
-        prepare(machine)
+    machine.listeners.insert(0, lambda name, data: events.append((name, data)))
     timer = machine.loop.call_later(LIMIT, lambda: machine.quit("too slow"))
     machine.run()
     timer.cancel()
@@ -87,7 +96,7 @@ def test_a_panic_stops_the_guest() -> None:
 
 def test_the_debug_console_writes_a_file(tmp_path: Path) -> None:
     code = "b0 6f e6 e9 b0 6b e6 e9" + POWER_OFF  # 'o', 'k'
-    run(code, Debugcon("debug", Chardev(f"file:{tmp_path / 'log'}")))
+    run(code, lambda: Debugcon("debug", Chardev(f"file:{tmp_path / 'log'}")))
     assert (tmp_path / "log").read_bytes() == b"ok"
 
 
@@ -95,7 +104,7 @@ def test_a_guest_reads_the_clock(tmp_path: Path) -> None:
     # century, year, month, day, hour to the debug console: mov $r,%al; out %al,$0x70; in $0x71,%al; out %al,$0xe9
     code = "".join(f"b0 {register:02x} e6 70 e4 71 e6 e9" for register in (0x32, 9, 8, 7, 4)) + POWER_OFF
     before = time.gmtime()
-    run(code, Rtc(), Debugcon("debug", Chardev(f"file:{tmp_path / 'log'}")))
+    run(code, Rtc, lambda: Debugcon("debug", Chardev(f"file:{tmp_path / 'log'}")))
     after = time.gmtime()
     said = (tmp_path / "log").read_bytes().hex()
     assert said in {time.strftime("%Y%m%d%H", at) for at in (before, after)}
@@ -114,5 +123,5 @@ def test_the_clocks_update_interrupts_a_waiting_guest() -> None:
 
     # B := 24 hours, update interrupt; sti; 1: hlt; jmp 1b
     code = "b0 0b e6 70 b0 12 e6 71 fb f4 eb fd"
-    machine, _ = run(code, Rtc(), handler=POWER_OFF, prepare=enable)
+    machine, _ = run(code, Rtc, handler=POWER_OFF, prepare=enable)
     assert machine.outcome == "guest-shutdown"

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 from guests import needs_kvm
+from restored import booted_only, either_way
 from running import ROOT, Running
 from tiny_kernel import IDLE, POWER_OFF, out, say
 
 from kvik.vmm import confinement
 from kvik.vmm.config import DiskConfig, MachineConfig, NetConfig
 from kvik.vmm.options import parse
+
+pytestmark = either_way
 
 
 def confined(process: subprocess.Popen[bytes]) -> list[str]:
@@ -244,13 +247,17 @@ def test_a_snapshot_is_written_where_that_was_allowed_and_nowhere_else(
 
 
 @needs_kvm
-def test_a_machine_migrates_from_sandbox_to_sandbox_over_a_descriptor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("postcopy", [False, True], ids=["pre-copy", "post-copy"])
+def test_a_machine_migrates_from_sandbox_to_sandbox_over_a_descriptor(tmp_path: Path, postcopy: bool) -> None:
     ours, theirs = socket.socketpair()
     places = [tmp_path / "here", tmp_path / "there"]
     for place in places:
         place.mkdir()
+    forks = ("--migratable",) if postcopy else ()
     here = Running(places[0], say(b"up\n") + IDLE, "--migratable")
-    there = Running(places[1], say(b"up\n") + IDLE, "--incoming", f"fd={theirs.fileno()}", fds=(theirs.fileno(),))
+    there = Running(
+        places[1], say(b"up\n") + IDLE, "--incoming", f"fd={theirs.fileno()}", *forks, fds=(theirs.fileno(),)
+    )
     theirs.close()
     try:
         here.until(lambda: here.said(b"up"), "the guest")
@@ -258,10 +265,19 @@ def test_a_machine_migrates_from_sandbox_to_sandbox_over_a_descriptor(tmp_path: 
         there.connect()
         here.ask("getfd", fds=(ours.fileno(),), fdname="there")
         ours.close()
+        if postcopy:
+            for one in (here, there):
+                one.ask("migrate-set-capabilities", capabilities=[{"capability": "postcopy-ram", "state": True}])
+            here.ask("migrate-set-parameters", max_bandwidth=4096)  # its few pages take seconds
         here.ask("migrate", uri="fd:there")
+        if postcopy:
+            here.until(lambda: here.ask("query-migrate")["status"] == "active", "the first round")
+            here.ask("migrate-start-postcopy")
         here.until(lambda: here.ask("query-migrate")["status"] in ("completed", "failed"), "the migration")
-        assert here.ask("query-migrate")["status"] == "completed"
+        report = here.ask("query-migrate")
+        assert report["status"] == "completed" and bool(report["ram"]["postcopy-bytes"]) == postcopy, report
         there.until(lambda: there.ask("query-status")["status"] == "running", "the guest's arrival")
+        there.until(lambda: there.ask("query-migrate")["status"] == "completed", "the rest of its memory")
         assert {line[:2] for line in confined(here.process) + confined(there.process)} == {"21"}
         for one in (here, there):
             one.ask("quit")
@@ -273,6 +289,18 @@ def test_a_machine_migrates_from_sandbox_to_sandbox_over_a_descriptor(tmp_path: 
 
 
 @needs_kvm
+def test_post_copy_into_a_sandbox_that_does_not_fork_is_refused_at_once(start: Callable[..., Running]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        vm = start(IDLE, "--incoming", f"fd={theirs.fileno()}", fds=(theirs.fileno(),))
+        vm.connect()
+        with pytest.raises(AssertionError, match="--migratable"):
+            vm.ask("migrate-set-capabilities", capabilities=[{"capability": "postcopy-ram", "state": True}])
+        vm.ask("quit")
+        assert vm.wait() == 0
+
+
+@needs_kvm
 def test_off_means_off_and_the_log_forbids_nothing(start: Callable[..., Running]) -> None:
     vm = start(say(b"up\n") + IDLE, "--sandbox", "off")
     vm.connect()
@@ -281,6 +309,7 @@ def test_off_means_off_and_the_log_forbids_nothing(start: Callable[..., Running]
     assert vm.wait() == 0
 
 
+@booted_only
 def test_descriptors_that_a_configuration_names_are_found() -> None:
     config = MachineConfig(
         qmp=["fd=7", "/run/9"], trace="/dev/fd/13", disks=[DiskConfig(fd=8)], nets=[NetConfig(fds=[11, 12])]
@@ -289,6 +318,7 @@ def test_descriptors_that_a_configuration_names_are_found() -> None:
     assert confinement.descriptors(config) == {5, 7, 8, 11, 12, 13}
 
 
+@booted_only
 def test_only_directories_of_own_sockets_may_lose_files() -> None:
     config = parse(
         ["--qmp", "/run/a/qmp", "--serial", "unix:/run/b/serial", "--serial", "file:/var/log/x", "--kernel", "k"]
@@ -296,6 +326,7 @@ def test_only_directories_of_own_sockets_may_lose_files() -> None:
     assert confinement._directories(config) == ("/run/a", "/run/b")
 
 
+@booted_only
 def test_whatever_is_imported_late_is_imported_before_the_sandbox() -> None:
     """No function of the package imports what the lists of `confinement` do not name."""
     import ast

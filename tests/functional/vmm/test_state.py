@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from guest import run_until
-from state_guest import COUNTER, ECHO, PATTERN, Guest, booted, restored, through_snapshot
+from state_guest import COUNTER, ECHO, PATTERN, Guest, awaiting, booted, restored, through_snapshot
 
 from kvik.errors import (
     AlreadyExists,
@@ -24,8 +24,10 @@ from kvik.errors import (
     OperationInvalid,
 )
 from kvik.vmm.config import CpuConfig, DiskConfig, MemoryConfig
+from kvik.vmm.devices.acpi_events import CPU_EJECT
 from kvik.vmm.layout import MIB, VMGENID
 from kvik.vmm.machine import Machine
+from kvik.vmm.state.migration import migration_of
 from kvik.vmm.state.values import decode, encode
 from kvik.vmm.virtio.rng import Rng
 
@@ -55,6 +57,62 @@ def guest(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Guest]:
 
 def test_it_counts_and_echoes(guest: Guest) -> None:
     guest.check()
+
+
+@pytest.mark.parametrize("way", ["restored", "migrated"])
+def test_processors_keep_their_numbers_where_some_have_left(tmp_path: Path, way: str) -> None:
+    """Processor 3 came, 1 went: what goes on has 0 and 3, and 1 can come again."""
+    saved, uri, cpus = tmp_path / "saved", f"unix:{tmp_path}/there", CpuConfig(count=2, maximum=4)
+    with booted(tmp_path, cpus=cpus) as guest:
+        machine = guest.machine
+        assert machine.vcpu_hotplug is not None
+        machine.vcpu_hotplug.plug(3, "late")
+        registers = machine.vcpu_hotplug.registers
+        registers.write(0, 4, 1)
+        registers.write(4, 4, CPU_EJECT)  # as the guest does
+        run_until(machine, lambda: [thread.index for thread in machine.vcpus] == [0, 3])
+        with machine.paused():
+            apics = [bytes(thread.vcpu.lapic()) for thread in machine.vcpus]
+        if way == "restored":
+            machine.save(str(saved))
+        with (
+            restored(saved) if way == "restored" else awaiting(tmp_path, uri, cpus=CpuConfig(count=2, maximum=4))
+        ) as other:
+            if way == "migrated":
+                migration_of(machine).start(uri)
+                run_until(machine, lambda: other.machine.loop.run_once(0) or other.machine.status == "running")
+                run_until(machine, lambda: migration_of(machine).report()["status"] == "completed")
+            else:
+                other.machine.start()
+            there = other.machine
+            assert [thread.index for thread in there.vcpus] == [0, 3]
+            assert [thread.apic_id for thread in there.vcpus] == [0, 3]
+            with there.paused():
+                assert [bytes(thread.vcpu.lapic())[0x20:0x30] for thread in there.vcpus] == [
+                    apic[0x20:0x30] for apic in apics
+                ]
+            other.check()
+            assert there.vcpu_hotplug is not None and there.vcpu_hotplug.registers.present == [1, 0, 0, 1]
+            with pytest.raises(OperationInvalid, match="is there already"):
+                there.vcpu_hotplug.plug(3)
+            for number in (1, 2):
+                there.vcpu_hotplug.plug(number)
+            assert [thread.index for thread in there.vcpus] == [0, 1, 2, 3]
+            other.check()
+
+
+def test_a_machine_without_room_for_a_processor_says_so(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    with booted(tmp_path, cpus=CpuConfig(count=1, maximum=4)) as guest:
+        assert guest.machine.vcpu_hotplug is not None
+        guest.machine.save(str(saved))
+    path = saved / "state.json"
+    state = decode(path.read_bytes(), "it")
+    for index in (4, 9):
+        state["state"]["cpu"]["vcpus"][0]["index"] = index
+        path.write_bytes(encode(state))
+        with pytest.raises(OperationFailed, match=rf"processors {index}, this one 0.*max={index + 1}"), restored(saved):
+            pass
 
 
 def test_it_stops_and_goes_on(guest: Guest) -> None:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from state_guest import ERRORS, PATTERN, WRITER, Guest, awaiting, booted
+from restored import booted_only, either_way
+from state_guest import ERRORS, PATTERN, WRITER, Guest, awaiting, running
 
 from kvik.errors import HostError, InvalidArgument, OperationInvalid, OperationUnsupported
 from kvik.vmm.layout import MIB, VMGENID
 from kvik.vmm.state import stream
 from kvik.vmm.state.migration import migration_of
 from kvik.vmm.virtio.rng import Rng
-from kvik.vmm.virtio.vhost_user import VhostUserDevice
 
-pytestmark = pytest.mark.functional
+pytestmark = [pytest.mark.functional, either_way]
 
 
 def until(condition: Callable[[], object], *guests: Guest, seconds: float = 20.0) -> None:
@@ -52,7 +52,7 @@ def move(source: Guest, there: Guest, uri: str, **parameters: int) -> dict[str, 
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 def test_a_guest_that_writes_all_the_time_loses_nothing(tmp_path: Path, channels: int, shared: bool) -> None:
     uri = f"unix:{tmp_path}/there"
-    with booted(tmp_path, code=WRITER, shared=shared) as source, awaiting(tmp_path, uri, code=WRITER) as there:
+    with running(tmp_path, code=WRITER, shared=shared) as source, awaiting(tmp_path, uri, code=WRITER) as there:
         source.machine.memory.write(PATTERN, random.Random(5).randbytes(3 * MIB))
         until(lambda: source.counter() > 10, source)
         report = move(source, there, uri, multifd_channels=channels)
@@ -73,7 +73,7 @@ def test_a_guest_that_writes_all_the_time_loses_nothing(tmp_path: Path, channels
 
 def test_devices_and_the_generation_id_come_along(tmp_path: Path) -> None:
     uri = f"unix:{tmp_path}/there"
-    with booted(tmp_path) as source, awaiting(tmp_path, uri) as there:
+    with running(tmp_path) as source, awaiting(tmp_path, uri) as there:
         source.check()
         report = move(source, there, uri)
         assert report["status"] == "completed", report
@@ -88,7 +88,7 @@ def test_devices_and_the_generation_id_come_along(tmp_path: Path) -> None:
 
 def test_it_can_come_back(tmp_path: Path) -> None:
     one, two = f"unix:{tmp_path}/one", f"unix:{tmp_path}/two"
-    with booted(tmp_path, code=WRITER) as a, awaiting(tmp_path, one, code=WRITER) as b:
+    with running(tmp_path, code=WRITER) as a, awaiting(tmp_path, one, code=WRITER) as b:
         assert move(a, b, one)["status"] == "completed"
         with awaiting(tmp_path, two, code=WRITER) as c:
             assert move(b, c, two)["status"] == "completed"
@@ -99,7 +99,7 @@ def test_it_can_come_back(tmp_path: Path) -> None:
 
 def test_a_guest_that_is_paused_arrives_paused(tmp_path: Path) -> None:
     uri = f"unix:{tmp_path}/there"
-    with booted(tmp_path) as source, awaiting(tmp_path, uri) as there:
+    with running(tmp_path) as source, awaiting(tmp_path, uri) as there:
         source.check()
         source.machine.pause()
         assert move(source, there, uri)["status"] == "completed"
@@ -111,7 +111,7 @@ def test_a_guest_that_is_paused_arrives_paused(tmp_path: Path) -> None:
 def test_what_this_process_and_a_discard_write_arrives(tmp_path: Path) -> None:
     """KVM's log knows nothing of either; pages that became zero meanwhile must be zero there."""
     uri = f"unix:{tmp_path}/there"
-    with booted(tmp_path, code=WRITER) as source, awaiting(tmp_path, uri, code=WRITER) as there:
+    with running(tmp_path, code=WRITER) as source, awaiting(tmp_path, uri, code=WRITER) as there:
         memory = source.machine.memory
         memory.write(PATTERN, bytes([7]) * MIB)
         migration = migration_of(source.machine)
@@ -129,7 +129,7 @@ def test_what_this_process_and_a_discard_write_arrives(tmp_path: Path) -> None:
 
 
 def test_by_tcp_and_by_descriptor(tmp_path: Path) -> None:
-    with booted(tmp_path) as source, awaiting(tmp_path, "tcp:127.0.0.1:0") as there:
+    with running(tmp_path) as source, awaiting(tmp_path, "tcp:127.0.0.1:0") as there:
         incoming = migration_of(there.machine).incoming
         assert incoming is not None
         assert move(source, there, f"tcp:127.0.0.1:{incoming.address[1]}")["status"] == "completed"
@@ -141,7 +141,7 @@ def test_by_tcp_and_by_descriptor(tmp_path: Path) -> None:
 
 def test_a_limit_of_bandwidth_holds_and_cancel_lets_the_guest_go_on(tmp_path: Path) -> None:
     uri = f"unix:{tmp_path}/there"
-    with booted(tmp_path, code=WRITER) as source, awaiting(tmp_path, uri, code=WRITER) as there:
+    with running(tmp_path, code=WRITER) as source, awaiting(tmp_path, uri, code=WRITER) as there:
         source.machine.memory.write(PATTERN, random.Random(6).randbytes(8 * MIB))
         migration = migration_of(source.machine)
         migration.set_parameters({"max-bandwidth": MIB})
@@ -166,7 +166,7 @@ def test_a_limit_of_bandwidth_holds_and_cancel_lets_the_guest_go_on(tmp_path: Pa
 def test_a_sender_that_is_killed_or_a_destination_that_ends_costs_the_guest_nothing(tmp_path: Path) -> None:
     before = children()
     uri = f"unix:{tmp_path}/there"
-    with booted(tmp_path, code=WRITER) as source:
+    with running(tmp_path, code=WRITER) as source:
         migration = migration_of(source.machine)
         for number, kind in enumerate(("sender", "destination")):
             with awaiting(tmp_path, f"{uri}{number}", code=WRITER) as there:
@@ -202,7 +202,7 @@ def test_a_destination_that_differs_says_so_before_a_page_is_sent(
     tmp_path: Path, change: Callable[[Any], None], message: str
 ) -> None:
     uri = f"unix:{tmp_path}/there"
-    with booted(tmp_path) as source, awaiting(tmp_path, uri) as there:
+    with running(tmp_path) as source, awaiting(tmp_path, uri) as there:
         change(there.machine)
         report = move(source, there, uri)
         assert report["status"] == "failed" and message in report["error-desc"]
@@ -211,17 +211,17 @@ def test_a_destination_that_differs_says_so_before_a_page_is_sent(
 
 
 def test_a_device_whose_back_end_writes_unseen_stays_where_it_is(tmp_path: Path) -> None:
-    with booted(tmp_path) as source:
+    with running(tmp_path) as source:
         source.machine.find("rng0").writes_unseen = True  # type: ignore[attr-defined]  # as vhost-user devices say
         with pytest.raises(OperationUnsupported, match=r"rng0.*not logged.*unplug"):
             migration_of(source.machine).start(f"unix:{tmp_path}/there")
-        assert VhostUserDevice.writes_unseen and source.machine.status == "running"
+        assert source.machine.status == "running"
         source.check()
 
 
 def test_addresses_that_lead_nowhere_are_errors(tmp_path: Path) -> None:
     before = children()
-    with booted(tmp_path) as source:
+    with running(tmp_path) as source:
         for uri, error in (
             (f"unix:{tmp_path}/nobody", HostError),
             ("tcp:127.0.0.1:port", InvalidArgument),
@@ -247,6 +247,7 @@ def header(guest: Guest) -> bytes:
     return stream.frame(stream.HEADER, len(data)) + data
 
 
+@booted_only
 @pytest.mark.parametrize(
     ("greeted", "data", "message"),
     [
@@ -289,6 +290,7 @@ def test_a_stream_that_begins_wrong(
             assert there.machine.status == "inmigrate"
 
 
+@booted_only
 @pytest.mark.parametrize(
     "data",
     [
@@ -326,7 +328,7 @@ def test_the_monitor_migrates_saves_and_rewinds(tmp_path: Path) -> None:
     from test_control import Monitor
 
     uri = f"unix:{tmp_path}/there"
-    with booted(tmp_path) as source, awaiting(tmp_path, uri) as there:
+    with running(tmp_path) as source, awaiting(tmp_path, uri) as there:
         monitor = Monitor(source.machine, tmp_path)
         assert monitor.ask("query-migrate") == {}
         monitor.ask("x-kvik-snapshot-save", directory=str(tmp_path / "saved"), compression="zlib")
@@ -348,3 +350,54 @@ def test_the_monitor_migrates_saves_and_rewinds(tmp_path: Path) -> None:
         assert told == ["setup", "active", "device", "completed"]
         until(lambda: there.machine.status == "running", there)
         there.check()
+
+
+def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_can_be_sent(tmp_path: Path) -> None:
+    uri = f"unix:{tmp_path}/there"
+    with running(tmp_path, code=WRITER) as source, awaiting(tmp_path, uri, code=WRITER) as there:
+        until(lambda: source.counter() > 3, source)
+        migration = migration_of(source.machine)
+        migration.set_capability("auto-converge", True)
+        migration.set_parameters({"max-bandwidth": 32 * MIB, "downtime-limit": 40})  # its 2 MiB take 60 ms
+        migration.set_parameters({"cpu-throttle-initial": 50, "cpu-throttle-increment": 49})
+        migration.start(uri)
+        seen: set[int] = set()
+
+        def slowed() -> bool:
+            report = migration.report()
+            seen.add(report.get("cpu-throttle-percentage", 0))
+            return max(seen) == 99 or report["status"] == "completed"
+
+        until(slowed, source, there)
+        assert {0, 50} <= seen
+        source.machine.pause()  # while it sleeps, or not
+        source.machine.resume()
+        migration.set_parameters({"downtime-limit": 200})
+        until(lambda: finished(source), source, there)
+        assert migration.report()["status"] == "completed"
+        until(lambda: there.machine.status == "running", there)
+        before = there.counter()
+        until(lambda: there.counter() > before + 20, there)
+        assert there.machine.memory.u32(ERRORS) == 0
+
+
+def test_a_slowed_guest_is_as_fast_as_before_when_its_migration_is_cancelled(tmp_path: Path) -> None:
+    uri = f"unix:{tmp_path}/there"
+    with running(tmp_path, code=WRITER) as source, awaiting(tmp_path, uri, code=WRITER) as there:
+        migration = migration_of(source.machine)
+        migration.set_capability("auto-converge", True)
+        migration.set_parameters({"max-bandwidth": 8 * MIB, "downtime-limit": 0, "cpu-throttle-initial": 90})
+        migration.start(uri)
+        until(lambda: "cpu-throttle-percentage" in migration.report(), source, there)
+        migration.cancel()
+        assert "cpu-throttle-percentage" not in migration.report()
+        assert not any(thread._request for thread in source.machine.vcpus)
+        goal = source.counter() + 20
+        until(lambda: source.counter() > goal, source)
+
+
+def test_a_guest_that_rests_moves_whatever_the_limit_of_downtime(tmp_path: Path) -> None:
+    uri = f"unix:{tmp_path}/there"
+    with running(tmp_path) as source, awaiting(tmp_path, uri) as there:
+        source.machine.pause()
+        assert move(source, there, uri, downtime_limit=1)["status"] == "completed"

@@ -1,4 +1,5 @@
-"""The platform as the smallest guests see it, each also after its state moved to another machine.
+"""The platform as the smallest guests see it, in 16-bit mode, each also after its state moved to another machine. More,
+and in 64-bit mode, is in test_interrupts.py and test_memory_edges.py.
 
 Interrupts by every way (IOAPIC edge and level, messages, the local APIC's timers, itself), what is not there, and the
 edges of memory. The guests are a few instructions; `PROBE` is the port at which they report.
@@ -11,7 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import restored
 from guests import needs_kvm
+from restored import either_way
 
 from kvik.errors import HostError, InvalidArgument, OperationInvalid
 from kvik.vmm.acpi.dsdt import CPU_EJECT
@@ -80,7 +83,7 @@ class Guest:
     def __init__(self, program: Program, memory: int = 2 * MIB) -> None:
         self.program, self.size = program, memory
         self.probe = Probe()
-        self.machine = self._make()
+        self.machine = restored.either(self._make, program.mode)
 
     def _make(self) -> Machine:
         try:
@@ -229,6 +232,7 @@ def test_a_level_that_is_up_interrupts_elsewhere() -> None:
 ABSENT = (0x40, 0x43, 0x60, 0x64, 0x1F0)  # 8254, 8042, IDE
 
 
+@either_way
 @pytest.mark.parametrize("port", ABSENT)
 def test_what_is_not_there_reads_all_ones(port: int) -> None:
     # mov dx, port; in al, dx; out PROBE, al; hlt
@@ -246,6 +250,7 @@ EDGES = bytes.fromhex("be00400000 48ad 4885c0 7409 c6005a 8a00 e6f4 ebf0 b001 e6
 MAPPED = 0x9000  # the boot page tables: four page directories from 0xB000
 
 
+@either_way
 @pytest.mark.parametrize("size", [2 * MIB, 64 * MIB, RAM_LOW_END, RAM_LOW_END + GIB // 4])
 def test_memory_ends_where_it_ends(size: int) -> None:
     """The last byte is there; the next one is not, nor is the hole below 4 GiB; above it the rest is."""
@@ -277,6 +282,7 @@ STARTED, AP_PAGE = 0x77, 4  # the second processor starts at 0x4000
 INIT, STARTUP = 0x4500, 0x0600 | AP_PAGE  # message data: delivery mode 5, asserted; 6 with the page (SDM vol. 3, 11.6)
 
 
+@either_way
 def test_a_processor_comes_goes_and_comes_again() -> None:
     """It waits for INIT and start-up, runs, leaves when ejected, and the same vCPU starts anew."""
     made = Guest(Program(SERVER, CODE))

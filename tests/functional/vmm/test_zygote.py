@@ -16,7 +16,7 @@ import pytest
 from guests import needs_kvm
 
 import kvik.vmm
-from kvik.vmm.zygote import Request
+from kvik.host.zygote_wire import PROTOCOL, Request
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import pvh_kernel
@@ -35,6 +35,7 @@ class Zygote:
         command = [sys.executable, "-I", "-S", LAUNCHER, "--zygote", str(other.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[other.fileno()])
         other.close()
+        assert json.loads(self.channel.recv(4096)) == {"zygote": PROTOCOL, "renames": True}
 
     def ask(self, data: bytes, fds: list[int]) -> tuple[dict[str, object], list[int]]:
         socket.send_fds(self.channel, [data], fds)

@@ -163,7 +163,8 @@ class FakeConnection:
             "define": self.off,
             "create": self.running,
             "capabilities": "<capabilities/>\n",
-            "domain_capabilities": "<domainCapabilities/>\n",
+            "domain_capabilities": "<domainCapabilities><cpu><mode name='custom'><model usable='no'>a</model>"
+            "<model usable='yes'>b</model></mode></cpu></domainCapabilities>\n",
             "sysinfo": "<sysinfo/>\n",
             "uri": "kvik:///session",
             "type": "QEMU",

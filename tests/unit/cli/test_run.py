@@ -14,6 +14,7 @@ import pytest
 from kvik.cli import run_document as doc
 from kvik.cli.run_stages import follow
 from kvik.client.domain import DomainState, ExecResult, Readiness, Stage
+from kvik.conf.domain import parse_domain
 from kvik.errors import (
     AgentError,
     AlreadyExists,
@@ -24,6 +25,7 @@ from kvik.errors import (
     OperationFailed,
     OperationTimeout,
 )
+from kvik.hypervisor.kvik import support
 from kvik.paths import Paths
 
 QCOW2 = b"QFI\xfb" + bytes(60)
@@ -91,6 +93,17 @@ def test_on_kvik_vmm_the_document_names_it_and_qemu_is_not_needed(
     assert host.packages == [] and asked == [{"yes": False}]
     assert kvik("run", "--vmm", "kvik", "--detach", "--network", "none") == 0, kvik.err
     assert len(asked) == 1
+
+
+def test_a_qcow2_disk_is_no_hindrance_on_kvik_vmm(kvik: Any, host: Any, tmp_path: Path) -> None:
+    host.verdict = SimpleNamespace(usable=True, reason="fine")
+    (tmp_path / "k").write_bytes(b"x" * 600)
+    (tmp_path / "data.qcow2").write_bytes(b"QFI\xfb\0\0\0\3" + bytes(512))
+    words = ["--kernel", str(tmp_path / "k"), "--disk", str(tmp_path / "data.qcow2"), "--network", "none"]
+    assert kvik("run", "--vmm", "kvik", "--detach", *words) == 0, kvik.err
+    root = document(kvik)
+    assert root.find("devices/disk/driver").get("type") == "qcow2"  # type: ignore[union-attr]
+    support.check(parse_domain(ElementTree.tostring(root, "unicode")))
 
 
 def test_what_kvik_vmm_cannot_do_is_said_before_anything_is_made(kvik: Any, host: Any, tmp_path: Path) -> None:

@@ -305,9 +305,10 @@ CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
     (
         "domcapabilities --virttype kvm --emulatorbin /q --arch x86_64 --machine q35",
         ("domain_capabilities", "/q", "x86_64", "q35", "kvm"),
-        "<domainCapabilities/>",
+        "</domainCapabilities>",
     ),
     ("cpu-models x86_64", ("call", "CONNECT_GET_CPU_MODEL_NAMES", "x86_64", 1, 0), "486\nqemu64\n"),
+    ("cpu-models x86_64 --emulatorbin kvik-vmm", ("domain_capabilities", "kvik-vmm", "x86_64"), "b\n"),
     ("cpu-models --arch x86_64", ("call", "CONNECT_GET_CPU_MODEL_NAMES", "x86_64", 1, 0), ""),
     ("freecell", ("free_memory",), "Total: 1024 KiB\n"),
     ("freecell --cellno 0", ("call", "NODE_GET_CELLS_FREE_MEMORY", 0, 1), "0: 2048 KiB\n"),

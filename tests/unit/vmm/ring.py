@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from kvik.vmm.layout import MIB
@@ -88,7 +89,8 @@ class Driver:
         self.start(features)
         self.next_data = DATA
 
-    def start(self, features: int = -1) -> None:
+    def start(self, features: int = -1, before: Callable[[], None] = lambda: None) -> None:
+        """`before`: what the driver does before DRIVER_OK."""
         device = self.device
         acked = (device.features if features < 0 else features) | VERSION_1 | device.ring_features & EVENT_IDX
         device.make_queues(acked)
@@ -102,6 +104,7 @@ class Driver:
             queue.desc, queue.avail, queue.used = base, base + 0x5000, base + 0x6000
             queue.notify = lambda index=queue.index: self.transport.signals.append(index)  # type: ignore[misc]
             queue.start(acked)
+        before()
         device.start(acked)
 
     def space(self, size: int, content: bytes = b"") -> int:

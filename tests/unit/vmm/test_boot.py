@@ -132,6 +132,22 @@ def test_kernel_and_initrd_may_come_as_descriptors_and_stay_open(memory: GuestMe
         os.close(initrd)
 
 
+def test_only_what_is_said_to_be_stable_is_mapped(memory: GuestMemory, tmp_path: Path) -> None:
+    text = os.urandom(3 * 4096)
+    kernel, initrd = write(tmp_path / "stable-k", elf(text=text)), write(tmp_path / "stable-i", bytes(8192))
+    config = BootConfig(kernel=kernel, initrd=initrd)
+    boot.load_kernel(memory, config)
+    assert "stable-" not in Path("/proc/self/maps").read_text()
+    config.stable_kernel = True
+    boot.load_kernel(memory, config)
+    maps = Path("/proc/self/maps").read_text()
+    assert "stable-k" in maps
+    assert "stable-i" not in maps
+    assert memory.read(KERNEL, len(text)) == text
+    memory.write(KERNEL, b"written")  # copy-on-write
+    assert Path(kernel).read_bytes()[4096:4103] == text[:7]
+
+
 def test_a_bzimage_is_entered_in_64_bit_mode(memory: GuestMemory, tmp_path: Path) -> None:
     body = TEXT * 4
     config = BootConfig(

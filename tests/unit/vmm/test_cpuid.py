@@ -11,6 +11,7 @@ from kvik.kvm.structs import CpuidTable
 from kvik.vmm.config import CpuConfig
 from kvik.vmm.cpu.cpuid import check_physical_bits, cpuid_for, fill, leaves
 from kvik.vmm.cpu.features import FEATURES, canonical
+from kvik.vmm.cpu.listing import listing
 from kvik.vmm.cpu.models import MODELS
 from kvik.vmm.cpu.topology import Topology
 
@@ -220,6 +221,18 @@ def test_nonsense_is_refused(config: CpuConfig) -> None:
     with pytest.raises(InvalidArgument) as caught:
         cpuid_for(host(), config, 0)
     assert caught.value.remedy
+
+
+def test_the_list_tells_what_a_guest_can_have_here() -> None:
+    lines = dict(line.split(maxsplit=1) for line in listing(host(without=("avx512f", "avx512vl"))).splitlines())
+    assert list(lines) == ["host", *MODELS]
+    assert lines["x86-64-v4"] == "unusable: the host has no avx512f, avx512vl"
+    assert lines["EPYC"] == "unusable: it is AuthenticAMD's"
+    assert lines["Broadwell-noTSX"] == "usable, nearest to this host" and lines["x86-64-v3"] == "usable"
+    assert [line for line in lines.values() if "nearest" in line] == [lines["Broadwell-noTSX"]]
+    assert set(dict(line.split(maxsplit=1) for line in listing(None).splitlines()).values()) == {
+        "unknown: KVM cannot be asked"
+    }
 
 
 def test_a_model_of_another_vendor_is_refused() -> None:

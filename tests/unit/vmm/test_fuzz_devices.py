@@ -12,10 +12,11 @@ if str(FUZZ) not in sys.path:
 
 import vmm_devices  # noqa: E402  # behind the path
 import vmm_images  # noqa: E402
+import vmm_migration  # noqa: E402
 import vmm_peers  # noqa: E402
 import vmm_ports  # noqa: E402
 
-OTHERS = [(module, name) for module in (vmm_ports, vmm_images, vmm_peers) for name in module.TARGETS]
+OTHERS = [(module, name) for module in (vmm_ports, vmm_images, vmm_peers, vmm_migration) for name in module.TARGETS]
 
 
 @pytest.mark.parametrize("name", sorted(vmm_devices.TARGETS))

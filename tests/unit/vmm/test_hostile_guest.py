@@ -17,7 +17,8 @@ from kvik.vmm.virtio.balloon import Balloon
 from kvik.vmm.virtio.mock import MockDriver
 from kvik.vmm.virtio.mock_machine import MockMachine
 from kvik.vmm.virtio.net import NetDevice
-from kvik.vmm.virtio.queue import INDIRECT_DESC, RING_PACKED, VERSION_1, SplitQueue
+from kvik.vmm.virtio.queue import INDIRECT_DESC, RING_PACKED, VERSION_1
+from kvik.vmm.virtio.split import SplitQueue
 from kvik.vmm.virtio.transport import QUEUE_RESET, QUEUE_SELECT, QUEUE_SIZE
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kvik.errors import HostError, InvalidArgument, OperationFailed
+from kvik.errors import HostError, InvalidArgument, OperationFailed, OperationInvalid
 from kvik.vmm.layout import MIB
 from kvik.vmm.memory import HostMemory
 from kvik.vmm.vhost_user import VhostUser
@@ -138,6 +138,60 @@ def test_a_qcow2_disk_through_qemu_storage_daemon(daemon: Any, qcow2: Path) -> N
         ["qemu-io", "-f", "qcow2", "-c", "read -v 8192 16", str(qcow2)], capture_output=True, text=True, check=False
     )
     assert " ".join(f"{byte:02x}" for byte in data[:16]) in read.stdout
+
+
+def test_what_the_back_end_writes_is_logged_while_somebody_asks(daemon: Any) -> None:
+    _, path = daemon
+    driver = Served(VhostUserBlk("disk0", str(path)), machine=shared_machine())
+    written: set[int] = set()
+    driver.memory.dirty_log = lambda address, size: written.update(
+        range(address // 4096, (address + size - 1) // 4096 + 1)
+    )
+    device: Any = driver.device
+    assert device.logs and not device.writes_unseen
+
+    def pages_of_a_read() -> set[int]:
+        written.clear()
+        assert driver.ask(blk.T_IN, 0, room=8192)[0] == blk.S_OK
+        written.clear()  # what the test's own driver put there
+        device.take_log()
+        return set(written)
+
+    assert pages_of_a_read() == set()  # nobody asks
+    device.start_log()
+    for _ in range(3):  # both bitmaps, and one again
+        used, data = driver.device.queues[0].used // 4096, pages_of_a_read()
+        assert used in data and len(data) >= 3
+    # It stays on over a pause, and a larger memory gets a larger log
+    device.pause()
+    device.resume()
+    assert len(pages_of_a_read()) >= 3
+    before = device.log
+    device.log.size = 8
+    device._table_changed()
+    assert device.log is not before and len(pages_of_a_read()) >= 3
+    device.stop_log()
+    assert pages_of_a_read() == set()
+    driver.close()
+
+
+def test_requests_that_nobody_answers_keep_a_state_from_being_saved(daemon: Any, monkeypatch: Any) -> None:
+    _, path = daemon
+    monkeypatch.setattr("kvik.vmm.virtio.vhost_user.SETTLES", 0.01)
+    driver = Served(VhostUserBlk("disk0", str(path)), machine=shared_machine())
+    assert driver.ask(blk.T_IN, 0, room=512)[0] == blk.S_OK
+    # As if the answer to one more request had not come yet
+    device: Any = driver.device
+    place = device.queues[0].used + 2
+    driver.memory.put_u16(place, 0)
+    device.pause()
+    with pytest.raises(OperationInvalid, match="not answered"):
+        device.state()
+    driver.memory.put_u16(place, 1)
+    device.resume()
+    assert device.state()["active"]
+    assert driver.ask(blk.T_IN, 0, room=512)[0] == blk.S_OK
+    driver.close()
 
 
 def test_a_killed_back_end_is_an_error_an_event_and_no_more(daemon: Any, qcow2: Path) -> None:

@@ -128,6 +128,19 @@ def test_balloon_without_statistics_has_its_report_queue_earlier(machine: FakeMa
     driver.close()
 
 
+def test_balloon_counts_what_the_machine_began_with(machine: FakeMachine) -> None:
+    """As QEMU does: what virtio-mem brings comes and goes by its own request."""
+    from kvik.vmm.memory import HostMemory
+
+    device = Balloon("balloon0")
+    driver = Driver(device, machine=machine)
+    machine.memory.add_ram(1 << 32, 64 * MIB, HostMemory())
+    assert device.actual == 32 * MIB
+    device.set_target(24 * MIB)
+    assert device.config["num_pages"] == 8 * MIB // 4096
+    driver.close()
+
+
 def test_balloon_target_actual_and_statistics(machine: FakeMachine) -> None:
     device = Balloon("balloon0")
     driver = Driver(device, machine=machine)
@@ -149,6 +162,28 @@ def test_balloon_target_actual_and_statistics(machine: FakeMachine) -> None:
     assert device.state()["queues"][2]["next_avail"] == 0  # nothing is in flight in a state
     device.resume()
     driver.spin()
+    device.ask_for_stats()
+    assert driver.take(2) == [(0, 0)]
+    driver.close()
+
+
+def test_statistics_that_linux_puts_before_it_is_ready_are_seen(machine: FakeMachine) -> None:
+    """Its init_vqs fills and kicks the queue before DRIVER_OK."""
+    device = Balloon("balloon0")
+    driver = Driver(device, machine=machine)
+    device.stop()
+    stats = struct.pack("<HQ", 4, 123)
+    room = driver.space(len(stats), stats)
+
+    def early() -> None:
+        driver.put(2, [(room, len(stats), False)])
+        driver.kick(2)
+        driver.spin()
+        assert device.guest_stats == {}
+
+    driver.start(before=early)
+    driver.spin()
+    assert device.guest_stats == {"stat-free-memory": 123}
     device.ask_for_stats()
     assert driver.take(2) == [(0, 0)]
     driver.close()

@@ -20,6 +20,7 @@ from kvik.conf.devices.other import Filesystem, Rng, Vsock, Watchdog
 from kvik.conf.domain import Domain
 from kvik.conf.os import SysinfoBlock
 from kvik.errors import ConfigUnsupported
+from kvik.hypervisor.cpus import boot_vcpus
 from kvik.hypervisor.names import (
     MONITOR,
     TAP_TYPES,
@@ -27,15 +28,29 @@ from kvik.hypervisor.names import (
     chardev_name,
     image_name,
     is_passt,
+    life_name,
     log_name,
     passt_name,
     tap_name,
     vhost_name,
+    vhost_user_name,
 )
+from kvik.hypervisor.sidecars import storage_daemon
 
-__all__ = ["CommandLine", "Files", "build", "disk_options", "net_options", "slot_of"]
+__all__ = [
+    "CommandLine",
+    "Files",
+    "build",
+    "disk_options",
+    "net_options",
+    "rate_of",
+    "slot_of",
+    "vhost_user_options",
+]
 
 Options = dict[str, object]
+
+_SECTION = 128 << 10  # KiB: Linux's unit of memory that comes and goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +79,20 @@ class Files:
 
 
 def build(
-    domain: Domain, emulator: str, files: Mapping[str, int] | None = None, *, paused: bool = True, now: float = 0.0
+    domain: Domain,
+    emulator: str,
+    files: Mapping[str, int] | None = None,
+    *,
+    paused: bool = True,
+    now: float = 0.0,
+    cached_kernel: bool = False,
 ) -> CommandLine:
-    """`now`, in seconds since the epoch, matters to <clock offset='variable'> only. Raises `ConfigUnsupported`."""
+    """`now`, in seconds since the epoch, matters to <clock offset='variable'> only. `cached_kernel`: the kernel among
+    `files` is one of our cache, which nobody writes any more. Raises `ConfigUnsupported`."""
     fds = dict(files or {})
     passed = Files(fds)
     argv = [emulator, "--name", domain.name]
-    for name, value in _options(domain, passed, now):
+    for name, value in _options(domain, passed, now, cached_kernel):
         argv += [f"--{name}", value] if value is not None else [f"--{name}"]
     if paused:
         argv.append("--paused")
@@ -79,13 +101,13 @@ def build(
     return CommandLine(argv, tuple(sorted(set(fds.values()))))
 
 
-def _options(domain: Domain, files: Files, now: float) -> Iterator[tuple[str, str | None]]:
+def _options(domain: Domain, files: Files, now: float, cached_kernel: bool) -> Iterator[tuple[str, str | None]]:
     """(option, value or None for a flag), machine first, then the devices kind by kind in the document's order."""
     if domain.uuid:
         yield "uuid", domain.uuid
     yield from _memory(domain)
     yield from _cpus(domain)
-    yield from _boot(domain, files)
+    yield from _boot(domain, files, cached_kernel)
     yield from _smbios(domain)
     yield "rtc", _clock(domain, now)
     yield "on-poweroff", "shutdown" if domain.on_poweroff in (None, "destroy") else "pause"
@@ -97,7 +119,10 @@ def _options(domain: Domain, files: Files, now: float) -> Iterator[tuple[str, st
     for serial in devices.serials:
         yield "serial", _chardev(serial, files)
     for disk in devices.disks:
-        yield "disk", _joined(disk_options(disk, files))
+        if storage_daemon.by_vhost_user(disk):
+            yield "vhost-user-blk", _joined(vhost_user_options(disk, files, boot_vcpus(domain)))
+        else:
+            yield "disk", _joined(disk_options(disk, files))
     for nic in devices.interfaces:
         yield "net", _joined(net_options(nic, files))
     # All are ports of one device, whose place is that of the document's first virtio-serial controller.
@@ -150,18 +175,27 @@ def slot_of(device: Device) -> int | None:
 
 def _memory(domain: Domain) -> Iterator[tuple[str, str]]:
     backing = domain.memory_backing
-    options: Options = {}
+    # What serves a disk from another process reads and writes the guest's memory.
+    options: Options = {"shared": True if storage_daemon.of(domain) else None}
     pluggable = sum(item.target.size or 0 for item in domain.devices.memorys if item.target is not None)
     if backing is not None:
         shared = backing.access is not None and backing.access.mode == "shared"
-        options["shared"] = True if shared or (backing.source is not None and backing.source.type == "memfd") else None
+        memfd = backing.source is not None and backing.source.type == "memfd"
+        if shared or memfd:
+            options["shared"] = True
         if backing.hugepages is not None:
             pages = backing.hugepages.pages
             options["hugepages"] = f"{pages[0].size}K" if pages and pages[0].size else "2M"
         immediate = backing.allocation is not None and backing.allocation.mode == "immediate"
         options["prealloc"] = True if immediate or backing.locked else None
-    if pluggable:
-        options["hotplug"] = f"{pluggable}K"
+    room = pluggable
+    if domain.max_memory is not None and domain.max_memory.value:
+        # What may come later as well; each device begins at a multiple of 128 MiB.
+        room = max(room, domain.max_memory.value - domain.memory + pluggable) + _SECTION * (
+            domain.max_memory.slots or 0
+        )
+    if room:
+        options["hotplug"] = f"{room}K"
     yield "memory", _joined(options, f"{domain.memory - pluggable}K")
     cells = domain.cpu.numa.cells if domain.cpu is not None and domain.cpu.numa is not None else []
     tuned = domain.numatune.memnodes if domain.numatune is not None else []
@@ -186,7 +220,7 @@ def _ranges(text: str) -> str:
 
 def _cpus(domain: Domain) -> Iterator[tuple[str, str]]:
     most = domain.vcpu.value if domain.vcpu is not None else 1
-    now = (domain.vcpu.current if domain.vcpu is not None else None) or most
+    now = boot_vcpus(domain)
     options: Options = {"maximum": most if most != now else None}
     cpu = domain.cpu
     if cpu is not None and cpu.topology is not None:
@@ -202,11 +236,13 @@ def _cpus(domain: Domain) -> Iterator[tuple[str, str]]:
         model = cpu.model.value if cpu.mode in (None, "custom") and cpu.model is not None else None
         words = [model or "host"]
         for feature in cpu.features:
+            if feature.policy == "optional":
+                continue  # the host's own model has it already, if there is one (`support` refuses it for others)
             words.append(f"{'-' if feature.policy in ('disable', 'forbid') else '+'}{feature.name}")
         yield "cpu", ",".join(words)
 
 
-def _boot(domain: Domain, files: Files) -> Iterator[tuple[str, str]]:
+def _boot(domain: Domain, files: Files, cached_kernel: bool) -> Iterator[tuple[str, str]]:
     described = domain.os
     options: Options = {}
     for name, path in (("kernel", described.kernel), ("initrd", described.initrd)):
@@ -215,6 +251,8 @@ def _boot(domain: Domain, files: Files) -> Iterator[tuple[str, str]]:
             options[f"{name}-fd"] = fd
         elif path:
             yield name, path
+    if cached_kernel and "kernel-fd" in options:
+        options["stable-kernel"] = True  # mapped, not read: one copy for all machines
     if options:
         yield "boot", _joined(options)
     if described.cmdline:
@@ -317,6 +355,25 @@ def disk_options(disk: Disk, files: Files) -> Options:
     return options
 
 
+def vhost_user_options(disk: Disk, files: Files, vcpus: int) -> Options:
+    """What `--vhost-user-blk` takes of it."""
+    alias = alias_of(disk)
+    fd = files.get(vhost_user_name(alias))
+    theirs = disk.source.path if disk.source is not None and disk.type == "vhostuser" else None
+    return {
+        **({"fd": fd} if fd is not None else {"socket": theirs or f"{alias}-export.sock"}),
+        "life-fd": files.get(life_name(alias)),
+        "id": alias,
+        "slot": slot_of(disk),
+        "queues": storage_daemon.queues(disk, vcpus) if storage_daemon.served(disk) else _queues(disk),
+        "queue-size": disk.driver.queue_size if disk.driver is not None else None,
+    }
+
+
+def _queues(disk: Disk) -> int | None:
+    return disk.driver.queues if disk.driver is not None else None
+
+
 def net_options(nic: Interface, files: Files) -> Options:
     """What `--net` takes of it; the first value is the backend."""
     alias = alias_of(nic)
@@ -348,11 +405,11 @@ def net_options(nic: Interface, files: Files) -> Options:
         }
     if nic.bandwidth is not None:
         # As the host sees it, inbound is what the guest receives.
-        options |= {"rx-bps": _rate(nic.bandwidth.inbound), "tx-bps": _rate(nic.bandwidth.outbound)}
+        options |= {"rx-bps": rate_of(nic.bandwidth.inbound), "tx-bps": rate_of(nic.bandwidth.outbound)}
     return options
 
 
-def _rate(rate: Rate | None) -> int | None:
+def rate_of(rate: Rate | None) -> int | None:
     return rate.average * 1024 if rate is not None and rate.average else None
 
 

@@ -2,12 +2,14 @@
 
 A machine is ours when its document's <emulator> is `kvik-vmm` or a path that ends in it (see `program.py`). Starting
 is as for QEMU: every file is opened here, the VMM gets descriptors and speaks QMP; whatever fails on the way is undone
-in reverse, and if the VMM itself gave up, its own words are the error.
+in reverse, and if the VMM itself gave up, its own words are the error. The process is a fork of the daemon's zygote
+where there is one (`zygote.py`), else it is executed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,28 +20,27 @@ from kvik import __version__
 from kvik.conf.aliases import assign_aliases
 from kvik.conf.capabilities import DomainCapabilities, format_domain_capabilities
 from kvik.conf.cpu import Cpu
-from kvik.conf.devices.interface import Backend, InterfaceModel
 from kvik.conf.domain import Domain
-from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError
-from kvik.host.process import find
+from kvik.errors import ConfigUnsupported, HypervisorError
+from kvik.host.process import ProcessHandle
 from kvik.hypervisor import process
 from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
 from kvik.hypervisor.kernels import unpacked_kernel
-from kvik.hypervisor.kvik import hotplug, program, support
-from kvik.hypervisor.kvik.argv import build
+from kvik.hypervisor.kvik import changes, program, support
+from kvik.hypervisor.kvik.argv import CommandLine, build
 from kvik.hypervisor.kvik.machine import KvikMachine
+from kvik.hypervisor.kvik.models import Models, ModelSource
 from kvik.hypervisor.kvik.program import EMULATOR
-from kvik.hypervisor.sidecars import virtiofsd
-from kvik.hypervisor.sidecars.group import attach_sidecars
+from kvik.hypervisor.kvik.zygote import ZygoteKeeper
+from kvik.hypervisor.launch import bring_up, find_running, take_up
+from kvik.hypervisor.sidecars import storage_daemon, virtiofsd
 from kvik.hypervisor.sidecars.start import start_sidecars
 from kvik.hypervisor.words import shell_text
 from kvik.paths import Paths
 
 __all__ = ["EMULATOR", "KvikDriver"]
 
-START_DEADLINE = 30.0
-ATTACH_DEADLINE = 2.0
 _FEATURES = frozenset(
     {
         Feature.REBOOT_IN_PLACE,
@@ -56,11 +57,13 @@ _FEATURES = frozenset(
 class KvikDriver:
     name = EMULATOR
 
-    def __init__(self, paths: Paths, probe: Callable[[], HostVerdict]) -> None:
-        """`probe` runs the host's acceleration probe (blocking, cached)."""
+    def __init__(self, paths: Paths, probe: Callable[[], HostVerdict], *, zygote: ZygoteKeeper | None = None) -> None:
+        """`probe` runs the host's acceleration probe (blocking, cached). Without a `zygote` machines are executed."""
         self._paths = paths
+        self._zygote = zygote
         self._probe = probe
         self._verdict = probe()
+        self._models = ModelSource()
 
     def features(self) -> frozenset[Feature]:
         return _FEATURES | ({Feature.KVM} if self._verdict.usable else set())
@@ -89,9 +92,7 @@ class KvikDriver:
             definition.cpu = definition.cpu or Cpu()
             definition.cpu.mode = "host-passthrough"
         for nic in definition.devices.interfaces:
-            nic.model = nic.model or InterfaceModel(type="virtio")
-            if nic.type == "user" and nic.backend is None:
-                nic.backend = Backend(type="passt")
+            support.complete_interface(nic)
 
     async def validate(self, definition: Domain) -> None:
         support.check(definition)
@@ -108,7 +109,11 @@ class KvikDriver:
                 path="/domain/devices/emulator",
                 remedy=remedy,
             )
-        program.check(definition.devices.emulator or EMULATOR)
+        emulator = definition.devices.emulator or EMULATOR
+        program.check(emulator)
+        if self._zygote is not None and emulator == EMULATOR:
+            self._zygote.warm()  # a machine comes, sooner or later
+        await self._models.check(definition, emulator)
 
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         """Nothing is kept between runs: there is no TPM."""
@@ -117,6 +122,7 @@ class KvikDriver:
         copy = definition.copy()
         await self.complete(copy)
         assign_aliases(copy)
+        await self._models.resolve(copy, copy.devices.emulator or EMULATOR)
         line = build(copy, copy.devices.emulator or EMULATOR, paused=False, now=time.time())
         return shell_text(line.argv) + "\n"
 
@@ -125,17 +131,28 @@ class KvikDriver:
     async def start(self, request: StartRequest) -> KvikMachine:
         domain = request.definition
         await self.validate(domain)
+        await self._models.resolve(domain, domain.devices.emulator or EMULATOR)
         assign_aliases(domain)
         kernel = await unpacked_kernel(domain, self._paths.cache)
         with ExitStack() as undo, ExitStack() as close:
             opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
             sidecars = await start_sidecars(
-                domain, request.directory, opened, tpm_states=self._paths.data, log_fd=request.log_fd, undo=undo
+                domain,
+                request.directory,
+                opened,
+                tpm_states=self._paths.data,
+                log_fd=request.log_fd,
+                undo=undo,
+                disks=storage_daemon.of(domain),
             )
-            line = build(domain, domain.devices.emulator or EMULATOR, opened.fds, now=time.time())
-            handle, position = process.spawn(
-                program.command(line.argv), line.fds, request.directory, request.log_fd, product=self.name
+            line = build(
+                domain,
+                domain.devices.emulator or EMULATOR,
+                opened.fds,
+                now=time.time(),
+                cached_kernel=kernel is not None and Path(kernel).is_relative_to(self._paths.cache),
             )
+            handle, position = await self._run(line, request)
             undo.callback(handle.close)
             undo.callback(handle.kill)
             close.close()  # the VMM has its own; ours would keep its monitor from ending with it
@@ -147,66 +164,59 @@ class KvikDriver:
                 version=_version(),
                 sink=request.sink,
                 sidecars=sidecars,
+                log=self._log(domain),
             )
-            machine.hold_events()
+            return await bring_up(
+                machine,
+                request,
+                opened,
+                undo,
+                settings=changes.start_settings,
+                explain=lambda error: process.died(
+                    domain.name, handle, request.log_fd, position, error, product=self.name
+                ),
+            )
+
+    async def _run(self, line: CommandLine, request: StartRequest) -> tuple[ProcessHandle, int]:
+        """The machine's process, and where its own words begin in the log."""
+        command, directory, log_fd = program.command(line.argv), request.directory, request.log_fd
+        position = process.announce(command, log_fd, product=self.name)
+        if self._zygote is not None and line.argv[0] == EMULATOR:
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
             try:
-                await machine.connect(START_DEADLINE)
-                await machine.refresh()
-                await hotplug.start_settings(machine)
-                if opened.output is not None:
-                    machine.watch_output(opened.output)
-                    opened.output = None
-                failure = sidecars.failure(request.log_fd)
-                if failure is not None:
-                    raise failure
-                if not request.paused:
-                    await machine.resume()
-            except BaseException as error:
-                reason = error
-                if isinstance(error, KvikError):
-                    reason = await process.died(domain.name, handle, request.log_fd, position, error, product=self.name)
-                    reason = sidecars.failure(request.log_fd, qemu_alive=handle.alive) or reason
-                await asyncio.shield(machine.quit(0.0))
-                if reason is error:
-                    raise
-                raise reason from error
-            undo.pop_all()
-            machine.watch_sidecars()
-            machine.release_events()
-            return machine
+                files = {0: null, 1: log_fd, 2: log_fd, **{fd: fd for fd in line.fds}}
+                environment = process.environment(directory)
+                forked = await self._zygote.fork(request.definition.name, line.argv, environment, files)
+            finally:
+                os.close(null)
+            if forked is not None:
+                return forked, position
+        return process.execute(command, line.fds, directory, log_fd), position
 
     async def attach(
         self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink
     ) -> KvikMachine | None:
-        """A machine whose monitor does not answer is found all the same; its monitor is tried until it does."""
-        pid, start_time, boot = handle.get("pid"), handle.get("start_time"), handle.get("boot")
-        if not isinstance(pid, int) or not isinstance(start_time, int) or not isinstance(boot, str):
-            raise ConfigError(f"the status of machine {definition.name} does not say which process it is")
-        found = find(pid, start_time, boot)
-        sidecars, lost = attach_sidecars(definition.name, handle.get("sidecars"), boot)
+        found = await find_running(definition, handle)
         if found is None:
-            await sidecars.end()
             return None
         machine = KvikMachine(
             definition,
             directory,
-            found,
+            found.process,
             emulator=str(handle.get("emulator") or EMULATOR),
             version=int(handle.get("version") or _version()),
             sink=sink,
-            sidecars=sidecars,
+            sidecars=found.sidecars,
+            log=self._log(definition),
         )
-        if handle.get("started") is not False:
-            machine.mark_started()
-        machine.clock_base = int(handle.get("clock_base") or 0)
-        try:
-            await machine.connect(ATTACH_DEADLINE)
-            await machine.refresh()
-        except KvikError:
-            if not machine.ended:
-                machine.keep_reconnecting()
-        machine.watch_sidecars(lost)
-        return machine
+        return await take_up(machine, handle, found)
+
+    def _log(self, domain: Domain) -> Path:
+        return self._paths.domain_logs / f"{domain.name}.log"
+
+    async def close(self) -> None:
+        if self._zygote is not None:
+            await self._zygote.close()
 
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str:
         path = emulator or await self.default_emulator(arch)
@@ -224,7 +234,7 @@ class KvikDriver:
                 f"kvik-vmm needs KVM, which cannot be used here: {self._verdict.reason}",
                 remedy=self._verdict.remedy or "use QEMU",
             )
-        return format_domain_capabilities(_domain_capabilities(path, name))
+        return format_domain_capabilities(_domain_capabilities(path, name, await self._models.of(path)))
 
 
 def _version() -> int:
@@ -233,7 +243,7 @@ def _version() -> int:
     return major * 1_000_000 + minor * 1_000 + micro
 
 
-def _domain_capabilities(path: str, machine: str) -> DomainCapabilities:
+def _domain_capabilities(path: str, machine: str, models: Models) -> DomainCapabilities:
     return DomainCapabilities(
         path=path,
         domain="kvm",
@@ -241,7 +251,9 @@ def _domain_capabilities(path: str, machine: str) -> DomainCapabilities:
         arch="x86_64",
         max_vcpus=support.MAX_VCPUS,
         iothreads=False,
-        cpu_modes=["host-passthrough", "maximum"],
+        cpu_modes=["host-passthrough", "maximum", *(["host-model"] if models.nearest else []), "custom"],
+        host_model=models.nearest,
+        cpu_models=[(name, usable, "unknown") for name, usable in models.usable.items()],
         memory_sources=["anonymous", "memfd"],
         devices={
             "disk": {"diskDevice": ["disk"], "bus": ["virtio"], "model": ["virtio", "virtio-non-transitional"]},

@@ -1,28 +1,48 @@
-"""Disks and interfaces of a running kvik-vmm, by QEMU's commands: a backend, then the device in front of it.
+"""Devices that come to a running kvik-vmm and go, by QEMU's commands: a backend, then the device in front of it.
 
-Descriptors go first, by `add-fd` (images) and `getfd` (taps). What was done is taken back if a later step fails.
+Descriptors go first, by `add-fd` (images) and `getfd` (taps, sockets): kvik-vmm, in its sandbox, opens nothing. What
+was done is taken back if a later step fails.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+import os
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from kvik.conf.devices.disk import Disk, IoTune
+from kvik.conf.devices.chardev import Channel, Console, Serial
+from kvik.conf.devices.controller import Controller
+from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.interface import Interface
-from kvik.conf.devices.memory import Memballoon
+from kvik.conf.devices.memory import Memory
+from kvik.conf.devices.other import Filesystem, Rng, Vsock
 from kvik.errors import ConfigUnsupported, HypervisorError, KvikError, MonitorError, OperationUnsupported
-from kvik.hypervisor.descriptors import Opened, open_disk
-from kvik.hypervisor.kvik.argv import slot_of
-from kvik.hypervisor.names import TAP_TYPES, alias_of, image_name, tap_name, vhost_name
+from kvik.hypervisor.cpus import boot_vcpus
+from kvik.hypervisor.descriptors import Opened, open_disk, open_vsock
+from kvik.hypervisor.kvik import support
+from kvik.hypervisor.kvik.argv import Files, disk_options, rate_of, slot_of, vhost_user_options
+from kvik.hypervisor.kvik.changes import throttle
+from kvik.hypervisor.names import (
+    TAP_TYPES,
+    alias_of,
+    image_name,
+    is_passt,
+    life_name,
+    passt_name,
+    tap_name,
+    vhost_name,
+    vhost_user_name,
+)
+from kvik.hypervisor.sidecars import storage_daemon
+from kvik.hypervisor.sidecars.start import start_for_device
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
 
-__all__ = ["attach", "finish_detach", "netdev_name", "node_name", "start_settings", "update"]
+__all__ = ["attach", "finish_detach", "netdev_name", "node_name"]
 
 Props = dict[str, Any]
 
@@ -39,26 +59,57 @@ def netdev_name(alias: str) -> str:
 
 
 async def attach(machine: KvikMachine, device: Any, files: Mapping[str, int]) -> None:
-    """Raises `OperationUnsupported`, `ConfigUnsupported`, `MonitorError`; then nothing has changed."""
-    if not isinstance(device, Disk | Interface):
+    """Raises `OperationUnsupported`, `ConfigUnsupported`, `MonitorError`, `HostError`; then nothing has changed."""
+    kind: Any = type(device)
+    plug = _PLUGS.get(kind)
+    if plug is None:
+        why = _FIXED.get(kind, "it is made at the start only")
         raise OperationUnsupported(
-            f"kvik-vmm cannot plug a {type(device).__name__.lower()} into a running machine",
+            f"kvik-vmm cannot plug a {type(device).__name__.lower()} into running machine {machine.name}: {why}",
             remedy="put it into the definition (--config) and start the machine again",
         )
+    if isinstance(device, Interface):
+        support.complete_interface(device)
     with ExitStack() as close, ExitStack() as undo:
         opened = Opened(close, undo, files)
-        if isinstance(device, Disk):
-            open_disk(opened, device)
         steps = _Steps(machine)
         try:
-            if isinstance(device, Disk):
-                await _attach_disk(steps, device, opened)
-            else:
-                await _attach_interface(steps, device, opened)
+            await _open(machine, device, opened)
+            await plug(steps, device, opened)
         except BaseException:
             await asyncio.shield(steps.undo())
+            await asyncio.shield(machine.sidecars.end(alias_of(device)))
             raise
         undo.pop_all()
+
+
+async def _open(machine: KvikMachine, device: Any, opened: Opened) -> None:
+    """The host's side: files, and processes that serve the device."""
+    if isinstance(device, Vsock):
+        open_vsock(opened, device)
+    if isinstance(device, Disk):
+        open_disk(opened, device)
+        if not storage_daemon.by_vhost_user(device):
+            return
+        await _need_shared_memory(machine)
+    if isinstance(device, Disk | Filesystem | Interface):
+        log_fd = os.open(machine.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        vcpus = boot_vcpus(machine.domain)
+        try:
+            member = await start_for_device(machine.sidecars, device, machine.directory, opened, log_fd, vcpus=vcpus)
+        finally:
+            os.close(log_fd)
+        if member is not None:
+            machine.watch_sidecar(member)
+
+
+async def _need_shared_memory(machine: KvikMachine) -> None:
+    reply = await machine.execute("query-memdev")
+    if not any(isinstance(item, dict) and item.get("share") is True for item in reply or []):
+        raise OperationUnsupported(
+            f"machine {machine.name}: a disk that another process serves needs guest memory that can be shared",
+            remedy="add <memoryBacking><source type='memfd'/></memoryBacking> to the definition and start it again",
+        )
 
 
 class _Steps:
@@ -78,6 +129,11 @@ class _Steps:
             self._back.append((back, back_arguments or {}))
         return reply
 
+    async def give(self, label: str, fd: int) -> str:
+        """The descriptor under a name, which a device then takes."""
+        await self.do("getfd", {"fdname": label}, "closefd", {"fdname": label}, fd=fd)
+        return label
+
     async def undo(self) -> None:
         for command, arguments in reversed(self._back):
             with contextlib.suppress(KvikError):
@@ -85,6 +141,9 @@ class _Steps:
 
 
 async def _attach_disk(steps: _Steps, disk: Disk, opened: Opened) -> None:
+    if storage_daemon.by_vhost_user(disk):
+        await _attach_served(steps, disk, opened)
+        return
     alias = alias_of(disk)
     name = image_name(alias, 0)
     reply = await steps.do("add-fd", {"opaque": name}, fd=opened.fds[name])
@@ -94,15 +153,21 @@ async def _attach_disk(steps: _Steps, disk: Disk, opened: Opened) -> None:
     steps._back.append(("remove-fd", {"fdset-id": number}))
     driver = disk.driver
     cache = driver.cache if driver is not None else None
+    file: Props = {"driver": "file", "filename": f"/dev/fdset/{number}"}
+    if driver is not None and driver.io is not None:
+        file["aio"] = driver.io
+    if disk.shareable:
+        file["locking"] = "off"
     node = {
         "driver": "raw",
         "node-name": node_name(alias),
         "read-only": disk.readonly,
         "discard": "ignore" if driver is not None and driver.discard == "ignore" else "unmap",
         "cache": {"direct": cache in ("none", "directsync"), "no-flush": cache == "unsafe"},
-        "file": {"driver": "file", "filename": f"/dev/fdset/{number}"},
+        "file": file,
     }
     await steps.do("blockdev-add", node, "blockdev-del", {"node-name": node_name(alias)})
+    asked = disk_options(disk, Files({}))
     await _device_add(
         steps,
         {
@@ -110,7 +175,11 @@ async def _attach_disk(steps: _Steps, disk: Disk, opened: Opened) -> None:
             "id": alias,
             "drive": node_name(alias),
             "serial": disk.serial or None,
-            "num-queues": driver.queues if driver is not None else None,
+            "num-queues": asked.get("queues"),
+            "queue-size": asked.get("queue-size"),
+            "packed": asked.get("packed"),
+            "werror": asked.get("werror"),
+            "rerror": asked.get("rerror"),
             "write-cache": "off" if cache in ("writethrough", "directsync") else "on",
             "addr": _addr(slot_of(disk)),
         },
@@ -120,36 +189,150 @@ async def _attach_disk(steps: _Steps, disk: Disk, opened: Opened) -> None:
         await throttle(steps.machine, disk, disk.iotune)
 
 
+async def _attach_served(steps: _Steps, disk: Disk, opened: Opened) -> None:
+    alias = alias_of(disk)
+    label = await steps.give(f"vublk-{alias}", opened.fds[vhost_user_name(alias)])
+    life = opened.fds.get(life_name(alias))
+    socket = {"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": label}}, "server": False}}
+    await steps.do("chardev-add", {"id": _backend(alias), "backend": socket}, "chardev-remove", {"id": _backend(alias)})
+    asked = vhost_user_options(disk, Files({}), boot_vcpus(steps.machine.domain))
+    props = {
+        "driver": "vhost-user-blk-pci",
+        "id": alias,
+        "chardev": _backend(alias),
+        "lifefd": await steps.give(f"life-{alias}", life) if life is not None else None,
+        "num-queues": asked["queues"],
+        "queue-size": asked["queue-size"],
+        "addr": _addr(slot_of(disk)),
+    }
+    await _device_add(steps, props, str(disk.source.location if disk.source is not None else alias))
+    # The device has a duplicate: what is left here would keep the connection open when it goes.
+    await steps.machine.execute("chardev-remove", {"id": _backend(alias)})
+    await steps.machine.execute("closefd", {"fdname": label})
+
+
 async def _attach_interface(steps: _Steps, nic: Interface, opened: Opened) -> None:
     alias = alias_of(nic)
-    if nic.type not in TAP_TYPES:
-        raise ConfigUnsupported(f"an interface of type {nic.type!r} cannot be plugged into a running machine")
-    named: dict[str, list[str]] = {"fds": [], "vhostfds": []}
-    for key, prefix in (("fds", tap_name(alias)), ("vhostfds", vhost_name(alias))):
-        while (fd := opened.fds.get(f"{prefix}:{len(named[key])}")) is not None:
-            label = f"{prefix}:{len(named[key])}".replace(":", "-")
-            await steps.do("getfd", {"fdname": label}, "closefd", {"fdname": label}, fd=fd)
-            named[key].append(label)
-    netdev = {
-        "type": "tap",
-        "id": netdev_name(alias),
-        "fds": ":".join(named["fds"]),
-        "vhost": bool(named["vhostfds"]) or None,
-        "vhostfds": ":".join(named["vhostfds"]) or None,
-    }
+    netdev: Props = {"id": netdev_name(alias)}
+    queues = 1
+    if nic.type in TAP_TYPES:
+        named: dict[str, list[str]] = {"fds": [], "vhostfds": []}
+        for key, prefix in (("fds", tap_name(alias)), ("vhostfds", vhost_name(alias))):
+            while (fd := opened.fds.get(f"{prefix}:{len(named[key])}")) is not None:
+                named[key].append(await steps.give(f"{prefix}:{len(named[key])}".replace(":", "-"), fd))
+        netdev |= {
+            "type": "tap",
+            "fds": ":".join(named["fds"]),
+            "vhost": bool(named["vhostfds"]) or None,
+            "vhostfds": ":".join(named["vhostfds"]) or None,
+        }
+        queues = len(named["fds"])
+    elif is_passt(nic):
+        label = await steps.give(f"passt-{alias}", opened.fds[passt_name(alias)])
+        netdev |= {"type": "stream", "server": False, "addr": {"type": "fd", "str": label}}
+    else:
+        raise ConfigUnsupported(
+            f"an interface of type {nic.type!r} cannot be plugged into running machine {steps.machine.name}",
+            remedy="bridge, network, direct, ethernet, or user with <backend type='passt'/>",
+        )
     await steps.do("netdev_add", netdev, "netdev_del", {"id": netdev_name(alias)})
+    bandwidth = nic.bandwidth
     card = {
         "driver": "virtio-net-pci",
         "id": alias,
         "netdev": netdev_name(alias),
         "mac": nic.mac.address if nic.mac is not None else None,
         "host_mtu": nic.mtu.size if nic.mtu is not None else None,
-        "mq": True if len(named["fds"]) > 1 else None,
+        "mq": True if queues > 1 else None,
+        "rx_queue_size": nic.driver.rx_queue_size if nic.driver is not None else None,
+        "packed": nic.driver.packed if nic.driver is not None else None,
+        "x-rx-bps": rate_of(bandwidth.inbound) if bandwidth is not None else None,
+        "x-tx-bps": rate_of(bandwidth.outbound) if bandwidth is not None else None,
         "addr": _addr(slot_of(nic)),
     }
     await _device_add(steps, card, f"interface {alias}")
     if nic.link is not None and nic.link.state == "down":
         await steps.do("set_link", {"name": alias, "up": False})
+
+
+async def _attach_rng(steps: _Steps, rng: Rng, opened: Opened) -> None:
+    alias, rate = alias_of(rng), rng.rate
+    backend = {"qom-type": "rng-builtin", "id": _backend(alias)}
+    await steps.do("object-add", backend, "object-del", {"id": _backend(alias)})
+    props: Props = {"driver": "virtio-rng-pci", "id": alias, "rng": _backend(alias), "addr": _addr(slot_of(rng))}
+    if rate is not None:
+        props |= {"max-bytes": rate.bytes, "period": rate.period or 1000}
+    await _device_add(steps, props, f"rng {alias}")
+
+
+async def _attach_vsock(steps: _Steps, vsock: Vsock, opened: Opened) -> None:
+    alias = alias_of(vsock)
+    label = await steps.give(f"vsock-{alias}", opened.fds[f"vsock:{alias}"])
+    cid = vsock.cid.address if vsock.cid is not None else None
+    props = {
+        "driver": "vhost-vsock-pci",
+        "id": alias,
+        "guest-cid": cid,
+        "vhostfd": label,
+        "addr": _addr(slot_of(vsock)),
+    }
+    await _device_add(steps, props, f"vsock {alias}")
+
+
+async def _attach_filesystem(steps: _Steps, share: Filesystem, opened: Opened) -> None:
+    alias = alias_of(share)
+    fd = opened.fds.get(f"fs:{alias}")
+    if fd is None:
+        raise OperationUnsupported(
+            f"a virtiofsd that somebody else started cannot be connected to running machine {steps.machine.name}",
+            remedy="give <source dir=.../>, or put it into the definition (--config) and start the machine again",
+        )
+    label = await steps.give(f"fs-{alias}", fd)
+    backend = {"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": label}}, "server": False}}
+    await steps.do(
+        "chardev-add", {"id": _backend(alias), "backend": backend}, "chardev-remove", {"id": _backend(alias)}
+    )
+    tag = share.target.dir if share.target is not None else ""
+    props = {"driver": "vhost-user-fs-pci", "id": alias, "chardev": _backend(alias), "tag": tag}
+    await _device_add(steps, props | {"addr": _addr(slot_of(share))}, f"filesystem {tag}")
+
+
+async def _attach_memory(steps: _Steps, memory: Memory, opened: Opened) -> None:
+    alias, target = alias_of(memory), memory.target
+    assert target is not None
+    backend = {"qom-type": "memory-backend-ram", "id": _backend(alias), "size": (target.size or 0) * 1024}
+    await steps.do("object-add", backend, "object-del", {"id": _backend(alias)})
+    props = {
+        "driver": "virtio-mem-pci",
+        "id": alias,
+        "memdev": _backend(alias),
+        "requested-size": (target.requested or 0) * 1024,
+        "block-size": target.block * 1024 if target.block is not None else None,
+        "node": target.node,
+        "addr": _addr(slot_of(memory)),
+    }
+    await _device_add(steps, props, f"memory {alias}")
+
+
+def _backend(alias: str) -> str:
+    return f"back{alias}"
+
+
+# Each opens nothing: that was done before, and what is passed on is duplicated by kvik-vmm's side of the socket.
+_PLUGS: Mapping[type, Callable[[_Steps, Any, Opened], Awaitable[None]]] = {
+    Disk: _attach_disk,
+    Interface: _attach_interface,
+    Rng: _attach_rng,
+    Vsock: _attach_vsock,
+    Filesystem: _attach_filesystem,
+    Memory: _attach_memory,
+}
+_FIXED = {
+    Channel: "the ports of its console device are counted when it starts",
+    Console: "the ports of its console device are counted when it starts",
+    Controller: "the ports of its console device are counted when it starts",
+    Serial: "its serial lines are on fixed ports",
+}
 
 
 async def _device_add(steps: _Steps, props: Props, what: str) -> None:
@@ -168,10 +351,19 @@ async def finish_detach(machine: KvikMachine, device: Any) -> None:
     """The device is gone: its host side goes as well."""
     alias = alias_of(device)
     steps: list[tuple[str, Props]] = []
-    if isinstance(device, Disk):
+    if isinstance(device, Disk) and storage_daemon.by_vhost_user(device):
+        storage_daemon.monitor_path(machine.directory, alias).unlink(missing_ok=True)
+        steps.append(("chardev-remove", {"id": _backend(alias)}))  # of an attach that was cut off
+        steps += [("closefd", {"fdname": f"{prefix}-{alias}"}) for prefix in ("vublk", "life")]
+    elif isinstance(device, Disk):
         steps.append(("blockdev-del", {"node-name": node_name(alias)}))
     elif isinstance(device, Interface):
         steps.append(("netdev_del", {"id": netdev_name(alias)}))
+    elif isinstance(device, Filesystem):
+        steps.append(("chardev-remove", {"id": _backend(alias)}))
+        steps.append(("closefd", {"fdname": f"fs-{alias}"}))
+    elif isinstance(device, Rng | Memory):
+        steps.append(("object-del", {"id": _backend(alias)}))
     for command, arguments in steps:
         with contextlib.suppress(KvikError):
             await machine.execute(command, arguments)
@@ -186,38 +378,3 @@ async def _remove_fdsets(machine: KvikMachine, opaque: str) -> None:
         for item in reply if isinstance(reply, list) else []:
             if any(entry.get("opaque") == opaque for entry in item.get("fds", [])):
                 await machine.execute("remove-fd", {"fdset-id": item["fdset-id"]})
-
-
-async def update(machine: KvikMachine, old: Any, new: Any) -> None:
-    """Changes what can be changed while the guest runs. Raises `OperationUnsupported` for the rest."""
-    if isinstance(new, Disk) and new.iotune is not None:
-        await throttle(machine, new, new.iotune)
-    elif isinstance(new, Interface):
-        up = new.link is None or new.link.state == "up"
-        await machine.execute("set_link", {"name": alias_of(new), "up": up})
-    elif isinstance(new, Memballoon):
-        await machine.tell_balloon_period(new)
-    else:
-        raise OperationUnsupported(f"a {type(new).__name__.lower()} cannot be changed while the machine runs")
-
-
-async def throttle(machine: KvikMachine, disk: Disk, tune: IoTune) -> None:
-    """Bytes and requests a second, reads and writes together; 0: no limit."""
-    arguments: Props = {"id": alias_of(disk), "bps_rd": 0, "bps_wr": 0, "iops_rd": 0, "iops_wr": 0}
-    arguments |= {"bps": tune.total_bytes_sec or 0, "iops": tune.total_iops_sec or 0}
-    if tune.total_bytes_sec_max:
-        arguments["bps_max"] = tune.total_bytes_sec_max
-    if tune.total_iops_sec_max:
-        arguments["iops_max"] = tune.total_iops_sec_max
-    await machine.execute("block_set_io_throttle", arguments)
-
-
-async def start_settings(machine: KvikMachine) -> None:
-    """Before the first instruction: what is no option of the command line."""
-    domain = machine.domain
-    balloon = domain.devices.memballoon
-    if balloon is not None and balloon.model != "none":
-        if balloon.stats is not None:
-            await machine.tell_balloon_period(balloon)
-        if domain.current_memory and domain.current_memory < domain.memory:
-            await machine.set_balloon(domain.current_memory * 1024)

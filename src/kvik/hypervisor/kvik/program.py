@@ -14,8 +14,9 @@ from pathlib import Path
 
 import kvik
 from kvik.errors import ConfigUnsupported
+from kvik.hypervisor.kvik.zygote import ZygoteKeeper, identity
 
-__all__ = ["EMULATOR", "check", "command"]
+__all__ = ["EMULATOR", "check", "command", "keeper"]
 
 EMULATOR = "kvik-vmm"
 _LAUNCHER = Path(kvik.__file__).parent / "vmm" / "__main__.py"
@@ -40,3 +41,8 @@ def command(argv: Sequence[str]) -> list[str]:
     cached = ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
     # Isolated (-I) and without site (-S): nothing of anybody's environment takes part, and it starts some ms sooner.
     return [sys.executable, "-I", "-S", *cached, str(_LAUNCHER), *rest]
+
+
+def keeper() -> ZygoteKeeper:
+    """For the zygote of this installation. Another program that a document names is executed."""
+    return ZygoteKeeper(command([EMULATOR]), lambda: identity(Path(kvik.__file__).parent, sys.executable))

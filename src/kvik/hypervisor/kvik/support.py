@@ -4,26 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvik.conf.cpu import Cpu
 from kvik.conf.devices.chardev import Chardev
 from kvik.conf.devices.disk import Disk
-from kvik.conf.devices.interface import Interface
+from kvik.conf.devices.interface import Backend, Interface, InterfaceModel
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.names import TAP_TYPES, is_passt
+from kvik.hypervisor.sidecars.storage_daemon import FORMATS, by_vhost_user
 
-__all__ = ["CHARDEVS", "MACHINE", "MACHINES", "MAX_VCPUS", "check"]
+__all__ = ["CHARDEVS", "MACHINE", "MACHINES", "MAX_VCPUS", "check", "check_device", "complete_interface"]
 
 MACHINE = "kvik-1"  # the newest of our machine types: what its name says never changes
 MACHINES = {"kvik": MACHINE, MACHINE: MACHINE}  # alias or name -> name
 MAX_VCPUS = 1024
 CHARDEVS = ("null", "pty", "file", "unix")
 QEMU = "use QEMU: name it in <emulator>, or leave <emulator> out"
+_SERIAL = "let the guest find it by label, UUID or PCI address; or convert it to raw"
 _DISKS = "write <disk type='file' device='disk'> with <target dev='vda' bus='virtio'/>, or use QEMU"
 
 
 def check(domain: Domain) -> None:
     """Raises `ConfigUnsupported` for the first thing. Asks nothing of the host."""
     for path, what, remedy in _missing(domain):
+        raise ConfigUnsupported(f"kvik-vmm {what}", path=path, remedy=remedy)
+
+
+def complete_interface(nic: Interface) -> None:
+    """What its document leaves to the VMM."""
+    nic.model = nic.model or InterfaceModel(type="virtio")
+    if nic.type == "user" and nic.backend is None:
+        nic.backend = Backend(type="passt")
+
+
+def check_device(device: object) -> None:
+    """The same for a disk or an interface alone."""
+    found: Iterator[Refusal] = iter(())
+    if isinstance(device, Disk):
+        found = (("disk" + path, what, remedy) for path, what, remedy in _disk(device))
+    elif isinstance(device, Interface):
+        found = (("interface" + path, what, remedy) for path, what, remedy in _interface(device))
+    for path, what, remedy in found:
         raise ConfigUnsupported(f"kvik-vmm {what}", path=path, remedy=remedy)
 
 
@@ -68,6 +89,7 @@ def _machine(domain: Domain) -> Iterator[Refusal]:
     vcpus = domain.vcpu.value if domain.vcpu is not None else 1
     if vcpus > MAX_VCPUS:
         yield "/domain/vcpu", f"has at most {MAX_VCPUS} vCPUs", f"ask for 1 to {MAX_VCPUS}"
+    yield from _cpu(domain.cpu)
     if domain.launch_security is not None:
         yield "/domain/launchSecurity", "has no encrypted machines", QEMU
     if domain.qemu_commandline is not None:
@@ -83,6 +105,19 @@ def _machine(domain: Domain) -> Iterator[Refusal]:
         yield "/domain/features/smm", "has no system management mode", QEMU
 
 
+def _cpu(cpu: Cpu | None) -> Iterator[Refusal]:
+    if cpu is None:
+        return
+    if cpu.match == "minimum":
+        yield "/domain/cpu/@match", "has no CPU that is at least a model", "write <cpu mode='host-model'/>"
+    if cpu.mode in (None, "custom", "host-model") and any(item.policy == "optional" for item in cpu.features):
+        yield "/domain/cpu/feature", "cannot leave a feature to the host", "write policy='require' or 'disable'"
+    if cpu.maxphysaddr is not None:
+        yield "/domain/cpu/maxphysaddr", "has the address size of its CPU model", "leave it out"
+    if cpu.cache is not None and cpu.cache.mode != "passthrough":
+        yield "/domain/cpu/cache", "tells guests of the host's caches only", "write <cache mode='passthrough'/>"
+
+
 def _disk(disk: Disk) -> Iterator[Refusal]:
     if disk.device == "cdrom":
         yield "/@device", "has no CD drives", "write device='disk' with <readonly/>: Linux finds it by its label"
@@ -90,24 +125,47 @@ def _disk(disk: Disk) -> Iterator[Refusal]:
         yield "/@device", f"has no {disk.device} drives", _DISKS
     if disk.target.bus not in (None, "virtio"):
         yield "/target/@bus", f"has no bus {disk.target.bus!r}", _DISKS
-    if disk.type not in ("file", "block"):
+    if disk.type not in ("file", "block", "vhostuser"):
         yield "/@type", f"has no disks of type {disk.type!r}", "a file or a block device, or use QEMU"
     format_ = disk.driver.type if disk.driver is not None else None
-    if format_ not in (None, "raw"):
-        yield "/driver/@type", f"reads raw images, not {format_}", ("convert it (qemu-img convert -O raw), or use QEMU")
-    if disk.driver is not None and disk.driver.cache == "directsync":
+    if format_ not in (None, "raw") and format_ not in FORMATS:
+        yield "/driver/@type", f"knows no image format {format_!r}", f"one of: {', '.join(sorted(FORMATS))}"
+    other = by_vhost_user(disk)
+    if other:
+        yield from _served(disk)
+    if disk.driver is not None and disk.driver.cache == "directsync" and not other:
         yield "/driver/@cache", "has no cache mode directsync", "write cache='none', or 'writethrough'"
     if disk.encryption is not None or (disk.source is not None and disk.source.encryption is not None):
         yield "/encryption", "does not decrypt disks", "let the guest do it (LUKS), or use QEMU"
-    if disk.backing_store is not None and disk.backing_store.type is not None:
+    if disk.backing_store is not None and disk.backing_store.type is not None and not other:
         yield "/backingStore", "reads raw images, which have no backing chain", QEMU
     if disk.model not in (None, "virtio", "virtio-non-transitional"):
         yield "/@model", "has modern virtio devices only", "leave the model out"
     tune = disk.iotune
-    if tune is not None and any(
-        (tune.read_bytes_sec, tune.write_bytes_sec, tune.read_iops_sec, tune.write_iops_sec, tune.group_name)
+    if (
+        tune is not None
+        and not other
+        and any((tune.read_bytes_sec, tune.write_bytes_sec, tune.read_iops_sec, tune.write_iops_sec, tune.group_name))
     ):
         yield "/iotune", "limits reads and writes together", "write total_bytes_sec and total_iops_sec"
+
+
+def _served(disk: Disk) -> Iterator[Refusal]:
+    """Of a disk whose requests this VMM never sees: what its back end cannot do."""
+    driver = disk.driver
+    if disk.serial:
+        # Its vhost-user-blk export answers every guest with a serial of its own.
+        yield "/serial", "cannot tell a serial number of a disk that another process serves", _SERIAL
+    if driver is not None and (
+        driver.error_policy not in (None, "report") or driver.rerror_policy not in (None, "report")
+    ):
+        yield "/driver/@error_policy", "hands errors of such a disk on to the guest", "write error_policy='report'"
+    if driver is not None and driver.packed:
+        yield "/driver/@packed", "has split rings for such a disk", "leave packed out"
+    if disk.type == "vhostuser" and disk.iotune is not None:
+        yield "/iotune", "does not see the requests of a vhostuser disk", "limit them in its back end"
+    if disk.iotune is not None and disk.iotune.group_name:
+        yield "/iotune/group_name", "limits each disk for itself", "leave group_name out"
 
 
 def _interface(nic: Interface) -> Iterator[Refusal]:

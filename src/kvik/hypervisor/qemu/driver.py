@@ -23,13 +23,14 @@ from kvik.conf.cpu import Cpu, CpuModel
 from kvik.conf.domain import Domain
 from kvik.conf.features import Features, Smm
 from kvik.conf.os import Loader, Nvram
-from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError
-from kvik.host.process import find, find_program
+from kvik.errors import ConfigUnsupported, HypervisorError, KvikError
+from kvik.host.process import find_program
 from kvik.host.tsc import tsc_khz
 from kvik.hypervisor import process
 from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
 from kvik.hypervisor.kernels import unpacked_kernel
+from kvik.hypervisor.launch import bring_up, find_running, take_up
 from kvik.hypervisor.qemu import hotplug
 from kvik.hypervisor.qemu.argv.build import build
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
@@ -37,7 +38,6 @@ from kvik.hypervisor.qemu.firmware import find_firmware, installed_firmware
 from kvik.hypervisor.qemu.machine import QemuMachine
 from kvik.hypervisor.qemu.remedies import remedy_for
 from kvik.hypervisor.sidecars import swtpm
-from kvik.hypervisor.sidecars.group import attach_sidecars
 from kvik.hypervisor.sidecars.start import check as check_sidecars
 from kvik.hypervisor.sidecars.start import start_sidecars
 from kvik.hypervisor.words import shell_text
@@ -45,8 +45,6 @@ from kvik.paths import Paths
 
 __all__ = ["QemuDriver"]
 
-START_DEADLINE = 30.0
-ATTACH_DEADLINE = 2.0
 _NATIVE_ARCH = os.uname().machine
 _FEATURES = frozenset(Feature) - {Feature.KVM, Feature.RENAME_RUNNING}
 
@@ -179,6 +177,9 @@ class QemuDriver:
             if known and model not in known:
                 raise ConfigUnsupported(f"{capabilities.binary} has no CPU model {model!r}", path="/domain/cpu/model")
 
+    async def close(self) -> None:
+        """There is nothing but machines."""
+
     async def native(self, definition: Domain) -> str:
         copy = definition.copy()
         await self.complete(copy)
@@ -218,72 +219,38 @@ class QemuDriver:
             images = opened.paths()
             close.close()  # QEMU has its own; ours would keep its monitor from ending with it
             machine = QemuMachine(domain, request.directory, handle, capabilities, request.sink, sidecars=sidecars)
-            machine.hold_events()
-            try:
-                await machine.connect(START_DEADLINE)
-                await machine.refresh()
-                await hotplug.start_settings(machine)
-                if opened.output is not None:
-                    machine.watch_output(opened.output)
-                    opened.output = None
-                failure = sidecars.failure(request.log_fd)
-                if failure is not None:
-                    raise failure
-                if not request.paused:
-                    await machine.resume()
-            except BaseException as error:
-                reason = error
-                if isinstance(error, KvikError):
-                    reason = await process.died(
-                        domain.name,
-                        handle,
-                        request.log_fd,
-                        position,
-                        error,
-                        product=self.name,
-                        images=images,
-                        remedy_for=remedy_for,
-                    )
-                    reason = sidecars.failure(request.log_fd, qemu_alive=handle.alive) or reason
-                await asyncio.shield(machine.quit(0.0))
-                if reason is error:
-                    raise
-                raise reason from error
-            undo.pop_all()
-            machine.watch_sidecars()
-            machine.release_events()
-            return machine
+            return await bring_up(
+                machine,
+                request,
+                opened,
+                undo,
+                settings=hotplug.start_settings,
+                explain=lambda error: process.died(
+                    domain.name,
+                    handle,
+                    request.log_fd,
+                    position,
+                    error,
+                    product=self.name,
+                    images=images,
+                    remedy_for=remedy_for,
+                ),
+            )
 
     async def attach(
         self, definition: Domain, directory: Path, handle: Mapping[str, Any], sink: EventSink
     ) -> QemuMachine | None:
-        """A machine whose monitor does not answer is found all the same; its monitor is tried until it does."""
-        pid, start_time, boot = handle.get("pid"), handle.get("start_time"), handle.get("boot")
-        if not isinstance(pid, int) or not isinstance(start_time, int) or not isinstance(boot, str):
-            raise ConfigError(f"the status of machine {definition.name} does not say which process it is")
-        found = find(pid, start_time, boot)
-        sidecars, lost = attach_sidecars(definition.name, handle.get("sidecars"), boot)
+        found = await find_running(definition, handle)
         if found is None:
-            await sidecars.end()
             return None
         try:
             capabilities = await self._running_capabilities(definition, handle)
         except KvikError:
-            found.close()
-            sidecars.detach()
+            found.process.close()
+            found.sidecars.detach()
             raise
-        machine = QemuMachine(definition, directory, found, capabilities, sink, sidecars=sidecars)
-        if handle.get("started") is not False:
-            machine.mark_started()
-        machine.clock_base = int(handle.get("clock_base") or 0)
-        try:
-            await machine.connect(ATTACH_DEADLINE)
-            await machine.refresh()
-        except KvikError:
-            if not machine.ended:
-                machine.keep_reconnecting()
-        machine.watch_sidecars(lost)
-        return machine
+        machine = QemuMachine(definition, directory, found.process, capabilities, sink, sidecars=found.sidecars)
+        return await take_up(machine, handle, found)
 
     async def _running_capabilities(self, definition: Domain, handle: Mapping[str, Any]) -> QemuCapabilities:
         """Those of the binary under the machine's path; an upgrade meanwhile changes little that matters to it."""

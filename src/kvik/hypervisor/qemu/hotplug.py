@@ -31,6 +31,7 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor import cpus
+from kvik.hypervisor.changes import check_disk, check_interface
 from kvik.hypervisor.consoles import set_pty
 from kvik.hypervisor.descriptors import Opened, open_chardev, open_disk, with_paths
 from kvik.hypervisor.layers import has_medium
@@ -215,6 +216,8 @@ async def update(machine: QemuMachine, old: Any, new: Any) -> None:
     if isinstance(new, Disk) and isinstance(old, Disk):
         if new.device in ("cdrom", "floppy"):
             await _change_medium(machine, old, new)
+        else:
+            check_disk(old, new)
         await _limits(machine, new)
     elif isinstance(new, Interface) and isinstance(old, Interface):
         await _update_interface(machine, old, new)
@@ -222,21 +225,14 @@ async def update(machine: QemuMachine, old: Any, new: Any) -> None:
         await _password(machine, new)
     elif isinstance(new, Memballoon):
         await machine.tell_balloon_period(new)
+    elif isinstance(new, Memory) and isinstance(old, Memory):
+        await machine.request_memory(old, new)
     else:
         raise OperationUnsupported(f"a {type(new).__name__.lower()} cannot be changed while the machine runs")
 
 
 async def _update_interface(machine: QemuMachine, old: Interface, new: Interface) -> None:
-    if (old.type, old.mac and old.mac.address, old.model and old.model.type) != (
-        new.type,
-        new.mac and new.mac.address,
-        new.model and new.model.type,
-    ):
-        raise OperationUnsupported("type, MAC address and model of an interface cannot change while the machine runs")
-    if new.source is not None and old.source is not None and new.source.bridge != old.source.bridge:
-        raise OperationUnsupported(
-            "an interface cannot move to another bridge while the machine runs", remedy="detach and attach it"
-        )
+    check_interface(old, new)
     await _link(machine, new)
 
 
@@ -252,7 +248,7 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
         new.alias = old.alias
         open_disk(opened, new)  # a medium that cannot be opened leaves the old one in
         await _take_medium(machine, alias)
-        nodes = disks.block_nodes(_context(machine, {}, {}), old) if has_medium(old) else []
+        nodes = disks.block_nodes(_context(machine, {}, {}).files, old) if has_medium(old) else []
         for node in reversed(nodes):
             with contextlib.suppress(MonitorError):
                 await machine.execute("blockdev-del", {"node-name": node["node-name"]})
@@ -261,7 +257,7 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
             undone = _Undo(machine)
             try:
                 paths = {name: await add_fd(machine, fd, name) for name, fd in opened.fds.items()}
-                for node in disks.block_nodes(_context(machine, opened.fds, paths), new):
+                for node in disks.block_nodes(_context(machine, opened.fds, paths).files, new):
                     await machine.execute("blockdev-add", _clean(node), deadline=_DEADLINE)
                     undone.add("blockdev-del", node_name=node["node-name"])
                 await machine.execute("blockdev-insert-medium", {"id": alias, "node-name": disks.top_node(new)})

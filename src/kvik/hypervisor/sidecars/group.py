@@ -24,6 +24,7 @@ from kvik.hypervisor import words
 __all__ = ["Command", "Sidecar", "Sidecars", "attach_sidecars", "program"]
 
 GRACE = 0.5  # seconds between asking and killing
+_GRACES = {"qemu-storage-daemon": 5.0}  # it writes what it has cached of its image's tables
 _LAST = 5.0  # seconds after which a process that even a kill does not end is left to the kernel
 _MOST = 64  # of them, in a status file
 
@@ -43,7 +44,7 @@ def program(what: str, *, path: str = process.SEARCH_PATH, others: Sequence[str]
 class Command:
     """What to run: `fds` are inherited under the numbers that `argv` mentions."""
 
-    kind: str  # "swtpm", "virtiofsd", "passt"
+    kind: str  # "swtpm", "virtiofsd", "passt", "qemu-storage-daemon"
     alias: str  # the device that it serves
     argv: Sequence[str]
     fds: Sequence[int] = ()
@@ -95,32 +96,37 @@ class Sidecars:
     def adopt(self, member: Sidecar) -> None:
         self._members.append(member)
 
-    def failure(self, log_fd: int, *, qemu_alive: bool = True) -> HypervisorError | None:
-        """The error of one that ended while the machine was starting: its own words are the reason.
+    def failure(self, log_fd: int, *, qemu_alive: bool = True, only: str | None = None) -> HypervisorError | None:
+        """The error of one (of the device `only`) that ended while it was starting: its own words are the reason.
 
         One that ended well after QEMU did (its connection was closed) is no reason for anything.
         """
-        dead = (item for item in self._members if not item.told and not item.process.alive)
+        members = (item for item in self._members if only in (None, item.alias))
+        dead = (item for item in members if not item.told and not item.process.alive)
         member = next((item for item in dead if qemu_alive or item.process.code != 0), None)
         if member is None:
             return None
         how = describe_exit(member.process.code)
         said = words.since(log_fd, member.position, of_qemu=False)
-        text = f"{member.label} ended while machine {self._machine} was starting ({how})"
+        when = f"while machine {self._machine} was starting" if only is None else "while it was starting"
+        text = f"{member.label} ended {when} ({how})"
         return HypervisorError(f"{text}: {said}" if said else f"{text} and said nothing")
 
     def watch(self, died: Died) -> None:
         """Tell `died` of each that ends from now on, or has ended already."""
         for member in self._members:
-            if member.process.alive:
+            self.watch_one(member, died)
 
-                def ended(member: Sidecar = member) -> None:
-                    member.stop_watching = None
-                    died(member, describe_exit(member.process.code))
+    def watch_one(self, member: Sidecar, died: Died) -> None:
+        if not member.process.alive:
+            died(member, describe_exit(member.process.code))
+            return
 
-                member.stop_watching = member.process.on_exit(ended)
-            else:
-                died(member, describe_exit(member.process.code))
+        def ended() -> None:
+            member.stop_watching = None
+            died(member, describe_exit(member.process.code))
+
+        member.stop_watching = member.process.on_exit(ended)
 
     def handles(self) -> list[dict[str, Any]]:
         """For the status file: `attach_sidecars` finds them by it."""
@@ -167,8 +173,9 @@ class Sidecars:
 
 async def _end(member: Sidecar) -> None:
     with contextlib.suppress(Exception):
-        async with asyncio.timeout(_LAST):
-            await member.process.terminate_async(GRACE)
+        grace = _GRACES.get(member.kind, GRACE)
+        async with asyncio.timeout(grace + _LAST):
+            await member.process.terminate_async(grace)
     member.process.close()
 
 

@@ -18,7 +18,7 @@ from kvik.host import tools
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars.group import Command, program
 
-__all__ = ["check", "shares", "virtiofsd_command"]
+__all__ = ["check", "ours", "shares", "virtiofsd_command"]
 
 _PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
 _REMEDY = "add <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
@@ -26,11 +26,11 @@ _REMEDY = "add <memoryBacking><source type='memfd'/><access mode='shared'/></mem
 
 def shares(domain: Domain) -> list[Filesystem]:
     """Those that need a virtiofsd of ours: not those whose document names the socket of another one."""
-    return [
-        item
-        for item in domain.devices.filesystems
-        if item.driver is not None and item.driver.type == "virtiofs" and not (item.source and item.source.socket)
-    ]
+    return [item for item in domain.devices.filesystems if ours(item)]
+
+
+def ours(share: Filesystem) -> bool:
+    return share.driver is not None and share.driver.type == "virtiofs" and not (share.source and share.source.socket)
 
 
 def check(domain: Domain) -> None:

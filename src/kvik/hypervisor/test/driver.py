@@ -112,6 +112,9 @@ class TestDriver:
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         self.forgotten.append((definition.name, keep_tpm))
 
+    async def close(self) -> None:
+        """There is nothing but machines."""
+
     async def native(self, definition: Domain) -> str:
         return f"kvik-test -name {definition.name}"
 

@@ -99,7 +99,6 @@ def _pci_root(description: Description) -> bytes:
         res.memory_window(*places.pci32),
         res.memory_window(*places.pci64, prefetchable=True),
     )
-    routes = [aml.package(slot << 16 | 0xFFFF, pin, 0, pci_gsi(slot)) for slot in range(PCI_SLOTS) for pin in range(4)]
     terms = [
         aml.name("_HID", aml.eisa_id("PNP0A03" if places.firmware else "PNP0A08")),  # without ECAM no PCI Express
         aml.name("_CID", aml.eisa_id("PNP0A03")),
@@ -108,16 +107,31 @@ def _pci_root(description: Description) -> bytes:
         aml.name("_BBN", 0),
         aml.name("_CCA", 1),
         aml.name("_CRS", crs),
-        aml.name("_PRT", aml.package(*routes)),
+        aml.name("_PRT", _routes()),
     ]
     if description.slots:
-        terms += _pci_hotplug(description.slots)
+        terms.append(_pci_hotplug(description.slots))
     return aml.device("PCI0", *terms)
 
 
-def _pci_hotplug(slots: tuple[int, ...]) -> list[bytes]:
+# What does not depend on the machine and is long: made once for all resets, and for all forks of a zygote.
+_made: dict[object, bytes] = {}
+
+
+def _routes() -> bytes:
+    """Which interrupt a pin of a slot raises."""
+    if "_PRT" not in _made:
+        wires = [(slot, pin) for slot in range(PCI_SLOTS) for pin in range(4)]
+        routes = [aml.package(slot << 16 | 0xFFFF, pin, 0, pci_gsi(slot)) for slot, pin in wires]
+        _made["_PRT"] = aml.package(*routes)
+    return _made["_PRT"]
+
+
+def _pci_hotplug(slots: tuple[int, ...]) -> bytes:
     """A device a slot, ejected by a bit in a register; PSCN tells which of them came and which shall go. The names
     and the shape are those of ACPI PCI hot-plug as every guest knows it from QEMU."""
+    if slots in _made:
+        return _made[slots]
     terms = [
         aml.region("PCIH", aml.SYSTEM_IO, PCI_HOTPLUG_PORT, 12),
         aml.field("PCIH", aml.DWORD_ACCESS, ("PCIU", 32), ("PCID", 32), ("B0EJ", 32)),
@@ -142,7 +156,7 @@ def _pci_hotplug(slots: tuple[int, ...]) -> list[bytes]:
         aml.call("DVNT", aml.LOCAL1, EJECT_REQUEST),
     ]
     terms.append(aml.method("PSCN", 0, *scan, serialized=True))
-    return terms
+    return _made.setdefault(slots, b"".join(terms))
 
 
 def _events(description: Description) -> list[bytes]:

@@ -43,7 +43,7 @@ RWF_DSYNC, RWF_NOWAIT = 0x02, 0x08  # preadv2(2)
 BLKSSZGET, BLKGETSIZE64, BLKPBSZGET = 0x1268, 0x80081272, 0x127B  # linux/fs.h
 TMPFS_MAGIC, RAMFS_MAGIC = 0x01021994, 0x858458F6  # statfs(2)
 SECTOR = 512
-_INLINE_WRITE = 256 << 10  # bytes; above, a hand-over costs nothing beside the copy
+INLINE_WRITE = 1 << 20  # bytes; above, a hand-over costs nothing beside the copy
 _MAGIC = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"QED\0": "qed", b"vhdxfile": "vhdx", b"conectix": "vpc"}
 
 
@@ -83,8 +83,10 @@ class BlockImage:
         self._engine: ThreadPool | Uring | None = None
         self._loop: EventLoop | None = None
         self._aio = aio
-        self._inline_writes = False
-        self._read_flags = 0 if self.direct else RWF_NOWAIT
+        # Whether a device may read and write `fd` without asking `now`: a class made from this one wants to be asked.
+        self.plain = type(self) is BlockImage
+        self.inline_write_limit = 0  # bytes; a write of no more is done at once
+        self.read_flags = 0 if self.direct else RWF_NOWAIT  # of a read that shall not wait
         self._nowait = not self.direct
         self._cold = self._skip = 0
         try:
@@ -93,7 +95,7 @@ class BlockImage:
             if not self.is_device and not stat.S_ISREG(status.st_mode):
                 raise ImageError(f"disk {self.name} is neither a file nor a block device")
             if _lies_in_memory(self.fd):
-                self._read_flags = 0  # before Linux 6.6 tmpfs has no RWF_NOWAIT, and it needs none
+                self.read_flags = 0  # before Linux 6.6 tmpfs has no RWF_NOWAIT, and it needs none
             if not image_format:
                 self._refuse_other_formats()
             self.end = self.size = 0
@@ -201,7 +203,7 @@ class BlockImage:
     def start(self, loop: EventLoop, *, private: bool, on_ready: Callable[[], None] | None = None) -> None:
         """Let `loop` call `on_ready`, which shall call `reap`, when results wait. `private`: the loop serves nothing
         else, so a write may hold it up."""
-        self._inline_writes = private and not self.direct and not self.sync
+        self.inline_write_limit = INLINE_WRITE if private and not self.direct and not self.sync else 0
         self._loop = loop
         engine = self._engine = self._make_engine()
         for fd in engine.fds:
@@ -252,6 +254,15 @@ class BlockImage:
         engine.submit(request)
         return False
 
+    @property
+    def may_read_now(self) -> bool:
+        """Whether a read is worth a try at the page cache."""
+        return self._nowait and not self._skip
+
+    def hit(self) -> None:
+        """Such a read was answered by the page cache."""
+        self._cold = 0
+
     def now(self, op: int, buffers: list[memoryview], offset: int, length: int, write_through: bool = False) -> bool:
         """Read or write at once, if that takes no more than a copy. False: it may be half done, `submit` it as a whole
         (errors too come from there)."""
@@ -262,7 +273,7 @@ class BlockImage:
                 self._skip -= 1
                 return False
             try:
-                if os.preadv(self.fd, buffers, offset, self._read_flags) == length:
+                if os.preadv(self.fd, buffers, offset, self.read_flags) == length:
                     self._cold = 0
                     return True
             except OSError as error:
@@ -272,7 +283,7 @@ class BlockImage:
                 elif error.errno != errno.EINVAL:  # more than IOV_MAX buffers
                     self._nowait = False  # EOPNOTSUPP: a file system without it
             return False
-        if not self._inline_writes or write_through or length > _INLINE_WRITE:
+        if write_through or length > self.inline_write_limit:
             return False
         try:
             return os.pwritev(self.fd, buffers, offset) == length

@@ -35,6 +35,11 @@ class BlockStats:
         if op == WRITE and end > self.wr_highest_offset:
             self.wr_highest_offset = end
 
+    def burst(self, op: int, count: int, size: int, end: int, began: int) -> None:
+        """`done` for `count` operations of together `size` bytes, one behind the other since `began`."""
+        self.operations[op] += count - 1
+        self.done(op, size, end, began)
+
     def report(self) -> dict[str, int | bool]:
         """Everything; times in nanoseconds."""
         out: dict[str, int | bool] = {}

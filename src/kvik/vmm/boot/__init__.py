@@ -81,10 +81,11 @@ def load_kernel(
         finally:
             files.close()
     kept = [(address, len(data)) for address, data in tables]
+    stable_kernel = config.stable or config.stable_kernel
     source = files.kernel
     start = source.read(0, 1024)
     if start[:4] == b"\x7fELF":
-        entry = _load_pvh(memory, config, source, files.initrd, kept, stable=config.stable, fresh=fresh)
+        entry = _load_pvh(memory, config, source, files.initrd, kept, stable=stable_kernel, fresh=fresh)
     elif not bzimage.is_bzimage(start):
         raise ImageError(
             f"the kernel {source.name} is neither a bzImage nor an ELF kernel", remedy="give the file of a kernel"

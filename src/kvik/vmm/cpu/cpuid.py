@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SIGNIFICANT_INDEX = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 EAX, EBX, ECX, EDX = range(4)
 X2APIC, TSC_DEADLINE, OSXSAVE, HYPERVISOR = 1 << 21, 1 << 24, 1 << 27, 1 << 31  # leaf 1 ecx
+LEAF_1_ECX_ALWAYS = X2APIC | TSC_DEADLINE | HYPERVISOR  # KVM emulates them
 HTT = 1 << 28  # leaf 1 edx
 MSI_EXT_DEST_ID = 1 << 15  # leaf 0x40000001 eax
 LARGEST_PLAIN_DESTINATION = 254  # of an interrupt message without that
@@ -67,7 +68,7 @@ def cpuid_for(supported: CpuidTable, config: ProcessorConfig, index: int) -> Cpu
     found, indexed = leaves(supported)
     topology = Topology.of(config)
     one = found[1, 0]
-    one[ECX] = one[ECX] & ~OSXSAVE | X2APIC | TSC_DEADLINE | HYPERVISOR  # KVM emulates them, and keeps OSXSAVE right
+    one[ECX] = one[ECX] & ~OSXSAVE | LEAF_1_ECX_ALWAYS  # KVM keeps OSXSAVE right
     if topology.largest_apic_id > LARGEST_PLAIN_DESTINATION:
         # Interrupts reach such processors only if message addresses have room for the id: 15 bits of it.
         found[0x40000001, 0][EAX] |= MSI_EXT_DEST_ID

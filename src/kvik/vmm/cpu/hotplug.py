@@ -64,6 +64,24 @@ class VcpuHotplug:
         thread.name = name
         self.registers.plug(index)
 
+    def arrange(self, indices: list[int]) -> None:
+        """Before the guest's first step here: let the processors of these numbers be those that are there, as they were
+        where it comes from. `devices.acpi_events` learns it from its own state."""
+        machine = self.machine
+        for thread in [thread for thread in machine.vcpus if thread.index not in indices]:
+            machine.vcpus.remove(thread)
+            self._away[thread.index] = thread
+            if not machine.started_threads:
+                thread.ask_to_park()
+                thread.start()
+        for index in indices:
+            if all(thread.index != index for thread in machine.vcpus):
+                thread = self._make(index)
+                if machine.started_threads:
+                    thread.ask_to_park()
+                    thread.start()
+        machine.vcpus.sort(key=lambda vcpu: vcpu.index)
+
     def request_unplug(self, index: int) -> None:
         """Ask the guest to give processor `index` up. It may take its time, or refuse by doing nothing."""
         self.registers.request_unplug(index)

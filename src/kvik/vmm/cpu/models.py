@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from kvik.vmm.cpu.cpuid import Leaves
 
-__all__ = ["HOST", "MODELS", "apply_model"]
+__all__ = ["HOST", "MODELS", "apply_model", "why_not"]
 
 HOST = ("host", "max")
 INTEL, AMD = b"GenuineIntel", b"AuthenticAMD"
@@ -105,7 +105,7 @@ def apply_model(found: Leaves, name: str, changes: Sequence[str]) -> None:
         wanted |= set(model.features)
     missing = sorted(feature for feature in wanted - removed if not _has(found, feature))
     if missing:
-        able = [other for other in MODELS if _able(found, MODELS[other])]
+        able = [other for other in MODELS if not why_not(found, MODELS[other])]
         raise OperationUnsupported(
             f"this host's KVM cannot give a guest {', '.join(missing)}"
             + (f", which the CPU model {name} has" if model is not None else ""),
@@ -150,8 +150,12 @@ def _vendor(found: Leaves) -> bytes:
     return struct.pack("<3I", zero[EBX], zero[EDX], zero[ECX])
 
 
-def _able(found: Leaves, model: Model) -> bool:
-    return model.vendor in (b"", _vendor(found)) and all(_has(found, feature) for feature in model.features)
+def why_not(found: Leaves, model: Model) -> str:
+    """Why this host cannot be that model; empty if it can."""
+    if model.vendor not in (b"", _vendor(found)):
+        return f"it is {model.vendor.decode()}'s"
+    missing = sorted(feature for feature in model.features if not _has(found, feature))
+    return f"the host has no {', '.join(missing)}" if missing else ""
 
 
 def _check_vendor(found: Leaves, name: str, model: Model) -> None:

@@ -35,6 +35,7 @@ class Node:
         self.cache = "writeback"
         self.aio = "auto"
         self.discard = False
+        self.lock = True
         self.inline = False  # written inside the node above: it goes with that
 
     @property
@@ -75,6 +76,7 @@ def settings_of(context: Context, top: Node) -> c.DiskConfig:
         cache=top.cache if top.cache != "writeback" else bottom.cache,
         aio=bottom.aio,
         discard=top.discard or bottom.discard,
+        lock=top.lock and bottom.lock,
     )
 
 
@@ -140,10 +142,14 @@ def _options(made: Node, arguments: Arguments) -> None:
         made.cache = "unsafe"
     elif cache.get("direct") is True:
         made.cache = "none"
-    aio = arguments.get("aio", "threads")
-    if aio not in ("threads", "native", "io_uring"):
+    aio = arguments.get("aio", "auto")
+    if aio not in ("auto", "threads", "native", "io_uring"):
         raise QmpError(f"Parameter 'aio' does not accept value '{str(aio)[:80]}'")
-    made.aio = "io_uring" if aio == "io_uring" else "auto"
+    made.aio = aio if aio in ("threads", "io_uring") else "auto"
+    locking = arguments.get("locking", "auto")
+    if locking not in ("on", "off", "auto"):
+        raise QmpError(f"Parameter 'locking' does not accept value '{str(locking)[:80]}'")
+    made.lock = locking != "off"
     discard = arguments.get("discard", "ignore")
     if discard not in ("ignore", "unmap"):
         raise QmpError(f"Parameter 'discard' does not accept value '{str(discard)[:80]}'")
@@ -256,7 +262,10 @@ def _inserted(context: Context, device: Any) -> dict[str, Any]:
 
 
 def _io_status(context: Context, device: Any) -> str:
-    """A request that failed and stopped the machine waits inside the device until it goes on."""
+    """A request that failed and stopped the machine waits inside the device until it goes on; a disk whose back end
+    has gone fails for good."""
+    if getattr(device, "back_end", device) is None:
+        return "failed"
     if context.machine.status != "io-error" or not getattr(device, "parked", 0):
         return "ok"
     return "nospace" if getattr(device, "out_of_space", False) else "failed"

@@ -8,6 +8,7 @@ Reference: QEMU's qapi/qdev.json, qapi/qom.json.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,6 +102,9 @@ def _nic(context: Context, name: str, properties: Arguments) -> c.NetConfig:
     settings.mtu = number("host_mtu", properties.get("host_mtu", 0), 0, 65535)
     settings.queue_size = number("rx_queue_size", properties.get("rx_queue_size", 256), 16, 1024)
     settings.packed = boolean("packed", properties.get("packed", False))
+    # Ours alone: QEMU leaves rates to the host.
+    settings.rx_bps = number("x-rx-bps", properties.get("x-rx-bps", 0), 0, 1 << 50)
+    settings.tx_bps = number("x-tx-bps", properties.get("x-tx-bps", 0), 0, 1 << 50)
     return settings
 
 
@@ -129,21 +133,36 @@ def _vsock(context: Context, name: str, properties: Arguments) -> c.VsockConfig:
     )
 
 
-def _socket(context: Context, properties: Arguments) -> str:
-    backend = char.added(context).get(text("chardev", properties.get("chardev", "")), "")
+def _socket(context: Context, properties: Arguments) -> tuple[str, int]:
+    """(path, -1), or ("", descriptor): a duplicate, which is the device's from then on."""
+    backend = str(char.added(context).get(text("chardev", properties.get("chardev", "")), ""))
+    if backend.startswith("fd="):
+        return "", os.dup(int(backend.removeprefix("fd=")))
     if not backend.startswith("unix:"):
-        raise QmpError("Property 'chardev' needs a socket of type unix")
-    return str(backend).removeprefix("unix:")
+        raise QmpError("Property 'chardev' needs a socket of type unix or fd")
+    return backend.removeprefix("unix:"), -1
 
 
 def _fs(context: Context, name: str, properties: Arguments) -> c.FsConfig:
     tag = text("tag", properties.get("tag", ""))
-    return c.FsConfig(id=name, slot=slot(properties), tag=tag, socket=_socket(context, properties))
+    place = slot(properties)
+    path, fd = _socket(context, properties)
+    return c.FsConfig(id=name, slot=place, tag=tag, socket=path, fd=fd)
 
 
 def _vhost_user_blk(context: Context, name: str, properties: Arguments) -> c.VhostUserBlkConfig:
-    queues = number("num-queues", properties.get("num-queues", 1), 1, 64)
-    return c.VhostUserBlkConfig(id=name, slot=slot(properties), socket=_socket(context, properties), queues=queues)
+    settings = c.VhostUserBlkConfig(id=name, slot=slot(properties))
+    settings.queues = number("num-queues", properties.get("num-queues", 1), 1, 64)
+    settings.queue_size = number("queue-size", properties.get("queue-size", 256), 2, 1024)
+    life = properties.get("lifefd")
+    settings.socket, settings.fd = _socket(context, properties)
+    try:
+        settings.life_fd = net.named_fd(context, text("lifefd", life)) if life is not None else -1
+    except QmpError:
+        if settings.fd >= 0:
+            os.close(settings.fd)
+        raise
+    return settings
 
 
 def _virtio_mem(context: Context, name: str, properties: Arguments) -> c.VirtioMemConfig:
@@ -172,7 +191,7 @@ DRIVERS: dict[str, Driver] = {
         (
             "netdev", "mac", "mq", "host_mtu", "rx_queue_size", "tx_queue_size", "tx", "csum", "gso", "host_tso4",
             "host_tso6", "host_ecn", "host_ufo", "guest_csum", "guest_tso4", "guest_tso6", "guest_ecn", "guest_ufo",
-            "mrg_rxbuf",
+            "mrg_rxbuf", "x-rx-bps", "x-tx-bps",
         ),
         _nic,
     ),
@@ -180,7 +199,7 @@ DRIVERS: dict[str, Driver] = {
     "virtio-balloon-pci": Driver(("deflate-on-oom", "free-page-reporting"), _balloon),
     "vhost-vsock-pci": Driver(("guest-cid", "vhostfd"), _vsock),
     "vhost-user-fs-pci": Driver(("chardev", "tag", "queue-size"), _fs),
-    "vhost-user-blk-pci": Driver(("chardev", "num-queues"), _vhost_user_blk),
+    "vhost-user-blk-pci": Driver(("chardev", "num-queues", "queue-size", "lifefd"), _vhost_user_blk),
     "virtio-mem-pci": Driver(("memdev", "requested-size", "block-size", "node"), _virtio_mem),
 }  # fmt: skip
 ALIASES = {name.removesuffix("-pci"): name for name in DRIVERS if name.startswith("virtio-")} | {

@@ -48,6 +48,13 @@ class MachineHotplug:
             raise device_not_found(name)
         if not hasattr(carrier, "bars"):
             raise QmpError(f"Device '{name}' does not support hotplugging")
+        device: Any = self._machine.find(name)
+        if device.kind == "virtio-mem" and (device.plugged or device.requested):
+            # Its window would go with the device, and with it memory that the guest uses.
+            raise refused(
+                f"cannot unplug {name} while the guest may use {max(device.plugged, device.requested) >> 20} MiB of it",
+                "set requested-size to 0 and wait until its size is 0",
+            )
         if self._machine.status == "prelaunch":
             self._machine.remove(name)
             self._machine.emit("DEVICE_DELETED", {"device": name, "path": f"/machine/peripheral/{name}"})

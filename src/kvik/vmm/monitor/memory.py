@@ -25,7 +25,7 @@ def balloon(context: Context, arguments: Arguments) -> None:
     value = arguments["value"]
     if value <= 0:
         raise QmpError("Parameter 'target' expects a size")
-    device.set_target(min(value, context.machine.memory.size))
+    device.set_target(min(value, context.machine.memory.boot_size))
 
 
 def query_balloon(context: Context, arguments: Arguments) -> dict[str, int]:
@@ -33,8 +33,8 @@ def query_balloon(context: Context, arguments: Arguments) -> dict[str, int]:
 
 
 def query_memory_size_summary(context: Context, arguments: Arguments) -> dict[str, int]:
-    base = context.machine.config.memory.size
-    return {"base-memory": base, "plugged-memory": context.machine.memory.size - base}
+    plugged = sum(device.plugged for device in context.devices("virtio-mem"))
+    return {"base-memory": context.machine.memory.boot_size, "plugged-memory": plugged}
 
 
 def query_memory_devices(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def query_memdev(context: Context, arguments: Arguments) -> list[dict[str, Any]]
     return [
         {
             "id": "pc.ram",
-            "size": context.machine.memory.size,
+            "size": context.machine.memory.boot_size,
             "merge": True,
             "dump": True,
             "prealloc": settings.prealloc,

@@ -101,7 +101,7 @@ def qom_get(context: Context, arguments: Arguments) -> Any:
     properties: dict[str, Any]
     if path == "/machine":
         kind = "kvik-machine"
-        properties = {"type": kind, "kernel": machine.config.boot.kernel, "memory": {"size": machine.memory.size}}
+        properties = {"type": kind, "kernel": machine.config.boot.kernel, "memory": {"size": machine.memory.boot_size}}
         if name == "rtc-time":
             now = time.gmtime()
             return {"tm_year": now.tm_year - 1900, "tm_mon": now.tm_mon - 1, "tm_mday": now.tm_mday,

@@ -14,12 +14,13 @@ runs its loop, which is the first time that it handles a guest's request. After 
 from __future__ import annotations
 
 import os
+import sys
 
 from kvik.vmm.sandbox import landlock, privileges, seccomp
 from kvik.vmm.sandbox.policy import program
 from kvik.vmm.sandbox.privileges import close_stray
 
-__all__ = ["Policy", "close_stray", "enter", "preload"]
+__all__ = ["Policy", "assemble", "close_stray", "enter", "preload"]
 
 # What the standard library imports inside functions that a running machine calls; an import cannot be done inside.
 _LATE = ("encodings.ascii", "encodings.latin_1", "traceback", "linecache")
@@ -63,10 +64,44 @@ class Policy:
 
 def preload() -> None:
     """Import what would otherwise be imported on first use."""
-    import importlib
-
     for name in _LATE:
-        importlib.import_module(name)
+        if name not in sys.modules:
+            __import__(name)
+
+
+# Filters as the kernel takes them, by what they depend on: one for all vCPUs, and those of a zygote for its forks. Made
+# for the process id `_SELF`, which none has, and which stands in one place.
+_filters: dict[tuple[object, ...], bytes] = {}
+_SELF = 0x7FFF_FFFE
+
+
+def assemble(role: str, policy: Policy) -> bytes:
+    """The filter of this process's threads of that role."""
+    key = (
+        role,
+        seccomp.ACTIONS[policy.action],
+        bool(policy.readable or policy.writable),
+        bool(policy.removable) and landlock.abi() > 0,
+        policy.unix_connect,
+        policy.sockets,
+        policy.forks,
+    )
+    if key not in _filters:
+        _, action, paths, remove, unix_connect, sockets, forks = key
+        _filters[key] = seccomp.pack(
+            program(
+                role,
+                _SELF,
+                action,
+                paths=paths,
+                remove=remove,
+                unix_connect=unix_connect,
+                sockets=sockets,
+                forks=forks,
+            )
+        )
+    before, after = _filters[key].split(_SELF.to_bytes(4, "little"))
+    return before + os.getpid().to_bytes(4, "little") + after
 
 
 def enter(role: str, policy: Policy, *, inherited: bool = False) -> dict[str, int | str]:
@@ -81,16 +116,7 @@ def enter(role: str, policy: Policy, *, inherited: bool = False) -> dict[str, in
     if role == "main":
         preload()
         privileges.limit(policy.descriptors)
-    code = program(
-        role,
-        os.getpid(),
-        seccomp.ACTIONS[policy.action],
-        paths=bool(policy.readable or policy.writable),
-        remove=bool(policy.removable) and landlock.abi() > 0,
-        unix_connect=policy.unix_connect,
-        sockets=policy.sockets,
-        forks=policy.forks,
-    )
+    code = assemble(role, policy)
     if not inherited:
         privileges.no_new_privileges()
     version = 0
@@ -98,4 +124,9 @@ def enter(role: str, policy: Policy, *, inherited: bool = False) -> dict[str, in
         version = landlock.restrict(policy.readable, policy.writable, policy.removable)
         privileges.drop_capabilities()
     seccomp.load(code)
-    return {"role": role, "landlock": version, "seccomp": policy.action, "instructions": len(code)}
+    return {
+        "role": role,
+        "landlock": version,
+        "seccomp": policy.action,
+        "instructions": len(code) // seccomp.INSTRUCTION_SIZE,
+    }

@@ -30,6 +30,15 @@ def no_new_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
+def bound_capabilities(keep: Iterable[int] = ()) -> None:
+    """Take all capabilities but `keep` (linux/capability.h) from every program that this process will execute."""
+    for capability in sorted(set(range(_CAP_LAST + 1)) - set(keep)):
+        try:
+            _prctl(_PR_CAPBSET_DROP, capability)
+        except OSError:
+            break  # without CAP_SETPCAP there is nothing to take
+
+
 def drop_capabilities() -> None:
     """Empty all five capability sets of this thread; those it starts inherit that. Raises OSError."""
     for capability in range(_CAP_LAST + 1):

@@ -31,6 +31,7 @@ _X32_BIT = 0x4000_0000
 # Classic BPF (linux/bpf_common.h): class | size or operation | mode or source.
 LD_ABS, AND_K, JEQ_K, JGE_K, RET_K = 0x20, 0x54, 0x15, 0x35, 0x06
 _INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter
+INSTRUCTION_SIZE = _INSTRUCTION.size
 _NR, _ARCH, _ARGS = 0, 4, 16  # offsets in struct seccomp_data
 _MAX = 4096  # BPF_MAXINSNS
 
@@ -112,17 +113,21 @@ def assemble(
     return code
 
 
+def pack(code: Sequence[Instruction]) -> bytes:
+    """As the kernel takes it."""
+    return b"".join([_INSTRUCTION.pack(i.code, i.jt, i.jf, i.k) for i in code])
+
+
 class _Program(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def load(code: Sequence[Instruction], *, all_threads: bool = False) -> None:
-    """Put the filter on the calling thread, or on all; later threads inherit it, none can shed it.
+def load(data: bytes, *, all_threads: bool = False) -> None:
+    """Put the filter (of `pack`) on the calling thread, or on all; later threads inherit it, none can shed it.
 
     Needs no_new_privs. Refusals are in the audit log where the kernel keeps one. Raises OSError.
     """
-    data = b"".join(_INSTRUCTION.pack(i.code, i.jt, i.jf, i.k) for i in code)
-    program = _Program(len(code), data)
+    program = _Program(len(data) // _INSTRUCTION.size, data)
     flags = _FILTER_FLAG_LOG | (_FILTER_FLAG_TSYNC if all_threads else 0)
     libc = ctypes.CDLL(None, use_errno=True)
     result = libc.syscall(

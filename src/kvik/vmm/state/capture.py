@@ -31,7 +31,10 @@ MALFORMED = (ValueError, KeyError, TypeError, IndexError, OverflowError, Attribu
 def capture(machine: Machine) -> dict[str, Any]:
     """The machine is paused."""
     devices = {name: {"kind": device.kind, "state": device.state()} for name, device in machine.devices.items()}
-    return {"status": machine.status, "cpu": save_machine(machine), "devices": devices}
+    cpu = save_machine(machine)
+    for thread, vcpu in zip(machine.vcpus, cpu["vcpus"], strict=True):
+        vcpu["index"] = thread.index  # there are gaps where processors left
+    return {"status": machine.status, "cpu": cpu, "devices": devices}
 
 
 def check_devices(machine: Machine, devices: dict[str, Any], where: str) -> None:

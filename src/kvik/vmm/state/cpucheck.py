@@ -18,7 +18,7 @@ from kvik.vmm.state.values import Fields
 if TYPE_CHECKING:
     from kvik.vmm.machine import Machine
 
-__all__ = ["check_cpu", "cpuid_equal"]
+__all__ = ["arrange_processors", "check_cpu", "cpuid_equal"]
 
 # Bits that KVM or the VMM provides whatever the host's table says, that follow the guest's own registers, or topology.
 _NOT_THE_HOSTS = {"x2apic", "tsc-deadline", "hypervisor", "osxsave", "ospke", "ht", "monitor", "cmp-legacy", "topoext"}
@@ -26,14 +26,41 @@ _NOT_THE_HOSTS |= {"kvm-msi-ext-dest-id", "kvm-hint-dedicated", "apic"}
 _NONE = [0, 0, 0, 0]
 
 
-def check_cpu(machine: Machine, cpu: Fields) -> None:
-    """`cpu`: the state's part. OperationFailed names what is missing here."""
+def processors(cpu: Fields) -> list[int]:
+    """The numbers of the processors in a state: there are gaps where some left."""
+    vcpus = cpu.each("vcpus")
+    return [vcpu.number("index", 0, 4095) if "index" in vcpu.members else at for at, vcpu in enumerate(vcpus)]
+
+
+def _check_processors(machine: Machine, indices: list[int], *, fresh: bool) -> None:
+    here = [thread.index for thread in machine.vcpus]
+    if indices == here:
+        return
+    places = max(machine.config.cpus.maximum, machine.config.cpus.count)
+    usual = sorted(set(indices)) == indices and indices[0] == 0 and indices[-1] < places
+    if not fresh or not usual or machine.vcpu_hotplug is None:
+        raise OperationFailed(
+            f"the saved machine has processors {', '.join(map(str, indices))}, this one {', '.join(map(str, here))}",
+            remedy=f"give it room for processors that are plugged later (--cpus COUNT,max={indices[-1] + 1})",
+        )
+
+
+def arrange_processors(machine: Machine, cpu: Fields) -> None:
+    """Let a machine that has not run have processors of the same numbers; `check_cpu` found nothing against it."""
+    indices = processors(cpu)
+    if indices != [thread.index for thread in machine.vcpus] and machine.vcpu_hotplug is not None:
+        machine.vcpu_hotplug.arrange(indices)
+
+
+def check_cpu(machine: Machine, cpu: Fields, *, fresh: bool = False) -> None:
+    """`cpu`: the state's part. OperationFailed names what is missing here. `fresh`: this machine has not run."""
     saved = cpu.each("vcpus")
     if len(saved) != len(machine.vcpus):
         raise OperationFailed(
             f"the saved machine has {len(saved)} vCPUs, this one {len(machine.vcpus)}",
             remedy="leave --cpus out, or give the same number",
         )
+    _check_processors(machine, processors(cpu), fresh=fresh)
     supported, _ = leaves(machine.system.supported_cpuid())
     here, _ = leaves(machine.vcpus[0].vcpu.cpuid())
     missing: dict[str, None] = {}

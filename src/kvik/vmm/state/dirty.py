@@ -4,6 +4,7 @@
     the guest               KVM's dirty log, one bitmap a slot (api.rst 4.8)
     this process            `GuestMemory.write` and `touched`, which tell `dirty_log`
     vhost                   its own bitmap, which `vhost.Rings.take_log` hands to `touched`
+    vhost-user              the same, in a memfd (`virtio.vhost_user.VhostUserDevice.take_log`)
 
 KVM protects pages against writes again when it hands out the log, so a page costs its guest one fault a round.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvik.errors import OperationInvalid
+from kvik.errors import OperationInvalid, OperationUnsupported
 from kvik.vmm.layout import PAGE
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from kvik.vmm.machine import Machine
     from kvik.vmm.memory import Region
 
-__all__ = ["DirtyPages", "page_runs"]
+__all__ = ["DirtyPages", "all_set", "clear_run", "page_runs"]
 
 LOG_DIRTY_PAGES = 1  # KVM_MEM_LOG_DIRTY_PAGES
 _BLOCK = 512  # bytes of bitmap that are compared with zeroes in one go: 16 MiB of RAM
@@ -56,6 +57,24 @@ def page_runs(bitmap: bytes | bytearray | memoryview) -> Iterator[tuple[int, int
         yield first, end - first
 
 
+def _window(first: int, count: int) -> tuple[slice, int]:
+    """The bytes of a bitmap that hold a run, and the run's mask among them."""
+    start, stop = first >> 3, (first + count + 7) >> 3
+    return slice(start, stop), ((1 << count) - 1) << (first & 7)
+
+
+def all_set(bitmap: memoryview, first: int, count: int) -> bool:
+    """Whether all bits of the run are set."""
+    span, mask = _window(first, count)
+    return int.from_bytes(bitmap[span], "little") & mask == mask
+
+
+def clear_run(bitmap: memoryview, first: int, count: int) -> None:
+    span, mask = _window(first, count)
+    rest = int.from_bytes(bitmap[span], "little") & ~mask
+    bitmap[span] = rest.to_bytes(span.stop - span.start, "little")
+
+
 class DirtyPages:
     """Logs from `start` on. One at a time a machine."""
 
@@ -68,11 +87,25 @@ class DirtyPages:
 
     def start(self) -> None:
         memory = self.machine.memory
+        memory.require_whole("be copied")
         if memory.dirty_log is not None:
             raise OperationInvalid("the machine's dirty pages are logged already", remedy="one checkpoint or migration")
         self.regions = list(memory.regions)
         self._bitmaps = [bytearray(-(-region.size // PAGE // 64) * 8) for region in self.regions]
+        devices: list[Any] = [self.machine.find(name) for name in self.machine.devices]
+        served = [device for device in devices if hasattr(device, "start_log")]
+        for device in served:
+            if not device.logs:
+                self.regions = []
+                raise OperationUnsupported(
+                    f"the back end of {device.name} ({device.kind}) does not tell which pages it writes",
+                    remedy="unplug it first (device_del), or serve it by one that offers VHOST_F_LOG_ALL",
+                )
         memory.dirty_log = self._touched
+        # A device amid its work may not know of the log yet; whoever looks at RAM behind `start` sees that work.
+        for device in list(self.machine.devices.values()):
+            with device.lock:
+                pass
         for region in self.regions:
             self.machine.back(region, LOG_DIRTY_PAGES)
         for carrier in self.machine.devices.values():
@@ -80,8 +113,12 @@ class DirtyPages:
             if (rings := getattr(vhost, "rings", None)) is not None:
                 rings.start_log()
                 self._vhosts.append(rings)
+        for device in served:
+            device.start_log()
+            self._vhosts.append(device)
 
     def _touched(self, address: int, size: int) -> None:
+        """Any thread. The set is never exchanged for another: a page that came to the old one would be lost."""
         first = address // PAGE
         if size <= PAGE - address % PAGE:
             self._ours.add(first)
@@ -98,7 +135,9 @@ class DirtyPages:
         meanwhile are in this one or in the next."""
         for rings in self._vhosts:
             rings.take_log()
-        ours, self._ours = self._ours, set()
+        ours = []
+        while self._ours:
+            ours.append(self._ours.pop())
         taken = []
         for region, bitmap in zip(self.regions, self._bitmaps, strict=True):
             self.machine.vm.get_dirty_log(region.slot, bitmap)

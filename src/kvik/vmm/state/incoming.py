@@ -4,6 +4,9 @@ RAM is written by a thread a channel: no vCPU runs yet, so nobody waits for the 
 checked before it is used: sizes before they are received, addresses against RAM, the machine against the source's
 header before a page is taken, the state by every device that restores it. On an error the source is told and keeps its
 guest.
+
+In post-copy the state comes before all of RAM has: from then on `Postcopy` has the connections, and the guest runs
+while its pages arrive.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvik.errors import KvikError, OperationFailed
+from kvik.errors import InvalidArgument, KvikError, OperationFailed, OperationInvalid
 from kvik.vmm.layout import PAGE
 from kvik.vmm.state import stream
 from kvik.vmm.state.capture import MALFORMED, apply, check_devices
-from kvik.vmm.state.cpucheck import check_cpu
+from kvik.vmm.state.cpucheck import arrange_processors, check_cpu
+from kvik.vmm.state.pager import COMPLETE, FAULTED, LOST, RECOVERED, STARTED
+from kvik.vmm.state.postcopy import Ability, Postcopy
 from kvik.vmm.state.values import MAX_STATE, Fields, decode
 
 if TYPE_CHECKING:
@@ -33,15 +38,20 @@ WHERE = "the incoming machine"
 class Incoming:
     """One incoming migration at `uri`. `status` is QEMU's word; the machine's is "inmigrate" until it has come."""
 
-    def __init__(self, machine: Machine, uri: str, on_change: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, machine: Machine, uri: str, ability: Ability, on_change: Callable[[str], None] | None = None
+    ) -> None:
         self.machine, self.uri, self.on_change = machine, uri, on_change
+        self.ability = ability
+        self.postcopy: Postcopy | None = None
+        self._missing: dict[int, bytes] = {}  # what the source says is still to come: a bitmap by region
         self.status, self.error = "setup", ""
         self.received = 0
         self._channels: dict[int, socket.socket] = {}
         self._count, self._token = 0, b""
         self._ended = 0
         self._threads: list[tuple[socket.socket, _thread.LockType]] = []  # locks are released when a thread ends
-        self._state: dict[str, Any] = {}
+        self._state: dict[str, Any] | None = None
         self._lock = _thread.allocate_lock()
         self._socket: socket.socket | None
         self._socket, listening = stream.listen(uri)
@@ -127,14 +137,27 @@ class Incoming:
                 if channel:
                     self._maybe()
                     return
-            elif kind == stream.STATE and ended and not self._state:
+            elif kind == stream.MISSING and ended and self._state is None:
+                self._take_missing(sock, size, address)
+            elif kind == stream.STATE and ended and self._state is None:
                 self._state = Fields(decode(self._data(sock, size, MAX_STATE), WHERE), WHERE).members
+                postcopy = bool(self._missing)
                 self._maybe()
+                if postcopy:
+                    return  # the pager has the connection from here on
             elif kind == stream.RUN and self.status == "device":
                 self.machine.loop.call_soon(self._run)
                 return
             else:
                 raise OperationFailed(f"frame {kind} does not belong here")
+
+    def _take_missing(self, sock: socket.socket, size: int, address: int) -> None:
+        self.ability.check(self.machine)
+        for region in self.machine.memory.regions:
+            if region.start == address and address not in self._missing and size == -(-region.size // PAGE // 64) * 8:
+                self._missing[address] = self._data(sock, size, size)
+                return
+        raise OperationFailed(f"{size} bytes of what is missing at {address:#x} do not fit this memory")
 
     def _data(self, sock: socket.socket, size: int, limit: int) -> bytes:
         if size > limit:
@@ -153,13 +176,15 @@ class Incoming:
                 remedy="start the destination with the same memory",
             )
         check_devices(self.machine, fields.object("devices"), WHERE)
-        check_cpu(self.machine, fields)
+        check_cpu(self.machine, fields, fresh=True)
+        if fields.members.get("postcopy"):
+            self.ability.check(self.machine)
         self.machine.loop.call_soon(lambda: self._change("active"))
 
     def _maybe(self) -> None:
         """All channels have ended and the state is there: put it in."""
         with self._lock:
-            ready = self._state and self._ended == self._count
+            ready = self._state is not None and self._ended == self._count
         if ready:
             self.machine.loop.call_soon(self._restore)
 
@@ -171,24 +196,94 @@ class Incoming:
             self.on_change(status)
 
     def _restore(self) -> None:
-        if self.status != "active":
+        if self.status != "active" or self._state is None:
             return
         try:
-            check_cpu(self.machine, Fields(self._state, WHERE).fields("cpu"))
+            cpu = Fields(self._state, WHERE).fields("cpu")
+            check_cpu(self.machine, cpu, fresh=True)
+            arrange_processors(self.machine, cpu)
+            if self._missing:
+                self._begin_postcopy()
             apply(self.machine, self._state, WHERE, identity=True, catch_up=True, same=True)
             self._change("device")
-            self._channels[0].sendall(stream.frame(stream.DONE))
+            if self.postcopy is not None:
+                self.postcopy.say_done()
+            else:
+                self._channels[0].sendall(stream.frame(stream.DONE))
         except (KvikError, OSError) as error:
             self._fail(str(error))
 
-    def _run(self) -> None:
+    def _begin_postcopy(self) -> None:
+        """Hand the connections, and the listening socket, to the pager."""
+        listener, self._socket = self._socket, None
+        if listener is not None:
+            self.machine.loop.remove_reader(listener.fileno())
+        self.postcopy = Postcopy(
+            self.machine,
+            self.ability.check(self.machine),
+            missing=self._missing,
+            token=self._token,
+            listener=listener,
+            on_event=self._paged,
+        )
+        self._missing = {}
+        sockets = [self._channels[number] for number in sorted(self._channels)]
+        self.postcopy.begin(sockets)
+        # Their threads have ended, or end: nothing is shut down here, only let go of.
+        for sock, done in [item for item in self._threads if item[0] in sockets]:
+            done.acquire()
+            self._threads.remove((sock, done))
+            sock.close()
+        self._channels.clear()
+
+    def _paged(self, word: bytes, text: str) -> None:
+        """What the pager says."""
+        machine = self.machine
+        if word == STARTED and self.status == "device":
+            self._run("postcopy-active")
+        elif word == LOST:
+            self.error = text
+            machine.log(f"migration: post-copy stands still: {text}; {self._way_back()}")
+            machine.may_not_run = "parts of its memory are still at the source: let the migration recover"
+            machine.stall()
+            self._change("postcopy-paused")
+        elif word == RECOVERED:
+            self.error = machine.may_not_run = ""
+            machine.unstall()
+            self._change("postcopy-active")
+        elif word == COMPLETE:
+            self._close_sockets()
+            self._change("completed")
+        elif word == FAULTED:
+            self._fail(text)
+
+    def _way_back(self) -> str:
+        return "`migrate` with resume at the source goes on" + (
+            "" if self.postcopy and self.postcopy.listener else (", after `migrate-recover` here")
+        )
+
+    def recover(self, uri: str) -> None:
+        """Wait for the source there, after the connection of post-copy was lost."""
+        if self.postcopy is None or self.status != "postcopy-paused":
+            raise OperationInvalid("Migrate recover can only be run when postcopy is paused.")  # QEMU's words
+        listener, listening = stream.listen(uri)
+        if not listening:
+            listener.close()
+            raise InvalidArgument("the source must be able to connect", remedy="give unix:PATH or tcp:HOST:PORT")
+        self._remove_path()
+        self.uri = uri
+        self.postcopy.listen(listener)
+
+    def _run(self, status: str = "completed") -> None:
         machine = self.machine
         self._close_sockets()
-        self._change("completed")
+        if self.postcopy is None:
+            self.ability.close()
+        self._change(status)
         for device in machine.devices.values():
             if (announce := getattr(getattr(device, "device", device), "announce", None)) is not None:
                 announce()
-        if Fields(self._state, WHERE).text("status") == "running" and not machine.config.paused:
+        if Fields(self._state or {}, WHERE).text("status") == "running" and not machine.config.paused:
             machine.resume()
         else:
             machine.status = "paused"
@@ -198,7 +293,9 @@ class Incoming:
         if self.status in ("failed", "completed"):
             return
         self.error = text
-        if self.status == "device":
+        if self.postcopy is not None:
+            self.postcopy.refuse(text)
+        elif self.status == "device":
             # The source may have given the guest up already: everything is here, a person may say `cont`.
             self.machine.log(f"migration: the source was lost before it said go: {text}; `cont` starts the guest here")
             self._close_sockets()
@@ -223,8 +320,8 @@ class Incoming:
             self.machine.loop.remove_reader(self._socket.fileno())
             self._socket.close()
             self._socket = None
-            if self.uri.startswith("unix:"):
-                Path(self.uri[5:]).unlink(missing_ok=True)
+        if self.postcopy is None or self.postcopy.listener is None:
+            self._remove_path()
         for sock, done in self._threads:
             try:
                 sock.shutdown(socket.SHUT_RDWR)  # wakes the channel's thread
@@ -235,8 +332,26 @@ class Incoming:
         self._threads.clear()
         self._channels.clear()
 
+    def _remove_path(self) -> None:
+        if self.uri.startswith("unix:"):
+            Path(self.uri[5:]).unlink(missing_ok=True)
+            self.uri = ""
+
     def close(self) -> None:
+        if self.postcopy is not None:
+            self.postcopy.close()
+        self.ability.close()
         self._close_sockets()
 
     def report(self) -> dict[str, Any]:
-        return {"status": self.status} | ({"error-desc": self.error} if self.error else {})
+        report: dict[str, Any] = {"status": self.status}
+        if self.postcopy is not None:
+            board = self.postcopy.board
+            report["ram"] = {
+                "total": sum(region.size for region in board.regions),
+                "remaining": board.pages * PAGE,
+                "postcopy-requests": board.requests,
+                "postcopy-bytes": board.postcopy,
+                "page-size": PAGE,
+            }
+        return report | ({"error-desc": self.error} if self.error else {})

@@ -6,15 +6,18 @@
     completed   the destination has everything; this machine never runs again (status "postmigrate")
     cancelling, cancelled, failed: the guest runs here as before
 
+With post-copy (`start_postcopy`) a round is broken off, `device` sends a map of what is missing in place of the pages:
+
+    postcopy-active     the guest runs there; senders serve it, this process only waits
+    postcopy-paused     the connection was lost; `recover` connects anew (postcopy-recover) and goes on
+
 Everything happens in callbacks of the machine's loop: a round costs this process an ioctl a memory slot. What reads RAM
 and sends it are other processes (`sender`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import struct
 import time
 from typing import TYPE_CHECKING, Any
@@ -25,8 +28,21 @@ from kvik.vmm.layout import PAGE
 from kvik.vmm.state import sender as s
 from kvik.vmm.state.capture import capture
 from kvik.vmm.state.dirty import DirtyPages
+from kvik.vmm.state.helper import end_helper, not_inherited
 from kvik.vmm.state.memory_file import present
-from kvik.vmm.state.stream import DONE, FAILED, HEADER, MAX_CHANNELS, READY, connect, frame, greeting
+from kvik.vmm.state.stream import (
+    DONE,
+    FAILED,
+    FILLED,
+    HEADER,
+    MAX_CHANNELS,
+    READY,
+    RESUME,
+    RUNNING,
+    connect,
+    frame,
+    greeting,
+)
 from kvik.vmm.state.values import encode
 
 if TYPE_CHECKING:
@@ -35,22 +51,25 @@ if TYPE_CHECKING:
 
     from kvik.vmm.machine import Machine
     from kvik.vmm.memory import Region
+    from kvik.vmm.state.throttle import Throttle
 
-__all__ = ["Outgoing", "header"]
+__all__ = ["AFTER", "GOING", "Outgoing", "header"]
 
-_MADV_DONTFORK, _MADV_DOFORK = 10, 11
 OVERHEAD = 0.02  # seconds of downtime beside the pages: pausing, state, the destination's restore
-RUNNING = ("setup", "active", "device", "cancelling")
+BEFORE = ("setup", "active", "device", "cancelling")  # until then the guest is here
+AFTER = ("postcopy-active", "postcopy-paused", "postcopy-recover")  # it is there, and not all of its memory
+GOING = BEFORE + AFTER
 
 
-def header(machine: Machine) -> dict[str, Any]:
+def header(machine: Machine, *, postcopy: bool = False) -> dict[str, Any]:
     """What the destination compares itself with before a page is sent."""
     return {
+        "postcopy": postcopy,  # it may come to that: can you?
         "kvik": kvik.__version__,
         "name": machine.config.name,
         "regions": [[region.start, region.size] for region in machine.memory.regions],
         "devices": {name: {"kind": device.kind} for name, device in machine.devices.items()},
-        "vcpus": [{"cpuid": bytes(thread.vcpu.cpuid())} for thread in machine.vcpus],
+        "vcpus": [{"index": thread.index, "cpuid": bytes(thread.vcpu.cpuid())} for thread in machine.vcpus],
     }
 
 
@@ -79,6 +98,9 @@ class Outgoing:
         channels: int = 1,
         bandwidth: int = 0,
         downtime_limit: float = 0.3,
+        postcopy: bool = False,
+        postcopy_bandwidth: int = 0,
+        throttle: Throttle | None = None,
         on_change: Callable[[str], None] | None = None,
     ) -> None:
         if not 1 <= channels <= MAX_CHANNELS:
@@ -87,6 +109,9 @@ class Outgoing:
             raise InvalidArgument("a descriptor is one connection", remedy="migrate with one channel")
         _refuse_unseen_writers(machine)
         self.machine, self.uri, self.downtime_limit = machine, uri, downtime_limit
+        self.may_postcopy, self.postcopy_bandwidth = postcopy, postcopy_bandwidth
+        self.postcopy = False  # asked for
+        self._throttle = throttle
         self.status, self.error = "setup", ""
         self.on_change = on_change
         self.rounds = self.remaining = self.dirty_rate = 0
@@ -105,6 +130,7 @@ class Outgoing:
         self._board = s.Board(list(machine.memory.regions), channels)
         self._board.set_limit(bandwidth)
         self._state = os.memfd_create("kvik-state", os.MFD_CLOEXEC)
+        self._token = os.urandom(16)
         machine.on_close.append(self.close)
         try:
             self._open(channels)
@@ -125,7 +151,14 @@ class Outgoing:
             ) from error
 
     def _open(self, channels: int) -> None:
-        token = os.urandom(16)
+        with self.machine.paused():  # a vCPU that runs answers no ioctl
+            head = encode(header(self.machine, postcopy=self.may_postcopy))
+        self._connect(channels, frame(HEADER, len(head)) + head)
+        self._waiting = 1
+        self._senders[0][1].sendall(b"h")  # wait for READY
+
+    def _connect(self, channels: int, first: bytes) -> None:
+        """As many connections, a sender for each. `first` is what channel 0 begins with."""
         memory = self._own_memory()
         sockets: list[socket.socket] = []
         try:
@@ -133,33 +166,21 @@ class Outgoing:
                 sock = connect(self.uri)
                 sockets.append(sock)
                 sock.setblocking(True)
-                sock.sendall(greeting(channel, channels, token))
-            with self.machine.paused():  # a vCPU that runs answers no ioctl
-                head = encode(header(self.machine))
-            sockets[0].sendall(frame(HEADER, len(head)) + head)
-            self._advise(_MADV_DONTFORK)
-            for channel, sock in enumerate(sockets):
-                self._senders.append(s.fork_sender(self._board, channel, sock, memory, self._state))
+                sock.sendall(greeting(channel, channels, self._token) + (b"" if channel else first))
+            with not_inherited(self.machine.memory.regions):
+                for channel, sock in enumerate(sockets):
+                    self._senders.append(s.fork_sender(self._board, channel, sock, memory, self._state))
         except OSError as error:
             if isinstance(error, KvikError):
                 raise
             raise HostError(f"cannot migrate to {self.uri}: {error.strerror}", errno=error.errno or 0) from error
         finally:
-            self._advise(_MADV_DOFORK)
             os.close(memory)
             for sock in sockets:
                 sock.close()
         for number, (_, orders, _) in enumerate(self._senders):
             orders.setblocking(True)
             self.machine.loop.add_reader(orders.fileno(), lambda number=number: self._heard(number))  # type: ignore[misc]
-        self._waiting = 1
-        self._senders[0][1].sendall(b"h")  # wait for READY
-
-    def _advise(self, advice: int) -> None:
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        for region in self.machine.memory.regions:
-            madvise(region.address, region.size, advice)
 
     # What the senders say ----------------------------------------------------------------------------------------
 
@@ -190,7 +211,11 @@ class Outgoing:
         elif (kind == READY and self.status == "setup") or (kind == DONE and self.status == "device"):
             self._waiting = 0
             self._step()
-        else:
+        elif kind == RUNNING and self.postcopy and self.machine.status == "postmigrate" and self.status == "device":
+            self._runs_there()
+        elif kind == FILLED and self.status in AFTER:
+            self._completed()
+        elif self.status != "completed":  # FILLED comes on every channel
             self._fail(f"the destination answered {kind} amid {self.status}")
 
     def _step(self) -> None:
@@ -239,21 +264,33 @@ class Outgoing:
         sent = self._board.sent - self._round_sent
         if sent > PAGE:
             self.rate = sent / seconds
+        if self.postcopy:
+            self._stop()
+            return
         self.remaining = self._take()
         self.dirty_rate = int(self.remaining / seconds / PAGE)
-        if self.expected_downtime <= self.downtime_limit or not self.machine.vcpus:
+        if self._throttle is not None:
+            self._throttle.round_done(sent, self.remaining)
+        # A limit that is shorter than what the rest takes anyway must not make rounds go on for ever.
+        if self.pages_time <= max(self.downtime_limit - OVERHEAD, self.downtime_limit / 2) or not self.machine.vcpus:
             self._stop()
         else:
             self._begin_round(s.ROUND)
 
     @property
+    def pages_time(self) -> float:
+        """Seconds to send what is left, if the guest stopped now."""
+        return self.remaining / self.rate if self.rate else 0.0
+
+    @property
     def expected_downtime(self) -> float:
-        """Seconds, if the guest stopped now."""
-        return OVERHEAD + self.remaining / self.rate if self.rate else OVERHEAD
+        """The same with all else that a stop costs."""
+        return OVERHEAD + self.pages_time
 
     def _stop(self) -> None:
         """The guest stands still from here on."""
         machine = self.machine
+        self._end_throttle()
         self._was, self._stopped_at = machine.status, time.monotonic()
         machine.pause("finish-migrate")
         machine.hold()
@@ -266,7 +303,11 @@ class Outgoing:
         for index, old in enumerate(carried):
             _merge(self._board.bitmap(index), old)
         os.pwrite(self._state, state, 0)
-        self._order(s.LAST, self._send_state)
+        if self.postcopy:
+            self.remaining = self._board.pages * PAGE
+            self._order(s.END_ROUNDS, self._send_map)
+        else:
+            self._order(s.LAST, self._send_state)
 
     def _send_state(self) -> None:
         self._waiting, self._next = 1, self._commit
@@ -275,12 +316,77 @@ class Outgoing:
     def _commit(self) -> None:
         """The destination could run. From here on this machine does not."""
         self.machine.status = "postmigrate"
-        self._waiting, self._next = 1, self._completed
-        self._senders[0][1].sendall(s.SEND_RUN)
+        self._waiting, self._next = 1, self._completed  # after post-copy it is RUNNING that answers
+        for _, orders, _ in self._senders if self.postcopy else self._senders[:1]:
+            orders.sendall(s.SEND_RUN)
+
+    # Post-copy ---------------------------------------------------------------------------------------------------
+
+    def start_postcopy(self) -> None:
+        """Let the guest go on at the destination now, or as soon as that is there, and its memory follow."""
+        if not self.may_postcopy:
+            raise OperationInvalid("Enable postcopy with migrate_set_capability before the start of migration")
+        if self.status not in ("setup", "active"):
+            raise OperationInvalid("Start of postcopy without migration: it has ended, or is about to")
+        if not self.postcopy:
+            self.postcopy = True
+            self.set_bandwidth(0)  # the piece that is being sent is to be through soon
+            self._board.break_off()
+
+    def _send_map(self) -> None:
+        """What is missing and the state; from here on each sender serves what the destination asks for."""
+        self.set_bandwidth(self.postcopy_bandwidth)
+        self._waiting, self._next = 1, self._commit
+        for number, (_, orders, _) in enumerate(self._senders):
+            orders.sendall(s.SERVE if number else s.SEND_MAP)
+
+    def _runs_there(self) -> None:
+        self.downtime = time.monotonic() - self._stopped_at
+        self.machine.may_not_run = "it runs at the destination of its migration"
+        self._change("postcopy-active")
+
+    def _pause_postcopy(self, text: str) -> None:
+        """The connection is lost. Nothing of the guest is: what the destination misses is all here."""
+        self.error = text
+        self._finish()
+        self._change("postcopy-paused")
+
+    def pause_postcopy(self) -> None:
+        """Break the connections off, as if they were lost: to go on by another way."""
+        if self.status != "postcopy-active":
+            raise OperationInvalid("migrate-pause is currently only supported during postcopy-active")  # QEMU's words
+        self._pause_postcopy("it was interrupted on request")
+
+    def recover(self, uri: str) -> None:
+        """Connect anew, to the destination that knows this migration. On an error all stays as it is."""
+        if self.status != "postcopy-paused" or self.machine.status != "postmigrate":
+            raise OperationInvalid("Cannot resume if there is no paused migration")  # QEMU's words
+        if self._board.channels > 1 and uri.startswith(("fd:", "fd=")):
+            raise InvalidArgument("a descriptor is one connection", remedy="give unix:PATH or tcp:HOST:PORT")
+        self.uri = uri
+        try:
+            self._connect(self._board.channels, frame(RESUME))
+        except BaseException:
+            self._finish()
+            raise
+        self._change("postcopy-recover")
+        self._waiting, self._next = 1, self._recovered
+        self._senders[0][1].sendall(s.RECEIVE_MAP)
+
+    def _recovered(self) -> None:
+        self.error = ""
+        self.machine.may_not_run = "it runs at the destination of its migration"
+        for _, orders, _ in self._senders:
+            orders.sendall(s.STREAM)
+        self._change("postcopy-active")
+
+    # The end -----------------------------------------------------------------------------------------------------
 
     def _completed(self) -> None:
         now = time.monotonic()
-        self.downtime, self.total_time, self.remaining = now - self._stopped_at, now - self.began, 0
+        self.total_time, self.remaining = now - self.began, 0
+        if not self.postcopy:
+            self.downtime = now - self._stopped_at
         self._finish()
         self._change("completed")
 
@@ -291,16 +397,24 @@ class Outgoing:
 
     def cancel(self) -> None:
         """Give up; the guest goes on here. Too late once the destination has been told to run."""
-        if self.status in RUNNING and self.machine.status != "postmigrate":
+        if self.status in AFTER:
+            raise OperationInvalid("the guest runs at the destination: post-copy cannot be cancelled")
+        if self.status in BEFORE and self.machine.status != "postmigrate":
             self._change("cancelling")
             self._end_without("cancelled")
 
     def _fail(self, text: str) -> None:
-        if self.status not in RUNNING:
+        if self.status in AFTER:
+            self._pause_postcopy(text)
+            return
+        if self.status not in BEFORE:
             return
         self.error = text
         if self.machine.status == "postmigrate":
             # RUN may have arrived or not. Never two: this one stays stopped, a person decides.
+            if self.postcopy:
+                self._pause_postcopy(f"{text}; the destination may or may not run: only if it is gone, `cont` here")
+                return
             self.error += "; the destination may or may not run: if it does not, `cont` there, or here if it is gone"
         self._end_without("failed")
 
@@ -313,15 +427,18 @@ class Outgoing:
             machine.resume()
         self._change(status)
 
+    def _end_throttle(self) -> None:
+        if self._throttle is not None:
+            self._throttle.stop()
+
     def _finish(self) -> None:
         """Senders end, nothing is logged any more."""
+        self._end_throttle()
         senders, self._senders = self._senders, []
         for pid, orders, pidfd in senders:
             self.machine.loop.remove_reader(orders.fileno())
             orders.close()
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.close(pidfd)
-            os.waitpid(pid, 0)
+            end_helper(pid, pidfd)
         if self._state >= 0:
             os.close(self._state)
             self._state = -1
@@ -332,7 +449,7 @@ class Outgoing:
 
     def close(self) -> None:
         """The machine ends."""
-        if self.status in RUNNING:
+        if self.status in GOING:
             self.status = "failed"
             self._held = False
             self._finish()
@@ -340,7 +457,9 @@ class Outgoing:
     def report(self) -> dict[str, Any]:
         """QEMU's MigrationInfo (qapi/migration.json)."""
         now = time.monotonic()
-        board, going = self._board, self.status in RUNNING
+        board, going = self._board, self.status in GOING
+        if self.status in AFTER:
+            self.remaining = board.pages * PAGE
         info: dict[str, Any] = {
             "status": self.status,
             "total-time": int(1000 * ((now - self.began) if going else self.total_time)),
@@ -356,19 +475,21 @@ class Outgoing:
                 "dirty-pages-rate": self.dirty_rate,
                 "mbps": self.rate * 8 / 1e6,
                 "dirty-sync-count": self.rounds,
-                "postcopy-requests": 0,
+                "postcopy-requests": board.requests,
                 "page-size": PAGE,
                 "multifd-bytes": board.sent if board.channels > 1 else 0,
                 "pages-per-second": int(self.rate / PAGE),
-                "precopy-bytes": board.sent,
+                "precopy-bytes": board.sent - board.postcopy,
                 "downtime-bytes": 0,
-                "postcopy-bytes": 0,
+                "postcopy-bytes": board.postcopy,
             },
         }
-        if self.status == "completed":
+        if self.status == "completed" or self.status in AFTER:
             info["downtime"] = int(1000 * self.downtime)
         else:
             info["expected-downtime"] = int(1000 * self.expected_downtime)
+        if self._throttle is not None and self._throttle.percentage and going:
+            info["cpu-throttle-percentage"] = self._throttle.percentage
         if self.error:
             info["error-desc"] = self.error
         return info

@@ -24,7 +24,8 @@ def _uri(context: Context, text: str) -> str:
 
 def migrate(context: Context, arguments: Arguments) -> None:
     uri = arguments["uri"]
-    migration_of(context.machine).start(_uri(context, uri))
+    migration = migration_of(context.machine)
+    (migration.resume if arguments.get("resume") else migration.start)(_uri(context, uri))
     _close_named(context, uri)
 
 
@@ -42,6 +43,18 @@ def _close_named(context: Context, uri: str) -> None:
 
 def migrate_cancel(context: Context, arguments: Arguments) -> None:
     migration_of(context.machine).cancel()
+
+
+def start_postcopy(context: Context, arguments: Arguments) -> None:
+    migration_of(context.machine).start_postcopy()
+
+
+def migrate_pause(context: Context, arguments: Arguments) -> None:
+    migration_of(context.machine).pause_postcopy()
+
+
+def migrate_recover(context: Context, arguments: Arguments) -> None:
+    migration_of(context.machine).recover(arguments["uri"])
 
 
 def set_parameters(context: Context, arguments: Arguments) -> None:
@@ -88,6 +101,9 @@ HANDLERS: dict[str, Handler] = {
     "migrate": migrate,
     "migrate-incoming": migrate_incoming,
     "migrate_cancel": migrate_cancel,
+    "migrate-start-postcopy": start_postcopy,
+    "migrate-pause": migrate_pause,
+    "migrate-recover": migrate_recover,
     "migrate-set-parameters": set_parameters,
     "migrate-set-capabilities": set_capabilities,
     "query-migrate": query_migrate,

@@ -16,7 +16,10 @@ __all__ = ["merge", "read_config"]
 
 _PLAIN: dict[str, type] = {"int": int, "str": str, "bool": bool}
 # Never out of a snapshot: they belong to one run of the process.
-_OF_THE_RUN = ("qmp", "gdb", "metrics", "paused", "incoming", "restore", "catch_up", "trace", "log", "sandbox")
+_OF_THE_RUN = (
+    *("qmp", "gdb", "metrics", "paused", "incoming", "restore", "catch_up", "trace", "log"),
+    *("sandbox", "migratable", "snapshots"),
+)
 _DEVICES = ("disks", "vhost_user_blk", "nets", "rng", "balloon", "vsock", "fs", "virtio_mem", "watchdog")
 _CHARACTER = ("serials", "consoles", "channels", "debugcon")
 

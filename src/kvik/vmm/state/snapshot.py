@@ -23,7 +23,7 @@ from kvik.vmm.config import MachineConfig
 from kvik.vmm.settings import to_dict
 from kvik.vmm.state import memory_file
 from kvik.vmm.state.capture import apply, capture
-from kvik.vmm.state.cpucheck import check_cpu, cpuid_equal
+from kvik.vmm.state.cpucheck import arrange_processors, check_cpu, cpuid_equal
 from kvik.vmm.state.settings_check import merge, read_config
 from kvik.vmm.state.values import MAX_STATE, Fields, decode, encode
 
@@ -54,6 +54,7 @@ def save_steps(machine: Machine, directory: str, compression: str = "none") -> I
     """As `save`, in steps; yields how many bytes of RAM are done."""
     if compression not in COMPRESSIONS:
         raise InvalidArgument(f"there is no compression {compression!r}", remedy=f"use {' or '.join(COMPRESSIONS)}")
+    machine.memory.require_whole("be saved")
     place = Path(directory).absolute()
     unfinished = place.with_name(f"{place.name}.{os.getpid()}.partial")
     try:
@@ -246,6 +247,7 @@ def restore(given: MachineConfig, confinement: Confinement | None = None) -> Mac
 
 def load(machine: Machine, directory: str) -> None:
     """Put a machine that may be running into a saved state; it then goes on from there, if it ran."""
+    machine.memory.require_whole("be replaced")
     snapshot = read(directory)
     cpu = Fields(snapshot.state, snapshot.where).object("cpu")
     with machine.paused():  # a vCPU that runs answers no ioctl
@@ -260,8 +262,10 @@ def load(machine: Machine, directory: str) -> None:
 
 def fill_and_apply(machine: Machine, snapshot: Snapshot, *, fresh: bool) -> None:
     where = snapshot.where
-    check_cpu(machine, Fields(snapshot.state, where).fields("cpu"))
+    cpu = Fields(snapshot.state, where).fields("cpu")
+    check_cpu(machine, cpu, fresh=fresh)
     if fresh:
+        arrange_processors(machine, cpu)
         machine.hold_devices()
     snapshot.fill(machine, fresh=fresh)
     apply(machine, snapshot.state, where, identity=fresh, catch_up=machine.config.catch_up)

@@ -13,8 +13,18 @@ One or more connections ("channels"). Each begins with a greeting, then come fra
     STATE   channel 0: all but RAM
     RUN     channel 0: I shall not run again; go
 
-A page always travels on the same channel (its 2 MiB piece decides), so a later copy never overtakes an earlier one. The
-last two steps keep the guest from running twice: the source gives it up before RUN, the destination starts it behind.
+Post-copy: the destination runs before all of RAM is there (docs/internals/vmm-state.md has it drawn).
+
+    MISSING channel 0, between END and STATE, one a region, at its address: a bit for each page that is still to come
+                                                     REQUEST the page at `address` first: a vCPU waits for it
+                                                     RUNNING channel 0: RUN came, the guest is ours
+    PAGES, ZERO, END: as before, until all of it      FILLED  all channels: all of RAM is here
+    RESUME  channel 0 of connections made anew, whose greeting has the same token; answered by
+                                                     MISSING what is still to come, a region each
+
+A page always travels on the same channel (its 2 MiB piece decides: of the address space, in post-copy of the region),
+so a later copy never overtakes an earlier one. The last two steps keep the guest from running twice: the source gives
+it up before RUN, the destination starts it behind.
 """
 
 from __future__ import annotations
@@ -33,17 +43,25 @@ __all__ = [
     "DONE",
     "END",
     "FAILED",
+    "FILLED",
     "HEADER",
     "MAX_CHANNELS",
+    "MISSING",
     "PAGES",
+    "PIECE",
     "READY",
+    "REQUEST",
+    "RESUME",
     "RUN",
+    "RUNNING",
     "STATE",
     "ZERO",
     "connect",
     "frame",
     "greeting",
     "listen",
+    "parse",
+    "prepare_postcopy",
     "receive_exactly",
     "receive_frame",
     "receive_greeting",
@@ -52,9 +70,13 @@ __all__ = [
 VERSION = 1
 MAX_CHANNELS = 16
 CHUNK = 2 * MIB  # no frame of pages is larger, none crosses a multiple of it
+PIECE = MIB // 16  # the same in post-copy: what a page that somebody waits for may have to wait behind
 MAX_HEADER = 4 * MIB
-HEADER, PAGES, ZERO, END, STATE, RUN = 1, 2, 3, 4, 5, 6
-READY, DONE, FAILED = 16, 17, 18
+HEADER, PAGES, ZERO, END, STATE, RUN, MISSING, RESUME = 1, 2, 3, 4, 5, 6, 7, 8
+READY, DONE, FAILED, REQUEST, RUNNING, FILLED = 16, 17, 18, 19, 20, 21
+FRAME_SIZE = 16
+_TCP_USER_TIMEOUT, _TCP_NOTSENT_LOWAT = 18, 25  # linux/tcp.h
+SILENCE = 30  # seconds after which a connection whose other end does not answer counts as lost
 _GREETING, _FRAME = struct.Struct("<8sHHH2x16s"), struct.Struct("<B3xIQ")
 _MAGIC = b"KVIKMIGR"
 
@@ -97,6 +119,22 @@ def receive_frame(sock: socket.socket) -> tuple[int, int, int]:
     """(kind, size, address); the data is still to be read."""
     kind, size, address = _FRAME.unpack(_take(sock, _FRAME.size))
     return kind, size, address
+
+
+def parse(data: bytes | bytearray) -> tuple[int, int, int]:
+    """(kind, size, address) of a frame's header."""
+    kind, size, address = _FRAME.unpack(data)
+    return kind, size, address
+
+
+def prepare_postcopy(sock: socket.socket) -> None:
+    """Little is queued before a page that somebody waits for, and a silent end is noticed. TCP alone needs it."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, PIECE)
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, SILENCE * 1000)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, seconds in ((socket.TCP_KEEPIDLE, SILENCE // 3), (socket.TCP_KEEPINTVL, SILENCE // 3)):
+            sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
 
 
 # Where to ---------------------------------------------------------------------------------------------------------

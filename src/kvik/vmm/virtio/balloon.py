@@ -8,6 +8,7 @@ discarded here) or deflates (uses pages again, which then read as zeroes), and t
 from __future__ import annotations
 
 import ctypes
+import errno
 import struct
 import time
 
@@ -82,6 +83,10 @@ class Balloon(VirtioDevice):
         self._roles += ["stats"] if self.has(STATS_VQ) else []
         self._roles += ["report"] if self.has(PAGE_REPORTING) else []
         self._held = None
+        if "stats" in self._roles:
+            # Linux puts its buffer and kicks before DRIVER_OK (init_vqs in its virtio_balloon.c), when nobody listens.
+            index = self._roles.index("stats")
+            self.loop.call_soon(lambda: self.kick(index))
 
     def deactivate(self) -> None:
         self._held = None
@@ -172,6 +177,8 @@ class Balloon(VirtioDevice):
             try:
                 self.memory.discard(address, part)
             except HostError as error:  # huge pages: they go only as a whole
+                if error.errno == errno.EBUSY:  # memory that is still arriving: another time
+                    return
                 self._cannot = str(error)
                 if self.machine is not None:
                     self.machine.log(f"{self.name}: pages are not given back to the host: {error}")
@@ -221,14 +228,15 @@ class Balloon(VirtioDevice):
 
     @property
     def actual(self) -> int:
-        """Bytes of memory that the guest has for itself (QMP query-balloon)."""
-        return max(self.memory.size - (self.config["actual"] << PAGE_SHIFT), 0)
+        """Bytes of memory that the guest has for itself (QMP query-balloon), of what it began with: virtio-mem's
+        comes and goes on its own."""
+        return max(self.memory.boot_size - (self.config["actual"] << PAGE_SHIFT), 0)
 
     def set_target(self, size: int) -> None:
         """Ask the guest to live with `size` bytes (QMP balloon)."""
         if size <= 0:
             raise InvalidArgument(f"a machine cannot be left {size} bytes of memory")
-        pages = max(self.memory.size - size, 0) >> PAGE_SHIFT
+        pages = max(self.memory.boot_size - size, 0) >> PAGE_SHIFT
 
         def change() -> None:
             self.config["num_pages"] = pages

@@ -20,6 +20,7 @@ from kvik.errors import InvalidArgument, OperationInvalid, OperationTimeout
 from kvik.vmm.backends.block_stats import BlockStats
 from kvik.vmm.backends.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, Request
 from kvik.vmm.ratelimit import RateLimiter
+from kvik.vmm.virtio.blkburst import BATCH_BYTES, REQUEST_COST, SECTOR, T_IN, T_OUT, serve
 from kvik.vmm.virtio.config import Field
 from kvik.vmm.virtio.device import VirtioDevice
 
@@ -36,22 +37,19 @@ __all__ = ["Blk"]
 SEG_MAX, BLK_SIZE, TOPOLOGY, RO = 1 << 2, 1 << 6, 1 << 10, 1 << 5  # VIRTIO_BLK_F_*, 5.2.3
 F_FLUSH, CONFIG_WCE, MQ, F_DISCARD, F_WRITE_ZEROES = 1 << 9, 1 << 11, 1 << 12, 1 << 13, 1 << 14
 
-T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13  # VIRTIO_BLK_T_*, 5.2.6
+T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 4, 8, 11, 13  # VIRTIO_BLK_T_*, 5.2.6
 S_OK, S_IOERR, S_UNSUPP = 0, 1, 2
 _HEADER = struct.Struct("<IIQ")  # type, reserved, sector
 _unpack_header = _HEADER.unpack_from
 _SEGMENT = struct.Struct("<QII")  # sector, num_sectors, flags
 F_UNMAP = 1
 _clock = time.monotonic_ns
-SECTOR = 512
 ID_BYTES = 20
 
 MAX_SEGMENTS = 64  # of one discard or write-zeroes
 MAX_RANGE_SECTORS = (1 << 30) // SECTOR  # of one segment: bounds how long one request takes
 ROUND = 512  # requests of one turn: then others on the loop have theirs
 DRAIN_SECONDS = 30.0
-BATCH_BYTES = 256 << 10  # copied here before the driver sees the first: it can go on with those meanwhile
-REQUEST_COST = 4096  # what a request costs beside its copy, in bytes copied
 
 POLICIES = ("report", "stop", "ignore", "enospc")  # QEMU's rerror= and werror=
 
@@ -204,18 +202,25 @@ class Blk(VirtioDevice):
     def queue_kicked(self, index: int) -> None:
         if self.paused or index in self._waiting:
             return
-        queue = self.queues[index]
+        queue, image, stats = self.queues[index], self.image, self.block_stats
         left = ROUND
         queue.disable_notifications()
         while True:
-            while left and (chain := queue.pop()) is not None:
+            while left:
+                if not self._limited and (done := serve(queue, image, stats, left, write_through=self._write_through)):
+                    left -= done
+                    queue.flush()
+                    continue
+                chain = queue.pop()
+                if chain is None:
+                    break
                 left -= 1
                 if not self._begin(queue, chain):
                     left = -1
                     break
                 if self._copied >= BATCH_BYTES:
                     self._publish()
-            self.image.flush()
+            image.flush()
             self._publish()
             if left <= 0:
                 if left == 0:  # the rest in the next round

@@ -30,8 +30,8 @@ from kvik.vmm.virtio.queue import (
     RING_RESET,
     VERSION_1,
     Queue,
-    SplitQueue,
 )
+from kvik.vmm.virtio.split import SplitQueue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

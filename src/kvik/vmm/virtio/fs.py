@@ -25,6 +25,7 @@ class Fs(VhostUserDevice):
     kind = "virtio-fs"
     device_id = 26
     pci_class = 0x018000
+    writes_unseen = True  # its pages are logged, but what the guest has open is virtiofsd's: it cannot move along
     extra_queues = 1  # the first is for requests of high priority
     config_fields = (Field("tag", 0, TAG_BYTES, raw=True), Field("num_request_queues", 36, 4))
 

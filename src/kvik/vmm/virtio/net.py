@@ -204,8 +204,10 @@ class NetDevice(VirtioDevice):
         self._forget_wishes()
 
     def _end(self) -> None:
-        """Stop the datapath, on any thread, with `lock` held."""
+        """Stop the datapath, on any thread, with `lock` held. Whoever comes next (the kernel, another backend, a
+        restored machine) finds the buffers that were popped ahead in the ring again."""
         for receiver in self.receivers:
+            receiver.give_back()
             self._totals["rx_packets"] += receiver.packets
             self._totals["rx_bytes"] += receiver.bytes
             self._totals["rx_dropped"] += receiver.dropped
@@ -232,8 +234,6 @@ class NetDevice(VirtioDevice):
             if self.active:
                 if self.vhost is not None:
                     self.vhost.stop()
-                for receiver in self.receivers:
-                    receiver.give_back()
                 self._end()
 
     def resume(self) -> None:

@@ -15,18 +15,16 @@ A driver's notification that comes in another state is without meaning: what it 
 
 from __future__ import annotations
 
-from collections import deque
-from struct import Struct
-
-from kvik.vmm.backends.net import HEADER, MAX_FRAME, MAX_PACKET, BackendGone
-from kvik.vmm.faults import GuestFault
+from kvik.vmm.backends.net import HEADER, MAX_FRAME, MAX_PACKET, BackendGone, scatter
+from kvik.vmm.backends.request import advance
+from kvik.vmm.virtio.netbuffers import Chains, Singles, buffers_for
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.loop import Timer
     from kvik.vmm.ratelimit import RateLimiter
     from kvik.vmm.virtio.net import NetDevice
-    from kvik.vmm.virtio.queue import Chain, Queue
+    from kvik.vmm.virtio.queue import Queue
 
 _BUDGET = 256  # packets before other devices of the loop have their turn
 _MAX_FAILURES = 1024  # of reads without one that succeeds: a descriptor that stays readable and broken would spin
@@ -34,8 +32,6 @@ _BATCH = 32  # packets received before the driver hears of them
 _MAX_SPREAD = 64  # buffers given to one read
 _AHEAD = 16  # buffers popped at once, at least
 _MAX_PARTS = 512  # buffers in one readv, whose limit is IOV_MAX = 1024; a chain has no more than a queue's 512
-_NUM_BUFFERS = Struct("<H").pack
-_ONE = _NUM_BUFFERS(1)
 
 
 class _Half:
@@ -89,22 +85,22 @@ class _Half:
 
 
 class Receiver(_Half):
-    """Backend -> driver. Buffers are popped ahead into a stash: a packet of 64 KiB needs dozens of them.
+    """Backend -> driver. Buffers are popped ahead (netbuffers.py).
 
-    A packet is read into the first few buffers of the stash and a private overflow behind them, so that small packets
-    cost few buffers' work and none is cut. What landed in the overflow is copied to further buffers; if the driver has
-    none yet, the packet waits for them.
+    A packet is read into the first few of them and a private overflow behind them, so that small packets cost few
+    buffers' work and none is cut. What landed in the overflow is copied to further buffers; if the driver has none
+    yet, the packet waits for them.
     """
 
     def __init__(self, device: NetDevice, pair: int, queue: Queue, limiter: RateLimiter, *, mergeable: bool) -> None:
         super().__init__(device, pair, queue, limiter)
         self.mergeable = mergeable
-        self.stash: deque[Chain] = deque()
+        self.buffers = buffers_for(queue)
         self.starved = False
-        self._spread = 2  # chains given to the next read
+        self._spread = 2  # buffers given to the next read
         self._overflow = memoryview(bytearray(MAX_PACKET))
         self._size = 0  # bytes of a packet that waits for buffers, of which ...
-        self._placed = 0  # ... so many lie in the stash, the rest in the overflow
+        self._placed = 0  # ... so many lie in the buffers, the rest in the overflow
         self.failures = 0  # of reads, one behind the other
         self.packets = self.bytes = self.dropped = 0
 
@@ -129,9 +125,9 @@ class Receiver(_Half):
                     if self.timer is None:
                         self._later(wait)
                     return
-                if len(self.stash) < self._spread:
-                    self._fill_stash(self._spread if self.mergeable else 1)
-                    if not self.stash:
+                if len(self.buffers) < self._spread:
+                    self._fill(self._spread if self.mergeable else 1)
+                    if not len(self.buffers):
                         self._starve()
                         return
                 try:
@@ -158,70 +154,64 @@ class Receiver(_Half):
         self.queue.flush()
         self._soon()
 
-    def _fill_stash(self, wanted: int) -> None:
-        """Up to `wanted` chains, as far as the driver gave some; if fewer, its next notification is armed."""
-        stash, queue = self.stash, self.queue
-        missing = wanted - len(stash)
+    def _fill(self, wanted: int) -> None:
+        """Up to `wanted` buffers, as far as the driver gave some; if fewer, its next notification is armed."""
+        queue = self.queue
+        missing = wanted - len(self.buffers)
         while missing > 0:
-            chains = queue.pop_many(max(missing, _AHEAD))
-            if not chains:
+            popped = self._pop(missing)
+            if not popped:
                 if not queue.enable_notifications():
                     break
-                chains = queue.pop_many(max(missing, _AHEAD))
+                popped = self._pop(missing)
                 queue.disable_notifications()
-                if not chains:
+                if not popped:
                     break  # the driver took its index back
-            for chain in chains:
-                if chain.writable_size < HEADER or chain.readable:
-                    raise GuestFault(f"a receive buffer of {chain.writable_size} writable bytes")
-            stash += chains
-            missing -= len(chains)
+            missing -= popped
+
+    def _pop(self, count: int) -> int:
+        popped = self.buffers.fill(max(count, _AHEAD))
+        if not popped and self.queue.pending() and isinstance(self.buffers, Singles):  # something that is not usual
+            self.buffers.give_back()
+            self.buffers = Chains(self.queue)
+            popped = self.buffers.fill(max(count, _AHEAD))
+        return popped
 
     def _receive(self) -> None:
         """Read a packet: sets `_size` and `_placed`."""
-        buffers: list[memoryview] = []
-        room = 0
-        wanted = self._spread if self.mergeable else 1
-        for chain in self.stash:
-            buffers += chain.writable
-            room += chain.writable_size
-            wanted -= 1
-            if not wanted or len(buffers) >= _MAX_PARTS:
-                break
-        buffers.append(self._overflow)
-        size = self.device.backend.receive(self.pair, buffers)
+        views = self.buffers.views(self._spread if self.mergeable else 1)
+        del views[_MAX_PARTS:]
+        room = len(views[0])
+        views.append(self._overflow)
+        size = self.device.backend.receive(self.pair, views)
         if size <= HEADER or not self.device.link:
             self.dropped += size > 0
             return
-        self._size, self._placed = size, min(size, room)
+        self._size = self._placed = size
+        if size > room:
+            self._placed = min(size, sum(map(len, views)) - len(self._overflow))
 
     def _deliver(self) -> bool:
         """Hand the packet that was read to the driver; False if that takes more buffers than there are."""
-        size, stash, queue = self._size, self.stash, self.queue
-        limit = queue.size if self.mergeable else 1
-        shares: list[int] = []
-        room = used = 0
-        while room < size:
+        size = self._size
+        limit = self.queue.size if self.mergeable else 1
+        while True:
+            shares = self.buffers.shares(size, limit)
+            used = len(shares)
+            if sum(shares) == size:
+                break
             if used == limit:  # larger than all that the driver could ever give
                 self._size = 0
                 self.dropped += 1
                 return True
-            if used == len(stash):
-                self._fill_stash(used + 1)
-                if used == len(stash):
-                    return False
-            share = min(stash[used].writable_size, size - room)
-            shares.append(share)
-            room += share
-            used += 1
+            self._fill(used + 1)
+            if used == len(self.buffers):
+                return False
         self._size = 0
         if self._placed < size:  # the overflow is copied once all its buffers are there
-            self._copy_rest(self._overflow[: size - self._placed], shares)
-        stash[0].write(_ONE if used == 1 else _NUM_BUFFERS(used), 10)
-        if used == 1:
-            queue.push(stash.popleft(), size)
-        else:
-            queue.push_all([stash.popleft() for _ in shares], shares)
+            rest = advance(self.buffers.views(used), self._placed)
+            scatter(self._overflow[: size - self._placed], rest)
+        self.buffers.use(shares)
         # As many as this one took, less only slowly: acknowledgements come among full packets.
         self._spread = max(min(used + 1, _MAX_SPREAD), self._spread * 3 >> 2)
         self.packets += 1
@@ -230,20 +220,8 @@ class Receiver(_Half):
             self.limiter.spend(size - HEADER)
         return True
 
-    def _copy_rest(self, rest: memoryview, shares: list[int]) -> None:
-        """Copy the overflow to where it belongs: from byte `_placed` of the packet on."""
-        start = 0
-        for chain, share in zip(self.stash, shares, strict=False):
-            end = start + share
-            if end > self._placed:
-                inside = max(self._placed - start, 0)
-                count = share - inside
-                chain.write(rest[:count], inside)
-                rest = rest[count:]
-            start = end
-
     def _starve(self) -> None:
-        """No buffers; `_fill_stash` has armed the driver's notification."""
+        """No buffers; `_fill` has armed the driver's notification."""
         self.starved = True
         self.queue.flush()
         self._unwatch()
@@ -260,14 +238,13 @@ class Receiver(_Half):
 
     def forget(self) -> None:
         """The driver took the queue back: its buffers are not ours any more."""
-        self.stash.clear()
+        self.buffers.clear()
         self._size = 0
         self.starved = True  # until the driver puts buffers into the new queue
 
     def give_back(self) -> None:
-        """Undo the pops of the stash, so that no request is in flight; a packet that waits is lost, as on a wire."""
-        while self.stash:
-            self.queue.undo_pop(self.stash.pop())
+        """Undo the pops, so that no request is in flight; a packet that waits is lost, as on a wire."""
+        self.buffers.give_back()
         self._size = 0
 
 

@@ -7,18 +7,25 @@ on. When the guest then resets the device, its back end is connected anew, if so
 from __future__ import annotations
 
 import os
+import time
 
-from kvik.errors import InvalidArgument, KvikError
+from kvik.errors import InvalidArgument, KvikError, OperationInvalid
 from kvik.vmm.faults import GuestFault
+from kvik.vmm.layout import PAGE
 from kvik.vmm.vhost_user import VhostUser
 from kvik.vmm.virtio.device import VirtioDevice
 from kvik.vmm.virtio.queue import EVENT_IDX, INDIRECT_DESC, VERSION_1
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from kvik.vmm.device import State
     from kvik.vmm.machine import Machine
+    from kvik.vmm.vhost import DirtyLog
 
 __all__ = ["VhostUserDevice"]
+
+SETTLES = 2.0  # seconds that a back end has for the requests it took before its queue was stopped
+SETTLES_AT_RESET = 0.2  # the same when it is the guest that stops it, over and over if it likes
 
 
 class VhostUserDevice(VirtioDevice):
@@ -26,7 +33,6 @@ class VhostUserDevice(VirtioDevice):
 
     known = 0
     queue_size = 256
-    writes_unseen = True  # the back end writes into RAM and does not log it
     extra_queues = 0  # beside the request queues
     _call_fds: dict[int, int]
     _running: set[int]
@@ -38,6 +44,8 @@ class VhostUserDevice(VirtioDevice):
         self._running = set()
         self._memory_told = False
         self.disconnects = 0
+        self.log: DirtyLog | None = None
+        self._unfinished: set[int] = set()  # queues with requests that the back end still had when they were stopped
         if queues < 1 or queues + self.extra_queues > max(self.back_end.queues, 1 + self.extra_queues):
             self.back_end.close()
             raise InvalidArgument(f"{name}: its back end has {self.back_end.queues} queues, not {queues}")
@@ -66,7 +74,7 @@ class VhostUserDevice(VirtioDevice):
     def activate(self) -> None:
         try:
             back_end = self._connected()
-            back_end.set_features(self.acked)
+            back_end.set_features(self.acked, log=self.log is not None)
             for queue in self.queues:
                 if queue.ready:
                     self._start_queue(back_end, queue.index)
@@ -83,25 +91,32 @@ class VhostUserDevice(VirtioDevice):
                 raise InvalidArgument(f"{self.name}: the new back end lacks features of the one before")
             self.back_end = back_end
             back_end.set_memory(self.memory)
+            if self.log is not None:
+                back_end.set_log(self.log.fd, self.log.size)
             self.loop.add_reader(back_end.fileno(), self._heard)
         return self.back_end
 
     def _start_queue(self, back_end: VhostUser, index: int) -> None:
-        queue, memory = self.queues[index], self.memory
+        queue = self.queues[index]
         try:
-            addresses = (
-                memory.host_address(queue.desc, 16 * queue.size),
-                memory.host_address(queue.used, 6 + 8 * queue.size),
-                memory.host_address(queue.avail, 6 + 2 * queue.size),
-            )
+            addresses = self._addresses(index)
         except GuestFault as fault:
             self.needs_reset(str(fault))
             return
         base = queue.state()["next_avail"]
+        log = queue.used if self.log is not None else -1
         kick, call = self.transport.notifier_fd(index), self._call_fd(index)
         self._running.add(index)
-        back_end.start_queue(index, queue.size, base, addresses, kick=kick, call=call)
+        back_end.start_queue(index, queue.size, base, addresses, kick=kick, call=call, log=log)
         os.eventfd_write(kick, 1)  # for what the driver put before anybody listened
+
+    def _addresses(self, index: int) -> tuple[int, int, int]:
+        queue, memory = self.queues[index], self.memory
+        return (
+            memory.host_address(queue.desc, 16 * queue.size),
+            memory.host_address(queue.used, 6 + 8 * queue.size),
+            memory.host_address(queue.avail, 6 + 2 * queue.size),
+        )
 
     def _call_fd(self, index: int) -> int:
         fd = self.transport.interrupt_fd(index)
@@ -138,13 +153,28 @@ class VhostUserDevice(VirtioDevice):
             position = {}
             if self.back_end is not None:
                 try:
-                    used = self.memory.u16(queue.used + 2)
-                    position = {"next_avail": self.back_end.stop_queue(index), "next_used": used, "signalled": used}
+                    base = self.back_end.stop_queue(index)
+                    used = self._settled(index, base)
+                    position = {"next_avail": base, "next_used": used, "signalled": used}
                 except (KvikError, GuestFault) as error:
                     self._lost(str(error))
             if position:
                 queue._set_position(position)
             self.transport.release_notifier(index)
+        if not self.active:
+            self._unfinished.clear()  # nothing that is asked later depends on them
+
+    def _settled(self, index: int, base: int) -> int:
+        """The used index, when all that the back end took is answered: it may let go of a queue before."""
+        queue = self.queues[index]
+        end = time.monotonic() + (SETTLES if self.active else SETTLES_AT_RESET)
+        while (used := self.memory.u16(queue.used + 2)) != base:
+            # More than a queue holds cannot be: the guest has written there.
+            if time.monotonic() > end or (base - used) & 0xFFFF > queue.size:
+                self._unfinished.add(index)
+                break
+            time.sleep(0.0005)
+        return used
 
     def deactivate(self) -> None:
         self._stop_queues()
@@ -160,20 +190,96 @@ class VhostUserDevice(VirtioDevice):
 
     def resume(self) -> None:
         with self.lock:
+            self._unfinished.clear()
             if self.active and not self._running:
                 self.activate()
+                for index in list(self._running):  # what was answered meanwhile was told to nobody
+                    self.transport.signal_queue(index)
 
     def queue_kicked(self, index: int) -> None:
         """The back end hears the kicks; one that came here first is passed on."""
         if index in self._running:
             os.eventfd_write(self.transport.notifier_fd(index), 1)
 
+    def state(self) -> State:
+        if self._unfinished:
+            raise OperationInvalid(
+                f"{self.name}: its back end has not answered all requests", remedy="try again: its storage is slow"
+            )
+        return super().state()
+
     def _table_changed(self) -> None:
         if self.back_end is not None:
             try:
+                if self.log is not None and self._end_of_memory() > self.log.size * 8 * PAGE:
+                    self.start_log()  # a larger one, before the back end could write beyond this one
                 self.back_end.set_memory(self.memory)
             except KvikError as error:
                 self._lost(str(error))
+
+    # The log of what it writes: for `state.dirty` ------------------------------------------------------------------
+
+    @property
+    def logs(self) -> bool:
+        """Whether what the back end writes into RAM can be known."""
+        return self.back_end is None or self.back_end.logs
+
+    @property
+    def writes_unseen(self) -> bool:
+        return not self.logs
+
+    def _end_of_memory(self) -> int:
+        return max(region.end for region in self.memory.regions)
+
+    def start_log(self) -> None:
+        from kvik.vmm.vhost import DirtyLog
+
+        with self.lock:
+            old, self.log = self.log, DirtyLog(self._end_of_memory(), memfd=True)
+            self._relog()
+            if old is not None:
+                old.take(lambda address: None, self.memory.touched)
+                old.close()
+
+    def take_log(self) -> None:
+        """Tell the machine's dirty log of all pages written since the last call."""
+        with self.lock:
+            log, back_end = self.log, self.back_end
+            if log is None:
+                return
+
+            def other(address: int) -> None:
+                if back_end is not None:
+                    back_end.set_log(log.fd, log.size)
+
+            try:
+                log.take(other, self.memory.touched)
+            except KvikError as error:
+                self._lost(str(error))
+
+    def stop_log(self) -> None:
+        with self.lock:
+            log, self.log = self.log, None
+            if log is not None:
+                self._relog()
+                log.close()
+
+    def _relog(self) -> None:
+        """Tell a back end that serves already; one that is started later hears it then."""
+        back_end = self.back_end
+        if back_end is None:
+            return
+        try:
+            if self.log is not None:
+                back_end.set_log(self.log.fd, self.log.size)
+            if not self._running:
+                return
+            back_end.set_features(self.acked, log=self.log is not None)
+            for index in sorted(self._running):
+                used = self.queues[index].used if self.log is not None else -1
+                back_end.set_addresses(index, self._addresses(index), log=used)
+        except (KvikError, GuestFault) as error:
+            self._lost(str(error))
 
     # The back end's life -----------------------------------------------------------------------------------------
 
@@ -197,6 +303,7 @@ class VhostUserDevice(VirtioDevice):
             super().close()
             if self.machine is not None and self._table_changed in self.memory.on_change:
                 self.memory.on_change.remove(self._table_changed)
+            self.stop_log()
             back_end, self.back_end = self.back_end, None
             if back_end is not None:
                 if self.machine is not None:

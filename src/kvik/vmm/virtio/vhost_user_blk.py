@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+
 from kvik.errors import KvikError
 from kvik.vmm.virtio.blk import FIELDS
 from kvik.vmm.virtio.vhost_user import VhostUserDevice
@@ -27,9 +29,30 @@ class VhostUserBlk(VhostUserDevice):
     # SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES
     known = sum(1 << bit for bit in (1, 2, 4, 5, 6, 9, 10, 11, 12, 13, 14))
 
+    def __init__(
+        self, name: str, source: str | int, queues: int = 1, *, queue_size: int = 256, life_fd: int = -1
+    ) -> None:
+        """`life_fd`: what the back end ends with, closed when this device is, or cannot be made."""
+        self.queue_size = queue_size
+        self.life_fd = life_fd
+        try:
+            super().__init__(name, source, queues)
+        except BaseException:
+            self._end_of_life()
+            raise
+
     def load_config(self, back_end: VhostUser) -> None:
         self.config.restore(back_end.get_config(self.config.size))
         self.config["num_queues"] = len(self.queue_sizes)
+
+    def close(self) -> None:
+        super().close()
+        self._end_of_life()
+
+    def _end_of_life(self) -> None:
+        fd, self.life_fd = self.life_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def config_written(self, offset: int, size: int) -> None:
         if self.back_end is not None:

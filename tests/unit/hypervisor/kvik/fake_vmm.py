@@ -128,7 +128,17 @@ class Fake:
         self.balloon = value
 
 
+MODELS = """host         usable: all
+x86-64-v2    usable
+EPYC         usable, nearest to this host
+Nehalem      unusable: it is GenuineIntel's
+"""
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--cpu", "help"]:
+        print(MODELS, end="")
+        return
     fake = Fake(sys.argv[1:])
     if "die" in fake.config.boot.cmdline:
         sys.exit("kvik-vmm: the kernel is no kernel")

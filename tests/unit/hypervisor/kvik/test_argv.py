@@ -31,7 +31,11 @@ PASSED = {
         "monitor": 10, "disk:virtio-disk0:0": 11, "disk:virtio-disk1:0": 12, "kernel": 13, "initrd": 14,
         "net:net0:0": 15, "net:net0:1": 16, "vhost:net0:0": 17, "vhost:net0:1": 18, "passt:net1": 19,
         "chardev:console0": 20, "chardev:channel0": 21, "log:serial0": 22,
-    }
+    },
+    "other-formats-passed": {
+        "monitor": 10, "vublk:virtio-disk0": 11, "life:virtio-disk0": 12, "vublk:virtio-disk1": 13,
+        "life:virtio-disk1": 14, "vublk:virtio-disk2": 15, "disk:virtio-disk3:0": 16, "kernel": 17,
+    },
 }  # fmt: skip
 
 
@@ -69,12 +73,24 @@ async def test_kvik_vmm_understands_every_option(name: str) -> None:
     assert config.name == domain.name and config.uuid == domain.uuid and config.paused
     plugged = sum(module.size for module in config.virtio_mem)
     assert config.memory.size + plugged == domain.memory * 1024
-    assert [disk.id for disk in config.disks] == [f"virtio-disk{n}" for n in range(len(domain.devices.disks))]
+    given = sorted([*config.disks, *config.vhost_user_blk], key=lambda disk: disk.id)
+    assert [disk.id for disk in given] == [f"virtio-disk{n}" for n in range(len(domain.devices.disks))]
+    assert config.memory.shared or not config.vhost_user_blk
     assert [nic.mac for nic in config.nets] == [nic.mac and nic.mac.address for nic in domain.devices.interfaces]
     if name == "passed-descriptors":
         assert config.nets[0].fds == (15, 16) and config.nets[0].vhost_fds == (17, 18)
         assert config.disks[0].fd == 11 and config.boot.kernel_fd == 13 and config.qmp == ["fd=10"]
         assert config.serials[0].log == "fd=22" and config.channels[0].backend == "fd=21"
+
+
+async def test_a_kernel_of_the_cache_is_mapped_and_no_other_file_is() -> None:
+    domain = await complete((DATA / "passed-descriptors.xml").read_text())
+    assign_aliases(domain)
+    for cached in (False, True):
+        line = build(domain, "", PASSED["passed-descriptors"], cached_kernel=cached)
+        config = parse(line.argv[1:])
+        assert config.boot.stable_kernel is cached
+        assert not config.boot.stable
 
 
 async def test_a_comma_in_a_value_is_doubled_and_text_is_one_word() -> None:

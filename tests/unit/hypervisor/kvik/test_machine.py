@@ -14,10 +14,10 @@ import pytest
 
 import kvik
 from kvik.conf.enums import DomainState
-from kvik.errors import HypervisorError, MonitorError, OperationTimeout, OperationUnsupported
+from kvik.errors import ConfigUnsupported, HypervisorError, MonitorError, OperationTimeout, OperationUnsupported
 from kvik.host.process import read_stat
+from kvik.hypervisor import launch
 from kvik.hypervisor.driver import HostVerdict
-from kvik.hypervisor.kvik import driver as module
 from kvik.hypervisor.kvik.driver import KvikDriver
 from kvik.hypervisor.test.driver import TestDriver
 from kvik.manager.domain import DomainObject
@@ -145,8 +145,51 @@ async def test_what_it_has_not_is_said(world: World) -> None:
     for ask in (domain.screenshot(), domain.send_key(0, 0, [30])):
         with pytest.raises(OperationUnsupported, match="neither screen nor keyboard"):
             await ask
-    with pytest.raises(OperationUnsupported, match="rng"):
-        await domain.attach_device("<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>")
+    with pytest.raises(OperationUnsupported, match="plug a channel into running machine m: the ports of its console"):
+        await domain.attach_device("<channel type='unix'><target type='virtio' name='org.x'/></channel>")
+    with pytest.raises(OperationUnsupported, match="plug a watchdog into running machine m"):
+        await domain.attach_device("<watchdog model='i6300esb' action='reset'/>")
+
+
+async def test_an_rng_comes_and_goes(world: World) -> None:
+    _, domain = await world.started()
+    xml = "<rng model='virtio'><rate bytes='1024' period='500'/><backend model='random'>/dev/urandom</backend></rng>"
+    await domain.attach_device(xml)
+    (_, backend, _), (_, device, _) = world.commands(domain)[-2:]
+    assert backend == {"qom-type": "rng-builtin", "id": "backrng0"} and device["rng"] == "backrng0"
+    assert (device["max-bytes"], device["period"]) == (1024, 500)
+    await domain.detach_device(xml)
+    assert [name for name, _, _ in world.commands(domain)][-2:] == ["device_del", "object-del"]
+
+
+async def test_what_a_running_disk_or_interface_can_become(world: World) -> None:
+    _, domain = await world.started()
+    image = "<disk type='file'><driver type='raw'/><source file='{0}'/><target dev='vda'/>{1}</disk>"
+    mine = world.root / "a.raw"
+    await domain.update_device(image.format(mine, "<iotune><total_iops_sec>7</total_iops_sec></iotune>"), 1)
+    assert world.commands(domain)[-1][1]["iops"] == 7
+    await domain.update_device(image.format(mine, ""), 1)
+    assert world.commands(domain)[-1][1]["iops"] == 0
+    with pytest.raises(OperationUnsupported, match="image of disk vda cannot change"):
+        await domain.update_device(image.format(world.root / "b.raw", ""), 1)
+    with pytest.raises(ConfigUnsupported, match="limits reads and writes together"):
+        await domain.update_device(image.format(mine, "<iotune><read_iops_sec>7</read_iops_sec></iotune>"), 1)
+
+
+async def test_cpu_models_are_asked_of_the_vmm_and_host_model_becomes_one(world: World) -> None:
+    manager = await world.manager()
+    with pytest.raises(ConfigUnsupported, match="no CPU model 'core2duo'") as caught:
+        await manager.define(world.document().replace("<vcpu>", "<cpu><model>core2duo</model></cpu><vcpu>"))
+    assert "x86-64-v2, EPYC;" in caught.value.remedy
+    domain = await manager.define(world.document().replace("<vcpu>", "<cpu mode='host-model'/><vcpu>"))
+    await domain.start()
+    argv = Path(f"/proc/{domain.pid}/cmdline").read_bytes().decode().split("\0")
+    assert argv[argv.index("--cpu") + 1] == "EPYC"
+    assert domain.live is not None and domain.live.cpu is not None and domain.live.cpu.model is not None
+    assert (domain.live.cpu.mode, domain.live.cpu.model.value) == ("custom", "EPYC")
+    assert "host-model" in domain.xml(2)  # the definition means each host's own
+    told = await manager.driver_for("kvm", "kvik-vmm").domain_capabilities("", "", "", str(world.root / "kvik-vmm"))
+    assert "<model fallback='forbid'>EPYC</model>" in told and "<model usable='no' vendor='unknown'>Nehalem<" in told
 
 
 async def test_a_later_daemon_finds_it_again(world: World) -> None:
@@ -171,7 +214,7 @@ async def test_a_vmm_that_gives_up_is_quoted(world: World) -> None:
 
 
 async def test_a_vmm_that_is_silent_is_given_up_and_ended(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "START_DEADLINE", 0.5)
+    monkeypatch.setattr(launch, "START_DEADLINE", 0.5)
     manager = await world.manager()
     domain = await manager.define(world.document("silent"))
     with pytest.raises(OperationTimeout, match="within"):

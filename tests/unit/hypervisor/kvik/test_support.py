@@ -21,6 +21,7 @@ DOMAIN = (
 )
 USUAL = {"type": "kvm", "top": "", "os": "", "machine": "", "boot": "<kernel>/k</kernel>", "devices": ""}
 DISK = "<disk type='file' device='{0}'><driver name='qemu' type='{1}'/><source file='/d'/><target dev='{2}'/></disk>"
+SERVED = "<disk type='file'><driver type='qcow2'/><source file='/d'/><target dev='vda'/>{0}</disk>"
 
 REFUSED = [
     ({"type": "qemu"}, "/domain/@type", "needs KVM"),
@@ -36,7 +37,10 @@ REFUSED = [
     ({"devices": "<sound model='ich9'/>"}, "/domain/devices/sound", "sound"),
     ({"devices": "<controller type='usb' model='qemu-xhci'/>"}, "/domain/devices/controller[1]", "usb controller"),
     ({"devices": "<controller type='scsi' model='virtio-scsi'/>"}, "/domain/devices/controller[1]", "scsi"),
-    ({"devices": DISK.format("disk", "qcow2", "vda")}, "/domain/devices/disk[1]/driver/@type", "not qcow2"),
+    ({"devices": DISK.format("disk", "luks", "vda")}, "/domain/devices/disk[1]/driver/@type", "luks"),
+    ({"devices": SERVED.format("<serial>one</serial>")}, "/domain/devices/disk[1]/serial", "serial number"),
+    ({"devices": SERVED.format("<iotune><total_iops_sec>9</total_iops_sec><group_name>g</group_name></iotune>")},
+     "/domain/devices/disk[1]/iotune/group_name", "each disk"),
     ({"devices": DISK.format("disk", "raw", "sda' bus='sata")}, "/domain/devices/disk[1]/target/@bus", "'sata'"),
     ({"devices": DISK.format("cdrom", "raw", "vda")}, "/domain/devices/disk[1]/@device", "CD"),
     ({"devices": "<interface type='user'><model type='e1000e'/></interface>"},

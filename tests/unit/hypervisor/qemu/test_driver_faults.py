@@ -12,9 +12,9 @@ import pytest
 
 from kvik.conf.domain import parse_domain
 from kvik.errors import HypervisorError, KvikError, OperationTimeout
+from kvik.hypervisor import launch
 from kvik.hypervisor.driver import HostVerdict, MachineEvent, StartRequest
 from kvik.hypervisor.qemu import capabilities as module
-from kvik.hypervisor.qemu import driver as driver_module
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
 from kvik.hypervisor.qemu.driver import QemuDriver
 from kvik.paths import Paths
@@ -75,7 +75,7 @@ async def test_a_bad_emulator(fault: str, tmp_path: Path, monkeypatch: pytest.Mo
         return msgspec.structs.replace(capabilities(), binary=name, identity=identity)
 
     monkeypatch.setattr(module, "probe", probe)
-    monkeypatch.setattr(driver_module, "START_DEADLINE", 1.0)
+    monkeypatch.setattr(launch, "START_DEADLINE", 1.0)
     driver = QemuDriver(Paths.system(tmp_path / "root"), lambda: HostVerdict(False, ""), emulator=str(binary))
     domain = parse_domain(
         f"<domain type='qemu'><name>m</name><memory>1024</memory><os><type arch='x86_64' machine='q35'>hvm</type></os>"

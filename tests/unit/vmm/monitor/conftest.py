@@ -11,28 +11,13 @@ from typing import Any
 
 import pytest
 
-from kvik.errors import OperationInvalid
 from kvik.vmm.bus import Bus
-from kvik.vmm.config import MachineConfig
 from kvik.vmm.loop import EventLoop
 from kvik.vmm.memory import GuestMemory
+from kvik.vmm.monitor.mock import MonitoredMock
 from kvik.vmm.monitor.server import MonitorServer
 
 MIB = 1 << 20
-
-
-class FakeVcpu:
-    def __init__(self) -> None:
-        self.nmis = 0
-
-    def nmi(self) -> None:
-        self.nmis += 1
-
-
-class FakeThread:
-    def __init__(self, index: int) -> None:
-        self.name = ""
-        self.index, self.thread_id, self.exits, self.vcpu = index, 1000 + index, [0] * 64, FakeVcpu()
 
 
 @pytest.fixture(autouse=True)
@@ -41,75 +26,15 @@ def no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvik.vmm.state.qmp.HANDLERS", {})
 
 
-class FakeMachine:
-    """What the monitor uses of `Machine`, with the same rules about its status."""
+class FakeMachine(MonitoredMock):
+    """With memory and buses, and no device."""
 
     def __init__(self) -> None:
-        self.config = MachineConfig(name="fake", uuid="c7a5fdbd-edaf-9455-926a-d65c16db1809")
-        self.config.memory.size = 16 * MIB
-        self.config.cpus.count, self.config.cpus.maximum = 2, 4
-        self.status = "running"
+        self.prepare("fake", 16 * MIB)
         self.loop = EventLoop()
         self.memory = GuestMemory.allocate(16 * MIB)
         self.ports, self.mmio = Bus("port", 0x10000), Bus("memory", 1 << 52)
-        self.vcpus = [FakeThread(0), FakeThread(1)]
-        self.devices: dict[str, Any] = {}
-        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
-        self.calls: list[str] = []
-        self.holds = 0
-        self.on_close: list[Callable[[], None]] = []
-        self.migration = None
-
-    def checkpoint(self) -> None:
-        self.calls.append("checkpoint")
-
-    def forget_checkpoint(self) -> None:
-        self.calls.append("forget checkpoint")
-
-    def rewind(self) -> int:
-        raise OperationInvalid("there is no checkpoint")
-
-    def find(self, name: str) -> Any:
-        return self.devices[name]
-
-    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
-        for listener in self.listeners:
-            listener(name, data or {})
-
-    def pause(self, status: str = "paused") -> None:
-        if self.status == "running":
-            self.status = status
-            self.emit("STOP")
-
-    def resume(self) -> None:
-        if self.status in ("shutdown", "guest-panicked"):
-            raise OperationInvalid("the machine cannot go on")
-        self.status = "running"
-        self.emit("RESUME")
-
-    def reset(self, reason: str = "host-qmp-system-reset") -> None:
-        self.calls.append("reset")
-        self.emit("RESET", {"guest": False, "reason": reason})
-
-    def powerdown(self) -> None:
-        self.calls.append("powerdown")
-        self.emit("POWERDOWN")
-
-    def quit(self, reason: str = "host-qmp-quit") -> None:
-        self.calls.append("quit")
-        self.emit("SHUTDOWN", {"guest": False, "reason": reason})
-
-    def paused(self) -> Any:
-        machine = self
-
-        class Paused:
-            def __enter__(self) -> None:
-                machine.holds += 1
-
-            def __exit__(self, *_: object) -> None:
-                machine.holds -= 1
-
-        return Paused()
+        self.devices = {}
 
 
 class Client:

@@ -10,7 +10,7 @@ from kvik.conf.devices.disk import Disk, DiskSource, Encryption, Host
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.layers import Layer, layers
 from kvik.hypervisor.names import alias_of, image_name
-from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, node_name, on_off, virtio_options
+from kvik.hypervisor.qemu.argv.options import Chardev, Context, Files, Parts, Props, node_name, on_off, virtio_options
 
 __all__ = ["block_nodes", "disk_parts", "top_node"]
 
@@ -32,7 +32,7 @@ def top_node(disk: Disk) -> str:
     return node_name(alias_of(disk), 0, "format")
 
 
-def block_nodes(context: Context, disk: Disk) -> list[Props]:
+def block_nodes(files: Files, disk: Disk) -> list[Props]:
     """blockdev-add arguments, lowest layer first."""
     alias = alias_of(disk)
     chain = list(layers(disk))
@@ -47,7 +47,7 @@ def block_nodes(context: Context, disk: Disk) -> list[Props]:
         cache = _cache(disk)
         discard = _discard(disk)
         node = {
-            **_storage(context, disk, layer),
+            **_storage(files, disk, layer),
             "node-name": storage,
             # Some protocols can only tell by trying whether they may write; a passed descriptor knows.
             "auto-read-only": True if layer.type == "network" else None,
@@ -122,7 +122,7 @@ def _detect_zeroes(disk: Disk) -> str | None:
 # -- where the bytes are
 
 
-def _storage(context: Context, disk: Disk, layer: Layer) -> Props:
+def _storage(files: Files, disk: Disk, layer: Layer) -> Props:
     source = layer.source
     if layer.type in ("file", "block"):
         path = source.location
@@ -133,7 +133,7 @@ def _storage(context: Context, disk: Disk, layer: Layer) -> Props:
             driver = "host_cdrom"
         return {
             "driver": driver,
-            "filename": context.files.path(image_name(alias_of(disk), layer.number), path),
+            "filename": files.path(image_name(alias_of(disk), layer.number), path),
             "aio": disk.driver.io if disk.driver else None,
         }
     if layer.type == "dir":
@@ -229,7 +229,7 @@ def _socket_address(host: Host, protocol: str) -> Props:
 def disk_parts(context: Context, disk: Disk) -> Parts:
     if disk.type == "vhostuser":
         return _vhost_user(context, disk)
-    nodes = block_nodes(context, disk)
+    nodes = block_nodes(context.files, disk)
     boot = context.boot(disk)
     arguments = []
     if disk.target.bus == "fdc" and boot is not None:  # the boot order of a floppy is its controller's

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from kvik.conf.cpu import NumaCell
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
+from kvik.hypervisor.cpus import boot_vcpus
 from kvik.hypervisor.qemu.argv.options import Context, Props, json_text, keyval
 
-__all__ = ["boot_vcpus", "cpu", "memory", "needs_shared_memory", "parse_set", "topology"]
+__all__ = ["cpu", "memory", "needs_shared_memory", "parse_set", "topology"]
 
 HUGEPAGE_ROOT = "/dev/hugepages"
 
@@ -133,25 +134,6 @@ def _paravirtual(domain: Domain) -> Props:
     if features.apic is not None and features.apic.eoi is not None:
         options["kvm-pv-eoi"] = features.apic.eoi
     return options
-
-
-def boot_vcpus(domain: Domain) -> int:
-    """How many vCPUs QEMU itself makes; those that can be unplugged again are plugged before the guest runs.
-
-    Raises `ConfigUnsupported`: it makes the first ones, whichever the document wants.
-    """
-    maximum = domain.vcpu.value if domain.vcpu else 1
-    entries = domain.vcpus.vcpus if domain.vcpus else []
-    if not entries:
-        return (domain.vcpu.current if domain.vcpu else None) or maximum
-    fixed = sorted(entry.id for entry in entries if entry.enabled and not entry.hotpluggable)
-    if fixed != list(range(len(fixed))):
-        raise ConfigUnsupported(
-            "the vCPUs that cannot be unplugged have to be the first ones",
-            path="/domain/vcpus",
-            remedy="mark those behind a gap hotpluggable='yes'",
-        )
-    return len(fixed)
 
 
 def topology(context: Context) -> list[str]:

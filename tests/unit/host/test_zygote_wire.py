@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kvik.vmm.zygote import MAX_DESCRIPTORS, MAX_REQUEST, Request
+from kvik.host.zygote_wire import MAX_DESCRIPTORS, MAX_NUMBER, MAX_REQUEST, Request, answer, read_answer
 
 GOOD = {"argv": ["kvik-vmm", "--name", "a"], "env": {"HOME": "/"}, "fds": [0, 1, 2, 20], "cwd": "/"}
 
@@ -55,3 +55,15 @@ def test_a_request_is_bounded() -> None:
         Request(["x" * MAX_REQUEST], {}, []).encode()
     with pytest.raises(ValueError, match="too long"):
         Request(["x"], {}, list(range(MAX_DESCRIPTORS + 1))).encode()
+
+
+def test_a_number_that_no_zygote_would_place_is_not_sent() -> None:
+    with pytest.raises(ValueError, match="too long"):
+        Request(["x"], {}, [MAX_NUMBER]).encode()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"[" * 100_000])
+def test_what_is_no_answer_is_refused(data: bytes) -> None:
+    assert read_answer(answer(pid=1)) == {"pid": 1}
+    with pytest.raises(ValueError, match=r"\S"):
+        read_answer(data)

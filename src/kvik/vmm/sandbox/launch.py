@@ -1,0 +1,77 @@
+"""Runs one helper of a machine with nothing but what it is given: `python -I -S .../launch.py OPTION... -- PROGRAM ...`
+
+    --life=FD        a socket: when its other end closes, the program gets SIGTERM
+    --read=FD        an open file that the program may open again, through /proc/self/fd/FD, for reading
+    --write=FD       the same for writing
+    --lock=FD        hold QEMU's image lock on it as the image's only writer (after --write) or as a reader
+
+Landlock then lets the program open those files and what lies in the system's program directories, and no more; no TCP,
+no new privileges, and of root's capabilities only those that open files whatever their mode, which Landlock bounds.
+
+The life line is the kernel's doing (fcntl(2), F_SETSIG): it survives execve, and needs nobody who watches. The locks
+are of open file descriptions, which the program inherits, so they end when it does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+
+__all__ = ["main"]
+
+_PROGRAMS = ("/usr", "/lib", "/lib64", "/bin", "/nix/store", "/gnu/store")
+_SETTINGS = ("/etc/ld.so.cache", "/dev/null", "/dev/urandom")
+_DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2  # linux/capability.h
+
+
+def main(words: list[str]) -> int:
+    """Never returns when all goes well."""
+    from kvik.errors import KvikError
+    from kvik.vmm.backends.image_lock import lock_image
+    from kvik.vmm.sandbox import landlock, privileges
+
+    split = words.index("--")
+    program = words[split + 1 :]
+    files: dict[int, bool] = {}
+    try:
+        for word in words[:split]:
+            option, _, value = word.partition("=")
+            fd = int(value)
+            if option == "--life":
+                _tie(fd)
+            elif option == "--lock":
+                lock_image(fd, f"/proc/self/fd/{fd}", write=files.get(fd, False))
+            else:
+                files[fd] = {"--read": False, "--write": True}[option]
+        privileges.limit()
+        privileges.no_new_privileges()
+        privileges.bound_capabilities((_DAC_OVERRIDE, _DAC_READ_SEARCH))
+        files |= {os.open(path, os.O_PATH | os.O_CLOEXEC): path == "/dev/null" for path in _SETTINGS}
+        places = {*filter(os.path.isdir, _PROGRAMS), os.path.dirname(os.path.realpath(program[0]))}  # noqa: PTH120
+        if not landlock.restrict(programs=tuple(sorted(places)), files=files):
+            sys.stderr.write("this kernel has no Landlock: the program can open whatever its user can\n")
+        os.execv(program[0], program)
+    except (OSError, KvikError) as error:
+        sys.stderr.write(f"{error}\n")
+    return 1
+
+
+def _tie(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGTERM)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+    try:
+        if not os.read(fd, 1):
+            raise OSError(0, "whoever asked for this has ended")
+    except BlockingIOError:
+        return
+
+
+if __name__ == "__main__":
+    root = __file__.rsplit("/", 4)[0]
+    packages = "{}/lib/python{}.{}/site-packages".format(sys.executable.rsplit("/", 2)[0], *sys.version_info)
+    sys.path[:] = [item for item in sys.path if item != __file__.rsplit("/", 1)[0]]
+    sys.path += [root] if root == packages else [root, packages]
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,378 @@
+"""Disks of other formats under the manager: real qemu-storage-daemons, and guests of a few hundred bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blk_guest import BlkDriver, say_memory, wait_key
+from guests import needs_kvm
+from tiny_kernel import IDLE, POWER_OFF, elf, say
+
+from kvik.errors import HypervisorError, KvikError, MissingPackages
+from kvik.host.process import find, find_program
+from kvik.hypervisor.driver import HostVerdict
+from kvik.hypervisor.kvik.driver import KvikDriver
+from kvik.hypervisor.sidecars import storage_daemon
+from kvik.hypervisor.test.driver import TestDriver
+from kvik.manager.domain import DomainObject
+from kvik.manager.manager import Manager
+from kvik.paths import Paths
+from kvik.vmm.sandbox import landlock
+
+pytestmark = [
+    needs_kvm,
+    pytest.mark.skipif(
+        not (find_program("qemu-storage-daemon") and find_program("qemu-io")),
+        reason="needs qemu-storage-daemon and qemu-io (apt install qemu-system-common qemu-utils)",
+    ),
+]
+DOMAIN = """<domain type='kvm'><name>m</name><uuid>{uuid}</uuid><memory unit='MiB'>32</memory>
+<os><type machine='kvik'>hvm</type><kernel>{root}/kernel</kernel></os>
+<devices><emulator>kvik-vmm</emulator>{disks}
+<serial type='unix'><source mode='bind' path='{root}/line'/></serial>
+<memballoon model='none'/></devices></domain>"""
+DISK = """<disk type='file'><driver name='{name}' type='{format}'{options}/><source file='{path}'/>
+<target dev='{dev}' bus='virtio'/>{more}<address type='pci' domain='0' bus='0' slot='{slot}' function='0'/></disk>"""
+SECONDS = 30.0
+UUID = "0e896d9e-a81e-4e2f-b06d-4a1c33d88bc7"
+
+
+def disk(path: Path | str, format: str = "qcow2", slot: int = 5, dev: str = "vda", **more: str) -> str:
+    return DISK.format(path=path, format=format, slot=slot, dev=dev,
+                       **{"name": "qemu", "options": "", "more": "", **more})  # fmt: skip
+
+
+def image(path: Path, format: str = "qcow2", *options: str, first: bytes = b"") -> Path:
+    subprocess.run(["qemu-img", "create", "-q", "-f", format, *options, str(path), "8M"], check=True)
+    if first:
+        raw = path.with_suffix(".pattern")
+        raw.write_bytes(first.ljust(512, b"\0"))
+        subprocess.run(["qemu-io", "-f", format, "-c", f"write -q -s {raw} 0 512", str(path)], check=True)
+    return path
+
+
+def content(path: Path, format: str = "qcow2") -> bytes:
+    raw = path.with_suffix(".content")
+    subprocess.run(["qemu-img", "convert", "-f", format, "-O", "raw", str(path), str(raw)], check=True)
+    return raw.read_bytes()
+
+
+def checked(path: Path) -> None:
+    subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", str(path)], check=True)
+
+
+class World:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.managers: list[Manager] = []
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.line: socket.socket | None = None
+        self.text = b""
+
+    async def manager(self) -> Manager:
+        paths = Paths.system(self.root / "state")
+        ours = KvikDriver(paths, lambda: HostVerdict(True, "told so"))
+        manager = Manager(paths, {"qemu": TestDriver(), "kvik-vmm": ours})
+        self.managers.append(manager)
+        await manager.open()
+        manager.events.subscribe(lambda event: self.events.append((event.kind, dict(event.fields))))
+        return manager
+
+    async def start(self, code: bytes, disks: str = "") -> DomainObject:
+        (self.root / "kernel").write_bytes(elf(code))
+        manager = self.managers[-1] if self.managers else await self.manager()
+        domain = await manager.define(DOMAIN.format(root=self.root, uuid=UUID, disks=disks))
+        await domain.start()
+        self.line = socket.socket(socket.AF_UNIX)
+        self.line.connect(str(self.root / "line"))
+        self.line.setblocking(False)
+        return domain
+
+    def key(self) -> None:
+        assert self.line is not None
+        self.line.send(b"x")
+
+    async def said(self, words: bytes) -> None:
+        assert self.line is not None
+        async with asyncio.timeout(SECONDS):
+            while words not in self.text:
+                try:
+                    self.text += self.line.recv(4096)
+                except BlockingIOError:
+                    await asyncio.sleep(0.01)
+
+    def log(self) -> str:
+        return (self.root / "state/var/log/kvik/qemu/m.log").read_text()
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    made = World(tmp_path)
+    yield made
+    last = made.managers[-1] if made.managers else None
+    for domain in last.domains() if last is not None else ():
+        if domain.is_active:
+            await domain.destroy()
+    if last is not None:
+        await last.close()
+    if made.line is not None:
+        made.line.close()
+
+
+async def soon(condition: Any) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def daemons(domain: DomainObject) -> list[tuple[int, int]]:
+    assert domain.run is not None and domain.run.machine is not None
+    return [(item["pid"], item["start_time"]) for item in domain.run.machine.handle()["sidecars"]]
+
+
+def alive(known: list[tuple[int, int]]) -> int:
+    count = 0
+    for pid, start in known:
+        handle = find(pid, start)
+        if handle is not None:
+            count += handle.alive
+            handle.close()
+    return count
+
+
+def copies(driver: BlkDriver, end: bytes = IDLE) -> bytes:
+    """Waits for a key, says the first bytes of the disk, writes and flushes sector 16, says both statuses."""
+    code = wait_key() + driver.start() + driver.read(0) + say_memory(driver.data, 8)
+    code += driver.write(16, b"by the guest") + say_memory(driver.status, 1)
+    return code + driver.flush() + say_memory(driver.status, 1) + say(b"done") + end
+
+
+async def test_a_guest_on_a_chain_of_qcow2_images(world: World) -> None:
+    base = image(world.root / "base.qcow2", first=b"the base")
+    before = base.read_bytes()
+    top = image(world.root / "top.qcow2", "qcow2", "-b", str(base), "-F", "qcow2")
+    domain = await world.start(copies(BlkDriver(5), POWER_OFF + IDLE), disk(top))
+    known = daemons(domain)
+    assert alive(known) == 1
+    argv = Path(f"/proc/{domain.pid}/cmdline").read_bytes().decode().split("\0")
+    assert "shared=on" in argv[argv.index("--memory") + 1]
+    # The VMM has no image open, and its daemon no right to open another file.
+    opened = {os.readlink(item) for item in Path(f"/proc/{domain.pid}/fd").iterdir()}
+    assert not any(".qcow2" in item for item in opened)
+    status = Path(f"/proc/{known[0][0]}/status").read_text()
+    assert "NoNewPrivs:\t1" in status
+    figures = await domain.stats()
+    assert figures["block.0.capacity"] == 8 << 20 and figures["block.0.physical"] > 0
+    assert "block.0.rd.reqs" not in figures  # nobody counts them
+    world.key()
+    await world.said(b"the base\0\0done")
+    await soon(lambda: not domain.is_active)
+    await soon(lambda: not alive(known))
+    checked(top)
+    assert content(top)[16 * 512 :].startswith(b"by the guest")
+    assert base.read_bytes() == before
+    assert not list((world.root / "state").rglob("*-storage.sock"))
+
+
+@pytest.mark.parametrize("format_", ["vmdk", "vdi", "vpc", "vhdx", "qed", "raw"])
+async def test_other_formats_and_raw_on_request(world: World, format_: str) -> None:
+    path = image(world.root / f"disk.{format_}", format_, first=b"a header")
+    name = "qemu-storage-daemon" if format_ == "raw" else "qemu"
+    domain = await world.start(copies(BlkDriver(5), POWER_OFF + IDLE), disk(path, format_, name=name))
+    assert alive(daemons(domain)) == 1
+    if format_ == "raw":  # locked as QEMU would
+        refused = subprocess.run(["qemu-io", "-f", "raw", "-c", "write 0 512", path], capture_output=True, check=False)
+        assert b"lock" in refused.stderr
+    world.key()
+    await world.said(b"a header\0\0done")
+    await soon(lambda: not domain.is_active)
+    assert content(path, format_)[16 * 512 :].startswith(b"by the guest")
+
+
+async def test_a_read_only_disk_stays_as_it_is(world: World) -> None:
+    path = image(world.root / "disk.qcow2", first=b"a header")
+    before = path.read_bytes()
+    await world.start(copies(BlkDriver(5)), disk(path, more="<readonly/>", options=" cache='none' discard='unmap'"))
+    world.key()
+    await world.said(b"a header\1\0done")  # VIRTIO_BLK_S_IOERR
+    assert path.read_bytes() == before
+
+
+async def test_a_killed_daemon_is_the_disks_end_and_not_the_machines(world: World) -> None:
+    path = image(world.root / "disk.qcow2", first=b"a header")
+    driver = BlkDriver(5)
+    code = copies(driver, b"") + wait_key() + driver.ask_and_go_on(0) + say(b"alive") + IDLE
+    domain = await world.start(code, disk(path))
+    known = daemons(domain)
+    world.key()
+    await world.said(b"done")
+    assert not await domain.disk_errors()
+    os.kill(known[0][0], signal.SIGKILL)
+    await soon(lambda: any(kind == "io-error" for kind, _ in world.events))
+    told = next(data for kind, data in world.events if kind == "io-error")
+    assert (told["src_path"], told["dev_alias"]) == (str(path), "virtio-disk0")
+    assert list(await domain.disk_errors()) == ["vda"]
+    await soon(lambda: "qemu-storage-daemon of virtio-disk0 ended: killed" in world.log() or "SIGKILL" in world.log())
+    world.key()
+    await world.said(b"alive")
+    assert domain.is_active
+    assert (await domain.stats())["block.0.name"] == "vda"
+    checked(path)
+
+
+async def test_the_manager_may_end_and_the_vmm_may_be_killed(world: World) -> None:
+    path = image(world.root / "disk.qcow2", first=b"a header")
+    domain = await world.start(copies(BlkDriver(5)), disk(path))
+    known = daemons(domain)
+    await world.managers[-1].close()
+    assert alive(known) == 1
+    manager = await world.manager()
+    domain = manager.lookup_name("m")
+    assert daemons(domain) == known
+    world.key()
+    await world.said(b"a header\0\0done")
+    assert (await domain.stats())["block.0.capacity"] == 8 << 20
+    os.kill(domain.pid, signal.SIGKILL)
+    await soon(lambda: not alive(known))
+    checked(path)
+    assert content(path)[16 * 512 :].startswith(b"by the guest")
+
+
+async def test_a_daemon_ends_with_its_vmm_when_no_manager_is_there(world: World) -> None:
+    domain = await world.start(IDLE, disk(image(world.root / "disk.qcow2")))
+    known, pid = daemons(domain), domain.pid
+    await world.managers[-1].close()
+    world.managers.append(world.managers[-1])
+    os.kill(pid, signal.SIGKILL)
+    await soon(lambda: not alive(known))
+    await world.manager()
+
+
+async def test_plugged_in_and_out_of_a_running_machine(world: World) -> None:
+    path = image(world.root / "disk.qcow2", first=b"a header")
+    second = image(world.root / "second.qcow2", first=b"a second")
+    driver = BlkDriver(6)
+    again = BlkDriver(6)
+    code = copies(driver, b"") + driver.eject_when_asked() + say(b"gone") + copies(again)
+    domain = await world.start(code, disk(path))
+    xml = disk(second, slot=6, dev="vdb")
+    await domain.attach_device(xml)
+    known = daemons(domain)
+    assert alive(known) == 2
+    assert (await domain.stats())["block.1.capacity"] == 8 << 20
+    assert "starting qemu-storage-daemon for virtio-disk1" in world.log()
+    world.key()
+    await world.said(b"a second\0\0done")
+    with pytest.raises(KvikError):  # one image, one writer
+        await domain.attach_device(disk(second, slot=7, dev="vdc"))
+    assert daemons(domain) == known
+    await domain.detach_device(xml)
+    await world.said(b"gone")
+    await soon(lambda: alive(known) == 1)
+    checked(second)
+    assert content(second)[16 * 512 :].startswith(b"by the guest")
+    assert "virtio-disk1 ended" not in world.log()  # as it should
+    await domain.attach_device(disk(second, slot=6, dev="vdb", more="<readonly/>"))
+    world.text = b""
+    world.key()
+    await world.said(b"a second\1\0done")
+    await domain.destroy()
+    await soon(lambda: not alive(known))
+    assert not list((world.root / "state").rglob("*-storage.sock"))
+
+
+async def test_private_memory_refuses_such_a_disk_later(world: World) -> None:
+    domain = await world.start(IDLE)
+    with pytest.raises(KvikError, match="shared") as refused:
+        await domain.attach_device(disk(image(world.root / "disk.qcow2")))
+    assert "memfd" in refused.value.remedy
+    assert not daemons(domain)
+
+
+async def test_limits_while_it_runs(world: World) -> None:
+    tune = "<iotune><total_iops_sec>100</total_iops_sec></iotune>"
+    domain = await world.start(IDLE, disk(image(world.root / "disk.qcow2"), more=tune))
+    machine: Any = domain.require_machine()
+    live = machine.domain.devices.disks[0]
+    asked = {"path": "/objects/virtio-disk0-limits", "property": "limits"}
+    assert (await machine.ask_storage(live, "qom-get", asked))["iops-total"] == 100
+    live.iotune.total_iops_sec = 50
+    await machine.update_device(live, live)
+    assert (await machine.ask_storage(live, "qom-get", asked))["iops-total"] == 50
+
+
+async def test_a_disk_that_somebody_else_serves(world: World) -> None:
+    path = image(world.root / "disk.qcow2", first=b"a header")
+    place = world.root / "their.sock"
+    theirs = subprocess.Popen(
+        [
+            *("qemu-storage-daemon", "--blockdev", f"driver=file,node-name=f,filename={path}"),
+            *("--blockdev", "driver=qcow2,node-name=q,file=f"),
+            *("--export", f"type=vhost-user-blk,id=e,node-name=q,writable=on,addr.type=unix,addr.path={place}"),
+        ]
+    )
+    try:
+        await soon(place.exists)
+        xml = (
+            f"<disk type='vhostuser'><source type='unix' path='{place}'/><target dev='vda' bus='virtio'/>"
+            "<address type='pci' slot='5'/></disk>"
+        )
+        domain = await world.start(copies(BlkDriver(5)), xml)
+        assert not daemons(domain)
+        world.key()
+        await world.said(b"a header\0\0done")
+    finally:
+        theirs.kill()
+        theirs.wait()
+
+
+async def test_what_cannot_be_opened_is_the_daemons_own_words(world: World) -> None:
+    path = world.root / "disk.vdi"
+    path.write_bytes(os.urandom(1 << 20))
+    with pytest.raises(HypervisorError, match="VDI") as refused:
+        await world.start(IDLE, disk(path, "vdi"))
+    assert "qemu-img check" in refused.value.remedy
+    busy = image(world.root / "busy.qcow2")
+    holder = subprocess.Popen(["qemu-io", "-f", "qcow2", str(busy)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        holder.stdout.read(8)  # its prompt: the image is open
+        for number, name in enumerate(("qemu", "qemu-storage-daemon")):
+            with pytest.raises(
+                HypervisorError, match=r"busy\.qcow2.* another process|another process.*busy"
+            ) as refused:
+                await world.start(IDLE, disk(busy, ("qcow2", "raw")[number], name=name))
+            assert "fuser" in refused.value.remedy
+    finally:
+        holder.communicate(b"quit\n")
+
+
+async def test_without_the_daemon_the_package_and_another_way_are_named(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_daemon, "KIND", "qemu-storage-daemon-that-is-not")
+    with pytest.raises(MissingPackages) as missing:
+        await world.start(IDLE, disk(image(world.root / "disk.qcow2")))
+    assert "qemu-img convert -f qcow2 -O raw" in missing.value.remedy
+
+
+@pytest.mark.skipif(not landlock.abi(), reason="needs a kernel with Landlock")
+async def test_a_daemon_opens_nothing_but_its_images(world: World) -> None:
+    """What a hostile image could have it open, were it taken over: nothing that was not passed."""
+    other = image(world.root / "other.qcow2")
+    domain = await world.start(IDLE, disk(image(world.root / "disk.qcow2")))
+    machine: Any = domain.require_machine()
+    live = machine.domain.devices.disks[0]
+    for path in (other, "/etc/passwd"):
+        with pytest.raises(KvikError, match="Permission denied"):
+            await machine.ask_storage(
+                live, "blockdev-add", {"driver": "file", "node-name": "x", "filename": str(path), "read-only": True}
+            )
