@@ -1,9 +1,10 @@
-"""The clock tick of UEFI firmware: channel 0 of an 8254 timer (Intel 231164), wired to the first 8259's IRQ 0.
+"""The clock tick of UEFI firmware that does not take the local APIC's: channel 0 of an 8254 timer (Intel 231164), wired
+to the first 8259's IRQ 0.
 
 In user mode and not KVM's, for two reasons. An operating system on a hardware-reduced machine knows of no 8254 and
 leaves it as the firmware had it: KVM's would tick for ever, this one looks now and then whether IRQ 0 is still
-masked. And a tick waits here until the one before has been dealt with, and is not made up for: OVMF asks for 100 a
-second and counts time by none of them, so on a slow host late ones would only keep it from its work.
+masked. And a tick waits here until the one before has been dealt with, and is not made up for: firmware asks for
+100 a second and counts time by none of them, so on a slow host late ones would only keep it from its work.
 
 The other channels remember what they were set to, and count nothing.
 """
