@@ -183,14 +183,14 @@ def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: t
     lab.kvik("run", "--vmm", "kvik", *words, *disk, timeout=READY).check()
     wait_for_agent(lab)
     assert inside(lab, "cat /sys/block/vda/size") == "16384\n"
-    inside(lab, "seq 60000 >/p; dd if=/p of=/dev/vda bs=4k count=64 oflag=direct 2>/dev/null; sync")
+    inside(lab, "seq 60000 >/p; dd if=/p of=/dev/vda bs=4k count=64 oflag=direct conv=fsync 2>/dev/null")
     (lab.share / "disk.xml").write_text(PLUGGED)
     before = inside(lab, "ls /sys/block")
     lab.kvik("attach-device", "one", "/run/lab/disk.xml", "--live").check()
     # The guest calls it by the first free name.
     found = inside(lab, "for n in $(seq 50); do cat /sys/block/vdb/size && exit; sleep 0.2; done").split()
     assert found == ["16384"]
-    inside(lab, "dd if=/p of=/dev/vdb bs=4k count=64 oflag=direct 2>/dev/null; sync")
+    inside(lab, "dd if=/p of=/dev/vdb bs=4k count=64 oflag=direct conv=fsync 2>/dev/null")
     lab.kvik("detach-disk", "one", "vdc", "--live").check()
     assert inside(lab, "ls /sys/block") == before
     lab.sh("kill -KILL $(pgrep -f 'qemu-storage-[d]aemon.*virtio-disk0')")

@@ -61,6 +61,10 @@ def build(config: MachineConfig, confinement: Confinement | None = None, *, boot
             config.boot.cmdline = config.boot.cmdline or DEFAULT_CMDLINE
             machine.loader = loader = KernelLoader(machine)
             loader.fresh = boot
+        elif machine.firmware:
+            from kvik.vmm.boot.firmware import FirmwareLoader
+
+            machine.loader = FirmwareLoader(machine, lambda: (_describe(machine), _smbios(machine)))
         if boot:
             machine.boot()
     except BaseException:
@@ -86,6 +90,10 @@ def _add_platform(machine: Machine) -> None:
         machine.vcpu_hotplug = VcpuHotplug(machine, registers, lambda index: add_vcpu(machine, index))
     if len(config.serials) > len(COM_PORTS):
         raise InvalidArgument(f"a PC has {len(COM_PORTS)} serial lines, not {len(config.serials)}")
+    if machine.firmware:
+        from kvik.vmm.boot.firmware import add_firmware
+
+        add_firmware(machine)
     for index, serial in enumerate(config.serials):
         machine.add(parts.serial(machine, serial, index))
     for index, debugcon in enumerate(config.debugcon):
@@ -144,22 +152,26 @@ class KernelLoader:
 
     def __call__(self) -> None:
         machine = self.machine
-        config = machine.config
         self.description.cpus = _cpus(machine)  # hot-plug changes who is there
         tables = acpi.build(self.description)
-        names = smbios.build(
-            config.smbios,
-            uuid=config.uuid,
-            memory=machine.memory.boot_size,
-            topology=Topology.of(config.cpus),
-            ram=machine.memory.layout.ram,
-        )
-        for address, data in tables + names:
+        for address, data in tables + _smbios(machine):
             machine.memory.write(address, data)
         assert tables[0][0] == RSDP
         entry = boot.load_kernel(machine.memory, machine.config.boot, tables=tables, fresh=self.fresh, files=self.files)
         self.fresh = False
         entry.apply(machine.vcpus[0].vcpu)
+
+
+def _smbios(machine: Machine) -> list[tuple[int, bytes]]:
+    """What the machine is called: the entry point and the tables."""
+    config, memory = machine.config, machine.memory
+    return smbios.build(
+        config.smbios,
+        uuid=config.uuid,
+        memory=memory.boot_size,
+        topology=Topology.of(config.cpus),
+        ram=memory.layout.ram,
+    )
 
 
 def _cpus(machine: Machine) -> list[Cpu]:
@@ -184,7 +196,7 @@ def _describe(machine: Machine) -> Description:
         cpus,
         ram=spread_ram(machine.memory.layout, [node.memory for node in nodes]) if nodes else None,
         distances=[list(node.distances) for node in nodes] if nodes and nodes[0].distances else None,
-        slots=tuple(range(1, 32)),
+        slots=tuple(range(1 + machine.firmware, 32)),  # firmware's chipset is in slot 1
         com_ports=tuple(range(len(config.serials))),
         pvpanic="pvpanic" in machine.devices,
         vmgenid=config.vmgenid,

@@ -82,6 +82,7 @@ LATE_CONTROL = (
     "kvik.vmm.virtio.vsock",
     "kvik.vmm.virtio.vsock_vhost",
     "socket",
+    "zlib",
 )
 # Imported inside functions that only run before the main thread enters.
 AT_START = (
@@ -90,6 +91,7 @@ AT_START = (
     "kvik.image.kernel",
     "kvik.image.kernel_index",
     "kvik.kvm.system",
+    "kvik.vmm.boot.firmware",
     "kvik.vmm.build",
     "kvik.vmm.config",
     "kvik.vmm.cpu.listing",
@@ -99,6 +101,7 @@ AT_START = (
     "kvik.vmm.metrics",
     "kvik.vmm.rehearsal",
     "kvik.vmm.monitor.server",
+    "kvik.vmm.pci.chipset",
     "kvik.vmm.sandbox",
     "kvik.vmm.state.migration",
     "kvik.vmm.trace",

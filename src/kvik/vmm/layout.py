@@ -7,7 +7,8 @@ Guest-physical memory:
     ECAM              PCI configuration space, 1 MiB a bus
     PLATFORM          registers of devices that are no PCI devices, 64 KiB each
     IOAPIC, LAPIC     where every x86 has them; KVM answers them in the kernel
-    KVM_PRIVATE       four pages that KVM needs on some CPUs
+    KVM_IDENTITY_MAP  four pages that KVM needs on some CPUs
+    FLASH             firmware, if there is one, up to 4 GiB
     RAM_HIGH          the rest of the RAM, from 4 GiB
     layout.hotplug    room for memory that comes later
     layout.pci64      windows of 64-bit BARs
@@ -42,6 +43,7 @@ KERNEL = 0x100_0000  # 16 MiB: a bzImage's usual preferred address
 RAM_LOW_END = 0xC000_0000  # 3 GiB, so that the 32-bit windows below 4 GiB have room
 PCI32 = 0xC000_0000
 PCI32_END = 0xE000_0000
+FIRMWARE_PCI32_END = 0xFC00_0000  # OVMF's end of 32-bit windows
 ECAM = 0xE000_0000
 ECAM_BUSES = 1  # one flat bus: 32 slots of 8 functions
 ECAM_SIZE = ECAM_BUSES * MIB
@@ -49,8 +51,9 @@ PLATFORM = 0xFEB0_0000
 PLATFORM_SIZE = 0x10_0000
 IOAPIC = 0xFEC0_0000
 LAPIC = 0xFEE0_0000
-KVM_IDENTITY_MAP = 0xFFFB_C000  # one page; KVM_SET_IDENTITY_MAP_ADDR
-KVM_TSS = 0xFFFB_D000  # three pages; KVM_SET_TSS_ADDR
+KVM_IDENTITY_MAP = 0xFEFF_C000  # one page; KVM_SET_IDENTITY_MAP_ADDR. Not KVM's default, where firmware is
+KVM_TSS = 0xFEFF_D000  # three pages; KVM_SET_TSS_ADDR
+FLASH = 0xFF00_0000  # firmware ends at 4 GiB, so that the reset vector is its last 16 bytes; it may begin here
 RAM_HIGH = 0x1_0000_0000
 
 # Ports
@@ -58,14 +61,19 @@ PCI_CONFIG_ADDRESS = 0xCF8
 PCI_CONFIG_DATA = 0xCFC
 PCI_IO = 0x1000  # window of I/O BARs
 PCI_IO_END = 0x1_0000
+FIRMWARE_PCI_IO = 0xC000  # where OVMF puts I/O BARs on this chipset
 COM_PORTS = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
+PIT_PORT = 0x40
 RTC_PORT = 0x70
 POST_PORT = 0x80  # written by kernels as a delay; nothing answers
 DEBUGCON_PORT = 0xE9
+FIRMWARE_LOG_PORT = 0x402  # OVMF's debug builds write there what they do
 PVPANIC_PORT = 0x505
+FW_CFG_PORT = 0x510
 ACPI_PORT = 0x600  # sleep control, sleep status, reset register, pending events: `devices.acpi_events`
 PCI_HOTPLUG_PORT = 0x610
 CPU_HOTPLUG_PORT = 0x620
+PM_PORT = 0xB000  # PIIX4 power management: OVMF powers off there, wherever the register says that it is
 
 # Interrupts (GSIs): the IOAPIC's pins, then one route for each MSI that needs a descriptor.
 IOAPIC_PINS = 24
@@ -85,14 +93,16 @@ def pci_gsi(slot: int) -> int:
 
 
 class Layout:
-    """What depends on how much memory there is. Sizes and addresses in bytes.
+    """What depends on how much memory there is, and on who places the BARs. Sizes and addresses in bytes.
 
-    `ram` lists (start, size) of the RAM that is there at power-on; `hotplug` and `pci64` are (start, end).
+    `ram` lists (start, size) of the RAM that is there at power-on; `hotplug`, `pci32`, `pci64` and `pci_io` are
+    (start, end). `firmware`: it places the BARs, in windows that it knows by itself (OvmfPkg, PlatformInitLib:
+    PlatformMemMapInitialization), and there is no ECAM, as on the chipset that it finds.
     """
 
-    __slots__ = ("hotplug", "pci64", "ram")
+    __slots__ = ("firmware", "hotplug", "pci32", "pci64", "pci_io", "ram")
 
-    def __init__(self, memory: int, hotplug: int = 0) -> None:
+    def __init__(self, memory: int, hotplug: int = 0, *, firmware: bool = False) -> None:
         if not PAGE <= memory <= MAX_RAM or memory % PAGE:
             raise InvalidArgument(
                 f"a machine cannot have {memory} bytes of memory",
@@ -105,6 +115,12 @@ class Layout:
         # As far up as its own size, so that a BAR of any size fits at its natural alignment.
         start = _up(self.hotplug[1], PCI64_SIZE)
         self.pci64 = (start, start + PCI64_SIZE)
+        self.firmware = firmware
+        self.pci32, self.pci_io = (PCI32, PCI32_END), (PCI_IO, PCI_IO_END)
+        if firmware:
+            # One MTRR shall cover it up to 4 GiB: from there down a power of 2 that leaves RAM alone.
+            self.pci32 = (RAM_HIGH - (1 << (RAM_HIGH - low).bit_length() - 1), FIRMWARE_PCI32_END)
+            self.pci_io = (FIRMWARE_PCI_IO, PCI_IO_END)
 
     @property
     def end(self) -> int:

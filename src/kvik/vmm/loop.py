@@ -7,16 +7,19 @@ device reacts to a descriptor, and returns.
 from __future__ import annotations
 
 import _thread
-import heapq
 import os
 import select
 import sys
 import time
-from collections import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import heapq
+    from collections import deque
     from collections.abc import Callable
+else:
+    import _heapq as heapq  # what is behind `heapq` and `collections`, which take longer
+    from _collections import deque
 
 __all__ = ["EventLoop", "IoThread", "Timer"]
 

@@ -58,6 +58,7 @@ class Machine:
 
     def __init__(self, config: MachineConfig) -> None:
         self.config = config
+        self.firmware = bool(config.boot.firmware) or config.boot.firmware_fd >= 0
         self.status = "prelaunch"
         self._log = LogLimit(Log(name=config.name, json=config.log == "json"))
         self.started = time.monotonic()
@@ -116,15 +117,14 @@ class Machine:
             raise _incapable(error) from error
         memory = self.config.memory
         host = HostMemory(shared=memory.shared, hugepages=memory.hugepages, prealloc=memory.prealloc, huge_later=True)
-        self.memory = GuestMemory.allocate(memory.size, host, memory.hotplug)
+        self.memory = GuestMemory.allocate(memory.size, host, memory.hotplug, firmware=self.firmware)
         for region in self.memory.regions:
             self.back(region)
         self.ports = Bus("port", 0x1_0000)
         self.mmio = Bus("memory", 1 << 52)
         self.interrupts = Interrupts(self.vm)
         self.doorbells = Doorbells(self.vm)
-        boot = self.config.boot
-        self.pci = PciBus(legacy_ports=bool(boot.firmware) or boot.firmware_fd >= 0)
+        self.pci = PciBus(legacy_ports=self.firmware, firmware=self.firmware)
         self.pci.attach(self)
         self.devices["pci"] = self.pci
         for bridge in self.pci.devices.values():

@@ -60,6 +60,7 @@ class Prepared:
 def main(arguments: list[str] | None = None, prepared: Prepared | None = None) -> int:
     """Parse, build, run. `prepared`: it is parsed already."""
     if arguments is None:
+        gc.disable()  # what is made until the guest runs stays: looking for garbage among it is lost time
         _have_standard_streams()
     words = sys.argv[1:] if arguments is None else arguments
     if "--help" in words or "-h" in words:
@@ -119,7 +120,7 @@ def _run(prepared: Prepared, *, alone: bool) -> int:
     if alone:
         _set_name(NAME)
         _share_heap()
-    gc.disable()  # what is made until the guest runs stays: looking for garbage among it is lost time
+    gc.disable()
     for number in ENDS:
         _signal.signal(number, _end_at_once)
     from kvik.vmm.build import build

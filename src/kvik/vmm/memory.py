@@ -201,9 +201,11 @@ class GuestMemory:
         self._left: list[tuple[int, int]] = []  # (address, size) here of regions that were removed
 
     @classmethod
-    def allocate(cls, size: int, host: HostMemory | None = None, hotplug: int = 0) -> GuestMemory:
+    def allocate(
+        cls, size: int, host: HostMemory | None = None, hotplug: int = 0, *, firmware: bool = False
+    ) -> GuestMemory:
         """RAM of `size` bytes in one or two regions, as the layout has it."""
-        memory = cls(Layout(size, hotplug))
+        memory = cls(Layout(size, hotplug, firmware=firmware))
         try:
             for start, length in memory.layout.ram:
                 memory.add_ram(start, length, host or HostMemory())

@@ -53,7 +53,7 @@ OPTIONS = {
     "serial": Option("serials", "BACKEND", "a 16550 on stdio, null, pty, file:PATH, unix:PATH or fd=N", "backend"),
     "console": Option("consoles", "BACKEND", "a virtio console", "backend"),
     "channel": Option("channels", "NAME,backend=BACKEND", "a named port: org.qemu.guest_agent.0", "name"),
-    "debugcon": Option("debugcon", "BACKEND", "bytes written to port 0xE9", "backend"),
+    "debugcon": Option("debugcon", "BACKEND", "bytes written to port 0xE9, or with firmware 0x402", "backend"),
     "disk": Option("disks", "FILE", "a raw disk; with readonly, cache, serial, queues, bps, iops, ...", "path"),
     "vhost-user-blk": Option("vhost_user_blk", "SOCKET", "a disk served by another process", "socket"),
     "net": Option("nets", "tap", "an interface on tap, passt,path=SOCKET or none; mac, queues, vhost, ...", "backend"),

@@ -7,6 +7,7 @@ module of a device is imported when the first such device is made.
 from __future__ import annotations
 
 from kvik.errors import InvalidArgument
+from kvik.vmm.layout import DEBUGCON_PORT, FIRMWARE_LOG_PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def debugcon(machine: Machine, config: c.CharConfig, index: int) -> Device:
     from kvik.vmm.devices.debugcon import Debugcon
 
     name = config.id or f"debugcon{index}"
-    return Debugcon(name, Chardev(config.backend, name))
+    return Debugcon(name, Chardev(config.backend, name), FIRMWARE_LOG_PORT if machine.firmware else DEBUGCON_PORT)
 
 
 # On it ------------------------------------------------------------------------------------------------------------

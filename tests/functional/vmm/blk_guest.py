@@ -36,11 +36,13 @@ def wait_word(address: int, value: int) -> bytes:
     return b"\xf3\x90\x66\x81\x3d" + struct.pack("<IH", address, value) + b"\x75\xf3"
 
 
-def wait_key() -> bytes:
-    """1: mov $COM1+5,%dx; in (%dx),%al; test $1,%al; jz 1b; mov $COM1,%dx; in (%dx),%al"""
-    return (
-        b"\x66\xba" + struct.pack("<H", COM1 + 5) + b"\xec\xa8\x01\x74\xf7\x66\xba" + struct.pack("<H", COM1) + b"\xec"
-    )
+def wait_key(counter: int = 0) -> bytes:
+    """1: incl counter, if there is one; mov $COM1+5,%dx; in (%dx),%al; test $1,%al; jz 1b; mov $COM1,%dx; in (%dx),%al
+
+    With a counter the guest writes to RAM all the time that it waits."""
+    count = b"\xff\x05" + struct.pack("<I", counter) if counter else b""
+    poll = count + b"\x66\xba" + struct.pack("<H", COM1 + 5) + b"\xec\xa8\x01\x74"
+    return poll + bytes([256 - len(poll) - 1]) + b"\x66\xba" + struct.pack("<H", COM1) + b"\xec"
 
 
 def say_memory(address: int, size: int) -> bytes:

@@ -24,6 +24,7 @@ from kvik.vmm.state.dirty import all_set, page_runs
 from kvik.vmm.state.migration import migration_of
 from kvik.vmm.state.outgoing import Outgoing
 from kvik.vmm.state.postcopy import Ability
+from kvik.vmm.virtio.vhost_user import VhostUserDevice
 
 pytestmark = pytest.mark.functional
 
@@ -258,6 +259,11 @@ def test_a_host_that_cannot_says_so_when_it_is_asked(tmp_path: Path, monkeypatch
         there.machine.config.memory.hugepages = 2 * MIB
         with pytest.raises(OperationUnsupported, match="huge pages"):
             migration_of(there.machine).set_capability("postcopy-ram", True)
+        there.machine.config.memory.hugepages = 0
+        there.machine.find("rng0").maps_ram = True  # type: ignore[attr-defined]  # as vhost-user devices say
+        with pytest.raises(OperationUnsupported, match=r"rng0.*maps memory by itself"):
+            migration_of(there.machine).set_capability("postcopy-ram", True)
+        assert VhostUserDevice.maps_ram
 
 
 def test_the_monitor_speaks_of_post_copy_as_qemu_does(tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ async def test_a_killed_daemon_is_the_disks_end_and_not_the_machines(world: Worl
     assert domain.is_active
     assert (await domain.stats())["block.0.name"] == "vda"
     checked(path)
+    assert content(path)[16 * 512 :].startswith(b"by the guest")  # it was flushed
 
 
 async def test_the_manager_may_end_and_the_vmm_may_be_killed(world: World) -> None:

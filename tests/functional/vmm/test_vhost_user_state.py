@@ -30,16 +30,17 @@ pytestmark = [
         not find_program("qemu-storage-daemon"), reason="needs qemu-storage-daemon (apt install qemu-system-common)"
     ),
 ]
-BUFFERS, SECTORS = 0x300_0000, 16
+BUFFERS, COUNTER, SECTORS = 0x300_0000, 0x380_0000, 16
 CONTENT = b"".join(bytes([number + 1]) * 512 for number in range(2 * SECTORS))
 
 
 def guest() -> bytes:
-    """At each key reads the next sectors, each into a page of its own that nobody touches before."""
+    """At each key reads the next sectors, each into a page of its own that nobody touches before. Counts in RAM while
+    it waits, so that no migration ends before it is let."""
     driver = BlkDriver(5)
     code = driver.start()
     for half, word in enumerate((b"one", b"two")):
-        code += wait_key()
+        code += wait_key(COUNTER)
         for sector in range(half * SECTORS, (half + 1) * SECTORS):
             code += driver.read(sector, BUFFERS + 4096 * sector)
         code += say(word)
@@ -125,6 +126,7 @@ def machine(directory: Path, incoming: str = "", restored: str = "") -> Iterator
 def test_what_the_back_end_writes_while_the_machine_moves_arrives(tmp_path: Path) -> None:
     uri = f"unix:{tmp_path}/there"
     with machine(tmp_path) as here, machine(tmp_path, uri) as there:
+        here.until(lambda: here.machine.memory.u32(COUNTER))
         migration = migration_of(here.machine)
         migration.set_parameters({"downtime-limit": 0})  # never content: rounds go on
         migration.start(uri)
@@ -178,6 +180,15 @@ def test_a_restored_machine_goes_on_at_another_back_end(tmp_path: Path) -> None:
         assert there.has(0, SECTORS) and not there.has(SECTORS, SECTORS + 1)
         there.read_on(b"two")
         assert there.has(0, 2 * SECTORS)
+
+
+def test_post_copy_is_refused_for_its_back_end_would_not_wait_for_pages(tmp_path: Path) -> None:
+    with machine(tmp_path) as here:
+        migration = migration_of(here.machine)
+        migration.set_capability("postcopy-ram", True)
+        with pytest.raises(OperationUnsupported, match=r"disk0.*post-copy"):
+            migration.start(f"unix:{tmp_path}/there")
+        here.read_on(b"one")
 
 
 def test_a_back_end_that_does_not_tell_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import kvik
+
+SOURCE = str(Path(kvik.__file__).parents[1])
 
 BANNED = {
     "dataclasses",
@@ -32,3 +37,13 @@ def test_the_start_path_imports_nothing_costly() -> None:
     bare = subprocess.run([sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, check=True)
     done = subprocess.run([sys.executable, "-c", START], capture_output=True, check=True)
     assert not (set(done.stdout.decode().split()) - set(bare.stdout.decode().split())) & BANNED
+
+
+def test_a_machine_without_a_trace_does_without_collections() -> None:
+    code = START.replace(", kvik.vmm.trace", "")
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys\nsys.path.append({SOURCE!r})\n{code}"],
+        capture_output=True,
+        check=True,
+    )
+    assert "collections" not in done.stdout.decode().split()

@@ -64,6 +64,7 @@ class ZygoteKeeper:
         self._identity: Hashable = None  # of what `_zygote` runs
         self._making: asyncio.Task[None] | None = None
         self._tried = -PAUSE
+        self._later: asyncio.TimerHandle | None = None  # of the next attempt
         self._why = "there is no zygote yet"
         self._stop_watching: Callable[[], None] = lambda: None
         self._closed = False
@@ -73,14 +74,21 @@ class ZygoteKeeper:
         """Of the zygote that is ready, or 0."""
         return self._zygote.process.pid if self._zygote is not None else 0
 
-    def warm(self) -> None:
-        """Make one in the background, unless there is one or the last attempt was a moment ago."""
+    def warm(self, *, wanted: bool = True) -> None:
+        """Make one in the background, unless there is one. If the last attempt was a moment ago, a little later, or
+        not at all if nobody wants it now."""
         if self._closed or self._zygote is not None or self._making is not None:
             return
-        now = time.monotonic()
-        if now - self._tried >= PAUSE:
-            self._tried, self._why = now, "the zygote is not ready yet"
-            self._making = asyncio.get_running_loop().create_task(self._make(), name="zygote")
+        loop, wait = asyncio.get_running_loop(), self._tried + PAUSE - time.monotonic()
+        if wait <= 0:
+            self._tried, self._why = time.monotonic(), "the zygote is not ready yet"
+            self._making = loop.create_task(self._make(), name="zygote")
+        elif wanted and self._later is None:
+            self._later = loop.call_later(wait, self._retry)
+
+    def _retry(self) -> None:
+        self._later = None
+        self.warm()
 
     async def _make(self) -> None:
         try:
@@ -102,7 +110,7 @@ class ZygoteKeeper:
         if zygote is self._zygote:
             self._drop(f"the zygote ended{zygote.last_words()}")
             log.warning("%s", self._why)
-            self.warm()
+            self.warm(wanted=False)
 
     def _drop(self, why: str) -> None:
         self._why = why
@@ -144,6 +152,8 @@ class ZygoteKeeper:
     async def close(self) -> None:
         """End the zygote. Its machines go on."""
         self._closed = True
+        if self._later is not None:
+            self._later.cancel()
         if self._making is not None:
             self._making.cancel()
             with contextlib.suppress(asyncio.CancelledError):

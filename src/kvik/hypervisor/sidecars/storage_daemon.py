@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -143,10 +144,12 @@ class Waiting:
 
 def _explained(error: KvikError, disk: Disk, images: Mapping[str, int]) -> HypervisorError:
     """With the images' own names: the daemon knows them by number."""
-    text = str(error)
-    for layer in layers(disk):
-        fd = images.get(image_name(alias_of(disk), layer.number))
-        text = text.replace(f"/proc/self/fd/{fd}", layer.source.location or "the image")
+    names = {
+        str(images[name]): layer.source.location or "the image"
+        for layer in layers(disk)
+        if (name := image_name(alias_of(disk), layer.number)) in images
+    }
+    text = re.sub(r"/proc/self/fd/(\d+)", lambda match: names.get(match[1], match[0]), str(error))
     busy = "another process" in text  # "Failed to get ... lock; is another process using the image", our own the same
     return HypervisorError(
         text,
@@ -169,6 +172,7 @@ def _connect(disk: Disk) -> socket.socket:
             f"disk {disk.target.dev}: a vhostuser source needs a path", path="/domain/devices/disk/source"
         )
     sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(0)  # one that does not accept is an error at once, and not this whole daemon's wait
     try:
         with short_unix_path(Path(path)) as short:
             sock.connect(short)
@@ -179,6 +183,7 @@ def _connect(disk: Disk) -> socket.socket:
             errno=error.errno or 0,
             remedy="start the back end first; it serves one machine at a time",
         ) from error
+    sock.settimeout(None)
     return sock
 
 

@@ -14,7 +14,7 @@ from kvik.vmm.acpi.description import Cpu, Description, MemoryRange, spread_ram
 from kvik.vmm.acpi.table import OEM_ID, checksum, table
 from kvik.vmm.layout import HIGH_MEMORY, PAGE, RSDP, VMGENID
 
-__all__ = ["Cpu", "Description", "MemoryRange", "build", "spread_ram"]
+__all__ = ["Cpu", "Description", "MemoryRange", "arrange", "build", "rsdp", "spread_ram"]
 
 RSDP_SIZE = 36
 ALIGNMENT = 16
@@ -26,22 +26,24 @@ def build(description: Description) -> list[tuple[int, bytes]]:
     Tables lie behind the RSDP in the BIOS area. A set too large for it (hundreds of processors that may come) goes to
     the end of low RAM, which `boot.load_kernel` then keeps out of the memory map.
     """
-    small = [madt.build(description), mcfg.build()]
-    if description.ram:
-        small += [numa.srat(description), numa.slit(description)]
-    code = dsdt.build(description)
-    facp_size = fadt.SIZE
-    xsdt_size = 36 + 8 * (1 + len(small))
-    total = sum(_up(size) for size in (xsdt_size, facp_size, len(code), *map(len, small)))
-    at = RSDP + _up(RSDP_SIZE)
-    if at + total > VMGENID:
+    placed = arrange(description, RSDP + _up(RSDP_SIZE))
+    if _end(placed) > VMGENID:
         _, low = description.layout.ram[0]
+        total = _end(placed) - placed[0][0]
         at = (low - total) & ~(PAGE - 1)
         if at < 2 * HIGH_MEMORY:
             raise InvalidArgument(
                 f"{total} bytes of ACPI tables do not fit in {low} bytes of memory",
                 remedy="give the machine more memory, or fewer processors",
             )
+        placed = arrange(description, at)
+    return [(RSDP, rsdp(placed[-1][0])), *placed]
+
+
+def arrange(description: Description, start: int) -> list[tuple[int, bytes]]:
+    """(address, bytes) of all tables from `start` on: the DSDT, the FADT that points at it, the others, and at the end
+    the XSDT that points at all but the DSDT, in this order."""
+    at = start
     placed: list[tuple[int, bytes]] = []
 
     def place(data: bytes) -> int:
@@ -51,10 +53,19 @@ def build(description: Description) -> list[tuple[int, bytes]]:
         at = _up(at + len(data))
         return address
 
-    code_at = place(code)
-    pointers = [place(fadt.build(description, code_at)), *map(place, small)]
-    xsdt = place(table(b"XSDT", 1, struct.pack(f"<{len(pointers)}Q", *pointers)))
-    return [(RSDP, rsdp(xsdt)), *placed]
+    code = place(dsdt.build(description))
+    pointers = [place(fadt.build(description, code)), place(madt.build(description))]
+    if not description.layout.firmware:  # its chipset has no ECAM
+        pointers.append(place(mcfg.build()))
+    if description.ram:
+        pointers += [place(numa.srat(description)), place(numa.slit(description))]
+    place(table(b"XSDT", 1, struct.pack(f"<{len(pointers)}Q", *pointers)))
+    return placed
+
+
+def _end(placed: list[tuple[int, bytes]]) -> int:
+    address, data = placed[-1]
+    return _up(address + len(data))
 
 
 def rsdp(xsdt: int) -> bytes:

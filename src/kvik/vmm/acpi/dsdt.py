@@ -21,12 +21,9 @@ from kvik.vmm.layout import (
     ECAM,
     ECAM_BUSES,
     ECAM_SIZE,
-    PCI32,
-    PCI32_END,
     PCI_CONFIG_ADDRESS,
     PCI_HOTPLUG_PORT,
-    PCI_IO,
-    PCI_IO_END,
+    PM_PORT,
     PVPANIC_PORT,
     RTC_GSI,
     RTC_PORT,
@@ -70,7 +67,8 @@ def _platform(description: Description) -> list[bytes]:
         crs = res.template(res.io(RTC_PORT, 2), res.interrupt(RTC_GSI))
         devices.append(aml.device("RTC_", _identity("PNP0B00"), _present(), aml.name("_CRS", crs)))
     # Registers that no device claims, so that nothing else is put there; MMCONFIG is refused unless ECAM is among them.
-    reserved = [res.memory32(ECAM, ECAM_SIZE), res.io(ACPI_PORT, 0x40)]
+    reserved = [res.io(ACPI_PORT, 0x40)]
+    reserved.append(res.io(PM_PORT, 0x40) if description.layout.firmware else res.memory32(ECAM, ECAM_SIZE))
     devices.append(aml.device("MRES", _identity("PNP0C02"), _present(), aml.name("_CRS", res.template(*reserved))))
     if description.pvpanic:
         crs = res.template(res.io(PVPANIC_PORT, 1))
@@ -93,16 +91,16 @@ def _platform(description: Description) -> list[bytes]:
 
 
 def _pci_root(description: Description) -> bytes:
-    start, end = description.layout.pci64
+    places = description.layout
     crs = res.template(
         res.bus_numbers(0, ECAM_BUSES - 1),
         res.io(PCI_CONFIG_ADDRESS, 8),
-        res.io_window(PCI_IO, PCI_IO_END),
-        res.memory_window(PCI32, PCI32_END),
-        res.memory_window(start, end, prefetchable=True),
+        res.io_window(*places.pci_io),
+        res.memory_window(*places.pci32),
+        res.memory_window(*places.pci64, prefetchable=True),
     )
     terms = [
-        aml.name("_HID", aml.eisa_id("PNP0A08")),
+        aml.name("_HID", aml.eisa_id("PNP0A03" if places.firmware else "PNP0A08")),  # without ECAM no PCI Express
         aml.name("_CID", aml.eisa_id("PNP0A03")),
         aml.name("_UID", 0),
         aml.name("_SEG", 0),

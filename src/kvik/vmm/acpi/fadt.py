@@ -20,6 +20,7 @@ WBINVD, PROC_C1, POWER_BUTTON_IS_DEVICE, SLEEP_BUTTON_IS_DEVICE = 1 << 0, 1 << 2
 RESET_REG_SUP, HEADLESS, APIC_PHYSICAL, HW_REDUCED = 1 << 10, 1 << 12, 1 << 19, 1 << 20
 # IA-PC boot architecture flags (table 5.11)
 VGA_NOT_PRESENT, CMOS_RTC_NOT_PRESENT = 1 << 2, 1 << 5
+X_DSDT = 140  # offset of the pointer to the DSDT
 SIZE = 276  # revision 6
 
 
@@ -38,7 +39,7 @@ def build(description: Description, dsdt: int) -> bytes:
     put(112, struct.pack("<I", flags))
     put(116, port(RESET) + bytes((RESET_VALUE,)))
     put(131, b"\x05")  # minor version: 6.5
-    put(140, struct.pack("<Q", dsdt))
+    put(X_DSDT, struct.pack("<Q", dsdt))
     put(244, port(SLEEP_CONTROL) + port(SLEEP_STATUS))
     put(268, b"KVIK\0\0\0\0")  # hypervisor vendor identity
     return table(b"FACP", 6, bytes(body))

@@ -80,10 +80,15 @@ def cpuid_for(supported: CpuidTable, config: ProcessorConfig, index: int) -> Cpu
     return fill(type(supported)(), found, indexed)
 
 
+def physical_bits(table: CpuidTable) -> int:
+    """How many bits the physical addresses of such a CPU have."""
+    found, _ = leaves(table)
+    return found.get((0x80000008, 0), [36])[EAX] & 0xFF
+
+
 def check_physical_bits(table: CpuidTable, end: int) -> None:
     """Raises `InvalidArgument` if the guest's address map, up to `end`, is larger than its CPUs can name."""
-    found, _ = leaves(table)
-    bits = found.get((0x80000008, 0), [36])[EAX] & 0xFF
+    bits = physical_bits(table)
     if end > 1 << bits:
         raise InvalidArgument(
             f"the machine's addresses reach {end >> 30} GiB, its CPUs have {bits} bits: {1 << bits >> 30} GiB",

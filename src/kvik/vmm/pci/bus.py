@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["HostBridge", "PciBus"]
 
 SLOTS = 32
+RESET_CPU = 1 << 2  # PIIX3 (82371SB), 2.5.6: RST_CPU
 
 
 class HostBridge(PciDevice):
@@ -73,8 +74,12 @@ class _Ports:
 
     def write(self, offset: int, size: int, value: int) -> None:
         if offset < 4:
-            if (offset, size) == (0, 4):  # others are for what else lives there
+            if (offset, size) == (0, 4):
                 self.address = value & 0x80FFFFFC
+            elif self._bus.firmware and (offset, size) == (1, 1) and value & RESET_CPU:
+                # 0xCF9, the chipset's reset control register
+                self._bus.machine.hold_caller()
+                self._bus.machine.request_reset("guest-reset")
             return
         target = self._target(offset)
         if target is not None and target[1] + size <= LEGACY:
@@ -86,12 +91,14 @@ class PciBus(Device):
 
     `legacy_ports`: answer at 0xCF8. Linux prefers the ports to ECAM, and each access through them is two exits, where
     a read through ECAM is none: so a kernel that was given finds only ECAM; firmware needs the ports.
+
+    `firmware`: it finds a chipset that it knows (`pci.chipset`), which has no ECAM, and places all BARs itself.
     """
 
     kind = "pci-bus"
 
-    def __init__(self, name: str = "pci", *, legacy_ports: bool = True) -> None:
-        self.legacy_ports = legacy_ports
+    def __init__(self, name: str = "pci", *, legacy_ports: bool = True, firmware: bool = False) -> None:
+        self.legacy_ports, self.firmware = legacy_ports, firmware
         self.devices: dict[tuple[int, int], PciDevice] = {}
         self._waiting: list[tuple[_Window, int]] = []  # windows whose place is taken
         self._machine: Machine | None = None
@@ -106,12 +113,18 @@ class PciBus(Device):
         self._machine = machine
         self._slots = getattr(machine, "slots", None)
         self._next["mem64"] = machine.memory.layout.pci64[0]
-        machine.mmio.attach(layout.ECAM, layout.ECAM_SIZE, _Ecam(self), "PCI configuration space")
+        if not self.firmware:
+            machine.mmio.attach(layout.ECAM, layout.ECAM_SIZE, _Ecam(self), "PCI configuration space")
         if self.legacy_ports:
             self._ports = _Ports(self)
             machine.ports.attach(layout.PCI_CONFIG_ADDRESS, 8, self._ports, "PCI configuration")
         self.hotplug.attach(machine)
-        self.add(HostBridge("host-bridge"), slot=0)
+        if self.firmware:
+            from kvik.vmm.pci.chipset import add_chipset
+
+            add_chipset(self)
+        else:
+            self.add(HostBridge("host-bridge"), slot=0)
 
     @property
     def machine(self) -> Machine:
@@ -145,14 +158,14 @@ class PciBus(Device):
             if function and (slot, 0) not in self.devices:
                 raise InvalidArgument(f"{device.name}: PCI slot {slot:02x} has no function 0", remedy="add that first")
             device.slot, device.function, device.bus = slot, function, self
-            if assign:
+            if assign and not self.firmware:
                 self._assign(device)
             if function:
                 self.devices[slot, 0].config.fix(HEADER_TYPE, 1, MULTIFUNCTION)
             device.attach(self.machine)
             self.devices[slot, function] = device
-            place = layout.ECAM + (slot << 15 | function << 12)
-            device.config.pages.place(self._slots, place)
+            if not self.firmware:
+                device.config.pages.place(self._slots, layout.ECAM + (slot << 15 | function << 12))
             device.place()
 
     def _assign(self, device: PciDevice) -> None:
@@ -216,14 +229,9 @@ class PciBus(Device):
         until that one leaves: what overlapping BARs do is undefined, so the first wins."""
         window.start = address
         kind, size = window.bar.kind, window.bar.size
-        low, high = self.machine.memory.layout.pci64
-        if kind == "io":
-            inside = address >= layout.PCI_IO and address + size <= layout.PCI_IO_END
-        else:
-            inside = (address >= layout.PCI32 and address + size <= layout.PCI32_END) or (
-                low <= address and address + size <= high
-            )
-        if not inside:
+        places = self.machine.memory.layout
+        windows = (places.pci_io,) if kind == "io" else (places.pci32, places.pci64)
+        if not any(low <= address and address + size <= high for low, high in windows):
             return
         buses = self.machine.ports if kind == "io" else self.machine.mmio
         device, index = window.device, window.bar.index

@@ -73,14 +73,20 @@ def header(machine: Machine, *, postcopy: bool = False) -> dict[str, Any]:
     }
 
 
-def _refuse_unseen_writers(machine: Machine) -> None:
-    """What another process writes into RAM without telling would be lost on the way."""
+def _refuse_unseen_writers(machine: Machine, *, postcopy: bool = False) -> None:
+    """What another process writes into RAM without telling would be lost on the way. And with post-copy it would read
+    zeroes where a page has not come yet: its mapping of the memfd is not ours, whose faults wait."""
     for name in machine.devices:
         device = machine.find(name)
         if getattr(device, "writes_unseen", False):
             raise OperationUnsupported(
                 f"a machine with {name} ({device.kind}) cannot migrate: what its back end writes is not logged",
                 remedy="unplug it first (device_del)",
+            )
+        if postcopy and getattr(device, "maps_ram", False):
+            raise OperationUnsupported(
+                f"a machine with {name} ({device.kind}) cannot migrate by post-copy: its back end waits for no page",
+                remedy="migrate without the capability postcopy-ram, or unplug it first (device_del)",
             )
 
 
@@ -107,7 +113,7 @@ class Outgoing:
             raise InvalidArgument(f"{channels} connections: 1 to {MAX_CHANNELS} are possible")
         if channels > 1 and uri.startswith(("fd:", "fd=")):
             raise InvalidArgument("a descriptor is one connection", remedy="migrate with one channel")
-        _refuse_unseen_writers(machine)
+        _refuse_unseen_writers(machine, postcopy=postcopy)
         self.machine, self.uri, self.downtime_limit = machine, uri, downtime_limit
         self.may_postcopy, self.postcopy_bandwidth = postcopy, postcopy_bandwidth
         self.postcopy = False  # asked for
@@ -271,8 +277,9 @@ class Outgoing:
         self.dirty_rate = int(self.remaining / seconds / PAGE)
         if self._throttle is not None:
             self._throttle.round_done(sent, self.remaining)
-        # A limit that is shorter than what the rest takes anyway must not make rounds go on for ever.
-        if self.pages_time <= max(self.downtime_limit - OVERHEAD, self.downtime_limit / 2) or not self.machine.vcpus:
+        # A limit that is shorter than what the rest takes anyway must not make rounds go on for ever; one of 0 does.
+        content = self.pages_time <= max(self.downtime_limit - OVERHEAD, self.downtime_limit / 2)
+        if (content and self.downtime_limit) or not self.machine.vcpus:
             self._stop()
         else:
             self._begin_round(s.ROUND)

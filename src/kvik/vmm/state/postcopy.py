@@ -60,6 +60,14 @@ class Ability:
                 "post-copy into explicit huge pages is not possible: a page would arrive in 512 parts",
                 remedy="start the destination without hugepages, or migrate without postcopy-ram",
             )
+        for name in machine.devices:
+            device = machine.find(name)
+            if getattr(device, "maps_ram", False):
+                raise OperationUnsupported(
+                    f"post-copy is not possible with {name} ({device.kind}): its back end maps memory by itself, and "
+                    "would see zeroes where pages are missing",
+                    remedy="unplug it first (device_del), or migrate without postcopy-ram",
+                )
         confined = machine.on_thread_start is not None and machine.config.sandbox == "on"
         if confined and not machine.config.migratable:
             raise OperationUnsupported(

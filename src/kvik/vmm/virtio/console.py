@@ -9,7 +9,6 @@ the backend does not take keeps the rest of the queue waiting.
 from __future__ import annotations
 
 import struct
-from collections import deque
 
 from kvik.errors import InvalidArgument
 from kvik.vmm.virtio.config import Field
@@ -17,10 +16,14 @@ from kvik.vmm.virtio.device import VirtioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
+
     from kvik.vmm.backends.char import Chardev
     from kvik.vmm.device import State
     from kvik.vmm.machine import Machine
     from kvik.vmm.virtio.queue import Queue
+else:
+    from _collections import deque  # what is behind `collections`, which takes longer
 
 __all__ = ["Console", "Port"]
 

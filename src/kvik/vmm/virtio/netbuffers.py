@@ -7,7 +7,6 @@ queue changes to it, for good, at the first buffer that is not usual.
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import islice
 from struct import Struct
 
@@ -17,7 +16,11 @@ from kvik.vmm.virtio.split import SplitQueue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
+
     from kvik.vmm.virtio.queue import Chain, Queue
+else:
+    from _collections import deque  # what is behind `collections`, which takes longer
 
 __all__ = ["Buffers", "Chains", "Singles", "buffers_for"]
 

@@ -33,6 +33,7 @@ class VhostUserDevice(VirtioDevice):
 
     known = 0
     queue_size = 256
+    maps_ram = True  # another process does, by itself
     extra_queues = 0  # beside the request queues
     _call_fds: dict[int, int]
     _running: set[int]

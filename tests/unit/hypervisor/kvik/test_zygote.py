@@ -69,10 +69,28 @@ async def test_other_code_on_disk_means_another_zygote(tmp_path: Path, monkeypat
     await kept.close()
 
 
-async def test_one_that_cannot_be_made_is_not_tried_all_the_time(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_one_that_is_missed_too_soon_after_another_comes_a_little_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made_of = [1]
+    kept = keeper(tmp_path, made_of)
+    kept.warm()
+    await until_ready(kept)
+    monkeypatch.setattr(module, "PAUSE", 3.0)
+    old, made_of[0] = kept.pid, 2
+    assert await kept.fork("m", ["x"], {}, {}) is None
+    assert kept._making is None
+    await until_ready(kept)  # nobody asks again
+    assert kept.pid != old
+    await kept.close()
+
+
+async def test_one_that_cannot_be_made_is_not_tried_all_the_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PAUSE", 1000.0)
     kept = keeper(tmp_path, [1], "raise SystemExit('broken')")
+    kept._tried = -1000.0
     for _ in range(3):
         kept.warm()
         async with asyncio.timeout(30):
