@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from kvik.guest.tiny import TinyImage, kernel_arguments
 from kvik.paths import Paths
-from lab.harness import Lab
+from lab.harness import REPOSITORY, Lab
 from lab.managed import in_lab, row
 
 READY = 150.0  # seconds; 10 is usual in the lab
 EMULATOR = "kvik-vmm"  # the daemon's own
+VMM = REPOSITORY / "src/kvik/vmm/__main__.py"
 PIDS = "pgrep -x kvik-vmm"
 
 
@@ -229,7 +231,9 @@ def test_debians_virsh_runs_one(lab: Lab) -> None:
 
 
 def test_capabilities_name_both_vmms(lab: Lab) -> None:
-    text = Path("/run/lab/kvik-vmm")  # found by path as well
+    text = Path("/run/lab/kvik-vmm")  # found by path as well, and asked for its CPU models
+    (lab.share / text.name).write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {VMM} "$@"\n')
+    (lab.share / text.name).chmod(0o755)
     caps = lab.kvik("capabilities").check().stdout
     assert f"<emulator>{EMULATOR}</emulator>" in caps and "qemu-system-x86_64" in caps
     assert "canonical='kvik-1'" in caps

@@ -222,6 +222,14 @@ def test_a_killed_back_end_is_an_error_an_event_and_no_more(daemon: Any, qcow2: 
         again.communicate()
 
 
+def test_a_driver_knows_of_the_write_cache(daemon: Any) -> None:
+    """What the guest flushed must outlive the daemon. This one says in `wce` that there is nothing to flush."""
+    _, path = daemon
+    device = VhostUserBlk("disk0", str(path))
+    assert device.features & (blk.F_FLUSH | blk.CONFIG_WCE) == blk.F_FLUSH
+    device.close()
+
+
 def test_private_memory_is_refused_with_the_way_out(daemon: Any) -> None:
     _, path = daemon
     device = VhostUserBlk("disk0", str(path))

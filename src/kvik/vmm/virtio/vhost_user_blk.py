@@ -26,8 +26,10 @@ class VhostUserBlk(VhostUserDevice):
     device_id = 2
     pci_class = 0x010000
     config_fields = FIELDS
-    # SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES
-    known = sum(1 << bit for bit in (1, 2, 4, 5, 6, 9, 10, 11, 12, 13, 14))
+    # SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES. Not CONFIG_WCE (11):
+    # qemu-storage-daemon 7.2 offers it and says "write-through" while it caches, so a driver would never flush.
+    # Without it, FLUSH alone says that there is a cache (5.2.5.2).
+    known = sum(1 << bit for bit in (1, 2, 4, 5, 6, 9, 10, 12, 13, 14))
 
     def __init__(
         self, name: str, source: str | int, queues: int = 1, *, queue_size: int = 256, life_fd: int = -1
