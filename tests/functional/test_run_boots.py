@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import kvik
-from kvik.hypervisor.qemu.firmware import installed_firmware
+from kvik.hypervisor.firmware import installed_firmware
 
 sys.path.insert(0, str(Path(__file__).parent / "qemu"))
 from test_boot import boot_code

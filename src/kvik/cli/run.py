@@ -111,10 +111,10 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
         raise UsageError("a machine has at least one vCPU and 1 MiB of memory, and less than 4 PiB")
     machine.cpu = options.text("cpu")
     machine.machine = options.text("machine") or "q35"
-    choose_vmm(options, machine, verdict)
     machine.firmware = options.text("firmware") or "bios"
     if machine.firmware not in ("bios", "uefi"):
         raise UsageError(f"no firmware '{machine.firmware}'", remedy="one of: bios, uefi")
+    choose_vmm(options, machine, verdict)
     machine.network = doc.network_xml(options.text("network") or "user")
     for disk in machine.disks:
         progress.line(f"disk {disk.path}: {disk.format}, {disk.why}")
@@ -134,10 +134,9 @@ def choose_vmm(options: Options, machine: Machine, verdict: Verdict) -> None:
             remedy="'kvik doctor' says what is wrong; without --vmm, QEMU emulates",
         )
     if machine.disks and machine.kernel is None:
-        raise InvalidArgument(
-            "kvik-vmm starts a kernel and has no firmware that reads one from a disk",
-            remedy="give --kernel and --initrd with it; without --vmm, QEMU boots the disk",
-        )
+        if options.text("firmware") == "bios":
+            raise InvalidArgument("kvik-vmm has no BIOS", remedy="leave --firmware out: it has UEFI")
+        machine.firmware = "uefi"
     machine.emulator = OURS
     machine.machine = options.text("machine") or "kvik"
     machine.graphics = False

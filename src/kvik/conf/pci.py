@@ -139,8 +139,10 @@ def _address(slot: Slot, multifunction: bool = False) -> Address:
 class _Map:
     """Who sits where, while addresses are handed out."""
 
-    def __init__(self, devices: Devices, machine: str, grow: bool) -> None:
+    def __init__(self, domain: Domain, machine: str, grow: bool) -> None:
+        devices = domain.devices
         self.devices, self.machine, self.grow = devices, machine, grow
+        self.firmware = domain.os.firmware is not None or domain.os.loader is not None
         self.root = "root" if machine in (Q35, PCIE, KVIK) else CONVENTIONAL
         self.used: dict[Slot, Device | None] = {}
         self.slots: set[tuple[int, int]] = set()  # (bus, slot) with a function in use
@@ -169,6 +171,8 @@ class _Map:
             occupied += [(0, 1, 0), (0, 1, 3)]  # ISA bridge, power management
         elif self.machine == Q35:
             occupied += [(0, 0x1F, 0), (0, 0x1F, 3)]  # LPC bridge, SMBus
+        elif self.machine == KVIK and self.firmware:
+            occupied += [(0, 1, 0), (0, 1, 3)]  # what firmware looks for
         for slot in occupied:
             self.take(slot, self.used.get(slot))
 
@@ -381,8 +385,8 @@ def assign_pci(domain: Domain, *, grow: bool = True, spare_root_ports: int = 0) 
         return
     if grow:
         had_ports = any(item.model == "pcie-root-port" for item in bridges)
-        _add_missing(devices, machine, 0 if had_ports else spare_root_ports)
-    places = _Map(devices, machine, grow=False)
+        _add_missing(domain, machine, 0 if had_ports else spare_root_ports)
+    places = _Map(domain, machine, grow=False)
     places.fixed()
     places.place_bridges()
     for device, need in pci_devices(devices):
@@ -390,11 +394,12 @@ def assign_pci(domain: Domain, *, grow: bool = True, spare_root_ports: int = 0) 
             places.place(device, need)
 
 
-def _add_missing(devices: Devices, machine: str, spare: int) -> None:
+def _add_missing(domain: Domain, machine: str, spare: int) -> None:
     """The first round: place everything on a trial map, keep only the controllers it had to make."""
+    devices = domain.devices
     before = [(device, device.address) for device, _ in pci_devices(devices)]
     before += [(item, item.address) for item in devices.controllers if item.type == "pci"]
-    trial = _Map(devices, machine, grow=True)
+    trial = _Map(domain, machine, grow=True)
     try:
         # Buses that addresses already name come first, so that nothing new lands on them.
         named = {bus for bus, _, _ in trial.used}

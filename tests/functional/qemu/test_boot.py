@@ -14,7 +14,7 @@ import pytest
 
 from kvik.errors import HostError
 from kvik.host.tsc import tsc_khz
-from kvik.hypervisor.qemu.firmware import installed_firmware
+from kvik.hypervisor.firmware import installed_firmware
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_goldens import no_kernel

@@ -3,6 +3,7 @@ what OVMF does first, in its order: protected mode, the host bridge, fw_cfg, the
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import struct
 import subprocess
@@ -13,6 +14,11 @@ import pytest
 
 from functional.vmm.guests import needs_kvm
 from kvik.errors import ImageError, InvalidArgument
+from kvik.hypervisor.driver import HostVerdict
+from kvik.hypervisor.kvik.driver import KvikDriver
+from kvik.hypervisor.test.driver import TestDriver
+from kvik.manager.manager import Manager
+from kvik.paths import Paths
 from kvik.vmm.build import build
 from kvik.vmm.config import CharConfig, DiskConfig, MachineConfig
 from kvik.vmm.layout import MIB
@@ -124,6 +130,9 @@ pointer:
     .org 0x10000
 """
 SIZE, FLASH_SIZE = 0x10000, 0x2000
+DOCUMENT = """<domain type='kvm'><name>m</name><memory unit='MiB'>32</memory><os><type machine='kvik'>hvm</type>
+<loader type='pflash' readonly='yes'>{code}</loader><nvram template='{template}'/></os>
+<devices><emulator>kvik-vmm</emulator><memballoon model='none'/></devices></domain>"""
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +226,23 @@ def test_the_firmware_is_told_of_memory_processors_disks_and_tables(code: Path, 
         assert {"etc/table-loader", "etc/acpi/tables", "etc/acpi/rsdp"} <= set(files)
         cmos = machine.devices["rtc"].cmos  # type: ignore[attr-defined]
         assert struct.unpack_from("<H", cmos, 0x34) == (16 * MIB >> 16,) and bytes(cmos[0x5B:0x5E]) == bytes(3)
+
+
+async def test_a_document_with_firmware_runs_under_the_manager(code: Path, tmp_path: Path) -> None:
+    """Its variables are made from the template at the first start, and kept."""
+    (tmp_path / "template").write_bytes(bytes(FLASH_SIZE))
+    paths = Paths.system(tmp_path / "state")
+    ours = KvikDriver(paths, lambda: HostVerdict(True, "told so"))
+    manager = Manager(paths, {"qemu": TestDriver(), "kvik-vmm": ours})
+    await manager.open()
+    try:
+        domain = await manager.define(DOCUMENT.format(code=code, template=tmp_path / "template"))
+        for runs in (1, 2):
+            await domain.start()
+            async with asyncio.timeout(60):
+                while domain.is_active:
+                    await asyncio.sleep(0.01)
+            variables = paths.nvram / "m_VARS.fd"
+            assert variables.read_bytes() == bytes([1 + runs]) + bytes(FLASH_SIZE - 1)
+    finally:
+        await manager.close()

@@ -111,8 +111,8 @@ def test_what_kvik_vmm_cannot_do_is_said_before_anything_is_made(kvik: Any, host
     assert kvik("run", "--vmm", "kvik") != 0
     assert "kvik-vmm needs KVM" in kvik.err and "/dev/kvm is absent" in kvik.err and "QEMU" in kvik.err
     host.verdict = SimpleNamespace(usable=True, reason="fine")
-    assert kvik("run", "--vmm", "kvik", str(tmp_path / "debian.raw")) != 0
-    assert "no firmware" in kvik.err and "--kernel" in kvik.err
+    assert kvik("run", "--vmm", "kvik", "--firmware", "bios", str(tmp_path / "debian.raw")) != 0
+    assert "no BIOS" in kvik.err and "UEFI" in kvik.err
     assert kvik("run", "--vmm", "xen") != 0
     assert "one of: qemu, kvik" in kvik.err
     assert kvik.connection.made("define") == [] and host.packages == []

@@ -251,6 +251,15 @@ def _boot(domain: Domain, files: Files, cached_kernel: bool) -> Iterator[tuple[s
             options[f"{name}-fd"] = fd
         elif path:
             yield name, path
+    loader, nvram = described.loader, described.nvram
+    code = loader.value if loader is not None else None
+    variables = ((nvram.source.location if nvram.source else None) or nvram.value) if nvram is not None else None
+    for name, option, path in (("loader", "firmware", code), ("nvram", "nvram", variables)):
+        fd = files.get(name)
+        if path and fd is not None:
+            options[f"{option}-fd"] = fd
+        elif path:
+            yield option, path
     if cached_kernel and "kernel-fd" in options:
         options["stable-kernel"] = True  # mapped, not read: one copy for all machines
     if options:

@@ -26,6 +26,7 @@ from kvik.host.process import ProcessHandle
 from kvik.hypervisor import process
 from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
+from kvik.hypervisor.firmware import complete_firmware
 from kvik.hypervisor.kernels import unpacked_kernel
 from kvik.hypervisor.kvik import changes, program, support
 from kvik.hypervisor.kvik.argv import CommandLine, build
@@ -91,6 +92,8 @@ class KvikDriver:
         if definition.cpu is None or (definition.cpu.mode is None and definition.cpu.model is None):
             definition.cpu = definition.cpu or Cpu()
             definition.cpu.mode = "host-passthrough"
+        complete_firmware(definition, "x86_64", support.FIRMWARE_MACHINE, self._paths.nvram)
+        support.check(definition)  # what was found may be of a format that is not ours
         for nic in definition.devices.interfaces:
             support.complete_interface(nic)
 

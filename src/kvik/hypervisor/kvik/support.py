@@ -9,14 +9,25 @@ from kvik.conf.devices.chardev import Chardev
 from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.interface import Backend, Interface, InterfaceModel
 from kvik.conf.domain import Domain
+from kvik.conf.os import Os
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.names import TAP_TYPES, is_passt
 from kvik.hypervisor.sidecars.storage_daemon import FORMATS, by_vhost_user
 
-__all__ = ["CHARDEVS", "MACHINE", "MACHINES", "MAX_VCPUS", "check", "check_device", "complete_interface"]
+__all__ = [
+    "CHARDEVS",
+    "FIRMWARE_MACHINE",
+    "MACHINE",
+    "MACHINES",
+    "MAX_VCPUS",
+    "check",
+    "check_device",
+    "complete_interface",
+]
 
 MACHINE = "kvik-1"  # the newest of our machine types: what its name says never changes
 MACHINES = {"kvik": MACHINE, MACHINE: MACHINE}  # alias or name -> name
+FIRMWARE_MACHINE = "pc-i440fx-kvik"  # what our chipset is to firmware (docs/internals/vmm-firmware.md)
 MAX_VCPUS = 1024
 CHARDEVS = ("null", "pty", "file", "unix")
 QEMU = "use QEMU: name it in <emulator>, or leave <emulator> out"
@@ -80,10 +91,7 @@ def _machine(domain: Domain) -> Iterator[Refusal]:
     if described.type.machine is not None and described.type.machine not in MACHINES:
         names = ", ".join(MACHINES)
         yield "/domain/os/type/@machine", f"has no machine type {described.type.machine!r}", f"one of: {names}"
-    if described.firmware is not None or described.loader is not None or described.nvram is not None:
-        yield "/domain/os", "starts a kernel, not firmware", f"give <kernel> and <initrd>, or {QEMU}"
-    if not described.kernel:
-        yield "/domain/os", "needs a <kernel>: it has no firmware that reads disks", QEMU
+    yield from _firmware(described)
     if described.dtb or described.shim or described.acpi is not None:
         yield "/domain/os", "has its own ACPI tables and no device tree or shim", QEMU
     vcpus = domain.vcpu.value if domain.vcpu is not None else 1
@@ -103,6 +111,36 @@ def _machine(domain: Domain) -> Iterator[Refusal]:
         yield "/domain/features/hyperv", "has no enlightenments for Windows", QEMU
     if features is not None and features.smm is not None and features.smm.state:
         yield "/domain/features/smm", "has no system management mode", QEMU
+
+
+def _firmware(described: Os) -> Iterator[Refusal]:
+    loader, nvram = described.loader, described.nvram
+    if described.firmware == "bios":
+        yield "/domain/os/@firmware", "has no BIOS", f"write <os firmware='efi'>, or {QEMU}"
+    named = described.firmware is not None or loader is not None
+    if described.kernel and named:
+        yield "/domain/os", "starts with a kernel or with firmware", "leave one of them out"
+    if not described.kernel and not named:
+        yield "/domain/os", "needs a <kernel>, or firmware that reads disks", "write <os firmware='efi'>"
+    wanted = described.firmware_features.features if described.firmware_features is not None else []
+    if any(feature.name == "secure-boot" and feature.enabled for feature in wanted):
+        yield "/domain/os/firmware", "has no Secure Boot", QEMU
+    if loader is not None:
+        if loader.type != "pflash" and loader.value:
+            yield "/domain/os/loader/@type", "has firmware in flash only", "write <loader type='pflash' readonly='yes'>"
+        if loader.secure:
+            yield "/domain/os/loader/@secure", "has no Secure Boot: no system management mode", QEMU
+        if loader.readonly is False:
+            yield "/domain/os/loader/@readonly", "shows guests firmware that they cannot change", "write readonly='yes'"
+        if loader.stateless:
+            yield "/domain/os/loader/@stateless", "keeps the firmware's variables", "leave stateless out"
+        if loader.format not in (None, "raw"):
+            yield "/domain/os/loader/@format", "reads firmware as it is", "write format='raw'"
+    if nvram is not None:
+        if nvram.format not in (None, "raw"):
+            yield "/domain/os/nvram/@format", "keeps variables as they are", "write format='raw'"
+        if nvram.type not in (None, "file"):
+            yield "/domain/os/nvram/@type", "keeps variables in a file", "write the path of one"
 
 
 def _cpu(cpu: Cpu | None) -> Iterator[Refusal]:

@@ -21,20 +21,18 @@ from kvik.conf.aliases import assign_aliases
 from kvik.conf.capabilities import DomainCapabilities, format_domain_capabilities
 from kvik.conf.cpu import Cpu, CpuModel
 from kvik.conf.domain import Domain
-from kvik.conf.features import Features, Smm
-from kvik.conf.os import Loader, Nvram
 from kvik.errors import ConfigUnsupported, HypervisorError, KvikError
 from kvik.host.process import find_program
 from kvik.host.tsc import tsc_khz
 from kvik.hypervisor import process
 from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
+from kvik.hypervisor.firmware import complete_firmware, installed_firmware
 from kvik.hypervisor.kernels import unpacked_kernel
 from kvik.hypervisor.launch import bring_up, find_running, take_up
 from kvik.hypervisor.qemu import hotplug
 from kvik.hypervisor.qemu.argv.build import build
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
-from kvik.hypervisor.qemu.firmware import find_firmware, installed_firmware
 from kvik.hypervisor.qemu.machine import QemuMachine
 from kvik.hypervisor.qemu.remedies import remedy_for
 from kvik.hypervisor.sidecars import swtpm
@@ -102,32 +100,7 @@ class QemuDriver:
             name = machine.default_cpu.removesuffix(f"-{capabilities.arch}-cpu") or "qemu64"
             model = CpuModel(value=name, fallback="forbid")
             definition.cpu = Cpu(mode="custom", match="exact", check="none", model=model)
-        self._complete_firmware(definition, capabilities.arch, machine.name)
-
-    def _complete_firmware(self, definition: Domain, arch: str, machine: str) -> None:
-        described = definition.os
-        if described.firmware == "efi" and (described.loader is None or not described.loader.value):
-            wanted = described.firmware_features.features if described.firmware_features else []
-            secure = any(feature.name == "secure-boot" and feature.enabled for feature in wanted)
-            secure = secure or bool(described.loader and described.loader.secure)
-            image = find_firmware(arch, machine, secure=secure)
-            described.loader = Loader(readonly=True, type="pflash", value=image.code, secure=secure or None)
-            if image.code_format != "raw":
-                described.loader.format = "qcow2"
-            described.nvram = described.nvram or Nvram()
-            described.nvram.template = described.nvram.template or image.nvram_template
-        loader = described.loader
-        if loader is None or loader.type != "pflash" or loader.stateless:
-            return
-        if loader.secure:
-            definition.features = definition.features or Features()
-            definition.features.smm = definition.features.smm or Smm(state=True)
-        nvram = described.nvram
-        if nvram is None and loader.value:
-            template = next((item.nvram_template for item in installed_firmware() if item.code == loader.value), None)
-            nvram = described.nvram = Nvram(template=template)
-        if nvram is not None and not nvram.value and nvram.source is None:
-            nvram.value = str(self._paths.nvram / f"{definition.name}_VARS.fd")
+        complete_firmware(definition, capabilities.arch, machine.name, self._paths.nvram)
 
     @property
     def _tpm_states(self) -> Path:

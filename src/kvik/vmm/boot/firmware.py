@@ -115,10 +115,10 @@ class FirmwareLoader:
 
 
 def boot_order(machine: Machine) -> bytes:
-    """Disks, in the order in which they were given, as Open Firmware device paths: one a line, a zero behind them
-    (OvmfPkg, QemuBootOrderLib)."""
+    """Disks, in the order in which they were given, those of other processes last, as Open Firmware device paths: one a
+    line, a zero behind them (OvmfPkg, QemuBootOrderLib)."""
     lines = []
-    for disk in machine.config.disks:
+    for disk in [*machine.config.disks, *machine.config.vhost_user_blk]:
         for name, (_, made_of) in machine.made.items():
             if made_of is disk and name in machine.devices:
                 slot = machine.pci.find(name).slot

@@ -32,6 +32,7 @@ PASSED = {
         "net:net0:0": 15, "net:net0:1": 16, "vhost:net0:0": 17, "vhost:net0:1": 18, "passt:net1": 19,
         "chardev:console0": 20, "chardev:channel0": 21, "log:serial0": 22,
     },
+    "firmware-passed": {"monitor": 10, "disk:virtio-disk0:0": 11, "loader": 12, "nvram": 13},
     "other-formats-passed": {
         "monitor": 10, "vublk:virtio-disk0": 11, "life:virtio-disk0": 12, "vublk:virtio-disk1": 13,
         "life:virtio-disk1": 14, "vublk:virtio-disk2": 15, "disk:virtio-disk3:0": 16, "kernel": 17,

@@ -21,6 +21,7 @@ DOMAIN = (
 )
 USUAL = {"type": "kvm", "top": "", "os": "", "machine": "", "boot": "<kernel>/k</kernel>", "devices": ""}
 DISK = "<disk type='file' device='{0}'><driver name='qemu' type='{1}'/><source file='/d'/><target dev='{2}'/></disk>"
+LOADER = "<loader type='pflash' readonly='yes'{0}>/x</loader>"
 SERVED = "<disk type='file'><driver type='qcow2'/><source file='/d'/><target dev='vda'/>{0}</disk>"
 
 REFUSED = [
@@ -28,8 +29,16 @@ REFUSED = [
     ({"machine": " machine='q35'"}, "/domain/os/type/@machine", "'q35'"),
     ({"machine": " arch='aarch64'"}, "/domain/os/type/@arch", "aarch64"),
     ({"boot": ""}, "/domain/os", "needs a <kernel>"),
-    ({"os": " firmware='efi'"}, "/domain/os", "not firmware"),
-    ({"boot": "<loader>/x</loader><kernel>/k</kernel>"}, "/domain/os", "not firmware"),
+    ({"os": " firmware='efi'"}, "/domain/os", "kernel or with firmware"),
+    ({"os": " firmware='bios'", "boot": ""}, "/domain/os/@firmware", "no BIOS"),
+    ({"boot": "<loader type='rom'>/x</loader>"}, "/domain/os/loader/@type", "flash only"),
+    ({"boot": LOADER.format(" secure='yes'")}, "/domain/os/loader/@secure", "Secure Boot"),
+    ({"boot": LOADER.format(" stateless='yes'")}, "/domain/os/loader/@stateless", "variables"),
+    ({"boot": LOADER.format(" format='qcow2'")}, "/domain/os/loader/@format", "as it is"),
+    ({"boot": "<loader type='pflash' readonly='no'>/x</loader>"}, "/domain/os/loader/@readonly", "cannot change"),
+    ({"boot": LOADER.format("") + "<nvram format='qcow2'>/v</nvram>"}, "/domain/os/nvram/@format", "as they are"),
+    ({"os": " firmware='efi'", "boot": "<firmware><feature enabled='yes' name='secure-boot'/></firmware>"},
+     "/domain/os/firmware", "Secure Boot"),
     ({"top": "<vcpu>2000</vcpu>"}, "/domain/vcpu", "1024 vCPUs"),
     ({"devices": "<graphics type='vnc'/>"}, "/domain/devices/graphics", "no screen"),
     ({"devices": "<video><model type='vga'/></video>"}, "/domain/devices/video", "no screen"),

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from kvik.errors import ConfigUnsupported, HypervisorError
+from kvik.hypervisor.firmware import find_firmware, installed_firmware
 from kvik.hypervisor.qemu import capabilities as module
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber, identity_of
-from kvik.hypervisor.qemu.firmware import find_firmware, installed_firmware
 
 sys.path.insert(0, str(Path(__file__).parent))
 from golden import capabilities

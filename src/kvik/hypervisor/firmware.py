@@ -14,10 +14,13 @@ from typing import Any
 
 import msgspec
 
+from kvik.conf.domain import Domain
+from kvik.conf.features import Features, Smm
+from kvik.conf.os import Loader, Nvram
 from kvik.errors import ConfigUnsupported, KvikError
 from kvik.host import files
 
-__all__ = ["DIRECTORIES", "Firmware", "find_firmware", "installed_firmware"]
+__all__ = ["DIRECTORIES", "Firmware", "complete_firmware", "find_firmware", "installed_firmware"]
 
 DIRECTORIES = (Path("/usr/share/qemu/firmware"), Path("/etc/qemu/firmware"))
 _LIMIT = 1 << 20
@@ -82,3 +85,31 @@ def find_firmware(arch: str, machine: str, *, secure: bool, directories: Sequenc
     raise ConfigUnsupported(
         f"no {kind} for {arch} machine type {machine} is installed", path="/domain/os", remedy="apt install ovmf"
     )
+
+
+def complete_firmware(definition: Domain, arch: str, machine: str, variables: Path) -> None:
+    """Write out what <os firmware='efi'> means on this host for this machine type, and where the machine's own
+    variables are: in the directory `variables`. Raises `ConfigUnsupported` if nothing fits."""
+    described = definition.os
+    if described.firmware == "efi" and (described.loader is None or not described.loader.value):
+        wanted = described.firmware_features.features if described.firmware_features else []
+        secure = any(feature.name == "secure-boot" and feature.enabled for feature in wanted)
+        secure = secure or bool(described.loader and described.loader.secure)
+        image = find_firmware(arch, machine, secure=secure)
+        described.loader = Loader(readonly=True, type="pflash", value=image.code, secure=secure or None)
+        if image.code_format != "raw":
+            described.loader.format = "qcow2"
+        described.nvram = described.nvram or Nvram()
+        described.nvram.template = described.nvram.template or image.nvram_template
+    loader = described.loader
+    if loader is None or loader.type != "pflash" or loader.stateless:
+        return
+    if loader.secure:
+        definition.features = definition.features or Features()
+        definition.features.smm = definition.features.smm or Smm(state=True)
+    nvram = described.nvram
+    if nvram is None and loader.value:
+        template = next((item.nvram_template for item in installed_firmware() if item.code == loader.value), None)
+        nvram = described.nvram = Nvram(template=template)
+    if nvram is not None and not nvram.value and nvram.source is None:
+        nvram.value = str(variables / f"{definition.name}_VARS.fd")
