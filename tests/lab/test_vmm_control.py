@@ -155,7 +155,7 @@ def test_breakpoints_in_a_kernel(lab: Lab, generic: Path, symbols: dict[str, int
         said = gdb(
             lab, f"hbreak *{symbols['start_kernel']:#x}", "continue", "p/x $pc", f"break *{symbols['kernel_init']:#x}",
             "continue", "p/x $pc", f"watch *(int*){symbols['system_state']:#x}", "delete 1 2", "continue", "p/x $pc",
-            "delete", "detach",
+            "delete", "detach", seconds=12,
         )  # fmt: skip
         hits = [int(place, 16) for place in re.findall(r"\$\d+ = (0x[0-9a-f]+)", said)]
         if not hits:
