@@ -3,17 +3,12 @@
     python benchmarks/vmm_state.py [--memory MIB] [--dirty MIB]
 
 The guest is 45 bytes of 32-bit code that writes one word in each page of an area, over and over, so this runs on any
-KVM. Beside it, with --kernel and --initrd and where a QEMU can use this KVM (the lab): QEMU's `-incoming` of a saved
-state, against our restore of the same kernel at the same point; printed as ratios.
+KVM. Restoring a stock kernel beside QEMU's incoming migration: `vmm_boot.py --what restores`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import socket
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -121,114 +116,24 @@ def migrate(memory: int, dirty: int, channels: int) -> dict[str, Any]:
         return migration.report()
 
 
-# QEMU, where it can ------------------------------------------------------------------------------------------------
-
-
-class Qmp:
-    def __init__(self, path: str) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        for _ in range(500):
-            try:
-                self.sock.connect(path)
-                break
-            except OSError:
-                time.sleep(0.02)
-        self.lines = self.sock.makefile()
-        self.lines.readline()
-        self.ask("qmp_capabilities")
-
-    def ask(self, command: str, **arguments: Any) -> Any:
-        self.sock.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        while "event" in (message := json.loads(self.lines.readline())):
-            pass
-        if "error" in message:
-            raise SystemExit(f"{command}: {message}")
-        return message["return"]
-
-
-def _begin(command: list[str], qmp: str) -> tuple[subprocess.Popen[bytes], Qmp]:
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    return process, Qmp(qmp)
-
-
-def _running(monitor: Qmp) -> None:
-    while monitor.ask("query-status")["status"] != "running":
-        time.sleep(0.005)
-
-
-def beside_qemu(kernel: str, initrd: str, memory: int, settle: float) -> dict[str, float]:
-    """Seconds from exec to a running guest: QEMU's incoming state from a file, ours from a directory."""
-    with tempfile.TemporaryDirectory() as directory:
-        qmp = f"{directory}/qmp"
-        common = ["-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1"]
-        qemu = ["qemu-system-x86_64", "-M", "microvm", "-accel", "kvm", "-cpu", "host", "-m", str(memory // MIB)]
-        qemu += ["-nodefaults", "-display", "none", "-serial", "null", *common]
-        process, monitor = _begin([*qemu, "-qmp", f"unix:{qmp},server=on,wait=off"], qmp)
-        time.sleep(settle)
-        monitor.ask("stop")
-        monitor.ask("migrate", uri=f"exec:cat > {directory}/qemu.state")
-        while monitor.ask("query-migrate")["status"] != "completed":
-            time.sleep(0.02)
-        monitor.ask("quit")
-        process.wait()
-        found: dict[str, list[float]] = {"qemu": [], "kvik": []}
-        ours = [sys.executable, "-m", "kvik.vmm.main", "--sandbox", "off"]
-        words = ["--kernel", kernel, "--initrd", initrd, "--append", "console=ttyS0 quiet panic=-1"]
-        process, monitor = _begin(
-            [*ours, *words, "--memory", f"{memory // MIB}M", "--serial", "null", "--qmp", f"{qmp}2"], f"{qmp}2"
-        )
-        time.sleep(settle)
-        monitor.ask("x-kvik-snapshot-save", directory=f"{directory}/saved")
-        monitor.ask("quit")
-        process.wait()
-        for number in range(5):
-            began = time.perf_counter()
-            incoming = ["-incoming", f"exec:cat {directory}/qemu.state", "-qmp"]
-            process, monitor = _begin([*qemu, *incoming, f"unix:{qmp}a{number},server=on,wait=off"], f"{qmp}a{number}")
-            while monitor.ask("query-status")["status"] == "inmigrate":
-                time.sleep(0.005)
-            monitor.ask("cont")
-            _running(monitor)
-            found["qemu"].append(time.perf_counter() - began)
-            process.kill()
-            process.wait()
-            began = time.perf_counter()
-            process, monitor = _begin(
-                [*ours, "--restore", f"{directory}/saved", "--qmp", f"{qmp}b{number}"], f"{qmp}b{number}"
-            )
-            _running(monitor)
-            found["kvik"].append(time.perf_counter() - began)
-            process.kill()
-            process.wait()
-        return {name: statistics.median(values) for name, values in found.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", type=int, default=128, help="MiB of RAM")
     parser.add_argument("--dirty", type=int, default=1, help="MiB that the guest writes")
-    parser.add_argument("--kernel", default="")
-    parser.add_argument("--initrd", default="")
-    parser.add_argument("--settle", type=float, default=12.0, help="seconds until the stock guest has booted")
     options = parser.parse_args()
     sys.setswitchinterval(1e-4)  # as kvik-vmm does
     memory, dirty = options.memory * MIB, options.dirty * MIB
-    if not options.kernel:
-        rate, inside = resets(memory, dirty)
-        print(f"resets {rate:17.0f} a second, {inside:.2f} ms each ({options.dirty} MiB of {options.memory} dirty)")
-        for compression in ("none", "zlib"):
-            saved, restored = save_and_restore(memory, dirty, compression)
-            print(f"snapshot {compression:6} save {saved * 1e3:7.1f} ms, restore to running {restored * 1e3:7.1f} ms")
-        for channels in (1, 2):
-            report = migrate(memory, dirty, channels)
-            ram = report["ram"]
-            times = f"{report['total-time']} ms, downtime {report.get('downtime')} ms"
-            rounds = f"{ram['mbps'] / 8:.0f} MB/s in the last of {ram['dirty-sync-count']} rounds"
-            print(f"migration x{channels}    {times}, {ram['transferred'] >> 20} MiB, {rounds}")
-        return
-    found = beside_qemu(options.kernel, options.initrd, memory, options.settle)
-    print(json.dumps(found))
-    print(f"restore to running: {found['kvik'] / found['qemu']:.2f} of QEMU's incoming migration")
+    rate, inside = resets(memory, dirty)
+    print(f"resets {rate:17.0f} a second, {inside:.2f} ms each ({options.dirty} MiB of {options.memory} dirty)")
+    for compression in ("none", "zlib"):
+        saved, restored = save_and_restore(memory, dirty, compression)
+        print(f"snapshot {compression:6} save {saved * 1e3:7.1f} ms, restore to running {restored * 1e3:7.1f} ms")
+    for channels in (1, 2):
+        report = migrate(memory, dirty, channels)
+        ram = report["ram"]
+        times = f"{report['total-time']} ms, downtime {report.get('downtime')} ms"
+        rounds = f"{ram['mbps'] / 8:.0f} MB/s in the last of {ram['dirty-sync-count']} rounds"
+        print(f"migration x{channels}    {times}, {ram['transferred'] >> 20} MiB, {rounds}")
 
 
 if __name__ == "__main__":
