@@ -92,7 +92,7 @@ def test_killed_amid_a_start(host: Host) -> None:
             host.connection.domain("web").destroy()
 
 
-def legitimate(host: Host, seconds: float = 3.0) -> None:
+def legitimate(host: Host, seconds: float = 15.0) -> None:
     begun = time.monotonic()
     host.kvik("list", "--all")
     with connect(host.uri) as connection:
