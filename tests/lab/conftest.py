@@ -131,6 +131,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         print(f"\n{item.nodeid}: {reason}; repeated in a new lab\n{first[-2000:]}")
         if (pool := item.config.stash.get(LABS, None)) is not None:
             pool.close()
+        # Fixtures of the module and the session too: one that failed would be remembered, and fail the repetition.
+        item.session._setupstate.teardown_exact(None)
         item._initrequest()  # type: ignore[attr-defined]  # what a repeated test needs; pytest has no public name for it
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
