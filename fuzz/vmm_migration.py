@@ -140,7 +140,7 @@ def _pages(dice: random.Random, memory: GuestMemory) -> int:
     orders, vmm = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     one = pager.Pager(
         board,
-        _Uffd(board),  # type: ignore[arg-type]  # the fuzzer's own
+        _Uffd(board),  # type: ignore[arg-type]  # answers as a Userfaultfd, with no kernel behind it
         [],
         [ours for ours, _ in channels],
         token=bytes(16),

@@ -80,7 +80,7 @@ class Host:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("kvikd_anyway.py")), "--system"]
+        command = [sys.executable, str(Path(__file__).with_name("any_kvm.py")), "daemon", "--system"]
         command += ["--root", str(self.root), "--socket", str(self.root / "s"), "--log-level", "debug", *self.options]
         with (self.root / "log").open("ab") as log:
             self.process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(self.source)}, stderr=log)

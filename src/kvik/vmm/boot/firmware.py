@@ -24,6 +24,7 @@ from kvik.vmm.devices.flash import Flash, Rom
 from kvik.vmm.devices.fw_cfg import FwCfg
 from kvik.vmm.devices.piix4_pm import Piix4Pm
 from kvik.vmm.devices.pit import Pit
+from kvik.vmm.devices.rtc import Rtc
 from kvik.vmm.layout import KIB, MIB
 
 TYPE_CHECKING = False
@@ -80,7 +81,9 @@ def _tell_memory(machine: Machine, layout: Layout) -> None:
     """In CMOS: what firmware looks at where it does not take the memory map's word."""
     low = layout.ram[0][1]
     high = sum(size for _, size in layout.ram[1:])
-    cmos = machine.devices["rtc"].cmos  # type: ignore[attr-defined]
+    rtc = machine.devices["rtc"]
+    assert isinstance(rtc, Rtc)
+    cmos = rtc.cmos
     cmos[CMOS_ABOVE_16M : CMOS_ABOVE_16M + 2] = struct.pack("<H", max(low - 16 * MIB, 0) // (64 * KIB))
     cmos[CMOS_ABOVE_4G : CMOS_ABOVE_4G + 3] = struct.pack("<I", min(high // (64 * KIB), 0xFFFFFF))[:3]
 

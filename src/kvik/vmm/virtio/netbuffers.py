@@ -29,7 +29,8 @@ _U16 = Struct("<H")
 
 
 class Buffers:
-    """What both kinds can do. The first buffer is the one that the driver gave first."""
+    """What both kinds can do; abstract, `Singles` and `Chains` have all of it. The first buffer is the one that the
+    driver gave first."""
 
     def __len__(self) -> int:
         raise NotImplementedError
