@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
+from repeats import REPEATED, run_repeated  # noqa: E402  the path to it was just made
+
 ORDER = ("unit", "functional", "interop", "security", "lab")  # the directories below tests/
 
 
@@ -33,6 +35,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return ORDER.index(directory) if directory in ORDER else len(ORDER) - 1
 
     items.sort(key=place)  # stable: the order within a directory stays
+
+
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """What boots machines or waits for other people's programs is repeated once if it fails."""
+    if not item.path.is_relative_to(HERE) or item.path.relative_to(HERE).parts[0] not in ("functional", "interop"):
+        return None
+    run_repeated(item, nextitem, {"it failed": 1}, lambda report: "it failed")
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if repeated := config.stash.get(REPEATED, []):
+        terminalreporter.section("repeated")
+        for line in repeated:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

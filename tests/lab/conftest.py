@@ -13,12 +13,12 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from _pytest.runner import runtestprotocol
 
 from kvik.guest.tiny import TinyImage
 from kvik.paths import Paths
 from lab.harness import Lab, LabError, LabOptions, LabUnavailable
 from lab.managed import clear, host_image, put_image
+from repeats import run_repeated
 
 HERE = __file__.rpartition("/")[0]
 DEADLINE = 180.0  # seconds for one test with its fixtures; `@pytest.mark.lab(deadline=...)` says otherwise
@@ -111,32 +111,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    """A test that fails is repeated once in a new lab, one whose lab died by itself twice; that is
-    said, with the first failure's last lines. Only what fails again fails.
+    """A lab test is repeated in a new lab: once if it failed, twice if its lab died by itself.
 
     A machine in a machine in an emulator stands still now and then, or sees its host's kernel panic below it, in
-    QEMU's emulation of SVM (docs/internals/lab.md tells what is known). A fault of ours is there the second time too.
+    QEMU's emulation of SVM (docs/internals/lab.md tells what is known).
     """
     if item.get_closest_marker("lab") is None:
         return None
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    patience = {_PANICKED: REPEATS, _FAILED: 1}
-    while True:
-        reports = runtestprotocol(item, nextitem=nextitem, log=False)
-        reason = next((reason for report in reports if report.failed and (reason := _excuse(report))), "")
-        if not patience.get(reason, 0):
-            break
-        patience[reason] -= 1
-        first = next(str(report.longrepr) for report in reports if report.failed)
-        print(f"\n{item.nodeid}: {reason}; repeated in a new lab\n{first[-2000:]}")
+
+    def new_lab() -> None:
         if (pool := item.config.stash.get(LABS, None)) is not None:
             pool.close()
-        # Fixtures of the module and the session too: one that failed would be remembered, and fail the repetition.
-        item.session._setupstate.teardown_exact(None)
-        item._initrequest()  # type: ignore[attr-defined]  # what a repeated test needs; pytest has no public name for it
-    for report in reports:
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+
+    run_repeated(item, nextitem, {_PANICKED: REPEATS, _FAILED: 1}, _excuse, new_lab)
     return True
 
 

@@ -221,6 +221,9 @@ def tried(sweep: Sweep, operation: Operation, point: Point) -> bool:
             eventually(lambda: not alive(host.daemon) or _answers(host), "the daemon is dead, or refused")
         else:
             time.sleep(0.02)
+    # The tracer is gone: a kill that was on its way arrives before the daemon has answered a few times more.
+    for _ in range(3):
+        eventually(lambda: not alive(host.daemon) or _answers(host), "the daemon is dead, or goes on")
     return not alive(host.daemon)
 
 
