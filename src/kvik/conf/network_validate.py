@@ -252,7 +252,7 @@ def validate_portgroups(document: Network) -> None:
             raise ConfigError("a portgroup needs a name", path=f"{where}/@name")
         validate_vlan(group.vlan, f"{where}/vlan")
         validate_virtualport(group.virtualport, document, f"{where}/virtualport")
-        validate_bandwidth(group.bandwidth, f"{where}/bandwidth", floor=document.owns_bridge)
+        validate_bandwidth(group.bandwidth, f"{where}/bandwidth")
     _unique((group.name for group in document.portgroups), path, "portgroup")
     defaults = [group.name for group in document.portgroups if group.default]
     if len(defaults) > 1:
