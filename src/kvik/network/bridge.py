@@ -7,22 +7,22 @@ request that makes it: a bridge of somebody else's by the same name is neither u
 from __future__ import annotations
 
 import errno
-import ipaddress
 import logging
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from kvik.conf.devices.interface import Route
 from kvik.conf.network import Network
+from kvik.conf.network_addresses import ip_interface, route_destination
 from kvik.errors import AlreadyExists, HostError
 from kvik.host.bridge import create_bridge
 from kvik.host.netlink import Link, Netlink, check_name
-from kvik.network.nat import subnet_of
+from kvik.host.route import add_route
 
 __all__ = ["add_routes", "find_bridge", "is_ours", "make_bridge", "remove_bridge", "set_forwarding"]
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_METRIC = 1  # of a <route> that says none, as in libvirt
 SYSCTL = Path("/proc/sys/net")  # shows the network namespace of the thread that opens it
 
 
@@ -65,13 +65,13 @@ def make_bridge(netlink: Netlink, document: Network, undo: ExitStack) -> Link:
     undo.callback(_quietly_remove, netlink, document)
     _set_up_ipv6(name, document)
     for ip in document.ips:
-        subnet = subnet_of(ip)
-        if subnet is None:
+        if ip.address is None:
             continue
+        interface = ip_interface(ip)
+        subnet = interface.network
         broadcast = str(subnet.broadcast_address) if subnet.version == 4 and subnet.prefixlen < 31 else None
         # Nobody else can have the address on a bridge that has no port yet: there is nothing to detect.
-        interface = f"{ip.address}/{subnet.prefixlen}"
-        netlink.add_address(link.index, interface, broadcast=broadcast, detect_duplicates=False)
+        netlink.add_address(link.index, str(interface), broadcast=broadcast, detect_duplicates=False)
     netlink.set_link(link.index, up=True)
     return link
 
@@ -101,7 +101,7 @@ def _quietly_remove(netlink: Netlink, document: Network) -> None:
 def _set_up_ipv6(name: str, document: Network) -> None:
     """Without an IPv6 address on it the host takes no part in the bridge's IPv6: guests cannot reach it by a link-local
     address that nobody meant to give it. With one, the host is the router: it listens to no other one's adverts."""
-    has_address = any((subnet := subnet_of(ip)) is not None and subnet.version == 6 for ip in document.ips)
+    has_address = any(ip_interface(ip).version == 6 for ip in document.ips if ip.address is not None)
     settings = SYSCTL / "ipv6" / "conf" / name
     if has_address:
         _write(settings / "accept_ra", "0")
@@ -116,7 +116,7 @@ def set_forwarding(document: Network) -> None:
     ends: by then others may count on it."""
     if document.forward is None:
         return
-    versions = {subnet.version for ip in document.ips if (subnet := subnet_of(ip)) is not None}
+    versions = {ip_interface(ip).version for ip in document.ips if ip.address is not None}
     if 4 in versions:
         _switch_on(SYSCTL / "ipv4" / "ip_forward")
     if 6 in versions:
@@ -149,15 +149,6 @@ def _write(path: Path, value: str) -> None:
 
 def add_routes(netlink: Netlink, document: Network, index: int) -> None:
     """The network's <route>s, through a guest that is a router. They go with the bridge."""
-    from kvik.host.route import add_route
-
-    for route in document.routes:
-        if route.address is not None and route.gateway is not None:
-            destination = _destination(route)
-            add_route(netlink, str(destination), gateway=route.gateway, interface=index, metric=route.metric or 1)
-
-
-def _destination(route: Route) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    size = route.netmask if route.netmask is not None else route.prefix
-    address = ipaddress.ip_address(route.address or "")
-    return ipaddress.ip_network(f"{address}/{address.max_prefixlen if size is None else size}", strict=False)
+    for number, route in enumerate(document.routes):
+        destination = route_destination(route, f"/network/route[{number + 1}]")
+        add_route(netlink, str(destination), gateway=route.gateway, index=index, metric=route.metric or DEFAULT_METRIC)

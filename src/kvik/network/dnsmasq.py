@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvik.conf.network import DhcpHost, DhcpRange, Dns, Lease, Network, NetworkIp
+from kvik.conf.network import DhcpHost, Dns, Lease, Network, NetworkIp
+from kvik.conf.network_addresses import Subnet, ip_interface
 from kvik.errors import ConfigUnsupported, HostError, MissingPackages, OperationFailed
 from kvik.host import files, process, tools
 from kvik.host.packages import how_to_install
-from kvik.network.nat import subnet_of
 
 __all__ = ["Dnsmasq", "LeaseEntry", "configuration", "is_needed"]
 
@@ -55,7 +55,7 @@ def _serves_dns(document: Network) -> bool:
 
 
 def _advertises(document: Network) -> bool:
-    return any((subnet := subnet_of(ip)) is not None and subnet.version == 6 for ip in document.ips)
+    return any(ip_interface(ip).version == 6 for ip in document.ips if ip.address is not None)
 
 
 # Configuration --------------------------------------------------------------------------------------------------
@@ -116,9 +116,8 @@ def _dns(document: Network) -> Iterator[str]:
     elif document.forward is None:
         yield "no-resolv"  # a network that reaches nothing outside asks nobody outside either
     for ip in document.ips:
-        subnet = subnet_of(ip)
-        if ip.local_ptr and subnet is not None:
-            yield from (f"local=/{zone}/" for zone in _reverse_zones(subnet))
+        if ip.local_ptr and ip.address is not None:
+            yield from (f"local=/{zone}/" for zone in _reverse_zones(ip_interface(ip).network))
     for txt in dns.txts:
         yield f"txt-record={_word(txt.name, 'name')},{_quoted(txt.value, 'text')}"
     for srv in dns.srvs:
@@ -134,7 +133,7 @@ def _dns(document: Network) -> Iterator[str]:
             yield "host-record=" + ",".join([*names, str(ipaddress.ip_address(host.ip))])
 
 
-def _reverse_zones(subnet: ipaddress.IPv4Network | ipaddress.IPv6Network) -> list[str]:
+def _reverse_zones(subnet: Subnet) -> list[str]:
     """The zones of in-addr.arpa or ip6.arpa that make up the subnet."""
     step = 8 if subnet.version == 4 else 4  # bits in a label
     length = min(subnet.max_prefixlen, -(-subnet.prefixlen // step) * step)
@@ -146,7 +145,7 @@ def _reverse_zones(subnet: ipaddress.IPv4Network | ipaddress.IPv6Network) -> lis
 
 
 def _dhcp(document: Network, lease_file: Path) -> Iterator[str]:
-    served = [(ip, subnet) for ip in document.ips if (subnet := subnet_of(ip)) is not None]
+    served: list[tuple[NetworkIp, Subnet]] = [(ip, ip_interface(ip).network) for ip in document.ips if ip.address]
     with_dhcp = [(ip, subnet) for ip, subnet in served if ip.dhcp is not None]
     v6 = [(ip, subnet) for ip, subnet in served if subnet.version == 6]
     if not with_dhcp and not v6:
@@ -189,7 +188,7 @@ def _dhcp(document: Network, lease_file: Path) -> Iterator[str]:
                 yield f"dhcp-range={subnet.network_address},ra-only,{subnet.prefixlen}"
 
 
-def _size(subnet: ipaddress.IPv4Network | ipaddress.IPv6Network) -> str:
+def _size(subnet: Subnet) -> str:
     return str(subnet.netmask) if subnet.version == 4 else str(subnet.prefixlen)
 
 
@@ -258,7 +257,7 @@ class LeaseEntry:
 def parse_leases(text: str, document: Network) -> list[LeaseEntry]:
     """dnsmasq's lease file: "EXPIRY MAC ADDRESS NAME CLIENT-ID" a line; after a "duid" line those of DHCPv6, with IAID
     and DUID in place of MAC and client id. Lines that are neither are left out: a guest chose some of the words."""
-    subnets = [subnet for ip in document.ips if (subnet := subnet_of(ip)) is not None]
+    subnets = [ip_interface(ip).network for ip in document.ips if ip.address is not None]
     found: list[LeaseEntry] = []
     for line in text.splitlines()[: 2 * MAX_LEASES]:
         fields = line.split(" ")

@@ -17,10 +17,11 @@ import ipaddress
 from collections.abc import Iterable
 from typing import Any
 
-from kvik.conf.network import Network, NetworkIp, NetworkPortForward
+from kvik.conf.network import Network, NetworkPortForward
+from kvik.conf.network_addresses import ip_interface, route_destination
 from kvik.errors import ConfigUnsupported
 
-__all__ = ["install", "needs_table", "remove", "subnet_of", "table_name"]
+__all__ = ["install", "needs_table", "remove", "table_name"]
 
 Command = dict[str, Any]
 Expression = dict[str, Any]
@@ -116,27 +117,10 @@ _TRANSLATED = _match({"ct": {"key": "status"}}, "dnat", "in")
 # Rules ----------------------------------------------------------------------------------------------------------
 
 
-def subnet_of(ip: NetworkIp) -> Subnet | None:
-    """The network that an <ip> element is in; None if it names no address. ValueError if that is none."""
-    if ip.address is None:
-        return None
-    version = ipaddress.ip_address(ip.address).version
-    size = ip.netmask if ip.netmask is not None else ip.prefix
-    if size is None:
-        size = 24 if version == 4 else 64
-    return ipaddress.ip_network(f"{ip.address}/{size}", strict=False)
-
-
 def _subnets(document: Network) -> list[Subnet]:
     """Those of its own addresses and those that it routes to."""
-    found = [subnet for ip in document.ips if (subnet := subnet_of(ip)) is not None]
-    for route in document.routes:
-        if route.address is not None:
-            size = route.netmask if route.netmask is not None else route.prefix
-            version = ipaddress.ip_address(route.address).version
-            size = (32 if version == 4 else 128) if size is None else size
-            found.append(ipaddress.ip_network(f"{route.address}/{size}", strict=False))
-    return found
+    own: list[Subnet] = [ip_interface(ip).network for ip in document.ips if ip.address is not None]
+    return own + [route_destination(route, "/network/route") for route in document.routes]
 
 
 def _devices(document: Network) -> list[str]:
