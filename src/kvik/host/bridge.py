@@ -75,7 +75,7 @@ class BridgeSettings(TypedDict, total=False):
 class PortSettings(TypedDict, total=False):
     """What can be chosen of a port; what is not given stays as it is."""
 
-    state: str  # with STP off: one of STATES; not along with cost or priority, after which the kernel sets its own
+    state: str  # with STP off: "disabled" or "forwarding" (the kernel itself opens what is "blocking" then)
     priority: int  # 0 to 63
     cost: int  # 1 to 65535
     hairpin: bool  # frames may leave by the port they came in

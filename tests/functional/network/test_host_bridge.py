@@ -115,9 +115,9 @@ def test_ports_are_read_and_changed() -> None:
             fast_leave=True, learning=False, flood=False, mcast_flood=False, bcast_flood=False, neigh_suppress=True,
             isolated=True, locked=True, proxy_arp=True,
         )  # fmt: skip
-        set_port(netlink, port.index, state="blocking")
+        set_port(netlink, port.index, state="disabled")
         (after,) = bridge_ports(netlink, bridge.index)
-        assert (after.state, after.cost, after.priority) == ("blocking", 7, 3)
+        assert (after.state, after.cost, after.priority) == ("disabled", 7, 3)
         on = (after.hairpin, after.guard, after.root_block, after.fast_leave, after.neigh_suppress, after.isolated)
         assert all(on) and after.locked and after.proxy_arp
         assert not (after.learning or after.flood or after.mcast_flood or after.bcast_flood)
