@@ -109,7 +109,9 @@ Converter = Callable[[str], Any]
 Writer = Callable[[Any], str]
 
 QEMU_NS = "http://libvirt.org/schemas/domain/qemu/1.0"
-_PREFIXES = {QEMU_NS: "qemu"}
+DNSMASQ_NS = "http://libvirt.org/schemas/network/dnsmasq/1.0"
+KVIK_NS = "urn:kvik:1"  # elements of our own in libvirt's documents, which libvirt ignores
+_PREFIXES = {QEMU_NS: "qemu", DNSMASQ_NS: "dnsmasq", KVIK_NS: "kvik"}
 
 # Kinds of child
 STRUCT, TEXT, EMPTY, SIZE, RAW_LIST = range(5)
