@@ -64,7 +64,9 @@ def _advertises(document: Network) -> bool:
 def _word(text: str, what: str) -> str:
     """Text that may stand between the commas of a line. Raises ConfigUnsupported for what would end it."""
     if not text or not text.isprintable() or any(char in text for char in ',"#\\ '):
-        raise ConfigUnsupported(f"{what} {text!r} cannot be told to dnsmasq", remedy="leave out spaces, quotes, , # and \\")
+        raise ConfigUnsupported(
+            f"{what} {text!r} cannot be told to dnsmasq", remedy="leave out spaces, quotes, , # and \\"
+        )
     return text
 
 

@@ -93,7 +93,9 @@ class NetworkObject:
     def leases(self, mac: str | None = None) -> list[LeaseEntry]:
         """Addresses that are lent now; of one MAC address if that is given. OperationInvalid if it is not active."""
         if self.runtime is None:
-            raise OperationInvalid(f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}")
+            raise OperationInvalid(
+                f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
+            )
         found = self.runtime.dnsmasq.leases(self.runtime.document)
         return [lease for lease in found if mac is None or lease.mac == mac.lower()]
 
@@ -102,7 +104,9 @@ class NetworkObject:
     def connect(self, port: str, owner: str) -> None:
         """Note that an interface (a port id of the caller's choice, such as a UUID) of a machine is on it."""
         if self.runtime is None:
-            raise OperationInvalid(f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}")
+            raise OperationInvalid(
+                f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
+            )
         self.ports[port] = owner
 
     def disconnect(self, port: str) -> None:
@@ -261,7 +265,9 @@ class NetworkObject:
         now = time.monotonic()
         self._restarts = [moment for moment in self._restarts if moment > now - RESTARTS_WITHIN]
         if len(self._restarts) >= RESTARTS:
-            self.warn(f"dnsmasq ended {RESTARTS} times within {RESTARTS_WITHIN:g} s: no DHCP and DNS until the next start")
+            self.warn(
+                f"dnsmasq ended {RESTARTS} times within {RESTARTS_WITHIN:g} s: no DHCP and DNS until the next start"
+            )
             return
         self._restarts.append(now)
         async with self.job("restart dnsmasq of"):
