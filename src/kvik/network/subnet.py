@@ -67,7 +67,7 @@ def refuse_taken(netlink: Netlink, document: Network) -> None:
             continue
         own = ip_interface(ip).network
         for subnet, who in taken.items():
-            if isinstance(subnet, ipaddress.IPv4Network) == (own.version == 4) and own.overlaps(subnet):  # type: ignore[arg-type]
+            if isinstance(subnet, ipaddress.IPv4Network) == (own.version == 4) and own.overlaps(subnet):
                 raise ResourceBusy(
                     f"network {document.name!r} wants {own}, which {who} has already",
                     remedy=_suggestion(own, taken),
