@@ -90,6 +90,7 @@ class Element(msgspec.Struct, kw_only=True, gc=False):
 
     __xml_strict__: ClassVar[bool] = False
     __xml_last__: ClassVar[tuple[str, ...]] = ()  # children written after all others, in this order
+    __xml_open__: ClassVar[bool] = False  # written with both tags even when it is empty, as libvirt does
     __xml_custom__: ClassVar[bool] = False  # has parse_attributes() and format_attributes() of its own
 
     unknown: Unknown | None = None

@@ -133,7 +133,7 @@ class DnsSrv(Element):
 
 
 class DnsHost(Element):
-    ip: str
+    ip: str | None = None
     hostnames: Annotated[list[str], "hostname"] = []
 
 
@@ -190,6 +190,8 @@ class Tftp(Element):
 class NetworkIp(Element):
     """The host's own address on the network, and what is served there."""
 
+    __xml_open__ = True
+
     family: Literal["ipv4", "ipv6"] | None = None
     address: str | None = None
     netmask: str | None = None
@@ -200,6 +202,8 @@ class NetworkIp(Element):
 
 
 class PortGroup(Element):
+    __xml_open__ = True
+
     name: str
     default: YesNo = None
     trust_guest_rx_filters: Annotated[bool | None, YES_NO, "trustGuestRxFilters"] = None

@@ -171,6 +171,8 @@ def validate_dns(dns: Dns) -> None:
     addresses: set[Address] = set()
     for index, host in enumerate(dns.hosts, 1):
         where = f"{path}/host[{index}]"
+        if host.ip is None:
+            raise ConfigError("the host's address is missing", path=f"{where}/@ip")
         value = address(host.ip, f"{where}/@ip")
         if value in addresses:
             raise ConfigError(f"{value} appears twice", path=where, remedy="give one <host> all its names")

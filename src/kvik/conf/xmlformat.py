@@ -85,7 +85,7 @@ def _source(cls: type[Element], mode: Mode, names: dict[str, Any]) -> list[str]:
             lines.append(f"    if value is not None and value is not False: body += {one}")
     lines += [
         "    if unknown is not None: body += unknown_elements(unknown, inner)",
-        "    if body: return head + '>\\n' + body + indent + '</' + tag + '>\\n'",
+        f"    if body or {cls.__xml_open__}: return head + '>\\n' + body + indent + '</' + tag + '>\\n'",
         "    return head + '/>\\n'",
     ]
     return lines
