@@ -33,9 +33,9 @@ from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
 from kvik.manager.events import EventHub
 from kvik.manager.log import cut
+from kvik.manager.networks import Networks
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
-from kvik.network.networks import Networks
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
