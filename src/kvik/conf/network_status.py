@@ -6,10 +6,10 @@ that serve the network stand in our own namespace.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from kvik.conf import cpuset
-from kvik.conf.codec import KVIK_NS, Element
+from kvik.conf.codec import KVIK_NS, Element, YesNo
 from kvik.conf.cpuset import format_cpuset, parse_cpuset
 from kvik.conf.network import Network
 from kvik.conf.reader import read_xml
@@ -17,7 +17,7 @@ from kvik.conf.xmlformat import format_element
 from kvik.conf.xmlparse import parse_element
 from kvik.errors import ConfigError, ResourceBusy
 
-__all__ = ["Helper", "NetworkStatus", "format_status", "parse_status"]
+__all__ = ["Helper", "NetworkStatus", "Origin", "format_status", "parse_status"]
 
 RESERVED_CLASSES = "0-2"  # of tc's HTB: none, the root, and the class of those without a guaranteed rate
 MAX_CLASS = cpuset.MAX - 1  # fits the 16 bits of a minor number of tc
@@ -45,11 +45,20 @@ class Helper(Element):
     started: int
 
 
+class Origin(Element):
+    """`state`: what is under way; what another `boot` (its id, random(4)) made is gone."""
+
+    state: Literal["starting", "active", "stopping"]
+    boot: str
+    persistent: YesNo = None
+
+
 class NetworkStatus(Element):
     class_id: ClassIds | None = None
     floor: Floor | None = None
     taints: Annotated[list[Taint], "taint"] = []
     network: Network | None = None
+    origin: Annotated[Origin | None, f"{{{KVIK_NS}}}origin"] = None
     helpers: Annotated[list[Helper], f"{{{KVIK_NS}}}helper"] = []
 
     @property

@@ -34,12 +34,15 @@ USERS = ("dnsmasq", "nobody")
 # Options that an administrator may hand through: what they do stays within what the network does anyway. Others, such
 # as dhcp-script or conf-file, would run programs or read files as root.
 OPTIONS = frozenset(
-    "address all-servers auth-ttl bogus-nxdomain bogus-priv cache-size cname dhcp-boot dhcp-broadcast dhcp-ignore "
-    "dhcp-ignore-names dhcp-mac dhcp-match dhcp-name-match dhcp-option dhcp-option-force dhcp-option-pxe dhcp-rapid-commit "
-    "dhcp-reply-delay dhcp-sequential-ip dhcp-userclass dhcp-vendorclass domain-needed expand-hosts filterwin2k host-record "
-    "interface-name local local-ttl localise-queries log-dhcp log-queries max-cache-ttl max-ttl min-cache-ttl mx-host "
-    "naptr-record neg-ttl no-negcache pxe-prompt pxe-service ptr-record quiet-dhcp quiet-dhcp6 ra-param rebind-domain-ok "
-    "rebind-localhost-ok server srv-host stop-dns-rebind synth-domain txt-record".split()
+    """
+    address all-servers auth-ttl bogus-nxdomain bogus-priv cache-size cname dhcp-boot dhcp-broadcast dhcp-ignore
+    dhcp-ignore-names dhcp-mac dhcp-match dhcp-name-match dhcp-option dhcp-option-force dhcp-option-pxe dhcp-
+    rapid-commit dhcp-reply-delay dhcp-sequential-ip dhcp-userclass dhcp-vendorclass domain-needed expand-hosts
+    filterwin2k host-record interface-name local local-ttl localise-queries log-dhcp log-queries max-cache-ttl
+    max-ttl min-cache-ttl mx-host naptr-record neg-ttl no-negcache pxe-prompt pxe-service ptr-record quiet-dhcp
+    quiet-dhcp6 ra-param rebind-domain-ok rebind-localhost-ok server srv-host stop-dns-rebind synth-domain txt-
+    record
+    """.split()  # noqa: SIM905
 )
 
 
@@ -64,8 +67,14 @@ def _advertises(document: Network) -> bool:
 def _word(text: str, what: str) -> str:
     """Text that may stand between the commas of a line. Raises ConfigUnsupported for what would end it."""
     if not text or not text.isprintable() or any(char in text for char in ',"#\\ '):
-        raise ConfigUnsupported(f"{what} {text!r} cannot be told to dnsmasq", remedy="leave out spaces, quotes, , # and \\")
+        raise ConfigUnsupported(
+            f"{what} {text!r} cannot be told to dnsmasq", remedy="leave out spaces, quotes, , # and \\"
+        )
     return text
+
+
+def _address(text: str | None) -> str:
+    return str(ipaddress.ip_address(text or ""))
 
 
 def _quoted(text: str, what: str) -> str:
@@ -112,7 +121,7 @@ def _dns(document: Network) -> Iterator[str]:
             yield "no-resolv"
         for forwarder in dns.forwarders:
             place = f"/{_word(forwarder.domain, 'domain')}/" if forwarder.domain else ""
-            yield f"server={place}{ipaddress.ip_address(forwarder.addr) if forwarder.addr else '#'}"
+            yield f"server={place}{_address(forwarder.addr) if forwarder.addr else '#'}"
     elif document.forward is None:
         yield "no-resolv"  # a network that reaches nothing outside asks nobody outside either
     for ip in document.ips:
@@ -130,7 +139,7 @@ def _dns(document: Network) -> Iterator[str]:
         if domain is not None:  # records, unlike hosts files, are not completed with the domain
             names += [f"{name}.{domain.name}" for name in names if "." not in name]
         if names:
-            yield "host-record=" + ",".join([*names, str(ipaddress.ip_address(host.ip))])
+            yield "host-record=" + ",".join([*names, _address(host.ip)])
 
 
 def _reverse_zones(subnet: Subnet) -> list[str]:
@@ -334,7 +343,7 @@ class Dnsmasq:
         files.remove_file(self.pid_file, durable=False)
         result = tools.run([program, f"--conf-file={self.config_file}"], timeout=START_WAIT)
         if result.code != 0:
-            words = result.stderr.decode("utf-8", "replace").strip().splitlines()
+            words = result.message.splitlines()
             raise OperationFailed(f"dnsmasq of network {self.name!r} did not start: {' '.join(words)[-500:]}")
         self.handle = self.find()
         if self.handle is None:

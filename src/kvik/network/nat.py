@@ -1,14 +1,14 @@
 """The packet filter's part of a network: what it lets through, masquerades and forwards, as nftables commands.
 
-    nftables.run(install(document))      # one transaction: all of it or nothing
+    nftables.run(install(document))  # one transaction: all of it or nothing
     nftables.run(remove("virbr0"))
 
 Each network has a table of its own, named after its bridge: to install replaces all of it, to remove leaves nothing,
-and no other ruleset is read or changed. nftables asks every base chain of a hook, and any of them may drop: our "accept"
-therefore cannot override another table's "drop" (`probe.py` finds that), and our "reject" holds whatever others say.
+and no other ruleset is read or changed. nftables asks every base chain of a hook, and any of them may drop: "accept"
+here therefore cannot override another table's "drop" (`probe.py` finds that), and "reject" holds whatever others say.
 
-What is let through is libvirt's (https://libvirt.org/firewall.html): guests reach each other; a network with forwarding
-reaches out, from its own addresses only; nothing comes in but answers (nat), or whatever is addressed to it (route).
+What is let through is libvirt's (https://libvirt.org/firewall.html): guests reach each other; with forwarding they
+reach out, from the network's own addresses only; what comes in is answers (nat), or what is addressed to it (route).
 """
 
 from __future__ import annotations
@@ -50,15 +50,19 @@ def install(document: Network) -> list[Command]:
     table = {"family": FAMILY, "name": table_name(bridge)}
     # "add" makes it if it is not there, so that "delete" cannot fail: together they empty it, in the same transaction.
     commands: list[Command] = [{"add": {"table": table}}, {"delete": {"table": table}}, {"add": {"table": table}}]
-    chains = [_Chain(bridge, "forward", "filter", "forward", _PRIORITY_FILTER, _forward(document, bridge))]
+    chains = [
+        _Chain(bridge, "forward", "filter", "forward", priority=_PRIORITY_FILTER, rules=_forward(document, bridge))
+    ]
     if document.mode == "nat":
-        chains.append(_Chain(bridge, "masquerade", "nat", "postrouting", _PRIORITY_SRCNAT, _masquerade(document)))
+        chains.append(
+            _Chain(bridge, "masquerade", "nat", "postrouting", priority=_PRIORITY_SRCNAT, rules=_masquerade(document))
+        )
     ports = document.forward.port_forwards if document.forward else []
     if ports:
         translated = [[*_addressed(port), _translation(port)] for port in ports]
-        chains.append(_Chain(bridge, "incoming", "nat", "prerouting", _PRIORITY_DSTNAT, translated))
+        chains.append(_Chain(bridge, "incoming", "nat", "prerouting", priority=_PRIORITY_DSTNAT, rules=translated))
         # The host's own connections to one of its addresses are not routed in from anywhere: they have their own hook.
-        chains.append(_Chain(bridge, "outgoing", "nat", "output", _PRIORITY_DSTNAT, translated))
+        chains.append(_Chain(bridge, "outgoing", "nat", "output", priority=_PRIORITY_DSTNAT, rules=translated))
     for chain in chains:
         commands += chain.commands()
     return commands
@@ -72,7 +76,7 @@ def remove(bridge: str) -> list[Command]:
 
 class _Chain:
     def __init__(
-        self, bridge: str, name: str, kind: str, hook: str, priority: int, rules: Iterable[list[Expression]]
+        self, bridge: str, name: str, kind: str, hook: str, *, priority: int, rules: Iterable[list[Expression]]
     ) -> None:
         self.place = {"family": FAMILY, "table": table_name(bridge)}
         self.name, self.kind, self.hook, self.priority, self.rules = name, kind, hook, priority, rules

@@ -1,4 +1,4 @@
-"""One virtual network: its definition, whether it is active, who is on it, and the one job at a time that changes it."""
+"""One virtual network: its definition, whether it is active, who is on it, and one job at a time that changes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from kvik.conf.enums import NetworkUpdateFlags
+from kvik.conf.enums import NetworkEventLifecycleType, NetworkUpdateFlags
 from kvik.conf.network import Network, format_network
 from kvik.conf.network_update import update_network
 from kvik.conf.network_validate import validate_network
@@ -21,11 +21,9 @@ from kvik.network.runtime import Runtime
 if TYPE_CHECKING:
     from kvik.network.networks import Networks
 
-__all__ = ["DEFINED", "STARTED", "STOPPED", "UNDEFINED", "NetworkObject"]
+__all__ = ["NetworkObject"]
 
 logger = logging.getLogger(__name__)
-
-DEFINED, UNDEFINED, STARTED, STOPPED = range(4)  # virNetworkEventLifecycleType
 
 JOB_WAIT = 30.0  # seconds to wait for the present job
 JOB_LIMIT = 60.0  # seconds that a job may take
@@ -93,7 +91,9 @@ class NetworkObject:
     def leases(self, mac: str | None = None) -> list[LeaseEntry]:
         """Addresses that are lent now; of one MAC address if that is given. OperationInvalid if it is not active."""
         if self.runtime is None:
-            raise OperationInvalid(f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}")
+            raise OperationInvalid(
+                f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
+            )
         found = self.runtime.dnsmasq.leases(self.runtime.document)
         return [lease for lease in found if mac is None or lease.mac == mac.lower()]
 
@@ -102,7 +102,9 @@ class NetworkObject:
     def connect(self, port: str, owner: str) -> None:
         """Note that an interface (a port id of the caller's choice, such as a UUID) of a machine is on it."""
         if self.runtime is None:
-            raise OperationInvalid(f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}")
+            raise OperationInvalid(
+                f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
+            )
         self.ports[port] = owner
 
     def disconnect(self, port: str) -> None:
@@ -144,7 +146,7 @@ class NetworkObject:
             self.ports.clear()
             self.warnings.clear()
             self.adopt(runtime)
-        self._networks.emit(self, STARTED)
+        self._networks.emit(self, NetworkEventLifecycleType.STARTED)
         return True
 
     def adopt(self, runtime: Runtime) -> None:
@@ -159,7 +161,7 @@ class NetworkObject:
             if self.runtime is None:
                 raise OperationInvalid(f"network {self.name!r} is not active")
             await self._stop(self.runtime)
-        self._networks.emit(self, STOPPED)
+        self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
         if not self.persistent:
             self._networks.forget(self)
 
@@ -181,14 +183,14 @@ class NetworkObject:
                 return
             logger.warning("network %s is not active any more: %s", self.name, why)
             await self._stop(runtime)
-        self._networks.emit(self, STOPPED)
+        self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
         if not self.persistent:
             self._networks.forget(self)
 
     async def update(self, command: int, section: int, index: int, xml: str, flags: int) -> None:
         """virNetworkUpdate: change one part of the live network, of the definition, or (flags 0) of what it is now."""
-        live = bool(flags & NetworkUpdateFlags.AFFECT_LIVE)
-        config = bool(flags & NetworkUpdateFlags.AFFECT_CONFIG)
+        live = bool(flags & NetworkUpdateFlags.LIVE)
+        config = bool(flags & NetworkUpdateFlags.CONFIG)
         if not live and not config:
             live, config = self.is_active, not self.is_active
 
@@ -261,7 +263,9 @@ class NetworkObject:
         now = time.monotonic()
         self._restarts = [moment for moment in self._restarts if moment > now - RESTARTS_WITHIN]
         if len(self._restarts) >= RESTARTS:
-            self.warn(f"dnsmasq ended {RESTARTS} times within {RESTARTS_WITHIN:g} s: no DHCP and DNS until the next start")
+            self.warn(
+                f"dnsmasq ended {RESTARTS} times within {RESTARTS_WITHIN:g} s: no DHCP and DNS until the next start"
+            )
             return
         self._restarts.append(now)
         async with self.job("restart dnsmasq of"):
@@ -275,7 +279,7 @@ class NetworkObject:
             self._watch()
 
     async def check(self) -> None:
-        """Put right what somebody took away on this host: the bridge (then the network is off), or the packet filter."""
+        """Put right what somebody took away on this host: the packet filter; without its bridge the network is off."""
         async with self.job("check"):
             if self.runtime is None:
                 return

@@ -1,4 +1,4 @@
-"""All virtual networks of one scope: who they are, where they are kept, how they come back after the daemon was away."""
+"""All virtual networks of one scope: who they are, where they are kept, and how they come back with the daemon."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
+from kvik.conf.enums import NetworkEventLifecycleType
 from kvik.conf.network import Network, complete_network, format_network, parse_network
 from kvik.conf.network_validate import validate_network
 from kvik.conf.prepare import located
 from kvik.errors import AlreadyExists, NoNetwork, OperationInvalid
 from kvik.host.netlink import Netlink
 from kvik.network import recover
-from kvik.network.network import DEFINED, UNDEFINED, NetworkObject
+from kvik.network.network import NetworkObject
 from kvik.network.store import Store, check_name
 from kvik.paths import Paths
 
@@ -100,11 +101,11 @@ class Networks:
                 if known.runtime is not None and not known.runtime.persistent:
                     known.runtime.persistent = True
                     await self.run(known.runtime.note)
-        self.emit(known, DEFINED)
+        self.emit(known, NetworkEventLifecycleType.DEFINED)
         return known
 
     async def create_xml(self, xml: str) -> NetworkObject:
-        """Start a transient network. A defined, inactive one of the same name and UUID is started with this document."""
+        """Start a transient network; or, with this document, a defined one of the same name that is inactive."""
         async with self._changing:
             document, network = await self._prepare(xml)
             if network is not None and network.is_active:
@@ -138,7 +139,7 @@ class Networks:
                 await self.run(network.runtime.note)
             else:
                 self.forget(network)
-        self.emit(network, UNDEFINED)
+        self.emit(network, NetworkEventLifecycleType.UNDEFINED)
 
     async def _prepare(self, xml: str) -> tuple[Network, NetworkObject | None]:
         """The document, complete and valid beside all others, and the network that it is already."""

@@ -16,12 +16,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from kvik.conf.network import Network, complete_network, format_network, parse_network
+from kvik.conf.network_status import NetworkStatus
 from kvik.conf.network_validate import validate_network
 from kvik.errors import HostError, KvikError
 from kvik.host import files
 from kvik.network.network import NetworkObject
 from kvik.network.runtime import Runtime
-from kvik.network.store import Loaded, NetworkStatus
+from kvik.network.store import Loaded
 
 if TYPE_CHECKING:
     from kvik.network.networks import Networks
@@ -75,13 +76,14 @@ async def _load(networks: Networks, name: str, text: str, loaded: Loaded) -> Non
 
 async def _recover_one(networks: Networks, status: NetworkStatus) -> None:
     document, name = status.document, status.document.name
-    if status.boot != networks.store.boot:
+    origin = status.origin
+    if origin is None or origin.boot != networks.store.boot:
         await networks.run(networks.store.remove_status, name)
         return
-    runtime = Runtime(networks.store, document, persistent=status.persistent)
-    if status.state != "active":
+    runtime = Runtime(networks.store, document, persistent=origin.persistent is not False, status=status)
+    if origin.state != "active":
         await networks.run(runtime.clean)
-        _warn(networks, f"network {name!r} was {status.state} when the daemon was stopped: what was left is taken away")
+        _warn(networks, f"network {name!r} was {origin.state} when the daemon was stopped: what was left is taken away")
         return
     try:
         there = await networks.run(runtime.reattach)

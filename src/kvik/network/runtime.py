@@ -11,22 +11,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Literal
 
 from kvik.conf.network import Network
+from kvik.conf.network_status import NetworkStatus, Origin
 from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvalid
+from kvik.host import nftables
 from kvik.host.netlink import Netlink
-from kvik.host.nftables import Nftables
 from kvik.network import nat
 from kvik.network.bridge import add_routes, find_bridge, is_ours, make_bridge, remove_bridge, set_forwarding
 from kvik.network.dnsmasq import Dnsmasq, is_needed
-from kvik.network.store import NetworkStatus, Store
+from kvik.network.store import Store
 from kvik.network.subnet import refuse_taken
 
 __all__ = ["Runtime"]
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+State = Literal["starting", "active", "stopping"]
 
 BRIDGES = ("bridge", "openvswitch")  # kinds of interface that other interfaces can be ports of
 
@@ -34,10 +35,13 @@ BRIDGES = ("bridge", "openvswitch")  # kinds of interface that other interfaces 
 class Runtime:
     """One active network, or one that is about to be."""
 
-    def __init__(self, store: Store, document: Network, *, persistent: bool = True) -> None:
+    def __init__(
+        self, store: Store, document: Network, *, persistent: bool, status: NetworkStatus | None = None
+    ) -> None:
         self.store = store
         self.document = document
         self.persistent = persistent
+        self.status = status or NetworkStatus()
         self.dnsmasq = Dnsmasq(document.name, store.data, store.status)
 
     # start
@@ -67,8 +71,10 @@ class Runtime:
             self._save("active")
             undo.pop_all()
 
-    def _save(self, state: str) -> None:
-        self.store.save_status(NetworkStatus(self.document, state, self.store.boot, self.persistent))  # type: ignore[arg-type]
+    def _save(self, state: State) -> None:
+        self.status.network = self.document
+        self.status.origin = Origin(state=state, boot=self.store.boot, persistent=self.persistent)
+        self.store.save_status(self.status)
 
     def note(self) -> None:
         """Write the status anew: something that it says has changed."""
@@ -76,12 +82,10 @@ class Runtime:
 
     def install_filter(self) -> None:
         """The packet filter as the document has it, whatever is there of it."""
-        with Nftables() as nftables:
-            nftables.run(nat.install(self.document))
+        nftables.run(nat.install(self.document))
 
     def _remove_filter(self) -> None:
-        with Nftables() as nftables:
-            nftables.run(nat.remove(self.document.bridge_name or ""))
+        nftables.run(nat.remove(self.document.bridge_name or ""))
 
     # stop
 
@@ -100,7 +104,7 @@ class Runtime:
         """Take away what a killed daemon left, as far as its status says it was to be made."""
         errors: list[KvikError] = []
         if self.document.owns_bridge:
-            _collect(errors, lambda: self.dnsmasq.stop_strays())
+            _collect(errors, self.dnsmasq.stop_strays)
             self._take_away(errors)
         if errors:
             raise errors[0]

@@ -15,27 +15,20 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-from xml.sax.saxutils import quoteattr
 
-from lxml import etree
-
-from kvik.conf.network import Network, format_network, parse_network
+from kvik.conf.network_status import NetworkStatus, format_status, parse_status
 from kvik.errors import ConfigError, HostError, InvalidArgument, KvikError
 from kvik.host import files
 from kvik.host.process import boot_id
 from kvik.paths import Paths
 
-__all__ = ["Loaded", "NetworkStatus", "Store", "check_name"]
+__all__ = ["Loaded", "Store", "check_name"]
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".xml"
 NAME_LIMIT = 200  # bytes in UTF-8: file systems take 255, and the name gets suffixes
 DOCUMENT_LIMIT = 4 << 20  # bytes; the wire's limit for one string
-STATES = ("starting", "active", "stopping")
-
-State = Literal["starting", "active", "stopping"]
 
 
 def check_name(name: str) -> str:
@@ -43,7 +36,7 @@ def check_name(name: str) -> str:
     if not name or name[0] in "-." or "/" in name or not name.isprintable() or name != name.strip():
         raise InvalidArgument(
             f"network name {name!r} is not allowed",
-            remedy="it must not be empty; leave out '/', control characters, spaces at the ends, and '-' or '.' at the start",
+            remedy="it needs a letter; leave out '/', control characters, spaces at the ends, '-' or '.' at the start",
         )
     try:
         size = len(name.encode())
@@ -52,42 +45,6 @@ def check_name(name: str) -> str:
     if size > NAME_LIMIT:
         raise InvalidArgument(f"network name {name[:20]!r}... has {size} bytes: at most {NAME_LIMIT} are allowed")
     return name
-
-
-@dataclass(slots=True)
-class NetworkStatus:
-    """An active network as the next daemon must know it; in the file libvirt's <networkstatus>, with a line of ours."""
-
-    document: Network
-    state: State
-    boot: str  # this boot's id: what another boot made is gone
-    persistent: bool = True
-
-    def to_xml(self) -> bytes:
-        ours = f"state={quoteattr(self.state)} boot={quoteattr(self.boot)}"
-        ours += f" persistent={quoteattr('yes' if self.persistent else 'no')}"
-        body = "".join(f"  {line}\n" for line in format_network(self.document).splitlines())
-        return (
-            "<networkstatus>\n  <class_id bitmap='0-2'/>\n  <floor sum='0'/>\n"
-            f"  <kvik {ours}/>\n{body}</networkstatus>\n"
-        ).encode()
-
-    @classmethod
-    def from_xml(cls, data: bytes) -> NetworkStatus:
-        """`ValueError` for anything that `to_xml` would not write."""
-        parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False)
-        try:
-            root = etree.fromstring(data, parser)
-            ours, document = root.find("kvik"), root.find("network")
-            if root.tag != "networkstatus" or ours is None or document is None or ours.attrib["state"] not in STATES:
-                raise ValueError("not a complete status document")
-            document.tail = None
-            network = parse_network(etree.tostring(document, encoding="unicode"))
-            check_name(network.name)
-            state: State = ours.attrib["state"]  # type: ignore[assignment]
-            return cls(network, state, str(ours.attrib["boot"]), ours.attrib["persistent"] == "yes")
-        except (etree.XMLSyntaxError, KeyError, ConfigError, InvalidArgument) as error:
-            raise ValueError(f"not a status document: {error}") from error
 
 
 @dataclass(slots=True)
@@ -122,11 +79,11 @@ class Store:
                 loaded.warnings.append(self.set_aside(name, f"not UTF-8: {error}"))
         for name, data in self._read_all(self.status, loaded):
             try:
-                status = NetworkStatus.from_xml(data)
-                if status.document.name != name:
-                    raise ValueError(f"it is of network {status.document.name!r}")
+                status = parse_status(data)
+                if status.document.name != name or status.origin is None:
+                    raise ConfigError("it is not of this network, or not of kvik")
                 loaded.statuses.append(status)
-            except ValueError as error:
+            except ConfigError as error:
                 loaded.warnings.append(_set_aside(self.status / f"{name}{SUFFIX}", str(error)))
         defined = {name for name, _ in loaded.documents}
         for link in self.links.glob(f"*{SUFFIX}"):
@@ -190,7 +147,7 @@ class Store:
 
     def save_status(self, status: NetworkStatus) -> None:
         path = self.status / f"{check_name(status.document.name)}{SUFFIX}"
-        files.atomic_write(path, status.to_xml(), durable=False)
+        files.atomic_write(path, format_status(status), durable=False)
 
     def remove_status(self, name: str) -> None:
         files.remove_file(self.status / f"{check_name(name)}{SUFFIX}", durable=False)

@@ -26,7 +26,11 @@ def taken_subnets(netlink: Netlink) -> dict[Subnet, str]:
     names = {link.index: link.name for link in netlink.links()}
     taken: dict[Subnet, str] = {}
     for route in routes(netlink):
-        if not route.default and route.network.prefixlen < route.network.max_prefixlen and not _is_shared(route.network):
+        if (
+            not route.default
+            and route.network.prefixlen < route.network.max_prefixlen
+            and not _is_shared(route.network)
+        ):
             way = f" by {names[route.index]}" if route.index in names else ""
             taken[route.network] = f"the route to {route.network}{way}"
     for address in netlink.addresses():
@@ -63,7 +67,7 @@ def refuse_taken(netlink: Netlink, document: Network) -> None:
             continue
         own = ip_interface(ip).network
         for subnet, who in taken.items():
-            if isinstance(subnet, ipaddress.IPv4Network) == (own.version == 4) and own.overlaps(subnet):  # type: ignore[arg-type]
+            if isinstance(subnet, ipaddress.IPv4Network) == (own.version == 4) and own.overlaps(subnet):
                 raise ResourceBusy(
                     f"network {document.name!r} wants {own}, which {who} has already",
                     remedy=_suggestion(own, taken),
