@@ -38,7 +38,8 @@ CLOSE_WAIT = 5.0  # seconds for what runs beside to end
 class Networks:
     """`open` it once, in the loop that it is used from; its threads work in the network namespace of that thread."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, *, probing: bool = True) -> None:
+        """`probing`: each network is walked through after its start, and what is in the way is warned of."""
         self.paths = paths
         self.store = Store(paths)
         self.warnings: list[str] = []  # what `open` had to put right or set aside
@@ -46,6 +47,8 @@ class Networks:
         self._uuids: dict[bytes, NetworkObject] = {}
         self._callbacks: dict[int, Callback] = {}
         self._next = 0
+        self.probing = probing
+        self.probes = asyncio.Semaphore(1)  # one at a time: it may wait for seconds, and the threads are few
         self._changing = asyncio.Lock()  # of the set of networks
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: Watch | None = None

@@ -9,6 +9,7 @@ the next one takes away what it names.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Literal
@@ -41,6 +42,7 @@ class Runtime:
         self.store = store
         self.document = document
         self.persistent = persistent
+        self.ending = threading.Event()  # what only looks at the network is to stop
         self.status = status or NetworkStatus()
         self.dnsmasq = Dnsmasq(document.name, store.data, store.status)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -335,3 +336,75 @@ def test_a_reference_to_what_does_not_exist_is_refused(space: Namespace, tmp_pat
 
     with_networks(space, tmp_path, turn)
     assert links(space) == {"br0", "eth9", "world"}  # never ours
+
+
+FIREWALLS = {
+    "a drop policy": (
+        ["nft add table inet foo", "nft add chain inet foo fw '{ type filter hook forward priority 0; policy drop; }'"],
+        "the policy of chain fw in table inet foo",
+    ),
+    "a rule that drops DHCP": (
+        [
+            "nft add table inet foo",
+            "nft add chain inet foo inp '{ type filter hook input priority 0; }'",
+            "nft add rule inet foo inp udp dport 67 drop",
+        ],
+        "of chain inp in table inet foo",
+    ),
+    "answers dropped": (
+        [
+            "nft add table ip foo",
+            "nft add chain ip foo fw '{ type filter hook forward priority 5; }'",
+            "nft add rule ip foo fw oifname virbr0 drop",
+        ],
+        "an answer from the world does not reach the guest: dropped by rule",
+    ),
+    "Docker": (
+        ["iptables -P FORWARD DROP", "iptables -N DOCKER-USER", "iptables -A FORWARD -j DOCKER-USER"],
+        "the policy of chain FORWARD in table ip filter (Docker)",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", FIREWALLS)
+def test_a_foreign_rule_set_is_named_with_the_rule_that_lets_the_network_through(
+    space: Namespace, tmp_path: Path, which: str
+) -> None:
+    commands, words = FIREWALLS[which]
+    if any(command.startswith("iptables") for command in commands) and find_program("iptables-nft") is None:
+        pytest.skip("needs iptables (Debian: iptables)")
+
+    def shell(command: str) -> None:
+        subprocess.run(command, shell=True, check=True, capture_output=True)  # noqa: S602  the words a user would type
+
+    async def turn(networks: Networks) -> None:
+        network = await networks.define(NAT)
+        await network.start()
+        assert await network.probe() == []
+        for command in commands:
+            await networks.run(shell, command)
+        (finding,) = await network.probe()
+        assert words in str(finding)
+        assert "virbr0" in str(finding) and finding.remedies
+        for command in finding.remedies:
+            await networks.run(shell, command)
+        assert await network.probe() == []
+        await network.destroy()
+
+    with_networks(space, tmp_path, turn)
+    assert links(space) == set()
+
+
+def test_a_start_warns_by_itself_of_what_is_in_the_way(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        drop = {"family": "inet", "table": "foo", "name": "fw", "type": "filter", "hook": "forward", "prio": 0}
+        nftables.run(
+            [{"add": {"table": {"family": "inet", "name": "foo"}}}, {"add": {"chain": {**drop, "policy": "drop"}}}]
+        )
+        network = await networks.define(NAT)
+        await network.start()
+        await until(lambda: network.warnings)
+        assert "table inet foo" in network.warnings[0]
+        await network.destroy()
+
+    with_networks(space, tmp_path, turn, probing=True)
