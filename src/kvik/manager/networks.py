@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from kvik.network.default import ensure_default
 from kvik.network.network import NetworkObject
 from kvik.network.networks import Networks
 
-__all__ = ["NetworkObject", "Networks"]
+__all__ = ["NetworkObject", "Networks", "ensure_default"]
