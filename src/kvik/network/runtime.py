@@ -84,7 +84,8 @@ class Runtime:
 
     def install_filter(self) -> None:
         """The packet filter as the document has it, whatever is there of it."""
-        nftables.run(nat.install(self.document))
+        # To delete what is not there costs 10 ms: the kernel waits until no packet is in the old rules any more.
+        nftables.run(nat.install(self.document) if self._has_filter() else nat.add(self.document))
 
     def _has_filter(self) -> bool:
         name = nat.table_name(self.document.bridge_name or "")
