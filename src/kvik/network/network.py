@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 JOB_WAIT = 30.0  # seconds to wait for the present job
 JOB_LIMIT = 60.0  # seconds that a job may take
 RESTARTS, RESTARTS_WITHIN = 5, 60.0  # of a dnsmasq that ends by itself: so many in so many seconds
-CHECK_DELAY = 0.05  # seconds after a change of the host's rule sets until ours is looked at
 
 
 class NetworkObject:
@@ -284,7 +283,7 @@ class NetworkObject:
             if self.runtime is None:
                 return
             try:
-                there = await self._networks.run(self.runtime.reattach)
+                there = await self._networks.run(self.runtime.check)
             except KvikError as error:
                 self.warn(str(error))
                 return
