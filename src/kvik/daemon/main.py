@@ -165,11 +165,10 @@ def run(options: argparse.Namespace, paths: Paths, ready: Callable[[], None]) ->
 async def serve(options: argparse.Namespace, paths: Paths, ready: Callable[[], None]) -> None:
     from kvik.daemon.server import Server
     from kvik.manager.drivers import make_drivers
-    from kvik.manager.manager import Manager, make_networks
+    from kvik.manager.manager import Manager
     from kvik.manager.node import Node
 
-    drivers = make_drivers(paths, options.driver, zygote=options.zygote == "on")
-    manager = Manager(paths, drivers, make_networks(paths))
+    manager = Manager(paths, make_drivers(paths, options.driver, zygote=options.zygote == "on"))
     idle = options.idle_timeout
     if idle is None:
         idle = SESSION_IDLE if paths.scope == "session" else 0.0

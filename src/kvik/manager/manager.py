@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import AsyncIterator, Coroutine, Hashable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -54,20 +53,15 @@ _NVRAM = DomainUndefineFlags.NVRAM | DomainUndefineFlags.KEEP_NVRAM
 _TPM = DomainUndefineFlags.TPM | DomainUndefineFlags.KEEP_TPM
 
 
-def make_networks(paths: Paths) -> Networks | None:
-    """Those of the system; None where bridges and packet filters, which are root's, cannot be had."""
-    return Networks(paths) if paths.scope == "system" and os.geteuid() == 0 else None
-
-
 class Manager:
     """`drivers` are named by the emulator they alone serve ("kvik-vmm": a file name), by domain type ("test") or VMM
     ("qemu", which serves every other type)."""
 
-    def __init__(self, paths: Paths, drivers: Mapping[str, Driver], networks: Networks | None = None) -> None:
+    def __init__(self, paths: Paths, drivers: Mapping[str, Driver]) -> None:
         self.paths = paths
-        self.networks = networks  # None: this daemon has none, and machines that ask for one are refused
         self.drivers = drivers
         self.events = EventHub()
+        self.networks = Networks(paths)
         self.store = Store(paths)
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.autostarting: asyncio.Task[None] | None = None
@@ -83,9 +77,8 @@ class Manager:
 
         `HostError` if the state directories cannot be had; anything smaller is put right or set aside and warned of.
         """
-        if self.networks is not None:
-            await self.networks.open()  # before machines are found again: they are counted on them
-            self.warnings += self.networks.warnings
+        await self.networks.open()
+        self.warnings += self.networks.warnings
         await recover.recover(self)
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
@@ -104,8 +97,7 @@ class Manager:
                 domain.run.machine.detach()
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
-        if self.networks is not None:
-            await self.networks.close()
+        await self.networks.close()
         self.store.close()
 
     # looking up

@@ -31,7 +31,7 @@ def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Att
     attachments = resolve_all(interfaces, networks)
     for interface in interfaces:
         attachment = attachments.get(interface.alias.name if interface.alias else "")
-        if attachment is None or not attachment.network or networks is None:
+        if attachment is None or not attachment.network:
             continue
         source = interface.source = interface.source or InterfaceSource()
         source.portid = attachment.port_id
@@ -50,8 +50,7 @@ def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
         if interface.type != "network" or source is None or not source.network or not source.portid:
             continue
         try:
-            if domain.manager.networks is not None:
-                domain.manager.networks.lookup_name(source.network).connect(source.portid, domain.name)
+            domain.manager.networks.lookup_name(source.network).connect(source.portid, domain.name)
         except KvikError as error:
             logger.warning("machine %s: %s", domain.name, error)
 
@@ -63,7 +62,6 @@ def leave(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
         if interface.type != "network" or source is None or not source.network or not source.portid:
             continue
         try:
-            if domain.manager.networks is not None:
-                domain.manager.networks.lookup_name(source.network).disconnect(source.portid)
+            domain.manager.networks.lookup_name(source.network).disconnect(source.portid)
         except KvikError:
             pass  # the network is gone, and its count with it
