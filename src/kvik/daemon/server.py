@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvik.daemon.connection import Connection
 from kvik.daemon.eventing import EventRouter
-from kvik.daemon.network_events import NetworkEvents
 from kvik.daemon.instance import InstanceLock, bind_socket, private_directory
+from kvik.daemon.network_events import NetworkEvents
 from kvik.daemon.streams import Stream
 from kvik.paths import Paths
 

@@ -10,13 +10,17 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from kvik.conf.devices.interface import Interface, InterfaceSource
+from kvik.conf.enums import NetworkEventLifecycleType
 from kvik.errors import KvikError
-from kvik.network.attachment import Attachment, resolve_all
+from kvik.network.attachment import Attachment, resolve, resolve_all
+from kvik.network.taps import reconnect_tap
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
+    from kvik.manager.manager import Manager
+    from kvik.network.network import NetworkObject
 
-__all__ = ["join", "leave", "rejoin"]
+__all__ = ["join", "leave", "rejoin", "watch"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +45,37 @@ def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Att
             source.bridge = attachment.device
         networks.lookup_name(attachment.network).connect(attachment.port_id, domain.name)
     return attachments
+
+
+def watch(manager: Manager) -> None:
+    """Machines are put on their network again whenever it was stopped and started."""
+
+    def on_event(network: NetworkObject, event: int, detail: int) -> None:
+        if event == NetworkEventLifecycleType.STARTED:
+            manager.spawn(_reconnect(manager, network))
+
+    manager.networks.subscribe(on_event)
+
+
+async def _reconnect(manager: Manager, network: NetworkObject) -> None:
+    for domain in manager.domains():
+        live = domain.live
+        for interface in live.devices.interfaces if live is not None else ():
+            source, target = interface.source, interface.target
+            if interface.type != "network" or source is None or source.network != network.name:
+                continue
+            if target is None or not target.dev or not source.portid:
+                continue
+            try:
+                attachment = resolve(interface, manager.networks)
+                if attachment is None:
+                    continue
+                await manager.store.run(reconnect_tap, target.dev, attachment)
+                source.bridge = attachment.device
+                network.connect(source.portid, domain.name)
+            except KvikError as error:
+                logger.warning("machine %s is not on network %s again: %s", domain.name, network.name, error)
+        domain.live_changed()
 
 
 def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:

@@ -13,10 +13,10 @@ from kvik.conf.devices.interface import Interface, InterfaceTarget
 from kvik.errors import ConfigUnsupported
 from kvik.host.bridge import set_port
 from kvik.host.netlink import Netlink
-from kvik.host.tap import Tap, create_tap
+from kvik.host.tap import create_tap
 from kvik.network.attachment import Attachment
 
-__all__ = ["open_taps"]
+__all__ = ["open_taps", "reconnect_tap"]
 
 QUEUES_MAX = 256
 
@@ -48,16 +48,30 @@ def open_taps(
         close.callback(tap.close)
         with Netlink() as netlink:
             if attachment.kind == "bridge":
-                _join_bridge(netlink, tap, attachment, alias)
+                _join_bridge(netlink, tap.index, attachment, alias)
             netlink.set_link(tap.index, up=True)
         target.dev = tap.name
         files |= {f"net:{alias}:{number}": fd for number, fd in enumerate(tap.fds)}
     return files
 
 
-def _join_bridge(netlink: Netlink, tap: Tap, attachment: Attachment, alias: str) -> None:
+def reconnect_tap(name: str, attachment: Attachment) -> None:
+    """Put a running machine's tap on a bridge that was made anew. Raises `HostError`, `ConfigUnsupported`."""
+    if attachment.kind != "bridge":
+        return
+    with Netlink() as netlink:
+        tap, bridge = netlink.link(name), netlink.link(attachment.device)
+        if tap.master == bridge.index:
+            return
+        netlink.set_link(tap.index, up=False)  # nothing passes before its walls stand
+        netlink.set_link(tap.index, master=bridge.index)
+        _join_bridge(netlink, tap.index, attachment, name)
+        netlink.set_link(tap.index, up=True)
+
+
+def _join_bridge(netlink: Netlink, index: int, attachment: Attachment, alias: str) -> None:
     if attachment.isolated:
-        set_port(netlink, tap.index, isolated=True)
+        set_port(netlink, index, isolated=True)
     if attachment.mtu is not None and (bridge := netlink.link(attachment.device)).mtu < attachment.mtu:
         raise ConfigUnsupported(
             f"interface {alias} has an MTU of {attachment.mtu}, bridge {bridge.name} only {bridge.mtu}: "

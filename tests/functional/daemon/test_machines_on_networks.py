@@ -16,6 +16,7 @@ from kvik.errors import KvikError
 from kvik.host.process import find_program
 
 from .conftest import AGENT, CONSOLE, Kvikd, until
+from .test_bridge import qemu_of
 
 pytestmark = [
     pytest.mark.root,
@@ -139,3 +140,32 @@ def test_an_interface_is_plugged_into_a_network_and_out_of_it(make: Any, kvikd: 
     with pytest.raises(KvikError, match="not active"):
         domain.attach_device(card("idle", 0x27), 1)
     domain.attach_device(card("default", 0x27), 1)
+
+
+def connections(kvikd: Kvikd, network: str) -> str:
+    return kvikd.virsh("net-dumpxml", network).stdout.splitlines()[0]
+
+
+def test_a_network_counts_its_machines_also_after_the_daemon_was_killed(make: Any, kvikd: Kvikd) -> None:
+    assert connections(kvikd, "default") == "<network>"
+    domain = make("counted", CONSOLE + card("default", 0x28) + card("default", 0x29))
+    domain.start()
+    assert connections(kvikd, "default") == "<network connections='2'>"
+    enter = ("nsenter", "-t", str(qemu_of("counted")), "-m", "-n")
+    assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
+    kvikd.prefix = enter
+    kvikd.start()
+    assert connections(kvikd, "default") == "<network connections='2'>"
+    kvikd.connection.lookup_name("counted").destroy()
+    until(lambda: connections(kvikd, "default") == "<network>")
+
+
+def test_machines_are_on_a_network_again_when_it_was_stopped_and_started(make: Any, kvikd: Kvikd) -> None:
+    domain = make.ready("stays", CONSOLE + AGENT + card("default", 0x2A))
+    assert kvikd.virsh("net-destroy", "default").returncode == 0
+    assert "virbr0" not in inside(kvikd, "ip", "-o", "link")
+    assert kvikd.virsh("net-start", "default").returncode == 0
+    until(lambda: "fe:54:00:00:00:2a" in ports(kvikd, "virbr0"))
+    assert connections(kvikd, "default") == "<network connections='1'>"
+    # A bridge with STP forwards nothing from a new port for some seconds.
+    until(lambda: domain.exec(["/bin/ping", "-c", "1", "-W", "1", "192.168.122.1"]).exitcode == 0)
