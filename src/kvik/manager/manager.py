@@ -27,7 +27,7 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Driver
-from kvik.manager import figures, lifecycle, prepare, recover
+from kvik.manager import figures, lifecycle, ports, prepare, recover
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
@@ -35,6 +35,7 @@ from kvik.manager.events import EventHub
 from kvik.manager.log import cut
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
+from kvik.network.networks import Networks
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Manager:
         self.paths = paths
         self.drivers = drivers
         self.events = EventHub()
+        self.networks = Networks(paths)
         self.store = Store(paths)
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.autostarting: asyncio.Task[None] | None = None
@@ -75,7 +77,10 @@ class Manager:
 
         `HostError` if the state directories cannot be had; anything smaller is put right or set aside and warned of.
         """
+        await self.networks.open()
+        self.warnings += self.networks.warnings
         await recover.recover(self)
+        ports.watch(self)
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
 
@@ -93,6 +98,7 @@ class Manager:
                 domain.run.machine.detach()
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
+        await self.networks.close()
         self.store.close()
 
     # looking up

@@ -194,7 +194,10 @@ def _check_parts(netlink: Netlink, document: Network) -> None:
     """What the network only refers to has to exist. OperationInvalid."""
     if document.mode == "bridge" and document.bridge_name:
         link = find_bridge(netlink, document.bridge_name)
-        if link is None or link.kind not in BRIDGES:
+        port = document.virtualport
+        # The bridge of Open vSwitch's userspace datapath is a tun device to the kernel.
+        kinds = (*BRIDGES, "tun") if port is not None and port.type == "openvswitch" else BRIDGES
+        if link is None or link.kind not in kinds:
             what = "there is no such interface" if link is None else f"that is no bridge ({link.kind or 'hardware'})"
             raise OperationInvalid(
                 f"network {document.name!r} is to use bridge {document.bridge_name}: {what}",
