@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvik.errors import HostError
+from kvik.errors import HostError, MissingPackages
 from kvik.host import bridge as bridge_module
 from kvik.host import netlink as netlink_module
 from kvik.host import nft_probe, nftables
@@ -322,3 +322,14 @@ def test_a_probe_that_could_not_ask_says_so_and_remembers_nothing(monkeypatch: p
     with pytest.raises(HostError, match="not permitted"):
         nft_probe.missing("ct")
     assert nft_probe._known == {}
+
+
+def test_without_the_library_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nftables, "_LIBRARY", "libnftables-is-not-here.so.1")
+    nftables._library.cache_clear()
+    try:
+        with pytest.raises(MissingPackages, match="libnftables1") as raised:
+            nftables.run([{"list": {"tables": None}}])
+        assert raised.value.packages == ("libnftables1",)
+    finally:
+        nftables._library.cache_clear()
