@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from kvik.conf.codec import Element, OnOff, YesNo
 from kvik.conf.reader import read_xml
@@ -131,7 +131,8 @@ def parse_interface(xml: str | bytes) -> Interface:
     """Read and check a document. Raises ConfigError with line and path."""
     root = read_xml(xml, "interface document")
     if root.tag != "interface":
-        raise ConfigError(f"the root element is <{root.tag}>, not <interface>", line=int(root.sourceline or 0))
+        line: Any = root.sourceline or 0  # Any: the stubs of lxml do not know that it is a number
+        raise ConfigError(f"the root element is <{root.tag}>, not <interface>", line=line)
     interface = parse_element(root, Interface)
     validate_interface(interface)
     return interface
