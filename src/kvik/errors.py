@@ -5,7 +5,7 @@ KvikError
 │   └── ConfigError           a document is wrong (knows its line and path)
 │       └── ConfigUnsupported a document asks for what this hypervisor or host cannot do
 ├── NotFound                  the named object does not exist
-│   ├── NoDomain, NoNetwork, NoStoragePool, NoStorageVolume, NoSnapshot,
+│   ├── NoDomain, NoNetwork, NoInterface, NoStoragePool, NoStorageVolume, NoSnapshot,
 │   └── NoMetadata, NoDevice
 ├── AlreadyExists             a name, UUID or address is taken
 ├── OperationInvalid          the object is not in a state that allows this
@@ -49,6 +49,7 @@ __all__ = [
     "MonitorError",
     "NoDevice",
     "NoDomain",
+    "NoInterface",
     "NoMetadata",
     "NoNetwork",
     "NoSnapshot",
@@ -123,6 +124,11 @@ class NoDomain(NotFound):
 class NoNetwork(NotFound):
     code = 43
     domain = 19
+
+
+class NoInterface(NotFound):
+    code = 57  # VIR_ERR_NO_INTERFACE
+    domain = 26  # VIR_FROM_INTERFACE
 
 
 class NoStoragePool(NotFound):

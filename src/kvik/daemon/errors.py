@@ -18,7 +18,6 @@ __all__ = [
     "NoCheckpoint",
     "NoConnection",
     "NoFilter",
-    "NoInterface",
     "NoNodeDevice",
     "NoSecret",
     "OperationAborted",
@@ -44,11 +43,6 @@ class NoConnection(KvikError):
     """The URI names a hypervisor or scope that is not served here."""
 
     code = 5  # VIR_ERR_NO_CONNECT
-
-
-class NoInterface(NotFound):
-    code = 57  # VIR_ERR_NO_INTERFACE
-    domain = 26  # VIR_FROM_INTERFACE
 
 
 class NoNodeDevice(NotFound):

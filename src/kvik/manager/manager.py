@@ -35,6 +35,8 @@ from kvik.manager.events import EventHub
 from kvik.manager.log import cut
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
+from kvik.network import bridges
+from kvik.network.interfaces.interfaces import Interfaces
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class Manager:
         self.drivers = drivers
         self.events = EventHub()
         self.store = Store(paths)
+        self.interfaces = Interfaces(paths)
+        self.bridges = bridges
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.autostarting: asyncio.Task[None] | None = None
         self._names: dict[str, DomainObject] = {}
@@ -76,6 +80,7 @@ class Manager:
         `HostError` if the state directories cannot be had; anything smaller is put right or set aside and warned of.
         """
         await recover.recover(self)
+        self.warnings += await self.interfaces.open()
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
 
@@ -93,6 +98,7 @@ class Manager:
                 domain.run.machine.detach()
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
+        self.interfaces.close()
         self.store.close()
 
     # looking up

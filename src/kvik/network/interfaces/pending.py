@@ -55,6 +55,7 @@ class Record:
     watchdog_start: int = 0
     switches: list[Switch] = field(default_factory=list)
     staged: dict[str, bytes | None] = field(default_factory=dict)
+    before: dict[str, str] = field(default_factory=dict)  # what they replace: SHA-256, empty for no file
 
     @property
     def words(self) -> str:
@@ -175,6 +176,13 @@ class Pending:
             self._revert(record, "rolled back")
             self._dismiss(record)
             return record
+
+    def forget(self) -> None:
+        """Drop the record of a change that was undone, when whoever asked has been told."""
+        with self.locked():
+            record = self.read()
+            if record is not None and record.state == "reverted":
+                remove_file(self.file)
 
     def expire(self, known: Record) -> Record | None:
         """The watchdog's step: undo unless it was kept. `known` is what it uses if the file cannot be read."""
