@@ -91,7 +91,7 @@ def settings_of(words: Sequence[str]) -> dict[str, bool | int | float | str]:
 
 def _list(ctx: Context, bridges: Bridges, options: Options, words: list[str]) -> None:
     _take("list", words, 0, 0)
-    found = bridges.list()
+    found = bridges.all()
     if ctx.put([one._asdict() for one in found]):
         return
     table = Table("Name", "State", "STP", "VLANs", "Bridge ID", "Address", "Ports")
@@ -332,7 +332,13 @@ def _fdb(ctx: Context, bridges: Bridges, options: Options, words: list[str]) -> 
         return
     table = Table("MAC Address", "Port", "VLAN", "Kind", "Age")
     for entry in found:
-        table.add(entry.mac, entry.port, entry.vlan or "-", entry.kind, "-" if entry.kind != "dynamic" else f"{entry.age:.0f}s")
+        table.add(
+            entry.mac,
+            entry.port,
+            entry.vlan or "-",
+            entry.kind,
+            "-" if entry.kind != "dynamic" else f"{entry.age:.0f}s",
+        )
     ctx.table(table)
 
 

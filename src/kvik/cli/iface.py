@@ -35,9 +35,9 @@ def iface_list(ctx: Context, options: Options) -> int:
     if options.flag("all"):
         bits = INACTIVE | ACTIVE
     interfaces = _interfaces(ctx)
-    active = {one.name for one in interfaces.list(ACTIVE)} if bits & ACTIVE else set[str]()
+    active = {one.name for one in interfaces.all(ACTIVE)} if bits & ACTIVE else set[str]()
     table = Table("Name", "State", "MAC Address")
-    for one in interfaces.list(bits):
+    for one in interfaces.all(bits):
         table.add(one.name, "active" if one.name in active else "inactive", one.mac)
     ctx.table(table)
     return 0

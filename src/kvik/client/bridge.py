@@ -100,17 +100,12 @@ class Bridges:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def list(self) -> list[Bridge]:
+    def all(self) -> list[Bridge]:
         return [_bridge(row) for row in self.connection.call_kvik("BRIDGE_LIST")[0]]
 
     def show(self, name: str) -> tuple[Bridge, list[BridgePort]]:
         bridge, ports = self.connection.call_kvik("BRIDGE_SHOW", name)
-        return _bridge(bridge), [
-            BridgePort(
-                *row[:4], bool(row[4]), row[5], row[6], row[7], *(bool(value) for value in row[8:15]), *row[15:]
-            )
-            for row in ports
-        ]
+        return _bridge(bridge), [_port(row) for row in ports]
 
     def add(self, name: str, mac: str | None = None, **settings: Setting) -> None:
         """Settings by the kernel's names: stp, priority, forward_delay, hello_time, max_age, ageing_time,
@@ -168,9 +163,21 @@ def _params(settings: Mapping[str, Setting]) -> object:
     return from_dict(settings)
 
 
+_TRUTHS = frozenset(
+    (
+        "up", "carrier", "stp", "vlan_filtering", "multicast_snooping", "topology_change", "isolated", "learning",
+        "flood", "hairpin", "guard", "fast_leave", "neigh_suppress",
+    )
+)  # fmt: skip
+
+
 def _bridge(row: tuple[object, ...]) -> Bridge:
-    values = list(row)
-    for name in ("up", "carrier", "stp", "vlan_filtering", "multicast_snooping", "topology_change"):
-        index = Bridge._fields.index(name)
-        values[index] = bool(values[index])
-    return Bridge._make(values)
+    return Bridge._make(_values(Bridge._fields, row))
+
+
+def _port(row: tuple[object, ...]) -> BridgePort:
+    return BridgePort._make(_values(BridgePort._fields, row))
+
+
+def _values(names: tuple[str, ...], row: tuple[object, ...]) -> list[object]:
+    return [bool(value) if name in _TRUTHS else value for name, value in zip(names, row, strict=True)]

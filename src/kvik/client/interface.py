@@ -55,7 +55,7 @@ class Interfaces:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def list(self, flags: int = 0) -> list[Interface]:
+    def all(self, flags: int = 0) -> list[Interface]:
         """All, or those that virConnectListAllInterfacesFlags select."""
         rows = self.connection.call("CONNECT_LIST_ALL_INTERFACES", 1, flags)[0]
         return [Interface(self.connection, *row) for row in rows]

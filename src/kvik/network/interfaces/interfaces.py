@@ -122,7 +122,7 @@ class Interfaces:
             )
         return document
 
-    def xml(self, name: str, *, inactive: bool) -> str:
+    def xml(self, name: str, inactive: bool) -> str:
         return format_interface(self.document(name, inactive=inactive))
 
     def _tree(self) -> Tree:
@@ -256,13 +256,13 @@ class Interfaces:
         time is that one's). Not `now`: only the configuration.
         """
         assert document.bridge is not None
-        tree = self._tree()
-        if any(one.describe(tree, document.name) for one in self._formats(tree)):
-            raise AlreadyExists(f"{document.name} is defined already", remedy="choose another name, or undefine it")
         with Netlink() as netlink:
             plan = plan_bridge(netlink, port, document.name)
             present = live.describe(netlink, port)
         assert present is not None
+        tree = self._tree()
+        if any(one.describe(tree, document.name) for one in self._formats(tree)):
+            raise AlreadyExists(f"{document.name} is defined already", remedy="choose another name, or undefine it")
         document.bridge.ports = [Interface(type="ethernet", name=port)]
         document.mac = InterfaceMac(address=plan.things.mac)
         document.protocols = present.protocols  # what is written if the configuration has nothing of the port
