@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
+from functional.network.bridged_host import GATEWAY, HOST, MAC, Host, until
 from kvik.errors import HostError, KvikError, NoInterface, OperationInvalid, ResourceBusy
 from kvik.host.process import find_program
-
-from functional.network.bridged_host import GATEWAY, HOST, MAC, Host, until
 
 pytestmark = [
     pytest.mark.functional,
