@@ -71,10 +71,14 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def apply(root: Path, changes: Mapping[str, bytes | None], keep: Path, *, private: bool = False) -> list[str]:
+# Both may hold passwords (802.1X, Wi-Fi); NetworkManager refuses profiles that others can read.
+PRIVATE = ("/etc/NetworkManager/", "/etc/netplan/")
+
+
+def apply(root: Path, changes: Mapping[str, bytes | None], keep: Path) -> list[str]:
     """Write `changes`; the first original of each file is kept below `keep`, for ever. Returns their paths.
 
-    A file keeps its mode; a new one is readable for all (what reads it may not be root), unless `private`.
+    A file keeps its mode; a new one is readable for all (networkd is not root), but for those that are `PRIVATE`.
     """
     tree = Tree(root)
     kept: list[str] = []
@@ -83,7 +87,7 @@ def apply(root: Path, changes: Mapping[str, bytes | None], keep: Path, *, privat
         before = tree.read_disk(path)
         if before == data:
             continue
-        mode = 0o600 if private else 0o644
+        mode = 0o600 if path.startswith(PRIVATE) else 0o644
         if before is not None:
             mode = place.stat().st_mode & 0o777
             original = keep / path.lstrip("/")
