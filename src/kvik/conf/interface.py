@@ -134,6 +134,9 @@ def parse_interface(xml: str | bytes) -> Interface:
         line: Any = root.sourceline or 0  # Any: the stubs of lxml do not know that it is a number
         raise ConfigError(f"the root element is <{root.tag}>, not <interface>", line=line)
     interface = parse_element(root, Interface)
+    bridge = interface.bridge
+    if interface.type != "bridge" and bridge and all(port.name == interface.name for port in bridge.ports):
+        interface.bridge = None  # virsh's iface-unbridge only renames the document after the port
     validate_interface(interface)
     return interface
 

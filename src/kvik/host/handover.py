@@ -171,15 +171,18 @@ def _address(data: bytes, index: int, name: str) -> bytes:
     return out + attribute(_IFA_FLAGS, struct.pack("=I", wide))
 
 
-def _set_port(index: int, name: str, master: int, gen_mode: int) -> list[Message]:
+def _set_master(index: int, name: str, master: int) -> Message:
     request = _LINK.pack(socket.AF_UNSPEC, 0, index, 0, 0) + attribute(_IFLA_MASTER, struct.pack("=I", master))
-    messages: list[Message] = [(f"change the bridge of {name}", NEWLINK, 0, request, frozenset())]
-    if gen_mode >= 0:
-        inet6 = attribute(_INET6_ADDR_GEN_MODE, bytes([gen_mode]))
-        spec = attribute(_IFLA_AF_SPEC | _NESTED, attribute(socket.AF_INET6 | _NESTED, inet6))
-        request = _LINK.pack(socket.AF_UNSPEC, 0, index, 0, 0) + spec
-        messages.append((f"set how {name} makes its link-local address", NEWLINK, 0, request, frozenset()))
-    return messages
+    return (f"change the bridge of {name}", NEWLINK, 0, request, frozenset())
+
+
+def _set_mode(index: int, name: str, gen_mode: int) -> list[Message]:
+    if gen_mode < 0:
+        return []  # a kernel without IPv6
+    inet6 = attribute(_INET6_ADDR_GEN_MODE, bytes([gen_mode]))
+    spec = attribute(_IFLA_AF_SPEC | _NESTED, attribute(socket.AF_INET6 | _NESTED, inet6))
+    request = _LINK.pack(socket.AF_UNSPEC, 0, index, 0, 0) + spec
+    return [(f"set how {name} makes its link-local address", NEWLINK, 0, request, frozenset())]
 
 
 def _take(things: Belongings, index: int, name: str) -> list[Message]:
@@ -198,10 +201,13 @@ def _take(things: Belongings, index: int, name: str) -> list[Message]:
 def _give(things: Belongings, index: int, name: str) -> list[Message]:
     """Give them to interface `name`. What the kernel made with an address, or is there already, is no error."""
     exists = frozenset({errno.EEXIST})
-    messages: list[Message] = [
-        (f"add an address to {name}", NEWADDR, CREATE | EXCL, _address(data, index, name), exists)
-        for data in things.addresses
-    ]
+    messages: list[Message] = []
+    for data in things.addresses:
+        request = _address(data, index, name)
+        if request[0] == socket.AF_INET6:
+            # The kernel may just have made the link-local one itself, and be at detecting duplicates of it.
+            messages.append((f"delete an address of {name}", DELADDR, 0, request, _GONE))
+        messages.append((f"add an address to {name}", NEWADDR, CREATE | EXCL, request, exists))
     return messages + [
         (f"add a route to {name}", _NEWROUTE, CREATE | EXCL, _route(data, things.index, index), exists)
         for data in things.routes
@@ -223,9 +229,12 @@ def hand_over(
     except HostError as error:
         if error.errno != errno.ENODEV:
             raise  # gone, and all that it had with it
-    # A port keeps no link-local address: it would be the bridge's own once more.
-    messages += _set_port(port_index, port, netlink.link(master).index if master else 0, gen_mode)
-    messages += _give(things, netlink.link(target).index, target)
+    messages.append(_set_master(port_index, port, netlink.link(master).index if master else 0))
+    mode = _set_mode(port_index, port, gen_mode)
+    given = _give(things, netlink.link(target).index, target)
+    # A port keeps no link-local address: it would be the bridge's own once more. One that is a port no longer gets its
+    # back with the others, before the kernel would make it anew.
+    messages += [*mode, *given] if master else [*given, *mode]
     send_together(messages)
 
 

@@ -211,7 +211,7 @@ def change_fdb(bridge: str, port: str, mac: str, vlan: int, delete: bool) -> Non
             if delete:
                 neighbour.delete_fdb(netlink, index, mac, vlan=vlan)
             else:
-                neighbour.add_fdb(netlink, index, mac, kind="static", vlan=vlan, replace=True)
+                neighbour.add_fdb(netlink, index, mac, kind="static", vlan=vlan, sticky=True, replace=True)
         except HostError as error:
             if error.errno == errno.ENOENT:
                 raise NotFound(

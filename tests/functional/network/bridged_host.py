@@ -32,7 +32,6 @@ ip link set lo up
 ip netns add lan
 ip link add eth0 address {MAC} type veth peer name lan0
 ip link set lan0 netns lan
-echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad
 ip -n lan link set lo up
 ip -n lan addr add {GATEWAY}/24 dev lan0
 ip -n lan addr add 2001:db8::1/64 dev lan0 nodad
@@ -74,8 +73,12 @@ class Host:
         self.holder = subprocess.Popen([*enter, "sh", "-c", "echo made; exec sleep infinity"], stdout=subprocess.PIPE)
         assert self.holder.stdout is not None
         assert self.holder.stdout.readline() == b"made\n"
-        until(lambda: "tentative" not in self.run("ip -6 addr show"), "duplicate address detection is through")
+        until(self._settled, "duplicate address detection is through")
         self.start()
+
+    def _settled(self) -> bool:
+        addresses = self.run("ip -6 addr show dev eth0")
+        return "fe80:" in addresses and "tentative" not in addresses
 
     def inside(self, *command: str) -> list[str]:
         return ["nsenter", "-t", str(self.holder.pid), "-m", "-n", *command]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from functional.network.bridged_host import GATEWAY, HOST, MAC, Host, until
+from kvik.client.bridge import Bridges
 from kvik.errors import HostError, KvikError, NoInterface, OperationInvalid, ResourceBusy
 from kvik.host.process import find_program
 
@@ -327,3 +328,53 @@ def test_the_commands(host: Host) -> None:
 def test_sockets_of_the_test_itself_stay_out() -> None:
     """The namespace is the daemon's: this process still has its own network."""
     assert "lan0" not in [name for _, name in socket.if_nameindex()]
+
+
+def virsh(host: Host, *words: str) -> str:
+    command = ["virsh", "-c", f"qemu+unix:///system?socket={host.socket}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(find_program("virsh") is None, reason="needs virsh (libvirt-clients)")
+def test_the_real_virsh(host: Host) -> None:
+    """Its iface-bridge and iface-unbridge are made of documents: define, create; destroy, undefine, define, create."""
+    before = host.network()
+    assert virsh(host, "iface-list", "--all") == host.cli("iface-list", "--all").strip()
+    assert virsh(host, "iface-name", MAC) == "eth0"
+    assert virsh(host, "iface-mac", "eth0") == MAC
+    assert virsh(host, "iface-dumpxml", "eth0") == host.interfaces.find("eth0").xml().strip()
+    virsh(host, "iface-begin")
+    assert "Bridge interface br0 started" in virsh(host, "iface-bridge", "eth0", "br0")
+    assert host.network("br0") == before
+    assert "stp='on'" in virsh(host, "iface-dumpxml", "br0")
+    virsh(host, "iface-rollback")
+    assert host.network() == before
+    assert host.file(CONFIG) == INTERFACES
+    virsh(host, "iface-bridge", "eth0", "br0", "--no-stp")
+    assert host.network("br0") == before
+    assert "iface eth0 inet manual" in host.file(CONFIG)
+    assert "Interface eth0 started" in virsh(host, "iface-unbridge", "br0")
+    now = host.network()
+    assert now["mac"] == before["mac"]
+    assert f"IF inet {HOST}/24 brd 192.0.2.255 scope global IF" in now["addresses"]
+    assert [row for row in now["routes"] if row.startswith(f"default via {GATEWAY}")]
+    assert not host.exists("br0")
+    assert "br0" not in host.file(CONFIG)
+
+
+def test_an_interface_with_an_address_is_no_port_by_accident(host: Host) -> None:
+    """`kvik bridge addif` of the host's own interface would cut it off: refused, with the way that does not."""
+    bridges = Bridges(host.connection)
+    bridges.add("br0")
+    with pytest.raises(OperationInvalid, match=r"kvik iface-bridge eth0 br0"):
+        bridges.add_port("br0", "eth0")
+    # That way takes an existing bridge, too, and leaves it when undone.
+    before = host.network()
+    host.interfaces.bridge("eth0", "br0", seconds=LONG)
+    assert host.network("br0")["addresses"][0] == before["addresses"][0]
+    host.interfaces.rollback()
+    assert host.network() == before
+    assert [one.name for one in bridges.all()] == ["br0"]

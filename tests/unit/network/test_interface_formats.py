@@ -117,7 +117,7 @@ DHCP: dict[Format, dict[str, str]] = {
     ifupdown: {IFUPDOWN: "allow-hotplug eth0\niface eth0 inet dhcp\niface eth0 inet6 auto\n"},
     networkd: {NETWORKD: "[Match]\nName=e*\n\n[Network]\nDHCP=ipv4\nIPv6AcceptRA=yes\n"},
     networkmanager: {
-        NM: "[connection]\nid=w\ntype=802-3-ethernet\ninterface-name=eth0\n\n[ipv4]\nmethod=auto\n\n[ipv6]\nmethod=auto\n"
+        NM: "[connection]\nid=w\ntype=802-3-ethernet\ninterface-name=eth0\n[ipv4]\nmethod=auto\n[ipv6]\nmethod=auto\n"
     },
     netplan: {NETPLAN: "network:\n  ethernets:\n    eth0: {dhcp4: true, accept-ra: yes}\n"},
 }
@@ -297,8 +297,22 @@ def test_a_document_comes_back_as_it_was_defined(form: Format, kind: str) -> Non
     assert protocols(form.describe(again, "eth0")) == protocols(form.describe(tree, "eth0"))
     gone = after(now, form.undefine(now, document.name))
     assert document.name not in form.names(gone)
+    assert not [path for path, text in gone.staged.items() if document.name.encode() in (text or b"")]
     if form is not networkd:  # there the distribution's own file speaks of every e*
         assert form.describe(gone, document.name) is None
+
+
+@every
+def test_a_bridge_that_is_defined_takes_the_addresses_from_its_ports(form: Format) -> None:
+    """Else the host would have them twice after the next boot."""
+    document = parse_interface(DOCUMENTS["bridge"].replace("eth6", "eth0"))
+    tree = tree_of(STATIC[form])
+    now = after(tree, form.define(tree, document))
+    bridge, port = form.describe(now, "br7"), form.describe(now, "eth0")
+    assert bridge is not None
+    assert bridge.bridge is not None
+    assert {one.name for one in bridge.bridge.ports} == {"eth0", "eth7"}
+    assert port is None or port.protocols == []
 
 
 def test_a_vlan_is_written_where_the_format_can() -> None:
@@ -368,6 +382,20 @@ def test_the_ports_own_profile_is_back_with_its_settings() -> None:
     assert files[NM].decode().split() == STATIC[networkmanager][NM].split()
 
 
+def test_a_profile_for_any_card_gives_its_settings_and_goes_on_serving_the_others() -> None:
+    tree = tree_of({NM: "[connection]\nid=w\ntype=ethernet\n\n[ipv4]\nmethod=auto\ndns-search=example.org\n"})
+    assert owner(tree, "eth0") is networkmanager
+    changes = networkmanager.bridge(tree, "eth0", wanted())
+    assert NM not in changes
+    assert b"dns-search=example.org" in (changes[f"{networkmanager.DIRECTORY}/kvik-br0.nmconnection"] or b"")
+    now = after(tree, changes)
+    bridge = networkmanager.describe(now, "br0")
+    assert bridge is not None
+    assert bridge.protocols[0].dhcp is not None
+    back = after(now, networkmanager.unbridge(now, "br0", "eth0"))
+    assert [path for path, text in back.staged.items() if text is not None] == [NM]
+
+
 # netplan
 
 
@@ -429,7 +457,7 @@ def test_addresses_that_several_files_add_up_all_go() -> None:
     ],
 )  # fmt: skip
 def test_yaml_that_is_not_understood_is_refused_with_its_line(text: str) -> None:
-    with pytest.raises(ConfigUnsupported, match="line [0-9]+"):
+    with pytest.raises(ConfigUnsupported, match=r"line [0-9]+"):
         parse(text, "x.yaml")
 
 

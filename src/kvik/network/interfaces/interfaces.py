@@ -219,6 +219,11 @@ class Interfaces:
             self._create_bridge(document)
             return
         with Netlink() as netlink:
+            bridge = start.bridge_of(netlink, name)
+            plan = plan_unbridge(netlink, bridge) if bridge else None
+        if plan is not None:  # what has a definition of its own is no port any more
+            self._switch(plan, None, {}, seconds=0)
+        with Netlink() as netlink:
             start.start(netlink, document)
 
     def _create_bridge(self, document: Interface) -> None:
@@ -258,7 +263,7 @@ class Interfaces:
         assert document.bridge is not None
         with Netlink() as netlink:
             plan = plan_bridge(netlink, port, document.name)
-            present = live.describe(netlink, port)
+            present = live.describe(netlink, port, origins=True)
         assert present is not None
         tree = self._tree()
         if any(one.describe(tree, document.name) for one in self._formats(tree)):

@@ -6,8 +6,10 @@ import errno
 import socket
 
 from kvik.conf.interface import (
+    Autoconf,
     BridgeInterface,
     Interface,
+    InterfaceDhcp,
     InterfaceGateway,
     InterfaceIp,
     InterfaceLink,
@@ -34,8 +36,11 @@ def interfaces(netlink: Netlink) -> list[Link]:
     return sorted((link for link in netlink.links() if link.kind not in _MACHINES), key=lambda link: link.name)
 
 
-def describe(netlink: Netlink, name: str) -> Interface | None:
-    """The document of an interface as it is; None if there is none."""
+def describe(netlink: Netlink, name: str, *, origins: bool = False) -> Interface | None:
+    """The document of an interface as it is; None if there is none.
+
+    `origins`: what to write to have it again: an address that was given for a time is not said, but where it is from.
+    """
     try:
         answer = netlink.link_answer(name)
         link = netlink.link(name)
@@ -47,7 +52,7 @@ def describe(netlink: Netlink, name: str) -> Interface | None:
     document = _basic(link)
     document.link = InterfaceLink(state=link.state if link.state in ("up", "down") else None)
     document.mtu = InterfaceMtu(size=link.mtu)
-    document.protocols = _protocols(netlink, link)
+    document.protocols = _protocols(netlink, link, origins)
     if document.type == "bridge":
         bridge = read_bridge(netlink, link.index)
         ports = [_basic(one) for one in links.values() if one.master == link.index]
@@ -66,13 +71,19 @@ def _basic(link: Link) -> Interface:
     return document
 
 
-def _protocols(netlink: Netlink, link: Link) -> list[Protocol]:
+def _protocols(netlink: Netlink, link: Link, origins: bool) -> list[Protocol]:
     v4, v6 = Protocol(family="ipv4"), Protocol(family="ipv6")
     for address in netlink.addresses(link.index):
         if address.scope == _LINK_LOCAL:
             continue
         ip = address.interface
         protocol = v4 if ip.version == 4 else v6
+        if origins and not address.permanent:
+            if ip.version == 4:
+                v4.dhcp = InterfaceDhcp()
+            else:
+                v6.autoconf = Autoconf()
+            continue
         protocol.ips.append(InterfaceIp(address=str(ip.ip), prefix=ip.network.prefixlen))
     for family, protocol in ((socket.AF_INET, v4), (socket.AF_INET6, v6)):
         try:
@@ -82,6 +93,12 @@ def _protocols(netlink: Netlink, link: Link) -> list[Protocol]:
                 continue
             raise
         for route in found:
+            if origins and route.protocol in ("dhcp", "ra"):
+                continue
             if route.default and route.index == link.index and route.gateway is not None:
                 protocol.routes.append(InterfaceGateway(gateway=str(route.gateway)))
-    return [protocol for protocol in (v4, v6) if protocol.ips or protocol.routes]
+    if v4.ips:
+        v4.dhcp = None  # a document has one of them, and the fixed ones are what somebody decided
+    if v4.dhcp:
+        v4.routes = []
+    return [one for one in (v4, v6) if one.ips or one.routes or one.dhcp or one.autoconf]

@@ -8,7 +8,7 @@ from kvik.conf.interface import Interface
 from kvik.errors import HostError, OperationInvalid, OperationUnsupported
 from kvik.host.bridge import create_bridge
 from kvik.host.netlink import Link, Netlink
-from kvik.host.route import add_route
+from kvik.host.route import add_route, routes
 
 
 def _find(netlink: Netlink, name: str) -> Link | None:
@@ -18,6 +18,15 @@ def _find(netlink: Netlink, name: str) -> Link | None:
         if error.errno == errno.ENODEV:
             return None
         raise
+
+
+def bridge_of(netlink: Netlink, name: str) -> str:
+    """The bridge that an interface is a port of; empty if it is of none."""
+    link = _find(netlink, name)
+    if link is None or not link.master:
+        return ""
+    master = netlink.link(link.master)
+    return master.name if master.kind == "bridge" else ""
 
 
 def start(netlink: Netlink, document: Interface) -> None:
@@ -35,11 +44,14 @@ def start(netlink: Netlink, document: Interface) -> None:
         netlink.set_link(link.index, mtu=document.mtu.size)
     netlink.set_link(link.index, up=True)
     have = {str(address.interface) for address in netlink.addresses(link.index)}
+    gateways = {str(route.gateway) for route in routes(netlink) if route.default and route.index == link.index}
     for protocol in document.protocols:
         for ip in protocol.ips:
             if ip.text not in have:
                 netlink.add_address(link.index, ip.text)
         for route in protocol.routes:
+            if route.gateway in gateways:
+                continue  # perhaps with a metric of its own
             network = "0.0.0.0/0" if protocol.family == "ipv4" else "::/0"
             try:
                 add_route(netlink, network, gateway=route.gateway, index=link.index)

@@ -198,6 +198,10 @@ def define(tree: Tree, document: Interface) -> Changes:
     """Replace what is said of the interface, or add it at the end of the main file."""
     lines = _stanza_lines(document)
     changes = undefine(tree, document.name)
+    for port in document.bridge.ports if document.bridge else []:
+        tree = Tree(tree.root, {**tree.staged, **changes})
+        changes.update(undefine(tree, port.name))  # a port has no address of its own
+        lines += [f"iface {port.name} inet manual"]
     tree = Tree(tree.root, {**tree.staged, **changes})
     text = tree.read(MAIN)
     if text is None:
@@ -263,7 +267,8 @@ def undefine(tree: Tree, name: str) -> Changes:
     changes: Changes = {}
     for path, stanzas in _files(tree).items():
         kept = [stanza for stanza in stanzas if not _iface(stanza, name)]
-        touched = len(kept) != len(stanzas) or _rename_auto(kept, name, None)
+        touched = len(kept) != len(stanzas)
+        touched |= _rename_auto(kept, name, None)
         if touched:
             changes[path] = join(_without_empty(kept))
     return changes

@@ -205,6 +205,9 @@ def _bridge_value(document: Interface, ports: list[str]) -> dict[str, object]:
 def define(tree: Tree, document: Interface) -> Changes:
     changes = undefine(tree, document.name)
     files = _files(Tree(tree.root, {**tree.staged, **changes}))
+    touched = {OWN}
+    for port in document.bridge.ports if document.bridge else []:
+        touched |= _strip(files, port.name)
     value: dict[str, object] = {}
     section = "ethernets"
     if document.bridge:
@@ -239,7 +242,20 @@ def define(tree: Tree, document: Interface) -> Changes:
     if document.start and document.start.mode == "none":
         value["activation-mode"] = "manual"
     _put(files, section, document.name, value)
-    return {**changes, **_write(files, {OWN})}
+    return {**changes, **_write(files, touched)}
+
+
+def _strip(files: Files, name: str) -> set[str]:
+    """Take the addresses from an interface that becomes a port. The files that this touches."""
+    key = _identifier(files, name)
+    touched = set()
+    for path, _, entry, value in _entries(files):
+        if entry == key and set(value) & _ADDRESS_KEYS:
+            for option in set(value) & _ADDRESS_KEYS:
+                del value[option]
+            value.update({"dhcp4": "false", "dhcp6": "false"})
+            touched.add(path)
+    return touched
 
 
 def _known(files: Files, name: str) -> str:

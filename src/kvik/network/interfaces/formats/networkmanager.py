@@ -56,12 +56,25 @@ def _active(sections: list[Section]) -> bool:
     return find(sections, "connection").get("autoconnect", "true") not in ("false", "0", "no")
 
 
+def _serves_any(sections: list[Section]) -> bool:
+    connection, ethernet = find(sections, "connection"), find(sections, "ethernet")
+    return (
+        _KINDS.get(connection.get("type") or "") == "ethernet"
+        and not _interface(sections)
+        and not _master(sections)
+        and not ethernet.get("mac-address")
+        and _active(sections)
+    )
+
+
 def _find(tree: Tree, name: str) -> tuple[str, list[Section]] | None:
     """The profile that counts for an interface: one that starts by itself before one that does not, of several the
     one of highest priority, then the first by name."""
     found = [(path, sections) for path, sections in _profiles(tree).items() if _interface(sections) == name]
-    if not found:
-        return None
+    if not found:  # a profile that names no interface serves any Ethernet card
+        found = [(path, sections) for path, sections in _profiles(tree).items() if _serves_any(sections)]
+        if not found or not name.startswith(("e", "lan")):
+            return None
 
     def order(item: tuple[str, list[Section]]) -> tuple[bool, int, str]:
         priority = find(item[1], "connection").get("autoconnect-priority") or "0"
