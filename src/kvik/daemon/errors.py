@@ -15,6 +15,7 @@ import secrets
 from kvik.errors import HostError, KvikError, NoSupport, NotFound, OperationTimeout
 
 __all__ = [
+    "MultipleInterfaces",
     "NoCheckpoint",
     "NoConnection",
     "NoFilter",
@@ -48,6 +49,11 @@ class NoConnection(KvikError):
 class NoNodeDevice(NotFound):
     code = 53  # VIR_ERR_NO_NODE_DEVICE
     domain = 22  # VIR_FROM_NODEDEV
+
+
+class MultipleInterfaces(KvikError):
+    code = 59  # VIR_ERR_MULTIPLE_INTERFACES
+    domain = 26  # VIR_FROM_INTERFACE
 
 
 class NoFilter(NotFound):

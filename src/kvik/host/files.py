@@ -57,9 +57,7 @@ def fsync_directory(path: AnyPath) -> None:
         os.close(fd)
 
 
-def atomic_write(
-    path: AnyPath, data: bytes, *, mode: int = 0o600, durable: bool = True, exact: bool = False
-) -> None:
+def atomic_write(path: AnyPath, data: bytes, *, mode: int = 0o600, durable: bool = True, exact: bool = False) -> None:
     """Replace the file's content: after a crash at any instant it holds the old or the new content, whole.
 
     A temporary file in the same directory has `mode` (less the umask, unless `exact`) from its creation on. A link at

@@ -307,6 +307,8 @@ def test_a_file_that_changed_meanwhile_is_not_overwritten(host: Host) -> None:
         host.interfaces.commit()
     assert host.interfaces.pending().state == "kept"
     assert host.exists("br0")
+    with pytest.raises(ResourceBusy, match="could not be written"):
+        host.interfaces.begin(LONG)
     place.write_text(INTERFACES)
     host.interfaces.commit()
     assert "bridge_ports" in host.file(CONFIG)
@@ -323,6 +325,9 @@ def test_the_commands(host: Host) -> None:
     shown = host.cli("bridge", "show", "br0")
     assert "forwarding" in shown
     assert "192.0.2.2/24" in shown
+    with pytest.raises(KvikError, match="several interfaces have MAC address") as caught:
+        host.interfaces.find(MAC)
+    assert caught.value.code == 59  # VIR_ERR_MULTIPLE_INTERFACES
 
 
 def test_sockets_of_the_test_itself_stay_out() -> None:

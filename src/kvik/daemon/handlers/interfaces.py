@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvik.daemon.errors import MultipleInterfaces
 from kvik.daemon.handlers.common import LIST_MAX, check_flags
-from kvik.errors import InvalidArgument, NoInterface
+from kvik.errors import NoInterface
 
 if TYPE_CHECKING:
     from kvik.daemon.connection import Connection
@@ -60,7 +61,7 @@ async def lookup_by_mac(connection: Connection, args: Any) -> tuple[Any]:
     if not found:
         raise NoInterface(f"no interface with MAC address {mac!r}")
     if len(found) > 1:  # a bridge has that of its port
-        raise InvalidArgument(
+        raise MultipleInterfaces(
             f"several interfaces have MAC address {mac}: {', '.join(row.name for row in found)}", remedy="name one"
         )
     return ((found[0].name, found[0].mac),)

@@ -340,7 +340,12 @@ class Interfaces:
             if self.root is None:
                 return
             tree = Tree(self.root)
-            changed = [path for path, digest in record.before.items() if _digest(tree.read_disk(path)) != digest]
+            changed = [
+                path
+                for path, digest in record.before.items()
+                # Or written already, by a commit that was cut off.
+                if _digest(tree.read_disk(path)) not in (digest, _digest(record.staged.get(path)))
+            ]
             if changed:
                 raise OperationFailed(
                     f"{', '.join(changed)} was changed meanwhile: the interfaces stay as they are now, but that is not "

@@ -121,10 +121,11 @@ class Pending:
         if not 0 <= seconds <= SECONDS_MAX:
             raise OperationInvalid(f"{seconds} s is not between 0 and {SECONDS_MAX}")
         with self.locked():
-            present = self.open()
-            if present is not None:
+            present = self.read()
+            if present is not None and present.state != "reverted":
+                what = "already" if present.state == "open" else "whose configuration could not be written"
                 raise ResourceBusy(
-                    f"there is a pending change already: {present.words}",
+                    f"there is a pending change {what}: {present.words}",
                     remedy="keep it with 'kvik iface-commit' or undo it with 'kvik iface-rollback'",
                 )
             deadline = boottime() + seconds if seconds else 0.0
@@ -168,10 +169,10 @@ class Pending:
             return record
 
     def rollback(self) -> Record:
-        """Undo the change now."""
+        """Undo the change now; also one that was kept, as long as its configuration could not be written."""
         with self.locked():
-            record = self.open()
-            if record is None:
+            record = self.read()
+            if record is None or record.state == "reverted":
                 raise OperationInvalid("there is no pending change to roll back")
             self._revert(record, "rolled back")
             self._dismiss(record)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from kvik.errors import HostError
-from kvik.host.files import atomic_write, ensure_directory, fsync_directory, remove_file, try_read_file
+from kvik.host.files import atomic_write, ensure_directory, remove_file, try_read_file
 
 Changes = dict[str, bytes | None]  # path -> new content; None: removed
 LIMIT = 1 << 20  # bytes of one file
@@ -99,8 +98,5 @@ def apply(root: Path, changes: Mapping[str, bytes | None], keep: Path) -> list[s
             remove_file(place)
             continue
         ensure_directory(place.parent, 0o755)
-        atomic_write(place.resolve() if place.is_symlink() else place, data)
-        with suppress(OSError):
-            place.chmod(mode)  # the daemon's umask took it away
-            fsync_directory(place.parent)
+        atomic_write(place.resolve() if place.is_symlink() else place, data, mode=mode, exact=True)
     return kept
