@@ -5,7 +5,7 @@ KvikError
 │   └── ConfigError           a document is wrong (knows its line and path)
 │       └── ConfigUnsupported a document asks for what this hypervisor or host cannot do
 ├── NotFound                  the named object does not exist
-│   ├── NoDomain, NoNetwork, NoStoragePool, NoStorageVolume, NoSnapshot,
+│   ├── NoDomain, NoNetwork, NoFilter, NoFilterBinding, NoStoragePool, NoStorageVolume, NoSnapshot,
 │   └── NoMetadata, NoDevice
 ├── AlreadyExists             a name, UUID or address is taken
 ├── OperationInvalid          the object is not in a state that allows this
@@ -49,6 +49,8 @@ __all__ = [
     "MonitorError",
     "NoDevice",
     "NoDomain",
+    "NoFilter",
+    "NoFilterBinding",
     "NoMetadata",
     "NoNetwork",
     "NoSnapshot",
@@ -123,6 +125,16 @@ class NoDomain(NotFound):
 class NoNetwork(NotFound):
     code = 43
     domain = 19
+
+
+class NoFilter(NotFound):
+    code = 62  # VIR_ERR_NO_NWFILTER
+    domain = 33  # VIR_FROM_NWFILTER
+
+
+class NoFilterBinding(NotFound):
+    code = 101  # VIR_ERR_NO_NWFILTER_BINDING
+    domain = 33
 
 
 class NoStoragePool(NotFound):

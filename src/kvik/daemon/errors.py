@@ -17,7 +17,6 @@ from kvik.errors import HostError, KvikError, NoSupport, NotFound, OperationTime
 __all__ = [
     "NoCheckpoint",
     "NoConnection",
-    "NoFilter",
     "NoInterface",
     "NoNodeDevice",
     "NoSecret",
@@ -54,11 +53,6 @@ class NoInterface(NotFound):
 class NoNodeDevice(NotFound):
     code = 53  # VIR_ERR_NO_NODE_DEVICE
     domain = 22  # VIR_FROM_NODEDEV
-
-
-class NoFilter(NotFound):
-    code = 62  # VIR_ERR_NO_NWFILTER
-    domain = 33  # VIR_FROM_NWFILTER
 
 
 class NoSecret(NotFound):

@@ -1,0 +1,387 @@
+"""All network filters of one scope, and which interface has which.
+
+Every change of what the kernel does is one nftables transaction: an interface has its old rules or its new ones, never
+a part. Changing a filter changes, in one transaction, every interface that uses it; if one of them cannot have the new
+rules, none gets them and the definition stays as it was.
+
+Blocking (a transaction takes a few milliseconds); may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+from uuid import UUID, uuid4
+
+from kvik.conf.nwfilter import FilterBinding, FilterReference, NetworkFilter, parse_filter
+from kvik.errors import (
+    AlreadyExists,
+    ConfigError,
+    HostError,
+    KvikError,
+    NoFilter,
+    NoFilterBinding,
+    OperationInvalid,
+)
+from kvik.host.netlink import Netlink
+from kvik.host.nftables import Nftables
+from kvik.network.filters import table, tree
+from kvik.network.filters.builtin import builtin_filters
+from kvik.network.filters.compile import Features, Ruleset, address_set, compile_rules
+from kvik.network.filters.store import FilterStore
+from kvik.network.filters.table import Command
+from kvik.network.filters.variables import LEARNED
+from kvik.paths import Paths
+
+__all__ = ["Filters"]
+
+logger = logging.getLogger(__name__)
+
+_LEARNING = {"any": "any", "dhcp": "dhcp", "none": ""}
+
+
+class Learner(Protocol):
+    """Who tells `Filters.learned` about addresses that a DHCP server gave."""
+
+    def watch(self, device: str, mac: str) -> None: ...
+
+    def forget(self, device: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Bound:
+    """A binding, and what of it is in the kernel."""
+
+    __slots__ = ("binding", "chains", "filters", "learn", "notes", "sets")
+
+    def __init__(self, binding: FilterBinding) -> None:
+        self.binding = binding
+        self.filters: set[str] = set()  # all that its filter refers to
+        self.learn = ""
+        self.notes: list[str] = []
+        self.chains: list[str] = []
+        self.sets: list[str] = []
+
+
+class Filters:
+    """`open` before anything else. `warnings` holds what could not be put right then."""
+
+    def __init__(self, paths: Paths, learner: Callable[[Filters], Learner] | None = None) -> None:
+        self.store = FilterStore(paths)
+        self.warnings: list[str] = []
+        self._defined: dict[str, NetworkFilter] = {}
+        self._bound: dict[str, _Bound] = {}
+        self._lock = threading.RLock()
+        self._nftables: Nftables | None = None
+        self._features: Features | None = None
+        self._learner = learner(self) if learner is not None else None
+
+    def open(self) -> None:
+        """Read what is defined; put interfaces that still exist under their rules again, and forget the others."""
+        with self._lock:
+            self.store.open()
+            self._defined = {one.name: one for one in self.store.load_filters()}
+            bindings = self.store.load_bindings()
+            if not bindings:
+                return
+            with Netlink() as netlink:
+                present = {link.name for link in netlink.links()}
+            chains, sets = self._in_kernel()
+            for binding in bindings:
+                bound = _Bound(binding)
+                mine = f"{binding.portdev}/"
+                bound.chains = [name for name in chains if name.startswith(mine)]
+                bound.sets = [name for name in sets if name.startswith(mine)]
+                self._bound[binding.portdev] = bound
+                try:
+                    if binding.portdev in present:
+                        self._apply([bound])
+                    else:
+                        self.unbind(binding.portdev)
+                except KvikError as error:  # what was in the kernel stays there
+                    self.warnings.append(f"filter of interface {binding.portdev}: {error}")
+                    logger.warning("%s", self.warnings[-1])
+
+    def close(self) -> None:
+        """Let go. Rules stay."""
+        if self._learner is not None:
+            self._learner.close()
+        with self._lock:
+            if self._nftables is not None:
+                self._nftables.close()
+                self._nftables = None
+
+    # looking up
+
+    def list(self) -> list[NetworkFilter]:
+        return [all_ for _, all_ in sorted({**builtin_filters(), **self._defined}.items())]
+
+    def lookup_name(self, name: str) -> NetworkFilter:
+        found = self._defined.get(name) or builtin_filters().get(name)
+        if found is None:
+            raise NoFilter(f"no network filter with name {name!r}")
+        return found
+
+    def lookup_uuid(self, uuid: bytes) -> NetworkFilter:
+        text = str(UUID(bytes=uuid))
+        for one in self.list():
+            if one.uuid == text:
+                return one
+        raise NoFilter(f"no network filter with UUID {text}")
+
+    def bindings(self) -> Sequence[FilterBinding]:
+        return [bound.binding for bound in list(self._bound.values())]
+
+    def lookup_binding(self, device: str) -> FilterBinding:
+        return self._lookup_bound(device).binding
+
+    def notes(self, device: str) -> Sequence[str]:
+        """Where less is done than the filter says, and why."""
+        return list(self._lookup_bound(device).notes)
+
+    def _lookup_bound(self, device: str) -> _Bound:
+        try:
+            return self._bound[device]
+        except KeyError:
+            raise NoFilterBinding(f"no network filter binding for interface {device!r}") from None
+
+    # defining
+
+    def define(self, xml: str) -> NetworkFilter:
+        """New, or in place of one with the same name and UUID; interfaces that use it have the new rules at once."""
+        made = parse_filter(xml)
+        with self._lock:
+            self._settle_identity(made)
+            before = self._defined.get(made.name)
+            self._defined[made.name] = made
+            try:
+                self._check_loops(made)
+                users = [bound for bound in self._bound.values() if made.name in bound.filters]
+                self.store.save_filter(made)
+                self._apply(users)
+            except BaseException:
+                if before is None:
+                    del self._defined[made.name]
+                    self.store.remove_filter(made.name)
+                else:
+                    self._defined[made.name] = before
+                    self.store.save_filter(before)
+                raise
+            return made
+
+    def _settle_identity(self, made: NetworkFilter) -> None:
+        """A name belongs to one UUID and the other way round. A document without one means the filter of its name."""
+        for one in self.list():
+            if one.name == made.name:
+                made.uuid = made.uuid or one.uuid
+                if one.uuid != made.uuid and one.name in self._defined:  # a built-in one can be replaced by any
+                    raise AlreadyExists(f"filter {made.name!r} already exists with uuid {one.uuid}")
+            elif one.uuid == made.uuid:
+                raise AlreadyExists(f"filter {one.name!r} is already defined with uuid {one.uuid}")
+        made.uuid = made.uuid or str(uuid4())
+
+    def _check_loops(self, made: NetworkFilter) -> None:
+        """References to filters that are not defined yet are allowed."""
+
+        def lookup(name: str) -> NetworkFilter:
+            try:
+                return self.lookup_name(name)
+            except NoFilter:
+                return NetworkFilter(name=name)
+
+        tree.names(FilterReference(filter=made.name), lookup)
+
+    def undefine(self, name: str) -> None:
+        """A built-in filter that was redefined is the built-in one again."""
+        with self._lock:
+            self.lookup_name(name)
+            if name not in self._defined:
+                raise OperationInvalid(f"filter {name!r} is built in and cannot be undefined")
+            users = [device for device, bound in self._bound.items() if name in bound.filters]
+            if users:
+                raise OperationInvalid(
+                    f"filter {name!r} is in use by interface {users[0]}",
+                    remedy="stop the machine, or delete the binding: kvik nwfilter-binding-delete " + users[0],
+                )
+            self.store.remove_filter(name)
+            del self._defined[name]
+
+    # interfaces
+
+    def bind(self, binding: FilterBinding) -> Sequence[str]:
+        """Put an interface that exists under a filter; what was on it before is replaced. Returns `notes`.
+
+        Raises ConfigError (a variable without value, a loop), ConfigUnsupported, NoFilter, HostError; then the
+        interface is as it was.
+        """
+        with self._lock:
+            before = self._bound.get(binding.portdev)
+            bound = _Bound(binding)
+            if before is not None:
+                bound.chains, bound.sets = before.chains, before.sets
+            self.store.save_binding(binding)
+            self._bound[binding.portdev] = bound
+            try:
+                self._apply([bound], anew=True)
+            except BaseException:
+                if before is None:
+                    del self._bound[binding.portdev]
+                    self.store.remove_binding(binding.portdev)
+                else:
+                    self._bound[binding.portdev] = before
+                    self.store.save_binding(before.binding)
+                raise
+            for note in bound.notes:
+                logger.warning("filter %s on %s: %s", binding.reference.filter, binding.portdev, note)
+            return bound.notes
+
+    def create_binding(self, binding: FilterBinding) -> Sequence[str]:
+        """As `bind`, but refuses an interface that has one."""
+        with self._lock:
+            if binding.portdev in self._bound:
+                raise OperationInvalid(f"interface {binding.portdev!r} has a filter binding already")
+            with Netlink() as netlink:
+                netlink.link(binding.portdev)
+            return self.bind(binding)
+
+    def unbind(self, device: str) -> None:
+        """Take an interface's rules away. Its packets pass freely then: take the interface down or away first."""
+        with self._lock:
+            bound = self._lookup_bound(device)
+            if bound.chains:
+                try:
+                    self._run(self._removal(bound))
+                except HostError as error:
+                    if error.errno != errno.ENOENT:
+                        raise
+                    # Somebody flushed the host's rules: what is left of ours, if anything, goes with the next binding.
+            del self._bound[device]
+            self.store.remove_binding(device)
+            if self._learner is not None and bound.learn == "dhcp":
+                self._learner.forget(device)
+
+    def reapply(self) -> None:
+        """All interfaces anew, in one transaction: after somebody flushed the host's rules."""
+        with self._lock:
+            chains, sets = self._in_kernel()
+            for bound in self._bound.values():
+                bound.chains = [name for name in bound.chains if name in chains]
+                bound.sets = [name for name in bound.sets if name in sets]
+            self._apply(list(self._bound.values()))
+
+    def learned(self, device: str, address: str, seconds: int | None = None) -> None:
+        """An address that the machine may use from now on, for `seconds` if given."""
+        with self._lock:
+            bound = self._lookup_bound(device)
+            if bound.learn != "dhcp":
+                return
+            element: object = {"elem": {"val": address, "timeout": seconds}} if seconds else address
+            name = address_set(device)
+            # An element keeps the timeout it was made with: out and in again, in one transaction.
+            once = table.add("element", name=name, elem=[address])
+            again = [once, table.delete("element", name=name, elem=[address])]
+            self._run([*again, table.add("element", name=name, elem=[element])])
+
+    # the kernel
+
+    def _apply(self, changed: Sequence[_Bound], *, anew: bool = False) -> None:
+        """One transaction; `anew` forgets what an interface has learned."""
+        if not changed:
+            return
+        rulesets = [self._compile(bound) for bound in changed]
+        commands = table.base()
+        for bound, ruleset in zip(changed, rulesets, strict=True):
+            commands += self._replacement(bound, ruleset, anew=anew)
+        self._run(commands)
+        for bound, ruleset in zip(changed, rulesets, strict=True):
+            bound.chains, bound.sets, bound.notes = ruleset.chains, [*ruleset.sets], ruleset.notes
+            device = bound.binding.portdev
+            if self._learner is not None and bound.learn == "dhcp":
+                self._learner.watch(device, bound.binding.mac)
+
+    def _compile(self, bound: _Bound) -> Ruleset:
+        binding = bound.binding
+        values = {"MAC": [binding.mac]}
+        given = {one.name for one in binding.reference.parameters}
+        learn = ""
+        if "IP" not in given:
+            mode = next((one.value for one in binding.reference.parameters if one.name == "CTRL_IP_LEARNING"), "any")
+            if mode not in _LEARNING:
+                raise ConfigError(f"CTRL_IP_LEARNING is {mode!r}, which is none of {', '.join(_LEARNING)}")
+            if _LEARNING[mode] and tree.uses(binding.reference, "IP", {}, self.lookup_name):
+                learn = _LEARNING[mode]
+                values["IP"] = [LEARNED]
+        rules = tree.flatten(binding.reference, values, self.lookup_name)
+        bound.filters = tree.names(binding.reference, self.lookup_name)
+        bound.learn = learn
+        return compile_rules(binding.portdev, binding.mac, rules, self._kernel_features(), learn=learn)
+
+    @staticmethod
+    def _replacement(bound: _Bound, ruleset: Ruleset, *, anew: bool) -> Iterable[Command]:
+        kept = set() if anew else set(bound.sets) & set(ruleset.sets)
+        yield from (table.flush(chain) for chain in bound.chains)
+        yield from (table.delete("chain", name=chain) for chain in bound.chains if chain not in ruleset.chains)
+        yield from (table.delete("set", name=name) for name in bound.sets if name not in kept)
+        yield from (command for name, command in ruleset.sets.items() if name not in kept)
+        yield from (table.add("chain", name=chain) for chain in ruleset.chains)
+        yield from ruleset.commands
+
+    @staticmethod
+    def _removal(bound: _Bound) -> list[Command]:
+        device = bound.binding.portdev
+        return [
+            *(table.undispatch(stage, device) for stage in table.STAGES),
+            *(table.flush(chain) for chain in bound.chains),
+            *(table.delete("chain", name=chain) for chain in bound.chains),
+            *(table.delete("set", name=name) for name in bound.sets),
+        ]
+
+    def _run(self, commands: Sequence[Command]) -> list[dict[str, object]]:
+        if self._nftables is None:
+            self._nftables = Nftables()
+        return self._nftables.run(list(commands))
+
+    def _in_kernel(self) -> tuple[set[str], set[str]]:
+        """Names of chains and sets in our table."""
+        try:
+            found = self._run([{"list": {"table": {"family": table.FAMILY, "name": table.TABLE}}}])
+        except HostError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return set(), set()
+        names: dict[str, set[str]] = {"chain": set(), "set": set()}
+        for item in found:
+            for kind, into in names.items():
+                one = item.get(kind)
+                if isinstance(one, dict):
+                    into.add(str(one.get("name")))
+        return names["chain"], names["set"]
+
+    def _kernel_features(self) -> Features:
+        if self._features is None:
+            state = {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["established"]}}
+            self._features = Features(
+                connection_tracking=self._takes(state), reject=self._takes({"reject": {"type": "icmpx", "expr": "port-unreachable"}})
+            )
+        return self._features
+
+    def _takes(self, expression: Command) -> bool:
+        """Whether the kernel accepts a rule with it; checked, not done."""
+        if self._nftables is None:
+            self._nftables = Nftables()
+        probe = {"family": table.FAMILY, "name": "kvik_probe"}
+        base = {"family": table.FAMILY, "table": "kvik_probe", "name": "prerouting", "type": "filter", "hook": "prerouting"}
+        rule = {"family": table.FAMILY, "table": "kvik_probe", "chain": "prerouting", "expr": [expression]}
+        try:
+            self._nftables.check(
+                [{"add": {"table": probe}}, {"add": {"chain": {**base, "prio": 0}}}, {"add": {"rule": rule}}]
+            )
+        except HostError as error:
+            if error.errno == errno.EPERM:
+                raise
+            return False
+        return True
