@@ -177,8 +177,10 @@ def _parse_condition(node: etree._Element) -> Condition:
     for needs, needed in (("srcportend", "srcportstart"), ("dstportend", "dstportstart"), ("ipsetflags", "ipset")):
         if needs in values and needed not in values:
             raise _fail(node, f"{needs} needs {needed}", needs)
-    if match == "no" and any(name.endswith("mask") for name in values) and not any(
-        name.removesuffix("mask") + "addr" in values for name in values if name.endswith("mask")
+    if (
+        match == "no"
+        and any(name.endswith("mask") for name in values)
+        and not any(name.removesuffix("mask") + "addr" in values for name in values if name.endswith("mask"))
     ):
         raise _fail(node, "a mask cannot be negated without its address", "match")
     return Condition(protocol=protocol, match=match == "yes", values=values)
@@ -191,9 +193,7 @@ def _parse_reference(node: etree._Element) -> FilterReference:
         if child.tag != "parameter":
             raise _fail(child, f"<{child.tag}> is not understood")
         reference.parameters.append(
-            Parameter(
-                name=_required(child, "name", _PARAMETER_NAME), value=_required(child, "value", _PARAMETER_VALUE)
-            )
+            Parameter(name=_required(child, "name", _PARAMETER_NAME), value=_required(child, "value", _PARAMETER_VALUE))
         )
         _only(child, "name", "value")
     if len(reference.parameters) > PARAMETERS_MAX:

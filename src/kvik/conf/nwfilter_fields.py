@@ -115,7 +115,7 @@ def _boolean(text: str) -> str:
 def _words(known: tuple[str, ...], alone: tuple[str, ...]) -> Callable[[str], str]:
     def check(text: str) -> str:
         words = text.upper().split(",")
-        if len(words) > 8 or any(word not in known for word in words) and (len(words) > 1 or words[0] not in alone):
+        if len(words) > 8 or (any(word not in known for word in words) and (len(words) > 1 or words[0] not in alone)):
             raise ValueError(f"{text[:40]!r} is not a list of {', '.join(known)}")
         return ",".join(words)
 

@@ -20,14 +20,18 @@ _DHCP = """
   <rule action='accept' direction='out' priority='100'>
     <ip srcipaddr='0.0.0.0' dstipaddr='255.255.255.255' protocol='udp' srcportstart='68' dstportstart='67'/>
   </rule>
-  <rule action='accept' direction='in' priority='100'><ip {server}protocol='udp' srcportstart='67' dstportstart='68'/></rule>
+  <rule action='accept' direction='in' priority='100'>
+    <ip {server}protocol='udp' srcportstart='67' dstportstart='68'/>
+  </rule>
 """
 # DHCPv6 (RFC 8415, 7): from a link-local address to all relay agents and servers.
 _DHCPV6 = """
   <rule action='accept' direction='out' priority='100'>
     <ipv6 srcipaddr='fe80::' srcipmask='10' dstipaddr='ff02::1:2' protocol='udp' srcportstart='546' dstportstart='547'/>
   </rule>
-  <rule action='accept' direction='in' priority='100'><ipv6 {server}protocol='udp' srcportstart='547' dstportstart='546'/></rule>
+  <rule action='accept' direction='in' priority='100'>
+    <ipv6 {server}protocol='udp' srcportstart='547' dstportstart='546'/>
+  </rule>
 """
 _SERVER = "srcipaddr='$DHCPSERVER' "
 _ALLOW_BOTH = "<rule action='accept' direction='inout'/>"

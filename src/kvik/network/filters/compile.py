@@ -50,7 +50,7 @@ _GATES: list[tuple[str, list[Expression]]] = [
 ]
 # Never a machine's own address: "this network", loopback, multicast, reserved (RFC 6890).
 _NO_SOURCE = [
-    {"prefix": {"addr": "0.0.0.0", "len": 8}},  # noqa: S104
+    {"prefix": {"addr": "0.0.0.0", "len": 8}},
     {"prefix": {"addr": "127.0.0.0", "len": 8}},
     {"prefix": {"addr": "224.0.0.0", "len": 3}},
 ]
@@ -66,7 +66,10 @@ class Features:
 
 @dataclass(slots=True)
 class Ruleset:
-    """One interface's part: chains, sets, and the commands that fill it once those exist. `notes` say where less is done than the document asks, and why."""
+    """One interface's part: chains, sets, and the commands that fill it once those exist.
+
+    `notes` say where less is done than the document asks, and why.
+    """
 
     device: str
     chains: list[str] = field(default_factory=list)
@@ -80,9 +83,7 @@ def address_set(device: str) -> str:
     return f"{device}/ip"
 
 
-def compile_rules(
-    device: str, mac: str, rules: Sequence[Placed], features: Features, *, learn: str = ""
-) -> Ruleset:
+def compile_rules(device: str, mac: str, rules: Sequence[Placed], features: Features, *, learn: str = "") -> Ruleset:
     """`learn`: "" for no learning of addresses, "any" from the first packet that shows one, "dhcp" by the caller.
 
     Raises ConfigUnsupported for what nftables, or this kernel, cannot do and nothing weaker replaces.
@@ -185,8 +186,13 @@ class _Compiler:
     @staticmethod
     def _only_hardware(rule: Rule) -> bool:
         """Turned round, nothing would be left of it: it is about who sends."""
-        return rule.protocol in ("all", "all-ipv6") and bool(rule.conditions) and rule.action != "accept" and all(
-            set(condition.values) <= {"srcmacaddr", "comment"} and condition.values for condition in rule.conditions
+        return (
+            rule.protocol in ("all", "all-ipv6")
+            and bool(rule.conditions)
+            and rule.action != "accept"
+            and all(
+                set(condition.values) <= {"srcmacaddr", "comment"} and condition.values for condition in rule.conditions
+            )
         )
 
     def _verdict(self, rule: Rule, direction: str) -> Expression:
@@ -259,7 +265,7 @@ class _Compiler:
         return name
 
     def _set(self, name: str, kind: str | list[str], size: int) -> None:
-        # "dynamic" would say what the set is for, but libnftables 1.0.6 does not know the word in JSON; the kernel sets it.
+        # "dynamic" would say what the set is for, but libnftables 1.0.6 does not know the word in JSON; it is implied.
         self.made.sets[name] = add("set", name=name, type=kind, flags=["timeout"], size=size)
 
     def _rule(self, chain: str, expressions: list[Any]) -> None:

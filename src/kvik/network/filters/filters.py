@@ -26,8 +26,8 @@ from kvik.errors import (
     NoFilterBinding,
     OperationInvalid,
 )
+from kvik.host import nftables
 from kvik.host.netlink import Netlink
-from kvik.host.nftables import Nftables
 from kvik.network.filters import table, tree
 from kvik.network.filters.builtin import builtin_filters
 from kvik.network.filters.compile import Features, Ruleset, address_set, compile_rules
@@ -76,7 +76,6 @@ class Filters:
         self._defined: dict[str, NetworkFilter] = {}
         self._bound: dict[str, _Bound] = {}
         self._lock = threading.RLock()
-        self._nftables: Nftables | None = None
         self._features: Features | None = None
         self._learner = learner(self) if learner is not None else None
 
@@ -110,15 +109,11 @@ class Filters:
         """Let go. Rules stay."""
         if self._learner is not None:
             self._learner.close()
-        with self._lock:
-            if self._nftables is not None:
-                self._nftables.close()
-                self._nftables = None
 
     # looking up
 
-    def list(self) -> list[NetworkFilter]:
-        return [all_ for _, all_ in sorted({**builtin_filters(), **self._defined}.items())]
+    def all(self) -> list[NetworkFilter]:
+        return [one for _, one in sorted({**builtin_filters(), **self._defined}.items())]
 
     def lookup_name(self, name: str) -> NetworkFilter:
         found = self._defined.get(name) or builtin_filters().get(name)
@@ -128,7 +123,7 @@ class Filters:
 
     def lookup_uuid(self, uuid: bytes) -> NetworkFilter:
         text = str(UUID(bytes=uuid))
-        for one in self.list():
+        for one in self.all():
             if one.uuid == text:
                 return one
         raise NoFilter(f"no network filter with UUID {text}")
@@ -175,7 +170,7 @@ class Filters:
 
     def _settle_identity(self, made: NetworkFilter) -> None:
         """A name belongs to one UUID and the other way round. A document without one means the filter of its name."""
-        for one in self.list():
+        for one in self.all():
             if one.name == made.name:
                 made.uuid = made.uuid or one.uuid
                 if one.uuid != made.uuid and one.name in self._defined:  # a built-in one can be replaced by any
@@ -254,7 +249,7 @@ class Filters:
             bound = self._lookup_bound(device)
             if bound.chains:
                 try:
-                    self._run(self._removal(bound))
+                    nftables.run(self._removal(bound))
                 except HostError as error:
                     if error.errno != errno.ENOENT:
                         raise
@@ -284,7 +279,7 @@ class Filters:
             # An element keeps the timeout it was made with: out and in again, in one transaction.
             once = table.add("element", name=name, elem=[address])
             again = [once, table.delete("element", name=name, elem=[address])]
-            self._run([*again, table.add("element", name=name, elem=[element])])
+            nftables.run([*again, table.add("element", name=name, elem=[element])])
 
     # the kernel
 
@@ -296,7 +291,7 @@ class Filters:
         commands = table.base()
         for bound, ruleset in zip(changed, rulesets, strict=True):
             commands += self._replacement(bound, ruleset, anew=anew)
-        self._run(commands)
+        nftables.run(commands)
         for bound, ruleset in zip(changed, rulesets, strict=True):
             bound.chains, bound.sets, bound.notes = ruleset.chains, [*ruleset.sets], ruleset.notes
             device = bound.binding.portdev
@@ -340,44 +335,39 @@ class Filters:
             *(table.delete("set", name=name) for name in bound.sets),
         ]
 
-    def _run(self, commands: Sequence[Command]) -> list[dict[str, object]]:
-        if self._nftables is None:
-            self._nftables = Nftables()
-        return self._nftables.run(list(commands))
-
     def _in_kernel(self) -> tuple[set[str], set[str]]:
         """Names of chains and sets in our table."""
         try:
-            found = self._run([{"list": {"table": {"family": table.FAMILY, "name": table.TABLE}}}])
+            found = nftables.run([{"list": {"table": {"family": table.FAMILY, "name": table.TABLE}}}])
         except HostError as error:
             if error.errno != errno.ENOENT:
                 raise
             return set(), set()
-        names: dict[str, set[str]] = {"chain": set(), "set": set()}
-        for item in found:
-            for kind, into in names.items():
-                one = item.get(kind)
-                if isinstance(one, dict):
-                    into.add(str(one.get("name")))
-        return names["chain"], names["set"]
+        chains = {item["chain"]["name"] for item in found if "chain" in item}
+        return chains, {item["set"]["name"] for item in found if "set" in item}
 
     def _kernel_features(self) -> Features:
         if self._features is None:
             state = {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["established"]}}
             self._features = Features(
-                connection_tracking=self._takes(state), reject=self._takes({"reject": {"type": "icmpx", "expr": "port-unreachable"}})
+                connection_tracking=self._takes(state),
+                reject=self._takes({"reject": {"type": "icmpx", "expr": "port-unreachable"}}),
             )
         return self._features
 
     def _takes(self, expression: Command) -> bool:
         """Whether the kernel accepts a rule with it; checked, not done."""
-        if self._nftables is None:
-            self._nftables = Nftables()
         probe = {"family": table.FAMILY, "name": "kvik_probe"}
-        base = {"family": table.FAMILY, "table": "kvik_probe", "name": "prerouting", "type": "filter", "hook": "prerouting"}
+        base = {
+            "family": table.FAMILY,
+            "table": "kvik_probe",
+            "name": "prerouting",
+            "type": "filter",
+            "hook": "prerouting",
+        }
         rule = {"family": table.FAMILY, "table": "kvik_probe", "chain": "prerouting", "expr": [expression]}
         try:
-            self._nftables.check(
+            nftables.check(
                 [{"add": {"table": probe}}, {"add": {"chain": {**base, "prio": 0}}}, {"add": {"rule": rule}}]
             )
         except HostError as error:

@@ -109,7 +109,7 @@ class _Matcher:
         raw = self.protocol == "rarp"
         for name, (field, offset, length) in _ARP.items():
             if self.swap and name.startswith("arp"):
-                name = name.replace("src", "dst") if "src" in name else name.replace("dst", "src")  # noqa: PLW2901
+                name = name.replace("src", "dst") if "src" in name else name.replace("dst", "src")
             text = self.values.get(name)
             if text is None:
                 continue

@@ -1,7 +1,7 @@
 """Filters and bindings on disk: one document a file, its name the file's name.
 
-    <config>/nwfilter/NAME.xml            filters that somebody defined; fsynced
-    <run>/nwfilter-binding/DEVICE.xml     what is on which interface; need not outlive the host
+<config>/nwfilter/NAME.xml            filters that somebody defined; fsynced
+<run>/nwfilter-binding/DEVICE.xml     what is on which interface; need not outlive the host
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ def _walk(reference: FilterReference, values: Values, lookup: Lookup) -> Iterato
             raise ConfigError(f"filters refer to each other in a loop: {' -> '.join((*above, one.filter))}")
         if len(above) >= DEPTH_MAX or count > REFERENCES_MAX:
             raise ConfigError(
-                f"filter {reference.filter!r} is nested too deeply ({DEPTH_MAX}) or refers to too many ({REFERENCES_MAX})"
+                f"filter {reference.filter!r} is nested more than {DEPTH_MAX} deep, or refers to others more than "
+                f"{REFERENCES_MAX} times"
             )
         filter_, inside = lookup(one.filter), collect(one.parameters, outer)
         yield filter_, inside
