@@ -62,6 +62,7 @@ class Features:
 
     connection_tracking: bool = False
     reject: bool = False
+    ingress: bool = False  # the netdev family's hook
 
 
 @dataclass(slots=True)
@@ -76,6 +77,7 @@ class Ruleset:
     sets: dict[str, Command] = field(default_factory=dict)  # name -> what makes it
     commands: list[Command] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    guarded: bool = False  # bridge protocol data units are dropped before the bridge
 
 
 def address_set(device: str) -> str:
@@ -111,10 +113,21 @@ class _Compiler:
         for direction in ("out", "in"):
             roots[f"{direction}_l2"] = self._layer_2(direction, layer_2)
             roots[f"{direction}_l3"] = self._layer_3(direction, layer_3)
+        self._guard([placed.rule for placed in layer_2])
         # Maps last: a packet goes to chains that are complete.
         enter = [dispatch(stage, self.device, roots[stage]) for stage in STAGES]
         self.made.commands = [*self.rules, *enter]
         return self.made
+
+    def _guard(self, rules: Sequence[Rule]) -> None:
+        """A machine whose frames are restricted may take part in the spanning tree only if a rule about it says so."""
+        out = [rule for rule in rules if rule.direction != "in"]
+        restricted = any(rule.action in ("drop", "reject") for rule in out)
+        if not restricted or any(rule.protocol == "stp" and rule.action == "accept" for rule in out):
+            return
+        self.made.guarded = self.features.ingress
+        if not self.features.ingress:
+            self._note("spanning tree frames are not held back on a bridge with STP: this kernel has no netdev ingress")
 
     # layer 2
 

@@ -56,11 +56,12 @@ class Learner(Protocol):
 class _Bound:
     """A binding, and what of it is in the kernel."""
 
-    __slots__ = ("binding", "chains", "filters", "learn", "notes", "sets")
+    __slots__ = ("binding", "chains", "filters", "guarded", "learn", "notes", "sets")
 
     def __init__(self, binding: FilterBinding) -> None:
         self.binding = binding
         self.filters: set[str] = set()  # all that its filter refers to
+        self.guarded = False
         self.learn = ""
         self.notes: list[str] = []
         self.chains: list[str] = []
@@ -95,6 +96,7 @@ class Filters:
                 mine = f"{binding.portdev}/"
                 bound.chains = [name for name in chains if name.startswith(mine)]
                 bound.sets = [name for name in sets if name.startswith(mine)]
+                bound.guarded = bool(bound.chains)  # perhaps: taking away what is not there does no harm
                 self._bound[binding.portdev] = bound
                 try:
                     if binding.portdev in present:
@@ -217,7 +219,7 @@ class Filters:
             before = self._bound.get(binding.portdev)
             bound = _Bound(binding)
             if before is not None:
-                bound.chains, bound.sets = before.chains, before.sets
+                bound.chains, bound.sets, bound.guarded = before.chains, before.sets, before.guarded
             self.store.save_binding(binding)
             self._bound[binding.portdev] = bound
             try:
@@ -294,6 +296,7 @@ class Filters:
         nftables.run(commands)
         for bound, ruleset in zip(changed, rulesets, strict=True):
             bound.chains, bound.sets, bound.notes = ruleset.chains, [*ruleset.sets], ruleset.notes
+            bound.guarded = ruleset.guarded
             device = bound.binding.portdev
             if self._learner is not None and bound.learn == "dhcp":
                 self._learner.watch(device, bound.binding.mac)
@@ -317,6 +320,10 @@ class Filters:
 
     @staticmethod
     def _replacement(bound: _Bound, ruleset: Ruleset, *, anew: bool) -> Iterable[Command]:
+        if ruleset.guarded:
+            yield from table.guard(bound.binding.portdev)
+        elif bound.guarded:
+            yield from table.unguard(bound.binding.portdev)
         kept = set() if anew else set(bound.sets) & set(ruleset.sets)
         yield from (table.flush(chain) for chain in bound.chains)
         yield from (table.delete("chain", name=chain) for chain in bound.chains if chain not in ruleset.chains)
@@ -329,6 +336,7 @@ class Filters:
     def _removal(bound: _Bound) -> list[Command]:
         device = bound.binding.portdev
         return [
+            *(table.unguard(device) if bound.guarded else []),
             *(table.undispatch(stage, device) for stage in table.STAGES),
             *(table.flush(chain) for chain in bound.chains),
             *(table.delete("chain", name=chain) for chain in bound.chains),
@@ -349,29 +357,29 @@ class Filters:
     def _kernel_features(self) -> Features:
         if self._features is None:
             state = {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["established"]}}
+            reject = {"reject": {"type": "icmpx", "expr": "port-unreachable"}}
+            bridge = {"family": "bridge", "hook": "prerouting"}
             self._features = Features(
-                connection_tracking=self._takes(state),
-                reject=self._takes({"reject": {"type": "icmpx", "expr": "port-unreachable"}}),
+                connection_tracking=_accepts(bridge, state),
+                reject=_accepts(bridge, reject),
+                ingress=_accepts({"family": "netdev", "hook": "ingress", "dev": "lo"}, {"drop": None}),
             )
         return self._features
 
-    def _takes(self, expression: Command) -> bool:
-        """Whether the kernel accepts a rule with it; checked, not done."""
-        probe = {"family": table.FAMILY, "name": "kvik_probe"}
-        base = {
-            "family": table.FAMILY,
-            "table": "kvik_probe",
-            "name": "prerouting",
-            "type": "filter",
-            "hook": "prerouting",
-        }
-        rule = {"family": table.FAMILY, "table": "kvik_probe", "chain": "prerouting", "expr": [expression]}
-        try:
-            nftables.check(
-                [{"add": {"table": probe}}, {"add": {"chain": {**base, "prio": 0}}}, {"add": {"rule": rule}}]
-            )
-        except HostError as error:
-            if error.errno == errno.EPERM:
-                raise
-            return False
-        return True
+
+def _accepts(chain: Command, expression: Command) -> bool:
+    """Whether this kernel takes a rule with `expression` in such a chain; checked, not done."""
+    where = {"family": chain["family"], "table": "kvik_probe"}
+    try:
+        nftables.check(
+            [
+                {"add": {"table": {"family": chain["family"], "name": "kvik_probe"}}},
+                {"add": {"chain": {**chain, **where, "name": "probe", "type": "filter", "prio": 0}}},
+                {"add": {"rule": {**where, "chain": "probe", "expr": [expression]}}},
+            ]
+        )
+    except HostError as error:
+        if error.errno == errno.EPERM:
+            raise
+        return False
+    return True
