@@ -29,7 +29,7 @@ from kvik.conf.enums import (
 )
 from kvik.errors import KvikError, NoDevice, OperationFailed, OperationInvalid
 from kvik.hypervisor.driver import Driver, Machine
-from kvik.manager import devices, exec, figures, guest, lifecycle, tuning
+from kvik.manager import devices, exec, figures, guest, lifecycle, metadata, tuning
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.events import DomainRef
@@ -284,7 +284,7 @@ class DomainObject:
 
     def metadata(self, type: int, uri: str | None, flags: int = 0) -> str:
         """Title, description, or the element with this namespace. `NoMetadata` if there is none."""
-        return tuning.metadata(self, type, uri, flags)
+        return metadata.read(self.document(flags), type, uri, f"machine {self.name!r}")
 
     def vcpu_count(self, flags: int = 0) -> int:
         document = self.document(flags)

@@ -35,6 +35,8 @@ from kvik.manager.events import EventHub
 from kvik.manager.log import cut
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
+from kvik.network.filters.filters import Filters
+from kvik.network.networks import Networks
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class Manager:
         self.paths = paths
         self.drivers = drivers
         self.events = EventHub()
+        self.filters = Filters(paths)
+        self.networks = Networks(paths)
         self.store = Store(paths)
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.autostarting: asyncio.Task[None] | None = None
@@ -75,6 +79,10 @@ class Manager:
 
         `HostError` if the state directories cannot be had; anything smaller is put right or set aside and warned of.
         """
+        await self.store.run(self.filters.open)
+        self.warnings += self.filters.warnings
+        await self.networks.open()
+        self.warnings += self.networks.warnings
         await recover.recover(self)
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
@@ -93,6 +101,8 @@ class Manager:
                 domain.run.machine.detach()
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
+        await self.networks.close()
+        self.filters.close()
         self.store.close()
 
     # looking up
