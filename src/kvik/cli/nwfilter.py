@@ -45,8 +45,9 @@ def nwfilter_dumpxml(ctx: Context, options: Options) -> int:
 
 def nwfilter_define(ctx: Context, options: Options) -> int:
     path, _ = options.data("file"), options.flag("validate")  # documents are always checked
+    text = ctx.read_file(path)
     ctx.doing = f"Failed to define network filter from {path}"
-    name = nwfilter.define_filter(ctx.connection, ctx.read_file(path)).name
+    name = nwfilter.define_filter(ctx.connection, text).name
     ctx.say(f"Network filter {name} defined from {path}")
     return 0
 
@@ -83,8 +84,9 @@ def binding_dumpxml(ctx: Context, options: Options) -> int:
 
 def binding_create(ctx: Context, options: Options) -> int:
     path, _ = options.data("file"), options.flag("validate")
+    text = ctx.read_file(path)
     ctx.doing = f"Failed to create network filter from {path}"
-    made = nwfilter.create_binding(ctx.connection, ctx.read_file(path))
+    made = nwfilter.create_binding(ctx.connection, text)
     ctx.say(f"Network filter binding on {made.portdev} created from {path}")
     return 0
 
