@@ -224,7 +224,7 @@ def check_value(protocol: str, attribute: str, text: str) -> str:
     """`text` as it is kept: checked, in one spelling. A variable is left as it is. ValueError; KeyError if unknown."""
     check = PROTOCOLS[protocol][attribute]
     text = text.strip()
-    if text.startswith("$"):
+    if text.startswith("$") and attribute != "comment":
         if not VARIABLE.fullmatch(text):
             raise ValueError(f"{text[:40]!r} is not a variable")
         return text

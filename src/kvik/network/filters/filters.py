@@ -310,7 +310,7 @@ class Filters:
             mode = next((one.value for one in binding.reference.parameters if one.name == "CTRL_IP_LEARNING"), "any")
             if mode not in _LEARNING:
                 raise ConfigError(f"CTRL_IP_LEARNING is {mode!r}, which is none of {', '.join(_LEARNING)}")
-            if _LEARNING[mode] and tree.uses(binding.reference, "IP", {}, self.lookup_name):
+            if _LEARNING[mode] and tree.uses(binding.reference, "IP", self.lookup_name):
                 learn = _LEARNING[mode]
                 values["IP"] = [LEARNED]
         rules = tree.flatten(binding.reference, values, self.lookup_name)
