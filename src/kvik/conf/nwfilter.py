@@ -174,16 +174,20 @@ def _parse_condition(node: etree._Element) -> Condition:
                 values[name] = check_value(protocol, name, text)
             except ValueError as error:
                 raise _fail(node, str(error), name) from None
-    for needs, needed in (("srcportend", "srcportstart"), ("dstportend", "dstportstart"), ("ipsetflags", "ipset")):
-        if needs in values and needed not in values:
-            raise _fail(node, f"{needs} needs {needed}", needs)
-    if (
-        match == "no"
-        and any(name.endswith("mask") for name in values)
-        and not any(name.removesuffix("mask") + "addr" in values for name in values if name.endswith("mask"))
-    ):
-        raise _fail(node, "a mask cannot be negated without its address", "match")
+    for name in values:
+        needed = _needed_by(name)
+        if needed and needed not in values:
+            raise _fail(node, f"{name} needs {needed}", name)
     return Condition(protocol=protocol, match=match == "yes", values=values)
+
+
+def _needed_by(name: str) -> str:
+    """The attribute without which this one says nothing."""
+    if name.endswith("-mask"):
+        return name.removesuffix("-mask")
+    if name.endswith("mask"):
+        return name.removesuffix("mask") + "addr"
+    return {"srcportend": "srcportstart", "dstportend": "dstportstart", "ipsetflags": "ipset"}.get(name, "")
 
 
 def _parse_reference(node: etree._Element) -> FilterReference:

@@ -329,3 +329,43 @@ def test_what_cannot_be_done_is_refused_with_its_reason_and_leaves_nothing(tmp_p
 
 def test_arp_is_what_the_tests_think() -> None:
     assert arp(GUEST_MAC, GUEST_IP, OTHER_IP)[12:14] == ARP.to_bytes(2)
+
+
+def _example(protocol: str, attribute: str) -> str:
+    if attribute.endswith(("macaddr", "macmask", "address", "address-mask")):
+        return "52:54:00:12:34:56"
+    if "ipmask" in attribute:
+        return "24"
+    if "ip" in attribute:
+        return "2001:db8::7" if protocol.endswith("v6") else "10.1.2.3"
+    words = {"protocol": "udp", "protocolid": "0x88cc", "encap-protocol": "arp", "opcode": "Reply", "flags": "SYN/ALL"}
+    return "3" if protocol == "stp" and attribute == "flags" else words.get(attribute, "7")
+
+
+@in_namespace
+def test_this_kernel_takes_every_attribute_of_every_protocol(tmp_path: Path) -> None:
+    """But for those whose refusal has a test of its own: compiled, in both directions, negated and not."""
+    from kvik.conf.nwfilter_fields import PROTOCOLS
+
+    refused = {"gratuitous", "ipset", "ipsetflags", "state", "connlimit-above"}
+    with filtered_bridge(tmp_path) as wire:
+        for protocol, attributes in PROTOCOLS.items():
+            rules = ""
+            for attribute in attributes:
+                if attribute in refused:
+                    continue
+                before = attribute.removesuffix("mask") + "addr" if attribute.endswith("mask") else ""
+                before = attribute.removesuffix("-mask") if attribute.endswith("-mask") else before
+                before = attribute.removesuffix("end") + "start" if attribute.endswith("portend") else before
+                before = attribute.removesuffix("-hi").removesuffix("end") if attribute[-3:] in ("-hi", "end") and (
+                    not before
+                ) else before  # fmt: skip
+                values = {name: _example(protocol, name) for name in (before, attribute) if name}
+                if "port" in attribute and protocol in ("ip", "ipv6"):
+                    values["protocol"] = "tcp"
+                text = "".join(f" {name}='{value}'" for name, value in values.items())
+                for match in ("", " match='no'"):
+                    rules += f"<rule action='accept' direction='inout'><{protocol}{match}{text}/></rule>"
+                    rules += f"<rule action='return' direction='out'><{protocol}{match}{text}/></rule>"
+            wire.filters.define(f"<filter name='all'>{rules}</filter>")
+            wire.bind("all")
