@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -369,3 +370,56 @@ def test_this_kernel_takes_every_attribute_of_every_protocol(tmp_path: Path) -> 
                     rules += f"<rule action='return' direction='out'><{protocol}{match}{text}/></rule>"
             wire.filters.define(f"<filter name='all'>{rules}</filter>")
             wire.bind("all")
+
+
+def dhcp_ack(address: str, seconds: int, *, mac: str = GUEST_MAC, kind: int = 5, server: str = OTHER_IP) -> bytes:
+    """RFC 2131: what a server answers to a machine that has no address yet."""
+    message = b"\x02\x01\x06\0" + b"\0" * 12 + IPv4Address(address).packed + b"\0" * 8
+    message += bytes.fromhex(mac.replace(":", "")) + b"\0" * (236 - 34) + b"\x63\x82\x53\x63"
+    message += bytes([53, 1, kind, 51, 4]) + seconds.to_bytes(4) + b"\xff"
+    return ethernet(OTHER_MAC, BROADCAST, IPV4, ipv4(server, "255.255.255.255", UDP, udp(67, 68, message)))
+
+
+@in_namespace
+def test_the_address_that_a_dhcp_server_gives_is_read_from_its_answer(tmp_path: Path) -> None:
+    def allowed(address: str) -> bool:
+        return wire.sent(from_guest(ipv4(address, OTHER_IP, UDP, udp(1, 2))))
+
+    def soon(address: str) -> bool:
+        return any(allowed(address) or time.sleep(0.01) for _ in range(300))
+
+    with filtered_bridge(tmp_path) as wire:
+        wire.bind("clean-traffic", CTRL_IP_LEARNING="dhcp")
+        assert wire.received(dhcp_ack("10.0.0.31", 3600, mac="52:54:00:00:00:99")), "another machine's"
+        assert wire.received(dhcp_ack("10.0.0.32", 3600, kind=2)), "an offer"
+        assert wire.received(dhcp_ack("127.0.0.1", 3600)), "nobody's address"
+        assert wire.received(ethernet(OTHER_MAC, BROADCAST, IPV4, ipv4(OTHER_IP, "255.255.255.255", UDP, udp(67, 68))))
+        assert wire.received(dhcp_ack("10.0.0.33", 3600))
+        assert soon("10.0.0.33")
+        assert not allowed("10.0.0.31") and not allowed("10.0.0.32")
+        # The machine's own word is worth nothing, even if it could be sent.
+        wire.filters.define("<filter name='open'><filterref filter='no-ip-spoofing'/></filter>")
+        wire.bind("open", CTRL_IP_LEARNING="dhcp")
+        own = ethernet(GUEST_MAC, BROADCAST, IPV4, ipv4("0.0.0.0", "255.255.255.255", UDP, udp(67, 68)))
+        assert wire.sent(own)
+        assert not allowed("10.0.0.33"), "a machine that starts anew has no lease"
+        assert wire.received(dhcp_ack("10.0.0.34", 3600))
+        assert soon("10.0.0.34")
+
+
+@in_namespace
+def test_only_the_dhcp_servers_that_are_trusted_are_heard(tmp_path: Path) -> None:
+    with filtered_bridge(tmp_path) as wire:
+        rule = "<filter name='only'><filterref filter='no-ip-spoofing'/>{}</filter>"
+        deny = "<rule action='drop' direction='in' priority='-1'><ip match='no' srcipaddr='$DHCPSERVER'/></rule>"
+        wire.filters.define(rule.format(deny))
+        wire.bind("only", CTRL_IP_LEARNING="dhcp", DHCPSERVER=OTHER_IP)
+        assert not wire.received(dhcp_ack("10.0.0.41", 3600, server="10.0.0.99"))
+        assert wire.received(dhcp_ack("10.0.0.42", 3600))
+        for _ in range(300):
+            if wire.sent(from_guest(ipv4("10.0.0.42", OTHER_IP, UDP, udp(1, 2)))):
+                break
+            time.sleep(0.01)
+        else:
+            pytest.fail("the trusted server's answer was not heard")
+        assert not wire.sent(from_guest(ipv4("10.0.0.41", OTHER_IP, UDP, udp(1, 2))))

@@ -12,8 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 from uuid import UUID, uuid4
 
 from kvik.conf.nwfilter import FilterBinding, FilterReference, NetworkFilter, parse_filter
@@ -31,6 +30,7 @@ from kvik.host.netlink import Netlink
 from kvik.network.filters import table, tree
 from kvik.network.filters.builtin import builtin_filters
 from kvik.network.filters.compile import Features, Ruleset, address_set, compile_rules
+from kvik.network.filters.dhcp import DhcpSnooper
 from kvik.network.filters.store import FilterStore
 from kvik.network.filters.table import Command
 from kvik.network.filters.variables import LEARNED
@@ -41,16 +41,6 @@ __all__ = ["Filters"]
 logger = logging.getLogger(__name__)
 
 _LEARNING = {"any": "any", "dhcp": "dhcp", "none": ""}
-
-
-class Learner(Protocol):
-    """Who tells `Filters.learned` about addresses that a DHCP server gave."""
-
-    def watch(self, device: str, mac: str) -> None: ...
-
-    def forget(self, device: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class _Bound:
@@ -71,14 +61,14 @@ class _Bound:
 class Filters:
     """`open` before anything else. `warnings` holds what could not be put right then."""
 
-    def __init__(self, paths: Paths, learner: Callable[[Filters], Learner] | None = None) -> None:
+    def __init__(self, paths: Paths) -> None:
         self.store = FilterStore(paths)
         self.warnings: list[str] = []
         self._defined: dict[str, NetworkFilter] = {}
         self._bound: dict[str, _Bound] = {}
         self._lock = threading.RLock()
         self._features: Features | None = None
-        self._learner = learner(self) if learner is not None else None
+        self._snooper: DhcpSnooper | None = None  # once an interface wants it
 
     def open(self) -> None:
         """Read what is defined; put interfaces that still exist under their rules again, and forget the others."""
@@ -109,8 +99,9 @@ class Filters:
 
     def close(self) -> None:
         """Let go. Rules stay."""
-        if self._learner is not None:
-            self._learner.close()
+        snooper, self._snooper = self._snooper, None
+        if snooper is not None:
+            snooper.close()
 
     # looking up
 
@@ -258,8 +249,8 @@ class Filters:
                     # Somebody flushed the host's rules: what is left of ours, if anything, goes with the next binding.
             del self._bound[device]
             self.store.remove_binding(device)
-            if self._learner is not None and bound.learn == "dhcp":
-                self._learner.forget(device)
+            if self._snooper is not None:
+                self._snooper.forget(device)
 
     def reapply(self) -> None:
         """All interfaces anew, in one transaction: after somebody flushed the host's rules."""
@@ -297,9 +288,14 @@ class Filters:
         for bound, ruleset in zip(changed, rulesets, strict=True):
             bound.chains, bound.sets, bound.notes = ruleset.chains, [*ruleset.sets], ruleset.notes
             bound.guarded = ruleset.guarded
-            device = bound.binding.portdev
-            if self._learner is not None and bound.learn == "dhcp":
-                self._learner.watch(device, bound.binding.mac)
+            self._listen(bound)
+
+    def _listen(self, bound: _Bound) -> None:
+        if bound.learn == "dhcp":
+            self._snooper = self._snooper or DhcpSnooper(self.learned)
+            self._snooper.watch(bound.binding.portdev, bound.binding.mac)
+        elif self._snooper is not None:
+            self._snooper.forget(bound.binding.portdev)
 
     def _compile(self, bound: _Bound) -> Ruleset:
         binding = bound.binding
