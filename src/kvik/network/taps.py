@@ -5,7 +5,7 @@ The kernel removes a tap with its last descriptor: when the VMM ends, however it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 from kvik.conf.devices.interface import Interface, InterfaceTarget
@@ -17,9 +17,12 @@ __all__ = ["open_taps"]
 QUEUES_MAX = 256
 
 
-def open_taps(interfaces: Iterable[Interface], close: ExitStack) -> dict[str, int]:
+def open_taps(
+    interfaces: Iterable[Interface], close: ExitStack, protect: Callable[[Interface], None] | None = None
+) -> dict[str, int]:
     """ "net:ALIAS:N" -> descriptor of queue N; `close` closes ours. Writes each tap's name into the live document.
 
+    `protect` puts an interface whose tap is there, and has no guest yet, under its network filter.
     Raises `ConfigUnsupported`, `HostError`, `NoNetwork`; then `close` still takes back what was made. Blocks for about
     a millisecond each.
     """
@@ -28,7 +31,7 @@ def open_taps(interfaces: Iterable[Interface], close: ExitStack) -> dict[str, in
         if not _wants_tap(interface):
             continue
         alias = interface.alias.name if interface.alias else ""
-        _refuse_unkept_promises(interface, alias)
+        _refuse_unkept_promises(interface, alias, filters=protect is not None)
         target = interface.target = interface.target or InterfaceTarget()
         tap = create_tap(
             target.dev or "",
@@ -39,6 +42,8 @@ def open_taps(interfaces: Iterable[Interface], close: ExitStack) -> dict[str, in
         )
         close.callback(tap.close)
         target.dev = tap.name
+        if protect is not None:
+            protect(interface)
         files |= {f"net:{alias}:{number}": fd for number, fd in enumerate(tap.fds)}
     return files
 
@@ -49,7 +54,7 @@ def _wants_tap(interface: Interface) -> bool:
     return interface.type in ("bridge", "network", "direct")
 
 
-def _refuse_unkept_promises(interface: Interface, alias: str) -> None:
+def _refuse_unkept_promises(interface: Interface, alias: str, *, filters: bool) -> None:
     """What is not done here yet and would be missed: a bridge, or a wall."""
     if interface.type in ("network", "direct"):
         what = "virtual networks are" if interface.type == "network" else "direct attachment (macvtap) is"
@@ -63,7 +68,7 @@ def _refuse_unkept_promises(interface: Interface, alias: str) -> None:
             f"interface {alias} of type bridge names no bridge", path="/domain/devices/interface/source"
         )
     kept = {
-        "filterref": interface.filterref,
+        "filterref": interface.filterref if not filters else None,
         "vlan": interface.vlan,
         "virtualport": interface.virtualport,
         "bandwidth": interface.bandwidth,

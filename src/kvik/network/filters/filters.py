@@ -252,6 +252,13 @@ class Filters:
             if self._snooper is not None:
                 self._snooper.forget(device)
 
+    def release(self, device: str, owner_uuid: str = "") -> None:
+        """As `unbind`, but content with nothing; with an owner, only what is that machine's."""
+        with self._lock:
+            bound = self._bound.get(device)
+            if bound is not None and owner_uuid in ("", bound.binding.owner_uuid):
+                self.unbind(device)
+
     def reapply(self) -> None:
         """All interfaces anew, in one transaction: after somebody flushed the host's rules."""
         with self._lock:
