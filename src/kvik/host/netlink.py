@@ -341,7 +341,8 @@ class Netlink:
         except ValueError as error:
             raise HostError(f"cannot add address {interface}: {error}", errno=errno.EINVAL) from error
         if label is not None:
-            more += name_attribute(_IFA_LABEL, label)
+            check_name(label.replace(":", "", 1))  # like "eth0:1"
+            more += attribute(_IFA_LABEL, label.encode() + b"\0")
         if valid is not None or preferred is not None:
             # valid >= preferred > 0, else EINVAL (inet_validate_link_lft); for ever is all ones.
             times = [_FOREVER if value is None else value for value in (preferred, valid)]

@@ -213,11 +213,11 @@ def _host(host: DhcpHost, version: int) -> str:
         parts.append(f"id:{_word(host.id, 'DHCP identifier')}")
     if host.mac:
         parts.append(_word(host.mac, "MAC address"))
-    if host.name:
-        parts.append(_word(host.name, "name"))
     if host.ip:
         address = ipaddress.ip_address(host.ip)
         parts.append(f"[{address}]" if version == 6 else str(address))
+    if host.name:
+        parts.append(_word(host.name, "name"))
     return ",".join(parts) + _lease(host.lease)
 
 

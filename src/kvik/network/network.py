@@ -16,6 +16,7 @@ from kvik.conf.network_update import update_network
 from kvik.conf.network_validate import validate_network
 from kvik.errors import KvikError, OperationInvalid, OperationTimeout
 from kvik.network.dnsmasq import LeaseEntry
+from kvik.network.probe import Finding, probe
 from kvik.network.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 JOB_WAIT = 30.0  # seconds to wait for the present job
 JOB_LIMIT = 60.0  # seconds that a job may take
+PROBE_DELAY = 0.5  # seconds after a start: who starts and stops in one go is not made to wait
 RESTARTS, RESTARTS_WITHIN = 5, 60.0  # of a dnsmasq that ends by itself: so many in so many seconds
-CHECK_DELAY = 0.05  # seconds after a change of the host's rule sets until ours is looked at
 
 
 class NetworkObject:
@@ -147,11 +148,35 @@ class NetworkObject:
             self.warnings.clear()
             self.adopt(runtime)
         self._networks.emit(self, NetworkEventLifecycleType.STARTED)
+        if self._networks.probing:
+            self._networks.spawn(self._prove(runtime))
         return True
+
+    async def probe(self) -> list[Finding]:
+        """Walk a DHCP exchange and a packet through the active network; what is found to be in the way."""
+        if self.runtime is None:
+            raise OperationInvalid(
+                f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
+            )
+        async with self._networks.probes:
+            runtime = self.runtime
+            return await self._networks.run(probe, runtime.document, runtime.ending) if runtime is not None else []
+
+    async def _prove(self, runtime: Runtime) -> None:
+        """After a start: warn of what keeps the network from working."""
+        await asyncio.sleep(PROBE_DELAY)
+        if self.runtime is not runtime:
+            return
+        try:
+            for finding in await self.probe():
+                self.warn(str(finding))
+        except KvikError as error:
+            logger.info("network %s could not be probed: %s", self.name, error)
 
     def adopt(self, runtime: Runtime) -> None:
         """Be active with what `runtime` made or found."""
         self.runtime = runtime
+        runtime.ending.clear()
         self._restarts.clear()
         self._watch()
 
@@ -249,7 +274,9 @@ class NetworkObject:
             self._unwatch = handle.on_exit(self._dnsmasq_ended)
 
     def let_go(self) -> None:
-        """Stop looking at its dnsmasq."""
+        """Stop looking at it."""
+        if self.runtime is not None:
+            self.runtime.ending.set()
         if self._unwatch is not None:
             self._unwatch()
             self._unwatch = None
@@ -284,7 +311,7 @@ class NetworkObject:
             if self.runtime is None:
                 return
             try:
-                there = await self._networks.run(self.runtime.reattach)
+                there = await self._networks.run(self.runtime.check)
             except KvikError as error:
                 self.warn(str(error))
                 return

@@ -19,6 +19,7 @@ from kvik.host.netlink import Netlink
 from kvik.network import recover
 from kvik.network.network import NetworkObject
 from kvik.network.store import Store, check_name
+from kvik.network.watch import Watch
 from kvik.paths import Paths
 
 __all__ = ["NetworkObject", "Networks"]
@@ -30,13 +31,15 @@ T = TypeVar("T")
 Callback = Callable[[NetworkObject, int, int], None]
 
 THREADS = 4
+CHECK_DELAY = 0.02  # seconds after a change of the host's networks until ours are looked at
 CLOSE_WAIT = 5.0  # seconds for what runs beside to end
 
 
 class Networks:
     """`open` it once, in the loop that it is used from; its threads work in the network namespace of that thread."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, *, probing: bool = True) -> None:
+        """`probing`: each network is walked through after its start, and what is in the way is warned of."""
         self.paths = paths
         self.store = Store(paths)
         self.warnings: list[str] = []  # what `open` had to put right or set aside
@@ -44,18 +47,25 @@ class Networks:
         self._uuids: dict[bytes, NetworkObject] = {}
         self._callbacks: dict[int, Callback] = {}
         self._next = 0
+        self.probing = probing
+        self.probes = asyncio.Semaphore(1)  # one at a time: it may wait for seconds, and the threads are few
         self._changing = asyncio.Lock()  # of the set of networks
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watch: Watch | None = None
+        self._checking = False
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="kvik-network")
 
     async def open(self) -> None:
         """Load definitions, find active networks again, take away what a killed daemon left, start what starts with
         the host. `HostError` if the directories cannot be had; anything smaller is put right and warned of."""
         await recover.recover(self)
+        self._watch = Watch(self._bridge_gone, self._table_gone)
         await recover.autostart(self)
 
     async def close(self) -> None:
         """Let go. Networks stay as they are."""
+        if self._watch is not None:
+            self._watch.close()
         for network in self.list():
             network.let_go()
         for task in list(self._tasks):
@@ -206,6 +216,33 @@ class Networks:
                 callback(network, event, detail)
             except Exception:
                 logger.exception("a subscriber failed on event %s of network %s", event, network.name)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        logger.warning("%s", text)
+
+    # what the kernel tells
+
+    def _bridge_gone(self, name: str) -> None:
+        if not name or any(network.is_active and network.bridge_name == name for network in self.list()):
+            self._check_soon()
+
+    def _table_gone(self) -> None:
+        if any(network.is_active for network in self.list()):
+            self._check_soon()
+
+    def _check_soon(self) -> None:
+        """Look at all active networks, once for many changes together."""
+        if not self._checking:
+            self._checking = True
+            self.spawn(self._check())
+
+    async def _check(self) -> None:
+        await asyncio.sleep(CHECK_DELAY)
+        self._checking = False
+        for network in self.list():
+            if network.is_active:
+                await network.check()
 
     # work
 

@@ -46,11 +46,6 @@ async def recover(networks: Networks) -> None:
             networks.warnings.append(f"network {status.document.name!r} could not be recovered: {error}")
 
 
-def _warn(networks: Networks, text: str) -> None:
-    networks.warnings.append(text)
-    logger.warning("%s", text)
-
-
 async def _load(networks: Networks, name: str, text: str, loaded: Loaded) -> None:
     try:
         document = parse_network(text)
@@ -83,7 +78,7 @@ async def _recover_one(networks: Networks, status: NetworkStatus) -> None:
     runtime = Runtime(networks.store, document, persistent=origin.persistent is not False, status=status)
     if origin.state != "active":
         await networks.run(runtime.clean)
-        _warn(networks, f"network {name!r} was {origin.state} when the daemon was stopped: what was left is taken away")
+        networks.warn(f"network {name!r} was {origin.state} when the daemon was stopped: what was left is taken away")
         return
     try:
         there = await networks.run(runtime.reattach)
@@ -94,7 +89,7 @@ async def _recover_one(networks: Networks, status: NetworkStatus) -> None:
         return
     if not there:
         await networks.run(runtime.clean)
-        _warn(networks, f"network {name!r} is not active any more: its bridge {document.bridge_name} is gone")
+        networks.warn(f"network {name!r} is not active any more: its bridge {document.bridge_name} is gone")
         return
     _object(networks, document).adopt(runtime)
 
@@ -119,6 +114,6 @@ async def autostart(networks: Networks) -> None:
             try:
                 await network.start()
             except KvikError as error:
-                _warn(networks, f"network {network.name!r} was not started automatically: {error}")
+                networks.warn(f"network {network.name!r} was not started automatically: {error}")
     with suppress(HostError):
         await networks.run(files.atomic_write, marker, boot, durable=False)

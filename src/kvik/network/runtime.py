@@ -9,6 +9,7 @@ the next one takes away what it names.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Literal
@@ -41,6 +42,7 @@ class Runtime:
         self.store = store
         self.document = document
         self.persistent = persistent
+        self.ending = threading.Event()  # what only looks at the network is to stop
         self.status = status or NetworkStatus()
         self.dnsmasq = Dnsmasq(document.name, store.data, store.status)
 
@@ -84,6 +86,10 @@ class Runtime:
         """The packet filter as the document has it, whatever is there of it."""
         nftables.run(nat.install(self.document))
 
+    def _has_filter(self) -> bool:
+        name = nat.table_name(self.document.bridge_name or "")
+        return any(table.get("table", {}).get("name") == name for table in nftables.run([{"list": {"tables": None}}]))
+
     def _remove_filter(self) -> None:
         nftables.run(nat.remove(self.document.bridge_name or ""))
 
@@ -121,7 +127,11 @@ class Runtime:
 
     # after the daemon was away, or when something on the host has changed
 
-    def reattach(self) -> bool:
+    def check(self) -> bool:
+        """Put right what is missing of it. False if its bridge is gone."""
+        return self.reattach(only_missing=True)
+
+    def reattach(self, *, only_missing: bool = False) -> bool:
         """Find the network again as it was; put right what is missing of it. False if its bridge is gone."""
         document = self.document
         with Netlink() as netlink:
@@ -130,8 +140,9 @@ class Runtime:
             link = find_bridge(netlink, document.bridge_name or "")
             if link is None or not is_ours(link, document):
                 return False
-        if nat.needs_table(document):
+        if nat.needs_table(document) and not (only_missing and self._has_filter()):
             self.install_filter()
+        set_forwarding(document)
         self.serve()
         return True
 

@@ -29,11 +29,13 @@ ISOLATED = """<network>
 </network>"""
 
 
-def with_networks(space: Namespace, root: Path, work: Callable[[Networks], Awaitable[T]]) -> T:
+def with_networks(
+    space: Namespace, root: Path, work: Callable[[Networks], Awaitable[T]], *, probing: bool = False
+) -> T:
     """Open the networks kept below `root` in a namespace, call `work` with them, close them again."""
 
     async def turn() -> T:
-        networks = Networks(Paths.system(root))
+        networks = Networks(Paths.system(root), probing=probing)
         await networks.open()
         try:
             return await work(networks)
