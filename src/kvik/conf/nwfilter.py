@@ -46,7 +46,7 @@ PARAMETERS_MAX = 1024
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,127}")
 _CHAIN = re.compile(r"(root|(stp|mac|vlan|ipv4|ipv6|rarp|arp)[A-Za-z0-9_.:\-]{0,9})")
 _PARAMETER_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
-_PARAMETER_VALUE = re.compile(r"[A-Za-z0-9_.:]{1,256}")
+_PARAMETER_VALUE = re.compile(r"[A-Za-z0-9_.:\-]{1,256}")  # "-" beyond libvirt's schema: for names
 _MAC = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")
 _DEVICE = re.compile(r"[^\s/\x00-\x1f]{1,15}")
 

@@ -61,6 +61,38 @@ _FILTERS = {
     "allow-incoming-ipv6": ("ipv6", "", _ALLOW_IN),
     "allow-ipv4": ("ipv4", "", _ALLOW_BOTH),
     "allow-ipv6": ("ipv6", "", _ALLOW_BOTH),
+    # Only what the names in $ALLOW resolve to (network/egress.py); $GATEWAY, $ALLOWED and $ALLOWED6 come by themselves.
+    "allow-names": (
+        "root",
+        "",
+        _references("no-mac-spoofing")
+        + "".join(
+            f"<rule action='accept' direction='inout'><mac protocolid='{kind}'/></rule>"
+            for kind in ("arp", "ipv4", "ipv6")
+        )
+        + _references("no-other-l2-traffic")
+        + "".join(
+            f"<rule action='accept' direction='out' priority='100'>"
+            f"<udp dstipaddr='{to}' srcportstart='68' dstportstart='67'/></rule>"
+            for to in ("255.255.255.255", "$GATEWAY")
+        )
+        + "<rule action='accept' direction='in' priority='100' statematch='false'>"
+        "<udp srcipaddr='$GATEWAY' srcportstart='67' dstportstart='68'/></rule>"
+        + "".join(
+            "<rule action='accept' direction='out' priority='200'>"
+            f"<{kind} dstipaddr='$GATEWAY' dstportstart='53'/></rule>"
+            for kind in ("udp", "tcp")
+        )
+        # Neighbour and router discovery (RFC 4861): 133 to 136
+        + "".join(
+            f"<rule action='accept' direction='inout' priority='300'><icmpv6 type='{kind}'/></rule>"
+            for kind in range(133, 137)
+        )
+        + "<rule action='accept' direction='out' priority='400'><all dstipaddr='$ALLOWED'/></rule>"
+        + "<rule action='accept' direction='out' priority='400'><all-ipv6 dstipaddr='$ALLOWED6'/></rule>"
+        + "<rule action='drop' direction='inout' priority='1000'><all/></rule>"
+        + "<rule action='drop' direction='inout' priority='1000'><all-ipv6/></rule>",
+    ),
     "clean-traffic": (
         "root",
         "",

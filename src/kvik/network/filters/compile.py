@@ -34,9 +34,11 @@ from kvik.network.filters.match import (
 )
 from kvik.network.filters.table import STAGES, Command, add, dispatch
 from kvik.network.filters.tree import Placed
+from kvik.network.filters.variables import ALLOWED, LEARNED, set_name
 
 __all__ = ["Features", "Ruleset", "address_set", "compile_rules"]
 
+ALLOWED_MAX = 4096  # addresses that names on an allow-list resolved to
 FLOWS_MAX = 65536  # remembered for one interface and family
 _SECONDS = {"tcp": 3600, "": 180, "icmp": 30, "icmpv6": 30}  # that an answer may take; the next packet starts anew
 _PORTED = [6, 17, 132, 136]  # TCP, UDP, SCTP, UDP-Lite: two 16-bit ports first
@@ -82,7 +84,7 @@ class Ruleset:
 
 def address_set(device: str) -> str:
     """The name of the set with an interface's learned IPv4 addresses."""
-    return f"{device}/ip"
+    return set_name(LEARNED, device)
 
 
 def compile_rules(device: str, mac: str, rules: Sequence[Placed], features: Features, *, learn: str = "") -> Ruleset:
@@ -109,6 +111,10 @@ class _Compiler:
         )
         if self.learn:
             self._set(address_set(self.device), "ipv4_addr", 1 if self.learn == "any" else 64)
+        named = {text for placed in rules for one in placed.rule.conditions for text in one.values.values()}
+        for family, value in ALLOWED.items():
+            if value in named:
+                self._allow_set(set_name(value, self.device), f"ipv{family}_addr")
         roots = {}
         for direction in ("out", "in"):
             roots[f"{direction}_l2"] = self._layer_2(direction, layer_2)
@@ -261,8 +267,7 @@ class _Compiler:
         found: list[Expression] = []
         try:
             for condition in rule.conditions:
-                learned = address_set(self.device)
-                found += of_condition(condition, swap=swap, learned=learned)
+                found += of_condition(condition, swap=swap, device=self.device)
         except Never:
             return None
         needs_ct = any("ct" in one.get("match", {}).get("left", {}) or "ct count" in one for one in found)
@@ -280,6 +285,12 @@ class _Compiler:
     def _set(self, name: str, kind: str | list[str], size: int) -> None:
         # "dynamic" would say what the set is for, but libnftables 1.0.6 does not know the word in JSON; it is implied.
         self.made.sets[name] = add("set", name=name, type=kind, flags=["timeout"], size=size)
+
+    def _allow_set(self, name: str, kind: str) -> None:
+        """dnsmasq fills it through nft's own language, which must be able to name it."""
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name):
+            raise ConfigUnsupported(f"the interface name {self.device!r} cannot have an allow-list by name")
+        self.made.sets[name] = add("set", name=name, type=kind, size=ALLOWED_MAX)
 
     def _rule(self, chain: str, expressions: list[Any]) -> None:
         self.rules.append(add("rule", chain=chain, expr=expressions))

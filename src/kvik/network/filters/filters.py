@@ -13,6 +13,7 @@ import errno
 import logging
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from uuid import UUID, uuid4
 
 from kvik.conf.nwfilter import FilterBinding, FilterReference, NetworkFilter, parse_filter
@@ -27,13 +28,14 @@ from kvik.errors import (
 )
 from kvik.host import nftables
 from kvik.host.netlink import Netlink
+from kvik.network.egress import NAMES_MAX, Resolver, check_name, name_servers
 from kvik.network.filters import table, tree
 from kvik.network.filters.builtin import builtin_filters
 from kvik.network.filters.compile import Features, Ruleset, address_set, compile_rules
 from kvik.network.filters.dhcp import DhcpSnooper
 from kvik.network.filters.store import FilterStore
 from kvik.network.filters.table import Command
-from kvik.network.filters.variables import LEARNED
+from kvik.network.filters.variables import ALLOWED, LEARNED, collect, set_name
 from kvik.paths import Paths
 
 __all__ = ["Filters"]
@@ -46,11 +48,13 @@ _LEARNING = {"any": "any", "dhcp": "dhcp", "none": ""}
 class _Bound:
     """A binding, and what of it is in the kernel."""
 
-    __slots__ = ("binding", "chains", "filters", "guarded", "learn", "notes", "sets")
+    __slots__ = ("allow", "binding", "chains", "filters", "gateway", "guarded", "learn", "notes", "sets")
 
     def __init__(self, binding: FilterBinding) -> None:
         self.binding = binding
         self.filters: set[str] = set()  # all that its filter refers to
+        self.allow: list[str] = []  # names that the machine may reach
+        self.gateway = ""
         self.guarded = False
         self.learn = ""
         self.notes: list[str] = []
@@ -85,7 +89,8 @@ class Filters:
                 bound = _Bound(binding)
                 mine = f"{binding.portdev}/"
                 bound.chains = [name for name in chains if name.startswith(mine)]
-                bound.sets = [name for name in sets if name.startswith(mine)]
+                named = {set_name(value, binding.portdev) for value in ALLOWED.values()}
+                bound.sets = [name for name in sets if name.startswith(mine) or name in named]
                 bound.guarded = bool(bound.chains)  # perhaps: taking away what is not there does no harm
                 self._bound[binding.portdev] = bound
                 try:
@@ -216,16 +221,23 @@ class Filters:
             try:
                 self._apply([bound], anew=True)
             except BaseException:
-                if before is None:
-                    del self._bound[binding.portdev]
-                    self.store.remove_binding(binding.portdev)
-                else:
-                    self._bound[binding.portdev] = before
-                    self.store.save_binding(before.binding)
+                self._take_back(bound, before)
                 raise
             for note in bound.notes:
                 logger.warning("filter %s on %s: %s", binding.reference.filter, binding.portdev, note)
             return bound.notes
+
+    def _take_back(self, bound: _Bound, before: _Bound | None) -> None:
+        """The interface as it was, after `bound` could not be had, or not all of it."""
+        if before is None:
+            with suppress(KvikError):
+                self.unbind(bound.binding.portdev)
+            return
+        before.chains, before.sets, before.guarded = bound.chains, bound.sets, bound.guarded
+        self._bound[bound.binding.portdev] = before
+        self.store.save_binding(before.binding)
+        with suppress(KvikError):
+            self._apply([before])
 
     def create_binding(self, binding: FilterBinding) -> Sequence[str]:
         """As `bind`, but refuses an interface that has one."""
@@ -249,6 +261,9 @@ class Filters:
                     # Somebody flushed the host's rules: what is left of ours, if anything, goes with the next binding.
             del self._bound[device]
             self.store.remove_binding(device)
+            resolver = Resolver(self.store.bindings, device, bound.binding.mac)
+            if resolver.config_file.exists():
+                resolver.stop()
             if self._snooper is not None:
                 self._snooper.forget(device)
 
@@ -296,6 +311,15 @@ class Filters:
             bound.chains, bound.sets, bound.notes = ruleset.chains, [*ruleset.sets], ruleset.notes
             bound.guarded = ruleset.guarded
             self._listen(bound)
+            self._resolve(bound)
+
+    def _resolve(self, bound: _Bound) -> None:
+        resolver = Resolver(self.store.bindings, bound.binding.portdev, bound.binding.mac)
+        if bound.allow:
+            given = collect(bound.binding.reference.parameters, {})
+            resolver.start(bound.gateway, bound.allow, given.get("DNSSERVER") or name_servers())
+        elif resolver.config_file.exists():
+            resolver.stop()
 
     def _listen(self, bound: _Bound) -> None:
         if bound.learn == "dhcp":
@@ -306,8 +330,14 @@ class Filters:
 
     def _compile(self, bound: _Bound) -> Ruleset:
         binding = bound.binding
-        values = {"MAC": [binding.mac]}
-        given = {one.name for one in binding.reference.parameters}
+        values: dict[str, Sequence[str]] = {"MAC": [binding.mac]}
+        given = collect(binding.reference.parameters, {})
+        bound.allow = [check_name(name) for name in given.get("ALLOW", ())]
+        if len(bound.allow) > NAMES_MAX:
+            raise ConfigError(f"{len(bound.allow)} names are allowed; {NAMES_MAX} are the most")
+        if bound.allow:
+            given["GATEWAY"] = given.get("GATEWAY") or _gateways(binding.portdev)
+            bound.gateway = given["GATEWAY"][0]
         learn = ""
         if "IP" not in given:
             mode = next((one.value for one in binding.reference.parameters if one.name == "CTRL_IP_LEARNING"), "any")
@@ -316,6 +346,8 @@ class Filters:
             if _LEARNING[mode] and tree.uses(binding.reference, "IP", self.lookup_name):
                 learn = _LEARNING[mode]
                 values["IP"] = [LEARNED]
+        if bound.allow:
+            values |= {"ALLOWED": [ALLOWED[4]], "ALLOWED6": [ALLOWED[6]], "GATEWAY": given["GATEWAY"]}
         rules = tree.flatten(binding.reference, values, self.lookup_name)
         bound.filters = tree.names(binding.reference, self.lookup_name)
         bound.learn = learn
@@ -368,6 +400,20 @@ class Filters:
                 ingress=_accepts({"family": "netdev", "hook": "ingress", "dev": "lo"}, {"drop": None}),
             )
         return self._features
+
+
+def _gateways(device: str) -> list[str]:
+    """The host's IPv4 addresses on the bridge that an interface is a port of."""
+    with Netlink() as netlink:
+        link = netlink.link(device)
+        found = [one.interface for one in netlink.addresses(link.master)] if link.master else []
+    four = [str(one.ip) for one in found if one.version == 4]
+    if not four:
+        raise ConfigError(
+            f"an allow-list by name needs an address of this host on the bridge of {device}, which has none",
+            remedy="put the machine on a network with NAT, or give the filter a parameter GATEWAY",
+        )
+    return four
 
 
 def _accepts(chain: Command, expression: Command) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from kvik.conf.nwfilter import Condition
 from kvik.conf.nwfilter_fields import ARP_OPCODES, ETHER_TYPES, IP_PROTOCOLS, TCP_FLAGS, number
 from kvik.errors import ConfigUnsupported
-from kvik.network.filters.variables import LEARNED
+from kvik.network.filters.variables import set_name
 
 __all__ = ["BPDU_MAC", "Expression", "Never", "family_of", "is_transport", "match", "of_condition", "payload"]
 
@@ -60,18 +60,18 @@ def family_of(protocol: str) -> int:
     return 6 if protocol.endswith("v6") else 4
 
 
-def of_condition(condition: Condition, *, swap: bool, learned: str = "") -> list[Expression]:
-    """`learned` names the set of addresses. Raises Never, ConfigUnsupported."""
-    return _Matcher(condition, swap, learned).all()
+def of_condition(condition: Condition, *, swap: bool, device: str = "") -> list[Expression]:
+    """`device` is the interface whose sets are looked up. Raises Never, ConfigUnsupported."""
+    return _Matcher(condition, swap, device).all()
 
 
 class _Matcher:
-    def __init__(self, condition: Condition, swap: bool, learned: str) -> None:
+    def __init__(self, condition: Condition, swap: bool, device: str) -> None:
         self.values = condition.values
         self.protocol = condition.protocol
         self.equal = condition.match
         self.swap = swap
-        self.learned = learned
+        self.device = device
         self.found: list[Expression] = []
 
     def all(self) -> list[Expression]:
@@ -220,10 +220,10 @@ class _Matcher:
 
     def _address(self, left: Expression, name: str, family: int, raw: bool = False) -> None:
         text = self.values[name]
-        if text == LEARNED:
+        if text.startswith("@"):
             if raw:
                 raise ConfigUnsupported(f"<{self.protocol} {name}>: an address that is yet to be learned")
-            self._add(left, f"@{self.learned}")
+            self._add(left, f"@{set_name(text, self.device)}")
             return
         length = int(self.values.get(name.replace("addr", "mask"), 32 if family == 4 else 128))
         network = ip_network((text, length), strict=False)

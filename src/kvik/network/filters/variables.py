@@ -13,14 +13,23 @@ from kvik.conf.nwfilter import Condition, Parameter, Rule
 from kvik.conf.nwfilter_fields import VARIABLE, check_value
 from kvik.errors import ConfigError
 
-__all__ = ["COMBINATIONS_MAX", "LEARNED", "Values", "collect", "expand"]
+__all__ = ["ALLOWED", "COMBINATIONS_MAX", "LEARNED", "Values", "collect", "expand", "set_name"]
 
 Values = Mapping[str, Sequence[str]]
 
-LEARNED = "@learned"  # stands for the addresses in the interface's set, which grows while the machine runs
+# Values that stand for a set of the interface, which changes while the machine runs.
+LEARNED = "@learned"  # its own addresses
+ALLOWED = {4: "@allowed4", 6: "@allowed6"}  # what the names on its allow-list resolve to
+# dnsmasq writes into the latter: it knows no "/" in their names.
+_SETS = {LEARNED: "{}/ip", ALLOWED[4]: "allow4-{}", ALLOWED[6]: "allow6-{}"}
 COMBINATIONS_MAX = 4096  # of one rule
-_MAY_BE_LEARNED = {"srcipaddr": "srcipmask", "dstipaddr": "dstipmask", "arpsrcipaddr": "arpsrcipmask",
+_MAY_BE_SETS = {"srcipaddr": "srcipmask", "dstipaddr": "dstipmask", "arpsrcipaddr": "arpsrcipmask",
                    "arpdstipaddr": "arpdstipmask"}  # fmt: skip
+
+
+def set_name(value: str, device: str) -> str:
+    """Of the set that `value` stands for."""
+    return _SETS[value].format(device)
 
 
 def collect(parameters: Sequence[Parameter], outer: Values) -> dict[str, Sequence[str]]:
@@ -88,11 +97,11 @@ def _resolve(condition: Condition, values: Values, chosen: Mapping[int, int], wh
         if place >= len(elements):
             raise ConfigError(f"filter {where!r}: variable {name} has {len(elements)} values, no [{place}]")
         value = elements[place]
-        if value == LEARNED:
-            mask = _MAY_BE_LEARNED.get(attribute)
+        if value in _SETS:
+            mask = _MAY_BE_SETS.get(attribute)
             if mask is None or mask in condition.values:
                 raise ConfigError(
-                    f"filter {where!r}: {attribute} cannot be matched with an address that is yet to be learned",
+                    f"filter {where!r}: {attribute} cannot be matched with addresses that are yet to be learned",
                     remedy=f"give <filterref> a <parameter name='{name}' value='...'/>",
                 )
             resolved[attribute] = value
