@@ -148,7 +148,7 @@ def kvikd(*options: str, base: Path | None = None, own_network: bool = False) ->
         process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     path = base / "run/kvik/kvikd.sock"
     console_script = Path(sys.executable).parent / "kvik"
-    kvik = [str(console_script)] if console_script.exists() else [sys.executable, "-m", "kvik"]
+    kvik = [str(console_script)] if console_script.exists() else [sys.executable, "-m", "kvik.cli.main"]
     try:
         wait_for_socket(path, process, log)
         yield Daemon("kvikd", path, process.pid, [*kvik, "-c", f"kvik+unix:///system?socket={path}"], environ)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,17 @@ PYTHON = Path("/usr/bin/python3")
 ENVIRON = {**os.environ, "LC_ALL": "C", "PYTHONPATH": str(Path(kvik.__file__).parent.parent)}
 
 
+def holder() -> subprocess.Popen[bytes]:
+    """A process that keeps a network namespace of its own until its standard input ends."""
+    process = subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "ip link set lo up; echo; exec cat"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
 class Kvikd:
     """A daemon whose network namespace outlives it, for as long as a sleeping process holds that."""
 
@@ -32,10 +43,7 @@ class Kvikd:
         self.root = root
         self.socket = root / "s"
         self.uri = f"qemu+unix:///system?socket={self.socket}"
-        self.holder = subprocess.Popen(["unshare", "--net", "sh", "-c", "ip link set lo up; echo; exec cat"],
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-        assert self.holder.stdout is not None
-        self.holder.stdout.readline()
+        self.holder = holder()
         self.process: subprocess.Popen[bytes] | None = None
 
     def inside(self, *words: str) -> list[str]:
@@ -61,16 +69,20 @@ class Kvikd:
 
     def end(self) -> None:
         """All that lives in the namespace: the daemon, then the network's helpers, then the namespace itself."""
-        with contextlib.suppress(subprocess.SubprocessError):
+        with contextlib.suppress(AssertionError):  # it may be gone already
             self.virsh("net-destroy", "default")
         self.stop()
         self.holder.communicate()
 
     def virsh(self, *words: str) -> str:
-        done = subprocess.run(
-            ["virsh", "-q", "-c", self.uri, *words],
-            capture_output=True, text=True, timeout=60, env=ENVIRON, check=True,
-        )  # fmt: skip
+        return self._run("virsh", "-q", "-c", self.uri, *words)
+
+    def kvik(self, *words: str) -> str:
+        return self._run(sys.executable, "-m", "kvik.cli.main", "-q", "-c", self.uri, *words)
+
+    def _run(self, *argv: str) -> str:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=ENVIRON, check=False)
+        assert done.returncode == 0, done.stderr
         return done.stdout
 
 
@@ -186,6 +198,60 @@ def test_libvirts_bindings_make_change_and_watch_one(kvikd: Kvikd) -> None:
         "gone": 43,
         "heard": [["lan", 0], ["lan", 2], ["lan", 3], ["lan", 1]],
     }
+
+
+GUEST = """<domain type='test'><name>guest</name><memory unit='MiB'>64</memory>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <devices>
+    <interface type='bridge'>
+      <mac address='52:54:00:0a:0b:0c'/><source bridge='virbr0'/><target dev='guest0'/>
+    </interface>
+  </devices>
+</domain>"""
+
+
+@pytest.fixture
+def guest(kvikd: Kvikd) -> Iterator[Callable[..., str]]:
+    """What a guest's kernel would be: an interface at the far end of a cable into virbr0, in a namespace of its own.
+    Called with words, it runs them there."""
+    far = holder()
+
+    def there(*words: str) -> str:
+        argv = ["nsenter", f"--net=/proc/{far.pid}/ns/net", *words]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout
+
+    script = f"""ip link add g1 type veth peer name g0 address 52:54:00:0a:0b:0c && ip link set g0 netns {far.pid} &&
+    ip link set g1 master virbr0 up"""
+    subprocess.run(kvikd.inside("sh", "-c", script), check=True)
+    there("ip", "link", "set", "g0", "up")
+    yield there
+    far.communicate()
+
+
+def test_a_guests_address_is_known_by_its_lease_and_by_arp(kvikd: Kvikd, guest: Any) -> None:
+    if shutil.which("busybox") is None:
+        pytest.skip("busybox, which has a DHCP client, is not installed")
+    document = kvikd.root / "guest.xml"
+    document.write_text(GUEST)
+    kvikd.virsh("create", str(document))
+    assert kvikd.virsh("domifaddr", "guest").strip() == ""
+    script = kvikd.root / "bound"
+    script.write_text('#!/bin/sh\n[ "$1" != bound ] || ip address add "$ip/24" dev "$interface"\n')
+    script.chmod(0o755)
+    guest("busybox", "udhcpc", "-i", "g0", "-n", "-q", "-x", "hostname:web", "-s", str(script))
+    guest("busybox", "ping", "-c", "1", "-W", "5", "192.168.122.1")
+    (lease,) = kvikd.virsh("net-dhcp-leases", "default").splitlines()
+    _, _, mac, protocol, address, hostname, _ = lease.split()
+    assert (mac, protocol, hostname) == ("52:54:00:0a:0b:0c", "ipv4", "web")
+    bare = address.removesuffix("/24")
+    assert guest("ip", "-o", "address", "show", "g0").count(address) == 1
+    assert kvikd.virsh("domifaddr", "guest").split() == ["guest0", mac, "ipv4", address]
+    assert ["guest0", mac, "ipv4", f"{bare}/0"] in [
+        line.split() for line in kvikd.virsh("domifaddr", "guest", "--source", "arp").splitlines()
+    ]
+    assert kvikd.kvik("ip", "guest") == f"{bare}\n"
+    assert json.loads(kvikd.kvik("--json", "domifaddr", "guest"))[0]["sources"] == ["lease", "arp"]
+    kvikd.virsh("destroy", "guest")
 
 
 def test_it_is_there_after_the_daemon_was_killed_and_not_again_once_undefined(kvikd: Kvikd) -> None:

@@ -27,7 +27,7 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Driver
-from kvik.manager import figures, lifecycle, prepare, recover
+from kvik.manager import figures, lifecycle, ports, prepare, recover
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
@@ -88,6 +88,7 @@ class Manager:
             await self._make_default_network()
         self.warnings += self.networks.warnings
         await recover.recover(self)
+        ports.watch(self)
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
 

@@ -84,7 +84,8 @@ class Runtime:
 
     def install_filter(self) -> None:
         """The packet filter as the document has it, whatever is there of it."""
-        nftables.run(nat.install(self.document))
+        # To delete what is not there costs 10 ms: the kernel waits until no packet is in the old rules any more.
+        nftables.run(nat.install(self.document) if self._has_filter() else nat.add(self.document))
 
     def _has_filter(self) -> bool:
         name = nat.table_name(self.document.bridge_name or "")
@@ -193,7 +194,10 @@ def _check_parts(netlink: Netlink, document: Network) -> None:
     """What the network only refers to has to exist. OperationInvalid."""
     if document.mode == "bridge" and document.bridge_name:
         link = find_bridge(netlink, document.bridge_name)
-        if link is None or link.kind not in BRIDGES:
+        port = document.virtualport
+        # The bridge of Open vSwitch's userspace datapath is a tun device to the kernel.
+        kinds = (*BRIDGES, "tun") if port is not None and port.type == "openvswitch" else BRIDGES
+        if link is None or link.kind not in kinds:
             what = "there is no such interface" if link is None else f"that is no bridge ({link.kind or 'hardware'})"
             raise OperationInvalid(
                 f"network {document.name!r} is to use bridge {document.bridge_name}: {what}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
 
 import pytest
 
@@ -190,3 +191,25 @@ def test_every_probe_is_a_rule_that_is_understood_and_leaves_nothing() -> None:
             nftables.run(nft_probe.commands(name))
     assert nftables.run([{"list": {"ruleset": None}}]) == []
     assert nft_probe.missing("masquerade") == {}
+
+
+@in_namespace
+def test_threads_may_share_a_socket() -> None:
+    errors: list[BaseException] = []
+
+    def work(netlink: Netlink) -> None:
+        try:
+            for _ in range(100):
+                assert netlink.link("v0").name == "v0"
+                assert {link.name for link in netlink.links()} == {"lo", "v0", "v1"}
+        except BaseException as error:
+            errors.append(error)
+
+    with Netlink() as netlink:
+        netlink.add_veth("v0", "v1")
+        threads = [threading.Thread(target=work, args=(netlink,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == []

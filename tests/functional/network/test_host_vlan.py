@@ -74,24 +74,33 @@ def test_a_new_port_is_in_the_default_pvid() -> None:
 
 
 class Ear:
-    """Hears our frames at the end of a port, and the tags that they have there."""
+    """Hears our frames at the end of a port, and the tags that they have there.
+
+    It listens to every protocol: who asks for one alone gets frames whose tag the kernel has dropped already.
+    """
 
     def __init__(self, interface: str) -> None:
-        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(EXPERIMENT))
-        self.socket.setsockopt(263, 8, 1)  # SOL_PACKET, PACKET_AUXDATA: the kernel takes tags off frames before
-        self.socket.bind((interface, EXPERIMENT))
+        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL
+        self.socket.setsockopt(263, 8, 1)  # SOL_PACKET, PACKET_AUXDATA: tags are not in the frame by now
+        self.socket.bind((interface, 3))
+
+    def next(self) -> int:
+        while True:
+            frame, extra, _, (_, _, kind, _, _) = self.socket.recvmsg(2000, 200)
+            if kind == socket.PACKET_OUTGOING or frame[12:14] != struct.pack(">H", EXPERIMENT):
+                continue
+            status, _, _, _, _, tag, _ = struct.unpack("=IIIHHHH", extra[0][2])
+            return int(tag) & 0xFFF if status & 0x10 else 0  # TP_STATUS_VLAN_VALID
 
     def vlan(self) -> int:
         """Of the next frame; 0: it has no tag."""
         self.socket.settimeout(10)
-        _, extra, _, _ = self.socket.recvmsg(2000, 200)
-        status, _, _, _, _, tag, _ = struct.unpack("=IIIHHHH", extra[0][2])
-        return tag & 0xFFF if status & 0x10 else 0  # TP_STATUS_VLAN_VALID
+        return self.next()
 
     def hears_nothing(self) -> bool:
         self.socket.setblocking(False)
         try:
-            self.socket.recv(2000)
+            self.next()
         except BlockingIOError:
             return True
         return False

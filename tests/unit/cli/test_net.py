@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kvik.client.domain import InterfaceAddress
 from kvik.client.events import NetworkEvent
 from kvik.errors import InvalidArgument, KvikError
 
@@ -120,3 +121,73 @@ def test_events_are_told_as_they_come(kvik: Any) -> None:
     told = json.loads(kvik.out)
     assert (told["event"], told["network"], told["detail"]) == ("lifecycle", "lan", "Started")
     assert told["time"].endswith("+0000")
+
+
+def told(connection: Any, **by_source: Any) -> None:
+    """What each source says of a machine's addresses: a list, or the error it raises."""
+
+    def interface_addresses(source: int = 0) -> Any:
+        reply = by_source.get(["lease", "agent", "arp"][source], [])
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    connection.replies["interface_addresses"] = interface_addresses
+
+
+MAC = "52:54:00:aa:bb:cc"
+LEASE = InterfaceAddress("vnet0", MAC, "ipv4", "10.0.0.5", 24)
+
+
+def test_what_the_sources_know_is_put_together_and_who_knows_it_is_said(kvik: Any) -> None:
+    told(
+        kvik.connection,
+        lease=[LEASE],
+        agent=[
+            InterfaceAddress("lo", "00:00:00:00:00:00", "ipv4", "127.0.0.1", 8),
+            InterfaceAddress("eth1", "52:54:00:00:00:99", "ipv4", "10.9.9.9", 8),
+            InterfaceAddress("eth0", MAC.upper(), "ipv4", "10.0.0.5", 24),
+            InterfaceAddress("eth0", MAC, "ipv6", "fe80::1", 64),
+        ],
+        arp=[InterfaceAddress("vnet0", MAC, "ipv4", "10.0.0.5", 0)],
+    )
+    assert kvik("domifaddr", "tiny-1") == 0
+    assert kvik.out == (
+        " Name       MAC address          Protocol     Address        Source\n"
+        "-------------------------------------------------------------------------------\n"
+        " vnet0      52:54:00:aa:bb:cc    ipv4         10.0.0.5/24    lease, agent, arp\n"
+        " eth0       52:54:00:aa:bb:cc    ipv6         fe80::1/64     agent\n"
+        " eth1       52:54:00:00:00:99    ipv4         10.9.9.9/8     agent\n"
+        "\n"
+    )
+    assert kvik("--json", "domifaddr", "tiny-1") == 0
+    assert next((one["address"], one["sources"]) for one in json.loads(kvik.out)) == (
+        "10.0.0.5",
+        ["lease", "agent", "arp"],
+    )
+
+
+def test_addresses_by_lease_alone_look_as_virsh_shows_them(kvik: Any) -> None:
+    told(kvik.connection, lease=[LEASE], agent=KvikError("no agent"))
+    assert kvik("domifaddr", "tiny-1") == 0
+    assert kvik.out.splitlines()[0].endswith("Protocol     Address")
+    assert kvik.out.splitlines()[2] == " vnet0      52:54:00:aa:bb:cc    ipv4         10.0.0.5/24"
+
+
+def test_the_address_that_one_would_type_comes_first(kvik: Any) -> None:
+    addresses = [("ipv6", "fe80::1"), ("ipv6", "2001:db8::1"), ("ipv4", "10.0.0.5")]
+    told(kvik.connection, agent=[InterfaceAddress("eth0", MAC, family, text, 64) for family, text in addresses])
+    assert kvik("ip", "tiny-1") == 0
+    assert kvik.out == "10.0.0.5\n"
+    assert kvik("ip", "tiny-1", "--all") == 0
+    assert kvik.out == "10.0.0.5\n2001:db8::1\nfe80::1\n"
+
+
+def test_no_address_is_an_error_that_says_what_to_do(kvik: Any) -> None:
+    told(kvik.connection, agent=KvikError("no agent in the guest"))
+    assert kvik("ip", "tiny-1") == 1
+    assert "no agent in the guest" in kvik.err
+    told(kvik.connection)
+    assert kvik("ip", "tiny-1") == 1
+    assert "nobody knows one" in kvik.err
+    assert "hint: wait until it has booted" in kvik.err

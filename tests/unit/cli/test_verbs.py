@@ -147,6 +147,8 @@ CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
     ),
     ("domif-setlink tiny-1 --interface vnet0 --state up --config", ("update_device", "tiny-1", A, 2), ""),
     ("domif-setlink tiny-1 vnet0 down --print-xml", ("xml", "tiny-1", 0), '<link state="down"/></interface>'),
+    ("ip tiny-1", ("interface_addresses", "tiny-1", 2), "10.0.2.15\n"),
+    ("ip --domain tiny-1 --all --source agent", ("interface_addresses", "tiny-1", 1), "10.0.2.15\nfe80::1\n"),
     # CPUs and memory
     ("vcpucount tiny-1", ("vcpus", "tiny-1", 6), "maximum      config         2\n"),
     ("vcpucount tiny-1 --maximum --live", ("vcpus", "tiny-1", 5), "2\n"),

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from kvik.errors import HostError
 from kvik.host import bridge as bridge_module
+from kvik.host import netlink as netlink_module
 from kvik.host import nft_probe, nftables
 from kvik.host.bridge import parse_bridge, parse_port
 from kvik.host.bridge_vlan import PortVlan, parse_vlans
 from kvik.host.neighbour import parse_fdb, parse_neighbour
-from kvik.host.netlink import attribute, iterate_attributes, parse_address, parse_link
+from kvik.host.netlink import DUMP, Netlink, attribute, iterate_attributes, parse_address, parse_link
 from kvik.host.netlink_monitor import parse_changes
 from kvik.host.route import parse_route
 from kvik.host.traffic import parse_queue
@@ -98,6 +99,74 @@ def test_who_is_where() -> None:
 def test_queues() -> None:
     queues = {queue.handle: queue for queue in map(parse_queue, ANSWERS["queues"]) if queue.kind == "htb"}
     assert (queues["1:1"].rate, queues["1:1"].ceiling, queues["1:1"].parent) == (1_000_000, 2_000_000, "root")
+
+
+class Kernel:
+    """Stands for the socket: takes a request, gives the datagrams that a test wants, with its sequence number."""
+
+    def __init__(self, *turns: list[bytes]) -> None:
+        self.turns, self.requests = list(turns), 0
+        self.waiting: list[bytes] = []
+
+    def send(self, data: bytes) -> None:
+        self.requests += 1
+        sequence = data[8:12]
+        self.waiting += [part.replace(b"SEQ!", sequence) for part in self.turns.pop(0)]
+
+    def recv(self, size: int) -> bytes:
+        if not self.waiting:
+            raise TimeoutError(110, "timed out")
+        return self.waiting.pop(0)[:size]
+
+    def close(self) -> None: ...
+
+
+def message(kind: int, payload: bytes = b"", flags: int = 2, sequence: bytes = b"SEQ!", length: int = 0) -> bytes:
+    return struct.pack("=IHH4sI", length or 16 + len(payload), kind, flags, sequence, 0) + payload
+
+
+def ask(kernel: Kernel) -> list[bytes]:
+    with Netlink() as netlink:
+        netlink._socket.close()
+        netlink._socket = kernel  # type: ignore[assignment]
+        return netlink.request("ask", 18, DUMP, b"")
+
+
+DONE = message(3, struct.pack("=i", 0))
+
+
+def test_a_list_comes_in_parts_and_strangers_answers_are_skipped() -> None:
+    old = message(16, b"old!", sequence=struct.pack("=I", 77))
+    kernel = Kernel([message(16, b"one!") + old + message(16, b"two!"), message(16, b"tri!"), DONE])
+    assert ask(kernel) == [b"one!", b"two!", b"tri!"]
+
+
+def test_a_list_that_changed_while_it_was_read_is_read_again() -> None:
+    torn, whole = [message(16, b"torn", flags=0x12), DONE], [message(16, b"good"), DONE]
+    kernel = Kernel(torn, torn, whole)
+    assert ask(kernel) == [b"good"] and kernel.requests == 3
+    assert ask(Kernel(*[torn] * 5)) == [b"torn"]  # it changes all the time
+
+
+def test_an_answer_that_is_cut_short_late_or_a_refusal_is_an_error() -> None:
+    with pytest.raises(HostError, match="cannot ask: the kernel's answer is cut short"):
+        ask(Kernel([message(16, b"one!", length=200)]))
+    with pytest.raises(HostError, match="cut short"):
+        ask(Kernel([message(2, b"")]))
+    with pytest.raises(HostError, match="cannot ask: timed out"):
+        ask(Kernel([message(16, b"one!")]))
+    with pytest.raises(HostError, match="cannot ask: No such device"):
+        ask(Kernel([message(2, struct.pack("=i", -19))]))
+    with pytest.raises(HostError, match="cannot ask: No such device"):  # at the end of a dump
+        ask(Kernel([message(16, b"one!"), message(3, struct.pack("=i", -19))]))
+
+
+def test_a_list_is_bounded_and_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netlink_module, "MAX_ANSWERS", 2)
+    kernel = Kernel([message(16, b"one!") * 3, message(16, b"more"), DONE])
+    with pytest.raises(HostError, match="more than 2 entries") as raised:
+        ask(kernel)
+    assert raised.value.errno == 7 and kernel.waiting == []
 
 
 def vlans(*infos: tuple[int, int]) -> list[PortVlan]:
