@@ -115,7 +115,7 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
     if machine.firmware not in ("bios", "uefi"):
         raise UsageError(f"no firmware '{machine.firmware}'", remedy="one of: bios, uefi")
     choose_vmm(options, machine, verdict)
-    machine.network = doc.network_xml(options.text("network") or "user")
+    machine.network = doc.allow_names(doc.network_xml(options.text("network") or "user"), options.words("allow"))
     for disk in machine.disks:
         progress.line(f"disk {disk.path}: {disk.format}, {disk.why}")
     return machine, is_tiny
@@ -403,6 +403,14 @@ COMMANDS = {
         Option("machine", TEXT, "machine type", named_only=True, complete=("q35", "pc", "microvm")),
         Option("firmware", TEXT, "bios or uefi", named_only=True, complete=("bios", "uefi")),
         Option("network", TEXT, "none, user, or a bridge of this host", named_only=True, complete=("none", "user")),
+        Option(
+            "allow",
+            TEXT,
+            "DNS name that the machine may reach, with all below it; nothing else then",
+            named_only=True,
+            repeat=True,
+            metavar="name",
+        ),
         Option("kernel", TEXT, "kernel to boot directly", named_only=True, complete="file", metavar="file"),
         Option("initrd", TEXT, "its initramfs", named_only=True, complete="file", metavar="file"),
         Option("append", TEXT, "its arguments; for the tiny image: more of them", named_only=True),
