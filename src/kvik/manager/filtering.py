@@ -12,8 +12,9 @@ from kvik.errors import ConfigError, KvikError
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
+    from kvik.manager.manager import Manager
 
-__all__ = ["protector", "release"]
+__all__ = ["protector", "release", "repair"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,3 +56,12 @@ async def release(domain: DomainObject, interfaces: Iterable[Interface]) -> None
                 await manager.store.run(manager.filters.release, interface.target.dev, domain.uuid_text)
             except KvikError as error:  # the interface is gone; its rules go with the next one of that name
                 logger.warning("machine %s: filter of %s: %s", domain.name, interface.target.dev, error)
+
+
+async def repair(manager: Manager) -> None:
+    """A table of the host's packet filter is gone: perhaps ours among them."""
+    try:
+        if await manager.store.run(manager.filters.repair):
+            logger.warning("somebody flushed the host's packet filter: the rules of network filters were put back")
+    except KvikError as error:
+        logger.error("the rules of network filters are gone and could not be put back: %s", error)

@@ -27,7 +27,7 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Driver
-from kvik.manager import figures, lifecycle, ports, prepare, recover
+from kvik.manager import figures, filtering, lifecycle, ports, prepare, recover
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
@@ -37,6 +37,7 @@ from kvik.manager.networks import Networks, ensure_default
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
 from kvik.network.filters.filters import Filters
+from kvik.network.watch import Watch
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Manager:
         self.default_network = default_network
         self.events = EventHub()
         self.filters = Filters(paths)
+        self._watch: Watch | None = None  # of the host's packet filter
         self.networks = Networks(paths)
         self.store = Store(paths)
         self.warnings: list[str] = []  # what `open` had to put right or set aside
@@ -83,6 +85,7 @@ class Manager:
         """
         await self.store.run(self.filters.open)
         self.warnings += self.filters.warnings
+        self._watch = Watch(lambda bridge: None, self._rules_gone)
         await self.networks.open()
         if self.default_network:
             await self._make_default_network()
@@ -113,8 +116,13 @@ class Manager:
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
         await self.networks.close()
+        if self._watch is not None:
+            self._watch.close()
         self.filters.close()
         self.store.close()
+
+    def _rules_gone(self) -> None:
+        self.spawn(filtering.repair(self))
 
     # looking up
 

@@ -148,6 +148,9 @@ def test_a_filtered_machine_speaks_from_its_own_address_and_no_other(make: Any, 
 
     assert ping("192.0.2.2") == 0
     assert ping("192.0.2.3") != 0
+    inside(kvikd, "nft", "flush", "ruleset")  # as a reload of the host's firewall does
+    until(lambda: "vnet0/out" in inside(kvikd, "nft", "list", "ruleset"))
+    assert ping("192.0.2.3") != 0
     domain.destroy()
     until(lambda: "vnet" not in kvikd.virsh("nwfilter-binding-list").stdout)
     assert "vnet" not in inside(kvikd, "nft", "list", "ruleset")

@@ -274,8 +274,17 @@ class Filters:
             if bound is not None and owner_uuid in ("", bound.binding.owner_uuid):
                 self.unbind(device)
 
+    def repair(self) -> bool:
+        """Put back what somebody flushed (`nft flush ruleset`); whether there was anything to put back."""
+        with self._lock:
+            chains = self._in_kernel()[0] if self._bound else set()
+            if all(chains.issuperset(bound.chains) for bound in self._bound.values()):
+                return False
+            self.reapply()
+            return True
+
     def reapply(self) -> None:
-        """All interfaces anew, in one transaction: after somebody flushed the host's rules."""
+        """All interfaces anew, in one transaction."""
         with self._lock:
             chains, sets = self._in_kernel()
             for bound in self._bound.values():
