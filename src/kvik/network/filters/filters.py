@@ -72,6 +72,7 @@ class Filters:
         self._bound: dict[str, _Bound] = {}
         self._lock = threading.RLock()
         self._features: Features | None = None
+        self._based = False  # the shared part of the table is there
         self._snooper: DhcpSnooper | None = None  # once an interface wants it
 
     def open(self) -> None:
@@ -287,6 +288,7 @@ class Filters:
         """All interfaces anew, in one transaction."""
         with self._lock:
             chains, sets = self._in_kernel()
+            self._based = False
             for bound in self._bound.values():
                 bound.chains = [name for name in bound.chains if name in chains]
                 bound.sets = [name for name in bound.sets if name in sets]
@@ -312,10 +314,19 @@ class Filters:
         if not changed:
             return
         rulesets = [self._compile(bound) for bound in changed]
-        commands = table.base()
+        commands: list[Command] = []
         for bound, ruleset in zip(changed, rulesets, strict=True):
             commands += self._replacement(bound, ruleset, anew=anew)
-        nftables.run(commands)
+        # The shared part takes rules out, for which the kernel waits (about 10 ms): only where it is not known to be.
+        try:
+            nftables.run(commands if self._based else [*table.base(), *commands])
+        except HostError as error:
+            if not self._based or error.errno != errno.ENOENT:
+                raise
+            self._based = False  # somebody flushed the host's rules
+            self.reapply()
+            return
+        self._based = True
         for bound, ruleset in zip(changed, rulesets, strict=True):
             bound.chains, bound.sets, bound.notes = ruleset.chains, [*ruleset.sets], ruleset.notes
             bound.guarded = ruleset.guarded
