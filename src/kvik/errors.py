@@ -5,7 +5,8 @@ KvikError
 │   └── ConfigError           a document is wrong (knows its line and path)
 │       └── ConfigUnsupported a document asks for what this hypervisor or host cannot do
 ├── NotFound                  the named object does not exist
-│   ├── NoDomain, NoNetwork, NoFilter, NoFilterBinding, NoStoragePool, NoStorageVolume, NoSnapshot,
+│   ├── NoDomain, NoNetwork, NoNetworkPort, NoFilter, NoFilterBinding,
+│   ├── NoStoragePool, NoStorageVolume, NoSnapshot,
 │   └── NoMetadata, NoDevice
 ├── AlreadyExists             a name, UUID or address is taken
 ├── OperationInvalid          the object is not in a state that allows this
@@ -53,6 +54,7 @@ __all__ = [
     "NoFilterBinding",
     "NoMetadata",
     "NoNetwork",
+    "NoNetworkPort",
     "NoSnapshot",
     "NoStoragePool",
     "NoStorageVolume",
@@ -124,6 +126,11 @@ class NoDomain(NotFound):
 
 class NoNetwork(NotFound):
     code = 43
+    domain = 19
+
+
+class NoNetworkPort(NotFound):
+    code = 107
     domain = 19
 
 
