@@ -6,19 +6,15 @@ Each runs in a network namespace of its own, kvikd with an interface to put filt
 from __future__ import annotations
 
 import shlex
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kvikd_process import SOURCE
-from test_net_speaks_as_virsh import said, uri
+from test_net_speaks_as_virsh import NEEDED, daemon, libvirtd, missing, said
 
-__all__ = ["uri"]  # the libvirtd
+__all__ = ["libvirtd"]  # the fixture
 
 pytestmark = [pytest.mark.interop, pytest.mark.root]
 
@@ -91,34 +87,22 @@ def kvik(address: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def kvikd() -> Iterator[str]:
-    if shutil.which("virsh") is None:
-        pytest.skip("virsh is not installed")
-    root = Path(tempfile.mkdtemp(prefix="kvikd-"))
-    command = [sys.executable, "-m", "kvik.daemon", "--system", "--root", str(root), "--socket", str(root / "s")]
-    script = f"ip link set lo up; ip link add v0 type veth peer name v1; exec {shlex.join(command)} --driver test"
-    with (root / "log").open("wb") as log:
-        process = subprocess.Popen(
-            ["unshare", "--net", "sh", "-c", script], stderr=log, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-                                                                       "PYTHONPATH": str(SOURCE)},
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 20
-        while not (root / "s").exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"kvikd did not start: {(root / 'log').read_text()}")
-            time.sleep(0.02)
-        yield f"qemu+unix:///system?socket={root}/s"
-    finally:
-        process.terminate()
-        process.wait(15)
-        shutil.rmtree(root, ignore_errors=True)
+    if why := missing(*NEEDED):
+        pytest.skip(why)
+    with tempfile.TemporaryDirectory(prefix="kvikd-") as directory:
+        base = Path(directory)
+        argv = [sys.executable, "-m", "kvik.daemon", "--system", "--root", directory, "--driver", "test"]
+        interface = "ip link add v0 type veth peer name v1;"
+        with daemon([*argv, "--socket", f"{base}/s"], base / "s", base / "log", interface) as address:
+            yield address
+        assert "failed unexpectedly" not in (base / "log").read_text()
 
 
-def test_same_words_on_libvirtd(uri: str, tmp_path: Path) -> None:
-    if said(["virsh", "-c", uri], ["nwfilter-list"])[0]:
+def test_same_words_on_libvirtd(libvirtd: str, tmp_path: Path) -> None:
+    if said(["virsh", "-c", libvirtd], ["nwfilter-list"])[0]:
         pytest.skip("this libvirtd has no network filters")
-    theirs = transcript(["virsh", "-c", uri], DEFINITIONS, tmp_path)
-    ours = transcript(kvik(uri), DEFINITIONS, tmp_path)
+    theirs = transcript(["virsh", "-c", libvirtd], DEFINITIONS, tmp_path)
+    ours = transcript(kvik(libvirtd), DEFINITIONS, tmp_path)
     for their, our in zip(theirs, ours, strict=True):
         assert our == their
 
