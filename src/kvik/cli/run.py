@@ -116,7 +116,8 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
         raise UsageError(f"no firmware '{machine.firmware}'", remedy="one of: bios, uefi")
     choose_vmm(options, machine, verdict)
     name = options.text("network")
-    machine.network = doc.network_xml(name, {} if name in ("none", "user") else known_networks(ctx))
+    network = doc.network_xml(name, {} if name in ("none", "user") else known_networks(ctx))
+    machine.network = doc.allow_names(network, options.words("allow"))
     for disk in machine.disks:
         progress.line(f"disk {disk.path}: {disk.format}, {disk.why}")
     return machine, is_tiny
@@ -418,6 +419,14 @@ COMMANDS = {
             "else user)",
             named_only=True,
             complete="run-network",
+        ),
+        Option(
+            "allow",
+            TEXT,
+            "DNS name that the machine may reach, with all below it; nothing else then",
+            named_only=True,
+            repeat=True,
+            metavar="name",
         ),
         Option("kernel", TEXT, "kernel to boot directly", named_only=True, complete="file", metavar="file"),
         Option("initrd", TEXT, "its initramfs", named_only=True, complete="file", metavar="file"),

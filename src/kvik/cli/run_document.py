@@ -157,6 +157,20 @@ def network_xml(name: str | None, networks: Mapping[str, bool], sys: str = "/sys
     )
 
 
+def allow_names(network: str, names: list[str]) -> str:
+    """The `<interface>` under a filter that lets it reach these names only; none: as it is."""
+    if not names:
+        return network
+    if "type='user'" in network or not network:
+        raise UsageError(
+            "--allow needs an interface whose packets this host sees",
+            remedy="start the network 'default' (kvik net-start default), or name another with --network",
+        )
+    parameters = "".join(f"        {tag('parameter', name='ALLOW', value=name)}\n" for name in names)
+    filterref = f"      {open_tag('filterref', filter='allow-names')}\n{parameters}      </filterref>\n"
+    return network.replace("    </interface>\n", f"{filterref}    </interface>\n")
+
+
 class Machine:
     """All that the document says."""
 

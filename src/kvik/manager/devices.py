@@ -39,7 +39,7 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Feature
-from kvik.manager import disks, ports, prepare
+from kvik.manager import disks, filtering, ports, prepare
 from kvik.network.taps import open_taps
 
 if TYPE_CHECKING:
@@ -206,11 +206,14 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
             with ExitStack() as taps:
                 files: dict[str, int] = {}
                 if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
-                    files = await domain.manager.store.run(open_taps, [device], taps, attachments)
+                    protect = filtering.protector(domain)
+                    files = await domain.manager.store.run(open_taps, [device], taps, attachments, protect)
                 await machine.attach_device(device, files)
             _arrived(domain, run, device)
             run.arriving = None
     except BaseException:
+        if isinstance(given, Interface):
+            domain.manager.spawn(filtering.release(domain, [given]))
         # `arriving` stays: what could not be undone, for the monitor was lost, is cleared before the next attach.
         if use is not None:
             run.uses.remove(use)
@@ -331,6 +334,8 @@ def removed(domain: DomainObject, run: Run, alias: str) -> None:
             if isinstance(device, Disk):
                 use = disks.use_of(device)
                 run.uses = [other for other in run.uses if use is None or other.path != use.path]
+            if isinstance(device, Interface):
+                domain.spawn(filtering.release(domain, [device]))
             break
     domain.live_changed()
     waiting = run.removals.get(alias)

@@ -31,7 +31,7 @@ from kvik.errors import (
 )
 from kvik.host import process
 from kvik.hypervisor.driver import Feature, Machine, MachineEvent, StartRequest
-from kvik.manager import disks, ports, reports
+from kvik.manager import disks, filtering, ports, reports
 from kvik.manager.definition import Definition
 from kvik.manager.stages import BootStages
 from kvik.manager.states import (
@@ -184,8 +184,8 @@ async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, file
     taps = ExitStack()
     try:
         if attachments:
-            interfaces = run.live.devices.interfaces
-            files = {**await manager.store.run(open_taps, interfaces, taps, attachments), **files}
+            interfaces, protect = run.live.devices.interfaces, filtering.protector(domain)
+            files = {**await manager.store.run(open_taps, interfaces, taps, attachments, protect), **files}
         request = StartRequest(
             definition=run.live,
             directory=run.directory,
@@ -396,6 +396,7 @@ async def _clean(domain: DomainObject, run: Run, note: str) -> None:
     try:
         domain.log.note(note)
         await domain.manager.store.remove_status(name, run.directory)
+        await filtering.release(domain, run.live.devices.interfaces)
         if transient:
             await domain.manager.driver_of(run.live).forget(run.live, keep_tpm=domain.keep_tpm)
     except KvikError as error:

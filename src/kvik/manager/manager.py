@@ -27,7 +27,7 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Driver
-from kvik.manager import figures, lifecycle, ports, prepare, recover
+from kvik.manager import figures, filtering, lifecycle, ports, prepare, recover
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
@@ -37,7 +37,9 @@ from kvik.manager.networks import Networks, ensure_default
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
 from kvik.network import bridges
+from kvik.network.filters.filters import Filters
 from kvik.network.interfaces.interfaces import Interfaces
+from kvik.network.watch import Watch
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class Manager:
         self.drivers = drivers
         self.default_network = default_network
         self.events = EventHub()
+        self.filters = Filters(paths)
+        self._watch: Watch | None = None  # of the host's packet filter
         self.networks = Networks(paths)
         self.store = Store(paths)
         self.interfaces = Interfaces(paths)
@@ -83,6 +87,9 @@ class Manager:
 
         `HostError` if the state directories cannot be had; anything smaller is put right or set aside and warned of.
         """
+        await self.store.run(self.filters.open)
+        self.warnings += self.filters.warnings
+        self._watch = Watch(lambda bridge: None, self._rules_gone)
         await self.networks.open()
         if self.default_network:
             await self._make_default_network()
@@ -115,7 +122,13 @@ class Manager:
             await driver.close()
         await self.networks.close()
         self.interfaces.close()
+        if self._watch is not None:
+            self._watch.close()
+        self.filters.close()
         self.store.close()
+
+    def _rules_gone(self) -> None:
+        self.spawn(filtering.repair(self))
 
     # looking up
 

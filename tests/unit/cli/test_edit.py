@@ -166,6 +166,17 @@ def test_a_refused_network_is_kept_for_another_try(kvik: Any, editor: Any) -> No
     assert "the changes to network lan were not saved" in kvik.err
 
 
+def test_a_network_filter_is_edited_the_same_way(kvik: Any, editor: Any) -> None:
+    editor("true")
+    assert kvik("nwfilter-edit", "--nwfilter", "mail") == 0
+    assert "Network filter mail XML configuration not changed.\n" in kvik.out
+    editor('sed -i s/drop/accept/ "$f"')
+    assert kvik("nwfilter-edit", "mail") == 0
+    assert "Network filter mail XML configuration edited.\n" in kvik.out
+    (text,) = [call[2] for call in kvik.connection.made("call") if call[1] == "NWFILTER_DEFINE_XML"]
+    assert "action='accept'" in text
+
+
 def test_words_of_a_network_are_edited(kvik: Any, editor: Any) -> None:
     editor('echo more > "$f"')
     assert kvik("net-desc", "lan", "--edit") == 0

@@ -289,6 +289,8 @@ def test_missing_packages_end_with_77(kvik: Any, host: Any, monkeypatch: pytest.
         (["uname"], "kvik run --rm -- uname"),
         (["--firmware", "coreboot"], "one of: bios, uefi"),
         (["--network", "nosuchbridge"], "there is no network or bridge 'nosuchbridge'"),
+        (["--allow", "example.org"], "--allow needs an interface whose packets this host sees"),
+        (["--allow", "example.org", "--network", "none"], "--allow needs an interface"),
         (["--console", "--detach"], "--console does not go with --detach"),
         (["--detach", "--", "x"], "kvik exec NAME"),
         (["--timeout", "soon"], "invalid value of --timeout"),
@@ -375,6 +377,16 @@ def test_without_a_word_it_is_the_network_default_where_that_is_active() -> None
     assert "<source network='default'/>" in doc.network_xml(None, {"lan": True, "default": True})
     assert "type='user'" in doc.network_xml(None, {"lan": True, "default": False})
     assert "type='user'" in doc.network_xml(None, {})
+
+
+def test_an_allow_list_becomes_a_filter_of_the_interface() -> None:
+    network = "    <interface type='bridge'>\n      <source bridge='br0'/>\n    </interface>\n"
+    assert doc.allow_names(network, []) == network
+    interface = ElementTree.fromstring(doc.allow_names(network, ["example.org", "deb.debian.org'/>"]))
+    reference = interface.find("filterref")
+    assert reference is not None and reference.get("filter") == "allow-names"
+    found = [(one.get("name"), one.get("value")) for one in reference]
+    assert found == [("ALLOW", "example.org"), ("ALLOW", "deb.debian.org'/>")], "as text; the daemon checks names"
 
 
 def test_what_the_user_writes_cannot_add_elements() -> None:
