@@ -1,0 +1,78 @@
+"""A script, run as somebody without privileges: a switch and machines on it, until its standard input ends.
+
+    switch_session.py DIRECTORY JSON      {"settings": ..., "machines": [{"name": ..., "mac": ...}], "kernel": ..., ...}
+
+In DIRECTORY appear `switch` (control), and NAME.agent and NAME.qmp for each machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kvik.network.switch.control import Switch
+
+
+def qemu(directory: Path, given: dict[str, Any], machine: dict[str, Any], fd: int) -> subprocess.Popen[bytes]:
+    name = machine["name"]
+    return subprocess.Popen(
+        [
+            *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-m", "192", "-display", "none"),
+            *("-nodefaults", "-no-user-config", "-bios", "qboot.rom", "-kernel", given["kernel"]),
+            *("-initrd", given["initrd"], "-append", f"{given['append']} kvik.hostname={name}"),
+            *("-chardev", f"socket,id=agent,path={directory}/{name}.agent,server=on,wait=off"),
+            *("-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
+            *("-netdev", machine.get("netdev") or f"stream,id=net,addr.type=fd,addr.str={fd},server=off"),
+            *("-device", f"virtio-net-pci,netdev=net,romfile=,mac={machine['mac']}"),
+            *("-serial", f"file:{directory}/{name}.console", "-qmp", f"unix:{directory}/{name}.qmp,server=on,wait=off"),
+        ],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(fd,),
+    )
+
+
+def passt(given: dict[str, Any], machine: dict[str, Any]) -> tuple[int, subprocess.Popen[bytes]]:
+    """A way out: the switch's end of it."""
+    ours, theirs = socket.socketpair()
+    settings = given["settings"]
+    command = ["passt", "--foreground", "--fd", str(theirs.fileno()), "--gateway", settings["ip"]]
+    command += ["--address", machine["ip"], "--netmask", str(settings["prefix"]), "--mac-addr", settings["mac"]]
+    command += ["--no-map-gw", "--no-dhcp", "--no-ndp", "--no-ra", "--no-dhcpv6", "--dns-forward", settings["ip"]]
+    process = subprocess.Popen(
+        [*command, *machine.get("passt", [])], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),)
+    )
+    theirs.close()
+    return ours.detach(), process
+
+
+def main() -> None:
+    directory, given = Path(sys.argv[1]), json.loads(sys.argv[2])
+    switch = Switch.start(directory / "switch", given["settings"], 2)
+    started = []
+    try:
+        for machine in given["machines"]:
+            uplink = None
+            if "ip" in machine:
+                uplink, process = passt(given, machine)
+                started.append(process)
+            _, fd, _ = switch.add_port(machine["name"], machine["mac"], alias="net0", uplink=uplink)
+            if uplink is not None:
+                os.close(uplink)
+            started.append(qemu(directory, given, machine, fd))
+            os.close(fd)
+        print(switch.process.pid, flush=True)
+        sys.stdin.read()
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+        switch.stop()
+
+
+if __name__ == "__main__":
+    main()
