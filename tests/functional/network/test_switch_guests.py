@@ -60,7 +60,8 @@ def test_two_unprivileged_guests_ping_each_other_by_name(session: SwitchSession)
 
 def test_a_tcp_connection_carries_megabytes_between_them(session: SwitchSession) -> None:
     left, right = session.guest("left"), session.guest("right")
-    right.shell("(nc -l -p 5000 | md5sum >/tmp/sum) >/dev/null 2>&1 &")
+    # The listener's input stays open: a nc whose peer has nothing to say ends.
+    right.shell("(tail -f /dev/null | nc -l -p 5000 | md5sum >/tmp/sum) >/dev/null 2>&1 &")
     sent = left.shell(
         "dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null; md5sum </tmp/data; nc right 5000 </tmp/data"
     )
