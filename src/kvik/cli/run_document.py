@@ -117,11 +117,14 @@ def disk_format(path: str, asked: str | None, *, block: bool = False) -> tuple[s
 
 
 def network_xml(name: str, sys: str = "/sys/class/net") -> str:
-    """The `<interface>` of `--network none|user|bridge=NAME|NAME`."""
+    """The `<interface>` of `--network none|user|network=NAME|bridge=NAME|NAME`."""
     if name == "none":
         return ""
     if name == "user":
         return "    <interface type='user'>\n      <model type='virtio'/>\n    </interface>\n"
+    if name.startswith("network="):
+        source = tag("source", network=name.removeprefix("network="))
+        return f"    <interface type='network'>\n      {source}\n      <model type='virtio'/>\n    </interface>\n"
     bridge = name.removeprefix("bridge=")
     # isdir follows a name with dots or slashes out of the directory: a network interface's name has neither slash.
     if bridge and "/" not in bridge and os.path.isdir(f"{sys}/{bridge}/bridge"):  # noqa: PTH112
@@ -138,7 +141,7 @@ def network_xml(name: str, sys: str = "/sys/class/net") -> str:
     have = f"bridges here: {', '.join(bridges)}" if bridges else "this host has no bridge"
     raise NoNetwork(
         f"there is no network or bridge '{bridge}'",
-        remedy=f"use --network user (no set-up, no root) or --network none; {have}; virtual networks are not there yet",
+        remedy=f"use --network user (no set-up, no root), --network network=NAME or --network none; {have}",
     )
 
 

@@ -33,6 +33,7 @@ from kvik.host import process
 from kvik.hypervisor.driver import Feature, Machine, MachineEvent, StartRequest
 from kvik.manager import disks, reports
 from kvik.manager.definition import Definition
+from kvik.manager.interfaces import open_interfaces
 from kvik.manager.stages import BootStages
 from kvik.manager.states import (
     RESTART_LIMIT,
@@ -45,7 +46,6 @@ from kvik.manager.states import (
     state_text,
 )
 from kvik.manager.store import Status
-from kvik.network.taps import open_taps
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject, Run
@@ -180,8 +180,7 @@ async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, file
     log_fd = await manager.store.run(_open_log, domain)
     taps = ExitStack()
     try:
-        if Feature.TAPS in domain.driver.features():
-            files = {**await manager.store.run(open_taps, run.live.devices.interfaces, taps), **files}
+        files = {**await open_interfaces(domain, run.directory, run.live.devices.interfaces, taps), **files}
         request = StartRequest(
             definition=run.live,
             directory=run.directory,

@@ -32,9 +32,11 @@ from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
 from kvik.manager.events import EventHub
+from kvik.manager.interfaces import look_after_networks
 from kvik.manager.log import cut
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
+from kvik.network.switch.session import SessionNetworks
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Manager:
         self.drivers = drivers
         self.events = EventHub()
         self.store = Store(paths)
+        self.session_networks = SessionNetworks(paths) if paths.scope == "session" else None
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.autostarting: asyncio.Task[None] | None = None
         self._names: dict[str, DomainObject] = {}
@@ -78,6 +81,7 @@ class Manager:
         await recover.recover(self)
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
+        self.spawn(look_after_networks(self))
 
     async def close(self) -> None:
         """Let go. Machines go on."""
@@ -94,6 +98,8 @@ class Manager:
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
         self.store.close()
+        if self.session_networks is not None:
+            self.session_networks.close()
 
     # looking up
 

@@ -8,7 +8,6 @@ In DIRECTORY appear `switch` (control), and NAME.agent and NAME.qmp for each mac
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -36,35 +35,16 @@ def qemu(directory: Path, given: dict[str, Any], machine: dict[str, Any], fd: in
     )
 
 
-def passt(given: dict[str, Any], machine: dict[str, Any]) -> tuple[int, subprocess.Popen[bytes]]:
-    """A way out: the switch's end of it."""
-    ours, theirs = socket.socketpair()
-    settings = given["settings"]
-    command = ["passt", "--foreground", "--fd", str(theirs.fileno()), "--gateway", settings["ip"]]
-    command += ["--address", machine["ip"], "--netmask", str(settings["prefix"]), "--mac-addr", settings["mac"]]
-    command += ["--no-map-gw", "--no-dhcp", "--no-ndp", "--no-ra", "--no-dhcpv6", "--dns-forward", settings["ip"]]
-    process = subprocess.Popen(
-        [*command, *machine.get("passt", [])], stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),)
-    )
-    theirs.close()
-    return ours.detach(), process
-
-
 def main() -> None:
     directory, given = Path(sys.argv[1]), json.loads(sys.argv[2])
     switch = Switch.start(directory / "switch", given["settings"], 2)
     started = []
     try:
         for machine in given["machines"]:
-            uplink = None
-            if "ip" in machine:
-                uplink, process = passt(given, machine)
-                started.append(process)
-            _, fd, _ = switch.add_port(machine["name"], machine["mac"], alias="net0", uplink=uplink)
-            if uplink is not None:
-                os.close(uplink)
-            started.append(qemu(directory, given, machine, fd))
-            os.close(fd)
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                switch.add_port(machine["name"], machine["mac"], ours.fileno(), alias="net0")
+                started.append(qemu(directory, given, machine, theirs.fileno()))
         print(switch.process.pid, flush=True)
         sys.stdin.read()
     finally:

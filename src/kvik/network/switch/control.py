@@ -14,7 +14,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from kvik.errors import HostError, OperationFailed, OperationTimeout
 from kvik.host import process
 from kvik.host.process import ProcessHandle
 
-__all__ = ["Switch"]
+__all__ = ["Switch", "short_path"]
 
 DEADLINE = 5.0  # seconds for an answer
 _MESSAGE = 200_000
@@ -90,16 +90,11 @@ class Switch:
         with self._lock:
             return _exchange(self._socket, {"do": what, **given}, fds)
 
-    def add_port(
-        self, name: str, mac: str = "", *, alias: str = "", isolated: bool = False, uplink: int | None = None
-    ) -> tuple[int, int, str]:
-        """A port for a card: its number, the socket's other end for the VMM (the caller's to close), and the address
-        that the card will be given ("": none). `uplink` is the socket of this machine's way out."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        with ours, theirs:
-            fds = [theirs.fileno(), *([uplink] if uplink is not None else [])]
-            answer = self.call("add", fds, name=name, mac=mac, alias=alias, isolated=isolated)
-            return answer["port"], ours.detach(), answer["ip"]
+    def add_port(self, name: str, mac: str, fd: int, *, alias: str = "", isolated: bool = False) -> tuple[int, str]:
+        """Give it the socket of a card (the descriptor stays the caller's): the port's number, and the address that
+        the card will be given ("": none)."""
+        answer = self.call("add", (fd,), name=name, mac=mac, alias=alias, isolated=isolated)
+        return answer["port"], answer["ip"]
 
     def remove_port(self, number: int) -> None:
         self.call("remove", port=number)
@@ -134,6 +129,19 @@ class Switch:
         self.process.close()
 
 
+@contextlib.contextmanager
+def short_path(path: Path) -> Iterator[str]:
+    """A name for a socket that fits into sockaddr_un's 108 bytes, however deep its directory lies."""
+    if len(os.fsencode(path)) < 108:
+        yield os.fspath(path)
+        return
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
 def _exchange(sock: socket.socket, command: Mapping[str, Any], fds: Sequence[int]) -> Any:
     what = command["do"]
     try:
@@ -159,7 +167,8 @@ def _listen(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
         os.fchmod(sock.fileno(), 0o600)  # the file takes the socket's mode: it is never open to others
-        sock.bind(os.fspath(path))
+        with short_path(path) as name:
+            sock.bind(name)
         sock.listen(8)
     except OSError as error:
         sock.close()
@@ -171,7 +180,8 @@ def _connect(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     sock.settimeout(DEADLINE)
     try:
-        sock.connect(os.fspath(path))
+        with short_path(path) as name:
+            sock.connect(name)
     except OSError as error:
         sock.close()
         raise HostError(

@@ -125,6 +125,18 @@ class Dhcp:
             lease.expires = now + EXPECTED
         return lease
 
+    def confirm(self, port: int, mac: bytes, ip: bytes, now: float) -> None:
+        """A card was seen with an address that nobody else has: it is its lease."""
+        lease = self._macs.get(mac)
+        if lease is not None and lease.ip == ip:
+            if lease.offered and lease.port == port:
+                lease.offered, lease.expires = False, now + self.settings.lease
+        elif (lease is None or lease.offered) and ip not in self.leases and ip not in self._reserved:
+            if lease is not None:
+                self._forget(lease)
+            if self._counts.get(port, 0) < PER_PORT:
+                self._add(Lease(ip, mac, port, now + self.settings.lease)).offered = False
+
     def answer(self, port: int, request: Request, now: float) -> Reply | None:
         if not self.settings.first or request.relay != ANY:
             return None

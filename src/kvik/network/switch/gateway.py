@@ -59,7 +59,7 @@ class Gateway:
         if ip == self.ip:
             return self
         lease = self.dhcp.leases.get(ip)
-        return self.plane.ports.get(lease.port) if lease is not None and lease.mac and not lease.offered else None
+        return self.plane.ports.get(lease.port) if lease is not None and lease.mac else None
 
     def label(self, lease: dhcp.Lease) -> str:
         """A machine's name as the daemon knows it; or what a guest calls itself, unless that is another's name."""
@@ -116,6 +116,19 @@ class Gateway:
         """The address that the port's card will get, kept for it until it asks; empty: none."""
         lease = self.dhcp.reserve(port.number, port.mac, self.plane.now) if port.mac is not None else None
         return lease.ip if lease is not None else b""
+
+    def welcome(self, port: Port) -> bytes:
+        """A port was added: the address it will get. A machine that has it already, from a switch before this one,
+        answers ARP for it."""
+        address = self.expect(port)
+        if address and port.mac is not None:
+            port.send_frame(write_arp(1, self.mac, self.ip, port.mac, address))
+        return address
+
+    def seen(self, port: Port, packet: Arp) -> None:
+        """A card says by ARP that it has an address: one that an earlier switch gave, or its own choice."""
+        if packet.sender_mac == port.mac and self.settings.usable(packet.sender):
+            self.dhcp.confirm(port.number, packet.sender_mac, packet.sender, self.plane.now)
 
     # what comes
 

@@ -144,7 +144,9 @@ class Plane:
         owner = self.gateway.owner(packet.sender)
         if owner is not None and owner is not port:
             port.refused += 1
-        elif packet.target == self.gateway.ip:
+            return
+        self.gateway.seen(port, packet)
+        if packet.target == self.gateway.ip:
             self.gateway.arp(port, packet)
         elif target[0] & 1:
             self._flood(port, run, 1)

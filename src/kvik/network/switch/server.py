@@ -2,8 +2,8 @@
 
 Control is a Unix seqpacket socket of the user's own: a JSON object a message, answered by one.
 
-    {"do": "add", "name": ..., "alias": ..., "mac": ..., "isolated": false}   with one descriptor, or two: the card's
-                                                                              socket, the way out's
+    {"do": "add", "name": ..., "alias": ..., "mac": ..., "isolated": false}   with the card's socket
+    {"do": "uplink", "port": N}                                               with the socket of the port's way out
     {"do": "hello"}      {"do": "remove", "port": N}      {"do": "ports", "after": N}
     {"do": "leases", "after": N}
     {"do": "configure", "settings": {...}}      {"do": "stop"}
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PORTS = 256
 CLIENTS = 16
 MESSAGE = 200_000  # bytes: what a Unix socket's default buffer takes
-PAGE = 500  # ports or leases in one answer
+PAGE = 250  # ports or leases in one answer
 IDLE = 60.0  # seconds without a port and without a daemon, after which nobody needs us
 _NAME = 255  # characters
 
@@ -206,6 +206,8 @@ class Server:
         what = given["do"]
         if what == "add":
             return self._command_add(given, fds)
+        if what == "uplink":
+            return self._command_uplink(given, fds)
         if what == "hello":
             return {"pid": os.getpid(), "network": self.gateway.settings.name}
         if what == "remove":
@@ -215,7 +217,7 @@ class Server:
             return port is not None
         after = int(given.get("after", 0))
         if what == "ports":
-            return [_describe(port) for port in self.plane.ports.values() if port.number > after][:PAGE]
+            return [self._describe(port) for port in self.plane.ports.values() if port.number > after][:PAGE]
         if what == "leases":
             return self.gateway.leases()[after : after + PAGE]
         if what == "configure":
@@ -231,15 +233,12 @@ class Server:
         raise InvalidArgument(f"{what!r} is no command")
 
     def _command_add(self, given: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        if len(fds) not in (1, 2):
-            raise InvalidArgument("a port needs the card's socket")
         if len(self.plane.ports) >= PORTS:
             raise InvalidArgument(f"this network has {PORTS} ports already")
         name, alias = str(given.get("name", "")).lower(), str(given.get("alias", ""))
         if len(name) > _NAME or len(alias) > _NAME:
             raise InvalidArgument("that name is too long")
-        for fd in fds:
-            _check_stream(fd)
+        _check_stream(fds)
         mac = mac_bytes(given["mac"]) if given.get("mac") else None
         if mac is not None and mac[0] & 1:
             raise InvalidArgument(f"{mac_text(mac)} is a group's address")
@@ -251,36 +250,49 @@ class Server:
             port.close()
             raise
         self._watch(port)
-        if fds:
-            uplink = port.uplink = self._add(socket.socket(fileno=fds.pop(0)), "", None, False)
-            uplink.serves = port
-            self._watch(uplink)
         say(f"port {port.number} ({name}) opened for {given.get('mac') or 'any card'}")
-        address = self.gateway.expect(port)
+        address = self.gateway.welcome(port)
         return {"port": port.number, "ip": ip_text(address) if address else ""}
 
+    def _describe(self, port: Port) -> dict[str, Any]:
+        address = self.gateway.expect(port)
+        return {
+            "port": port.number,
+            "name": port.name,
+            "alias": port.alias,
+            "mac": mac_text(port.mac) if port.mac is not None else "",
+            "isolated": port.isolated,
+            "ip": ip_text(address) if address else "",
+            "uplink": port.uplink is not None,
+            "learned": [mac_text(mac) for mac in sorted(port.macs)[:8]],
+            "queued": port.queued,
+            "rx": [port.rx_bytes, port.rx_frames],  # from the machine
+            "tx": [port.tx_bytes, port.tx_frames],
+            "dropped": port.dropped,  # what the machine did not read, or sent to everybody too fast
+            "refused": port.refused,  # what it may not send
+        }
 
-def _check_stream(fd: int) -> None:
-    with socket.socket(fileno=os.dup(fd)) as probe:
+    def _command_uplink(self, given: dict[str, Any], fds: list[int]) -> bool:
+        port = self.plane.ports.get(given["port"])
+        if port is None:
+            raise InvalidArgument("that port is gone")
+        _check_stream(fds)
+        if port.uplink is not None:
+            old, port.uplink = port.uplink, None
+            self._unwatch(old)
+            old.close()
+        uplink = port.uplink = self._add(socket.socket(fileno=fds.pop(0)), "", None, False)
+        uplink.serves = port
+        self._watch(uplink)
+        return True
+
+
+def _check_stream(fds: list[int]) -> None:
+    if len(fds) != 1:
+        raise InvalidArgument("a port has one socket")
+    with socket.socket(fileno=os.dup(fds[0])) as probe:
         if probe.family != socket.AF_UNIX or probe.type != socket.SOCK_STREAM:
             raise InvalidArgument("a port is a Unix stream socket")
-
-
-def _describe(port: Port) -> dict[str, Any]:
-    return {
-        "port": port.number,
-        "name": port.name,
-        "alias": port.alias,
-        "mac": mac_text(port.mac) if port.mac is not None else "",
-        "isolated": port.isolated,
-        "uplink": port.uplink is not None,
-        "learned": [mac_text(mac) for mac in sorted(port.macs)[:16]],
-        "queued": port.queued,
-        "rx": [port.rx_bytes, port.rx_frames],  # from the machine
-        "tx": [port.tx_bytes, port.tx_frames],
-        "dropped": port.dropped,  # what the machine did not read, or sent to everybody too fast
-        "refused": port.refused,  # what it may not send
-    }
 
 
 def say(text: str) -> None:

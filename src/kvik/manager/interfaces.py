@@ -1,0 +1,58 @@
+"""The host's side of machines' interfaces: taps, and in a user's session the ports of its networks' switches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvik.conf.devices.interface import Interface
+from kvik.hypervisor.driver import Feature
+from kvik.network.switch.session import Card
+from kvik.network.taps import open_taps
+
+if TYPE_CHECKING:
+    from kvik.manager.domain import DomainObject
+    from kvik.manager.manager import Manager
+
+__all__ = ["look_after_networks", "open_interfaces"]
+
+logger = logging.getLogger(__name__)
+
+LOOK = 2.0  # seconds between looks at a session's networks
+
+
+async def open_interfaces(
+    domain: DomainObject, directory: Path, interfaces: Sequence[Interface], close: ExitStack
+) -> dict[str, int]:
+    """Descriptors by name for the driver; `close` closes ours. Raises what `open_taps` and `open_ports` do."""
+    manager, features = domain.manager, domain.driver.features()
+    if Feature.TAPS not in features:
+        return {}
+    networks = manager.session_networks
+    on_switches = [item for item in interfaces if item.type == "network"] if networks is not None else []
+    files = await manager.store.run(open_taps, [item for item in interfaces if item not in on_switches], close)
+    if networks is not None and on_switches:
+        listen = Feature.NET_LISTEN in features
+        files |= await manager.store.run(networks.open_ports, domain.name, directory, on_switches, close, listen=listen)
+    return files
+
+
+async def look_after_networks(manager: Manager) -> None:
+    """As long as the daemon runs: switches and ways out that ended are had again."""
+    networks = manager.session_networks
+    while networks is not None:
+        await asyncio.sleep(LOOK)
+        cards = [
+            Card(domain.name, domain.run.directory, interface)
+            for domain in manager.domains()
+            if domain.is_active and domain.run is not None
+            for interface in domain.run.live.devices.interfaces
+            if interface.type == "network"
+        ]
+        if cards:
+            for text in await manager.store.run(networks.look_after, cards):
+                logger.warning("%s", text)
