@@ -407,7 +407,7 @@ COMMANDS = {
             TEXT,
             "none, user, network=NAME, or a bridge of this host",
             named_only=True,
-            complete=("none", "user"),
+            complete=("none", "user", "network=default"),
         ),
         Option("kernel", TEXT, "kernel to boot directly", named_only=True, complete="file", metavar="file"),
         Option("initrd", TEXT, "its initramfs", named_only=True, complete="file", metavar="file"),

@@ -7,6 +7,7 @@ Why it and not code of ours: docs/adr/0013-rootless-switch.md.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -39,8 +40,8 @@ def start_uplink(
 ) -> tuple[socket.socket, ProcessHandle]:
     """A passt for the machine at `address`, and the switch's end of its connection.
 
-    What it says goes to `log`. `wait`: until it has bound its ports; what it cannot bind is an error of this call. Raises `MissingPackages`,
-    `HostError`.
+    What it says goes to `log`. `wait`: until it has bound its ports; what it cannot bind is an error of this call.
+    Raises `MissingPackages`, `HostError`.
     """
     program = find_program("passt")
     if program is None:
