@@ -69,9 +69,10 @@ class Wire:
         self.changed: list[Port] = []
         self.machines: list[Machine] = []
 
-    def add(self, name: str, number: int, **options: Any) -> Machine:
+    def add(self, name: str, number: int, *, address: bytes = b"", isolated: bool = False) -> Machine:
+        """With the card `mac(number)`, or `address`."""
         ours, theirs = socket.socketpair()
-        port = Port(len(self.machines) + 1, ours, name, mac(number), **options)
+        port = Port(len(self.machines) + 1, ours, name, address or mac(number), isolated=isolated)
         port.changed = self.changed
         self.plane.add(port)
         machine = Machine(port, theirs, mac(number))
