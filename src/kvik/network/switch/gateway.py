@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _TARGET = slice(ETHER + 16, ETHER + 20)  # of an IPv4 packet in its frame
 _NET, _PORT, _FORBIDDEN = 0, 3, 13  # codes of ICMP's destination unreachable
 _DNS_PORTS = (53, 853)  # what passt's --dns-forward takes
+_SYN, _ACK = 0x02, 0x10  # of TCP's flags
 _MESSAGE = 1500 - 28  # bytes of a DNS answer in one frame; the client asks for a longer one over TCP
 
 
@@ -183,10 +184,13 @@ class Gateway:
                 self._send(port, bytes(frame[6:12]), packet.source, ICMP, reply)
         elif packet.protocol == UDP:
             self._udp(port, frame, packet)
-        elif packet.protocol == TCP and len(packet.payload) >= 4:
-            target = packet.payload[2] << 8 | packet.payload[3]
-            if target in _DNS_PORTS and port.uplink is not None and self.settings.forward_dns:
-                port.uplink.send(run, 1)  # long answers
+        elif packet.protocol == TCP and len(packet.payload) >= 20:
+            # From the host's loopback a forwarded port's connection comes as if from the gateway: its answers go back.
+            # What a machine itself begins here is long DNS answers only.
+            begins = packet.payload[13] & (_SYN | _ACK) == _SYN
+            named = (packet.payload[2] << 8 | packet.payload[3]) in _DNS_PORTS and self.settings.forward_dns
+            if port.uplink is not None and (named or not begins):
+                port.uplink.send(run, 1)
             else:
                 self._unreachable(port, frame, packet, _PORT)
 

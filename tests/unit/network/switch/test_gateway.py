@@ -295,3 +295,19 @@ def test_the_gateway_answers_ping(wire: Wire) -> None:
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidArgument):
         from_json({**SETTINGS, **wrong})
+
+
+def test_a_machine_begins_nothing_with_the_gateway_but_names(wire: Wire) -> None:
+    one = wire.add("one", 1)
+    way = wire.uplink(one)
+
+    def tcp(port: int, flags: int) -> bytes:
+        segment = struct.pack("!HHIIBBHHH", 1000, port, 1, 1, 0x50, flags, 1000, 0, 0)
+        return write_ip((GATEWAY, one.mac), ip_bytes("10.0.0.10"), HERE, 6, segment)
+
+    syn, answer, name = tcp(22, 0x02), tcp(40000, 0x12), tcp(53, 0x02)
+    (refusal,) = wire.ask(one, syn, answer, name)
+    packet = read_ip(refusal)
+    assert packet is not None
+    assert bytes(packet.payload[:2]) == b"\3\3"
+    assert way.received() == [answer, name]
