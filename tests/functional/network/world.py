@@ -81,6 +81,15 @@ class World:
     @contextlib.contextmanager
     def listening_inside(self, port: int) -> Iterator[None]:
         """Something of the host's own, on its loopback."""
+        script = f"import socket; s = socket.create_server(('127.0.0.1', {port})); print(1, flush=True); s.accept()"
+        with subprocess.Popen([*self.inside, sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield
+            process.kill()
+
+    def fetch_inside(self, port: int) -> bytes:
+        """What a port of the host's loopback says."""
         connect = f"s = socket.create_connection(('127.0.0.1', {port}), 5)"
         script = f"import socket, sys; {connect}; s.settimeout(5); sys.stdout.buffer.write(s.recv(100))"
         return subprocess.run([*self.inside, sys.executable, "-c", script], capture_output=True, check=False).stdout

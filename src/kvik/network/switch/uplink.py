@@ -1,7 +1,7 @@
 """A machine's way out: passt(1), one process a card, between the switch and the host's sockets.
 
 passt translates TCP, UDP and echo into the user's own sockets; it has its own sandbox and ends with its connection.
-Why it and not code of ours: docs/adr/0013-rootless-switch.md.
+Why it and not code of ours: docs/adr/0014-rootless-switch.md.
 """
 
 from __future__ import annotations
