@@ -119,6 +119,9 @@ class Server:
             except PortGone as gone:
                 port.gone = str(gone)
                 self._changed.append(port)
+            except Exception as error:  # a mistake of ours that one machine brings about must not be everybody's
+                port.gone = f"internal error: {error!r}"
+                self._changed.append(port)
 
     def _settle(self) -> None:
         """Close what is gone, and ask the poller about room where something waits for it."""
