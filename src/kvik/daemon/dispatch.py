@@ -83,6 +83,7 @@ def _remote() -> Rows:
         domain_stats,
         events,
         guest,
+        networks,
         node,
         others,
         volumes,
@@ -124,8 +125,8 @@ def _remote() -> Rows:
         "CONNECT_DOMAIN_EVENT_DEREGISTER_ANY": (READ, events.deregister_any_legacy),
         "CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY": (READ, events.register),
         "CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY": (READ, events.deregister),
-        "CONNECT_NETWORK_EVENT_REGISTER_ANY": (READ, others.register),
-        "CONNECT_NETWORK_EVENT_DEREGISTER_ANY": (READ, others.deregister),
+        "CONNECT_NETWORK_EVENT_REGISTER_ANY": (READ, networks.register),
+        "CONNECT_NETWORK_EVENT_DEREGISTER_ANY": (READ, networks.deregister),
         "CONNECT_STORAGE_POOL_EVENT_REGISTER_ANY": (READ, others.register),
         "CONNECT_STORAGE_POOL_EVENT_DEREGISTER_ANY": (READ, others.deregister),
         "CONNECT_NODE_DEVICE_EVENT_REGISTER_ANY": (READ, others.register),
@@ -256,17 +257,32 @@ def _remote() -> Rows:
         "DOMAIN_SNAPSHOT_LOOKUP_BY_NAME": (READ, domain.no_snapshot),
         "DOMAIN_LIST_ALL_CHECKPOINTS": (READ, domain.empty_list_of_domain),
         "DOMAIN_CHECKPOINT_LOOKUP_BY_NAME": (READ, domain.no_checkpoint),
-        # networks, pools, interfaces, secrets, filters, host devices: none yet
-        "CONNECT_NUM_OF_NETWORKS": (READ, others.none),
-        "CONNECT_LIST_NETWORKS": (READ, others.no_names),
-        "CONNECT_NUM_OF_DEFINED_NETWORKS": (READ, others.none),
-        "CONNECT_LIST_DEFINED_NETWORKS": (READ, others.no_names),
-        "CONNECT_LIST_ALL_NETWORKS": (READ, others.empty_list),
-        "NETWORK_LOOKUP_BY_NAME": (READ, others.no_network),
-        "NETWORK_LOOKUP_BY_UUID": (READ, others.no_network),
-        "NETWORK_GET_XML_DESC": (READ, others.no_network),
-        "NETWORK_IS_ACTIVE": (READ, others.no_network),
-        "NETWORK_GET_DHCP_LEASES": (READ, others.no_network),
+        # networks
+        "CONNECT_NUM_OF_NETWORKS": (READ, networks.num_of_active),
+        "CONNECT_LIST_NETWORKS": (READ, networks.list_active),
+        "CONNECT_NUM_OF_DEFINED_NETWORKS": (READ, networks.num_of_inactive),
+        "CONNECT_LIST_DEFINED_NETWORKS": (READ, networks.list_inactive),
+        "CONNECT_LIST_ALL_NETWORKS": (READ, networks.list_all),
+        "NETWORK_LOOKUP_BY_NAME": (READ, networks.lookup_by_name),
+        "NETWORK_LOOKUP_BY_UUID": (READ, networks.lookup_by_uuid),
+        "NETWORK_GET_XML_DESC": (READ, networks.get_xml),
+        "NETWORK_GET_BRIDGE_NAME": (READ, networks.get_bridge_name),
+        "NETWORK_GET_AUTOSTART": (READ, networks.get_autostart),
+        "NETWORK_IS_ACTIVE": (READ, networks.is_active),
+        "NETWORK_IS_PERSISTENT": (READ, networks.is_persistent),
+        "NETWORK_GET_DHCP_LEASES": (READ, networks.get_dhcp_leases),
+        "NETWORK_GET_METADATA": (READ, networks.get_metadata),
+        "NETWORK_DEFINE_XML": (WRITE, networks.define_xml),
+        "NETWORK_DEFINE_XML_FLAGS": (WRITE, networks.define_xml_flags),
+        "NETWORK_CREATE_XML": (WRITE, networks.create_xml),
+        "NETWORK_CREATE_XML_FLAGS": (WRITE, networks.create_xml_flags),
+        "NETWORK_CREATE": (WRITE, networks.create),
+        "NETWORK_DESTROY": (WRITE, networks.destroy),
+        "NETWORK_UNDEFINE": (WRITE, networks.undefine),
+        "NETWORK_SET_AUTOSTART": (WRITE, networks.set_autostart),
+        "NETWORK_UPDATE": (WRITE, networks.update),
+        "NETWORK_SET_METADATA": (WRITE, networks.set_metadata),
+        # pools, interfaces, secrets, filters, host devices: none yet
         "CONNECT_NUM_OF_STORAGE_POOLS": (READ, others.none),
         "CONNECT_LIST_STORAGE_POOLS": (READ, others.no_names),
         "CONNECT_NUM_OF_DEFINED_STORAGE_POOLS": (READ, others.none),
@@ -323,7 +339,7 @@ def _qemu() -> Rows:
 
 
 def _kvik() -> Rows:
-    from kvik.daemon.handlers import kvik
+    from kvik.daemon.handlers import kvik, networks
 
     return {
         "DOMAIN_WAIT_READY": (READ, kvik.wait_ready),
@@ -331,5 +347,6 @@ def _kvik() -> Rows:
         "DOMAIN_STAGES": (READ, kvik.stages),
         "DAEMON_STATUS": (READ, kvik.status),
         "DOMAIN_OVERVIEW": (READ, kvik.overview),
+        "NETWORK_MESSAGES": (READ, networks.messages),
         "DAEMON_SHUTDOWN": (ADMIN, kvik.shutdown),
     }

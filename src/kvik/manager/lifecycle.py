@@ -31,9 +31,9 @@ from kvik.errors import (
 )
 from kvik.host import process
 from kvik.hypervisor.driver import Feature, Machine, MachineEvent, StartRequest
-from kvik.manager import disks, reports
+from kvik.manager import disks, ports, reports
 from kvik.manager.definition import Definition
-from kvik.manager.interfaces import open_interfaces
+from kvik.manager.interfaces import on_host, open_interfaces
 from kvik.manager.stages import BootStages
 from kvik.manager.states import (
     RESTART_LIMIT,
@@ -162,6 +162,10 @@ def _look_at_files(definition: Any, given: tuple[str, ...]) -> list[disks.Use]:
 async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, files: Mapping[str, int]) -> Machine:
     """The intent on disk, then the driver. The status says "starting" until the caller replaces it."""
     manager = domain.manager
+    attachments = {}
+    if Feature.TAPS in domain.driver.features():
+        # Before the intent, which names the ports.
+        attachments = ports.join(domain, on_host(domain, run.live.devices.interfaces))
     intent = Status(
         name=domain.name,
         id=number,
@@ -180,7 +184,8 @@ async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, file
     log_fd = await manager.store.run(_open_log, domain)
     taps = ExitStack()
     try:
-        files = {**await open_interfaces(domain, run.directory, run.live.devices.interfaces, taps), **files}
+        interfaces = run.live.devices.interfaces
+        files = {**await open_interfaces(domain, run.directory, interfaces, taps, attachments), **files}
         request = StartRequest(
             definition=run.live,
             directory=run.directory,
@@ -387,6 +392,7 @@ def _in_task() -> bool:
 
 async def _clean(domain: DomainObject, run: Run, note: str) -> None:
     name, transient = domain.name, not domain.persistent
+    ports.leave(domain, run.live.devices.interfaces)
     try:
         domain.log.note(note)
         await domain.manager.store.remove_status(name, run.directory)

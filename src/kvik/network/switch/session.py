@@ -148,6 +148,11 @@ class SessionNetworks:
                 self._give_uplink(name, switch, card, port)
         return said
 
+    @staticmethod
+    def serves(name: str) -> bool:
+        """Whether a network of this name is a switch."""
+        return name == "default"
+
     def leases(self, name: str) -> list[dict[str, Any]]:
         """Empty if the network does not run."""
         with self._lock:
