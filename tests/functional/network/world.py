@@ -89,9 +89,12 @@ class World:
             process.kill()
 
     def fetch_inside(self, port: int) -> bytes:
-        """What a port of the host's loopback says."""
+        """What a port of the host's loopback answers. We speak first: passt of 2023 tells the guest of a connection's
+        third step with its first data only."""
         connect = f"s = socket.create_connection(('127.0.0.1', {port}), 5)"
-        script = f"import socket, sys; {connect}; s.settimeout(5); sys.stdout.buffer.write(s.recv(100))"
+        script = (
+            f"import socket, sys; {connect}; s.sendall(b'hello'); s.settimeout(5); sys.stdout.buffer.write(s.recv(100))"
+        )
         return subprocess.run([*self.inside, sys.executable, "-c", script], capture_output=True, check=False).stdout
 
     def close(self) -> None:

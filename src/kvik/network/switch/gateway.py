@@ -126,6 +126,13 @@ class Gateway:
             port.send_frame(write_arp(1, self.mac, self.ip, port.mac, address))
         return address
 
+    def introduce(self, port: Port) -> None:
+        """Tell a machine's way out who it serves, as its machine would by ARP: passt sends what comes from outside to
+        the address it saw last, and to everybody before it saw any, which a guest does not take for its own."""
+        address = self.expect(port)
+        if address and port.mac is not None and port.uplink is not None:
+            port.uplink.send_frame(write_arp(1, port.mac, address, bytes(6), self.ip))
+
     def seen(self, port: Port, packet: Arp) -> None:
         """A card says by ARP that it has an address: one that an earlier switch gave, or its own choice."""
         if packet.sender_mac == port.mac and self.settings.usable(packet.sender):
@@ -218,6 +225,8 @@ class Gateway:
             port.refused += 1  # for somebody else's card
             return
         reply = self.dhcp.answer(port.number, request, self.plane.now)
+        if request.kind == dhcp.REQUEST and request.mac == port.mac:
+            self.introduce(port)
         if reply is not None:
             packed = write_udp((self.ip, 67), (reply.ip, 68), reply.data)
             self._send(port, reply.mac, reply.ip, UDP, packed)

@@ -287,6 +287,7 @@ class Server:
         uplink = port.uplink = self._add(socket.socket(fileno=fds.pop(0)), "", None, False)
         uplink.serves = port
         self._watch(uplink)
+        self.gateway.introduce(port)
         return True
 
 

@@ -263,6 +263,15 @@ def test_what_goes_out_goes_to_the_machines_own_way_out(wire: Wire) -> None:
     assert two.received() == []
 
 
+def test_a_way_out_is_told_whom_it_serves(wire: Wire) -> None:
+    one = wire.add("one", 1)
+    way = wire.uplink(one)
+    address = lease(wire, one)
+    said = read_arp(way.received()[-1])
+    assert said is not None
+    assert (said.sender_mac, said.sender, said.target) == (one.mac, address, HERE)
+
+
 def test_without_a_way_out_it_is_said_at_once(wire: Wire) -> None:
     one = wire.add("one", 1)
     source = ip_bytes("10.0.0.10")
