@@ -282,7 +282,7 @@ def test_what_fails_halfway_is_rolled_back(space: Namespace, tmp_path: Path, mon
         for what, name in ((nftables, "run"), (Dnsmasq, "write"), (Dnsmasq, "start"), (Runtime, "note")):
             with monkeypatch.context() as patched:
                 if name == "run":
-                    patched.setattr(nat, "install", lambda document: [{"add": {"rule": {"family": "inet"}}}])
+                    patched.setattr(nat, "add", lambda document: [{"add": {"rule": {"family": "inet"}}}])
                 elif name == "note":
                     patched.setattr("kvik.network.runtime.add_routes", refuse)
                 else:
