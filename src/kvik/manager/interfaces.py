@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
 
-__all__ = ["look_after_networks", "on_host", "open_interfaces"]
+__all__ = ["look_after_networks", "on_host", "on_switch", "open_interfaces"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,11 @@ LOOK = 2.0  # seconds between looks at a session's networks
 
 def on_host(domain: DomainObject, interfaces: Sequence[Interface]) -> list[Interface]:
     """Those that the host's own network carries, and no switch of the session."""
-    return [item for item in interfaces if not _on_switch(domain.manager, item)]
+    return [item for item in interfaces if not on_switch(domain.manager, item)]
 
 
-def _on_switch(manager: Manager, interface: Interface) -> bool:
+def on_switch(manager: Manager, interface: Interface) -> bool:
+    """Whether a switch of the session carries it."""
     name = interface.source.network if interface.type == "network" and interface.source else None
     return manager.session_networks is not None and manager.session_networks.serves(name or "")
 
@@ -50,7 +51,7 @@ async def open_interfaces(
     files: dict[str, int] = {}
     if attachments:
         files |= await manager.store.run(open_taps, interfaces, close, attachments)
-    networks, on_switches = manager.session_networks, [item for item in interfaces if _on_switch(manager, item)]
+    networks, on_switches = manager.session_networks, [item for item in interfaces if on_switch(manager, item)]
     if networks is not None and on_switches:
         listen = Feature.NET_LISTEN in features
         files |= await manager.store.run(networks.open_ports, domain.name, directory, on_switches, close, listen=listen)
@@ -67,7 +68,7 @@ async def look_after_networks(manager: Manager) -> None:
             for domain in manager.domains()
             if domain.is_active and domain.run is not None
             for interface in domain.run.live.devices.interfaces
-            if _on_switch(manager, interface)
+            if on_switch(manager, interface)
         ]
         if cards:
             for text in await manager.store.run(networks.look_after, cards):

@@ -112,6 +112,11 @@ def test_machines_of_a_session_ping_each_other_by_name(machines: Session) -> Non
         machines.eventually(name, f"ping -c 2 -W 1 {other}", "2 packets received")
 
 
+def test_the_address_is_known_without_the_guests_help(machines: Session) -> None:
+    address = re.findall(r"inet (192\.168\.122\.\d+)", machines.shell("left", "ip -4 addr show eth0"))[0]
+    assert f"{address}/24" in machines("domifaddr", "left", "--source", "lease").stdout
+
+
 def fetch(host: str, port: int = 8000) -> str:
     """A page by hand: the tiny image's wget has a libc that cannot."""
     return f"(printf 'GET / HTTP/1.0\\r\\n\\r\\n'; sleep 1) | nc -w 5 {host} {port}"
