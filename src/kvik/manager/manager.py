@@ -37,6 +37,7 @@ from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
+from kvik.network.switch.network import SwitchNetwork
 from kvik.network.switch.session import SessionNetworks
 from kvik.paths import Paths
 
@@ -85,6 +86,8 @@ class Manager:
         await self.networks.open()
         if self.default_network:
             await self._make_default_network()
+        if self.session_networks is not None:
+            self.networks.add(SwitchNetwork(self.networks, self.session_networks))
         self.warnings += self.networks.warnings
         await recover.recover(self)
         ports.watch(self)

@@ -115,6 +115,18 @@ def test_machines_of_a_session_ping_each_other_by_name(machines: Session) -> Non
 def test_the_address_is_known_without_the_guests_help(machines: Session) -> None:
     address = re.findall(r"inet (192\.168\.122\.\d+)", machines.shell("left", "ip -4 addr show eth0"))[0]
     assert f"{address}/24" in machines("domifaddr", "left", "--source", "lease").stdout
+    leases = machines("net-dhcp-leases", "default").stdout
+    assert re.search(rf"{re.escape(address)}/24 +left", leases), leases
+
+
+def test_it_is_a_network_like_others_but_cannot_be_changed(machines: Session) -> None:
+    assert re.search(r"default +active +yes +yes", machines("net-list").stdout)
+    assert "<forward mode='nat'" in machines("net-dumpxml", "default").stdout
+    assert "Active:         yes" in machines("net-info", "default").stdout
+    for verb in ("net-destroy", "net-undefine"):
+        refused = machines(verb, "default")
+        assert refused.returncode != 0
+        assert "as long as its machines" in refused.stderr
 
 
 def fetch(host: str, port: int = 8000) -> str:
