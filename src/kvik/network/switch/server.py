@@ -23,6 +23,7 @@ import sys
 import time
 
 from kvik.errors import InvalidArgument, KvikError
+from kvik.network.switch.confine import confine
 from kvik.network.switch.gateway import Gateway
 from kvik.network.switch.packets import ip_text, mac_bytes, mac_text
 from kvik.network.switch.plane import Plane
@@ -315,5 +316,10 @@ def main(arguments: list[str]) -> int:
         settings = from_json(json.loads(file.read(MESSAGE)))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
-    Server(listener, settings).run()
+    server = Server(listener, settings)
+    try:
+        confine()
+    except OSError as error:  # a kernel without seccomp
+        say(f"not confined: {error.strerror}")
+    server.run()
     return 0
