@@ -30,6 +30,7 @@ __all__ = ["AT_START", "LATE", "LATE_CONTROL", "Confinement", "descriptors", "im
 LATE = (
     "encodings.ascii",
     "encodings.latin_1",
+    "json",  # `_json` raises what is in there, too
     "kvik.kvm.decode",
     "kvik.kvm.dirty_ring",
     "kvik.kvm.exits",
@@ -67,6 +68,7 @@ LATE_CONTROL = (
     "kvik.vmm.state.migration",
     "kvik.vmm.state.qmp",
     "kvik.vmm.state.rewind",
+    "kvik.vmm.state.saving",
     "kvik.vmm.state.snapshot",
     "kvik.vmm.vhost",
     "kvik.vmm.virtio.balloon",

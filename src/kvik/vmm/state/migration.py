@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from kvik.errors import InvalidArgument, OperationInvalid
 from kvik.vmm.state.incoming import Incoming
 from kvik.vmm.state.outgoing import AFTER, GOING, Outgoing
@@ -11,8 +9,10 @@ from kvik.vmm.state.postcopy import Ability
 from kvik.vmm.state.stream import MAX_CHANNELS
 from kvik.vmm.state.throttle import Throttle
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from kvik.vmm.machine import Machine
 

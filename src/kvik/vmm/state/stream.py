@@ -33,10 +33,13 @@ import os
 import socket
 import struct
 from pathlib import Path
-from typing import NoReturn
 
 from kvik.errors import HostError, InvalidArgument, OperationFailed
 from kvik.vmm.layout import MIB
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 __all__ = [
     "CHUNK",
