@@ -12,8 +12,8 @@ while its pages arrive.
 from __future__ import annotations
 
 import _thread
+import os
 import socket
-from pathlib import Path
 
 from kvik.errors import InvalidArgument, KvikError, OperationFailed, OperationInvalid
 from kvik.vmm.layout import PAGE
@@ -335,7 +335,10 @@ class Incoming:
 
     def _remove_path(self) -> None:
         if self.uri.startswith("unix:"):
-            Path(self.uri[5:]).unlink(missing_ok=True)
+            try:
+                os.unlink(self.uri[5:])  # noqa: PTH108 - pathlib is not imported
+            except FileNotFoundError:
+                pass
             self.uri = ""
 
     def close(self) -> None:
