@@ -103,7 +103,8 @@ def read(directory: str) -> Snapshot:
 
 def absolute(path: str) -> str:
     """As `Path.absolute`: what the path means does not change with the working directory; `..` stays."""
-    return os.path.join(os.getcwd(), path).rstrip("/") or "/"  # noqa: PTH109, PTH118 - pathlib is not imported
+    whole = path if path.startswith("/") else f"{os.getcwd()}/{path}"  # noqa: PTH109 - pathlib is not imported
+    return whole.rstrip("/") or "/"
 
 
 def _open(path: str) -> int:
