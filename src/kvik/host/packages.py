@@ -19,6 +19,7 @@ DEBIAN: dict[str, str] = {
     "ovmf": "ovmf",
     "dnsmasq": "dnsmasq-base",
     "nft": "nftables",
+    "libnftables": "libnftables1",
     "ip": "iproute2",
     "passt": "passt",
     "swtpm": "swtpm",

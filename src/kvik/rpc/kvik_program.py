@@ -8,6 +8,8 @@ Numbers are never reused; a new field means a new procedure. From 100 on: events
   if the command exited by itself.
 - DOMAIN_OVERVIEW: everything that `list`, `ps` and `top` show, in one call. Flags are virConnectListAllDomainsFlags;
   `uptime` is in seconds, 0 while the machine is off.
+- NETWORK_MESSAGES: what is to be said of a network: what its document says and nobody here understands, what was found
+  since it was started (another rule set that drops its packets, a DHCP server that ended).
 - A stage is {name, seconds since the start, state}: state is 0 waiting, 1 done, 2 stalled, 3 not expected,
   4 failed (it will not come: a kernel panic, nothing to boot); `detail` says why.
 """
@@ -23,6 +25,7 @@ VERSION: Final = 1
 
 STRUCTS: dict[str, str] = {
     "domain": "name:string uuid:opaque[16] id:int",
+    "network": "name:string uuid:opaque[16]",
     "stage": "name:string seconds:double state:int detail:string",
     "overview_row": (
         "name:string uuid:opaque[16] id:int state:int reason:int accelerator:string vcpus:uint mem_kib:uhyper "
@@ -50,5 +53,6 @@ PROCEDURES: dict[int, tuple[str, str, str, str]] = {
     # 5 was an overview without `uptime`.
     6: ("DAEMON_SHUTDOWN", "", "", "h"),
     7: ("DOMAIN_OVERVIEW", "flags:uint", "rows:overview_row<16384>", "h"),
+    40: ("NETWORK_MESSAGES", "net:network", "messages:string<256>", "h"),
     100: ("DOMAIN_EVENT_STAGE", "dom:domain stage:stage", "", "e"),
 }
