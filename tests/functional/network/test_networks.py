@@ -25,6 +25,7 @@ from kvik.host.namespace import Namespace
 from kvik.host.netlink import Netlink
 from kvik.host.process import find_program
 from kvik.host.route import routes
+from kvik.host.traffic import queues
 from kvik.network import nat
 from kvik.network.default import ensure_default
 from kvik.network.dnsmasq import Dnsmasq
@@ -456,6 +457,20 @@ def test_every_element_reaches_kernel_and_dnsmasq(space: Namespace, tmp_path: Pa
 
     with_networks(space, tmp_path, turn)
     assert links(space) == tables(space) == set()
+
+
+def test_bandwidth_is_set_on_the_bridge_and_undone(space: Namespace, tmp_path: Path) -> None:
+    bound = "<bandwidth><inbound average='1000' peak='2000' burst='64'/><outbound average='500'/></bandwidth>"
+
+    async def turn(networks: Networks) -> None:
+        network = await networks.create_xml(ISOLATED.replace("<ip ", f"{bound}<ip "))
+        with Netlink() as netlink:
+            kinds = {queue.kind: queue for queue in queues(netlink, netlink.link("virbr7").index) if queue.rate}
+        assert (kinds["htb"].rate, kinds["htb"].ceiling) == (1_000_000, 2_000_000)
+        await network.destroy()
+
+    with_networks(space, tmp_path, turn)
+    assert links(space) == set()
 
 
 def test_without_ipv6_of_its_own_the_host_takes_no_part_in_the_bridges(space: Namespace, tmp_path: Path) -> None:
