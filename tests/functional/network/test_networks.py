@@ -31,6 +31,7 @@ from kvik.network.default import ensure_default
 from kvik.network.dnsmasq import Dnsmasq
 from kvik.network.networks import Networks
 from kvik.network.runtime import Runtime
+from kvik.paths import Paths
 
 pytestmark = [
     pytest.mark.functional,
@@ -54,9 +55,12 @@ def links(space: Namespace) -> set[str]:
     return space.run(look)
 
 
+def tables_here() -> set[str]:
+    return {item["table"]["name"] for item in nftables.run([{"list": {"tables": None}}])}
+
+
 def tables(space: Namespace) -> set[str]:
-    found = space.run(lambda: nftables.run([{"list": {"tables": None}}]))
-    return {item["table"]["name"] for item in found}
+    return space.run(tables_here)
 
 
 def test_a_nat_network_is_made_and_taken_away_without_a_trace(space: Namespace, tmp_path: Path) -> None:
@@ -522,3 +526,27 @@ def test_files_that_cannot_be_read_are_set_aside(space: Namespace, tmp_path: Pat
         "autostart", "broken.xml.corrupt-0", "byhand.xml", "other.xml.corrupt-0",
     }  # fmt: skip
     assert (status / "gone.xml.corrupt-0").exists()
+
+
+def test_two_daemons_keep_out_of_each_others_way(space: Namespace, tmp_path: Path) -> None:
+    async def first(networks: Networks) -> None:
+        ours = await ensure_default(networks)
+        assert ours is not None and ours.is_active and ours.bridge_name == "virbr0"
+        others = Networks(Paths.system(tmp_path / "second"), probing=False)
+        await others.open()
+        theirs = await ensure_default(others)
+        assert theirs is not None and theirs.is_active and theirs.bridge_name == "virbr1"
+        assert theirs.document.ips[0].address == "192.168.123.1"
+        await others.close()
+        again = Networks(Paths.system(tmp_path / "second"), probing=False)
+        await again.open()  # it finds its own, and leaves the first one's alone
+        assert again.lookup_name("default").is_active and ours.is_active
+        await again.lookup_name("default").destroy()
+        await again.close()
+        assert tables_here() == {"kvik-virbr0"}
+        assert ours.runtime is not None and ours.runtime.dnsmasq.handle is not None
+        assert ours.runtime.dnsmasq.handle.alive
+        await ours.destroy()
+
+    with_networks(space, tmp_path / "first", first)
+    assert links(space) == tables(space) == set()
