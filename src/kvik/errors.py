@@ -5,7 +5,7 @@ KvikError
 │   └── ConfigError           a document is wrong (knows its line and path)
 │       └── ConfigUnsupported a document asks for what this hypervisor or host cannot do
 ├── NotFound                  the named object does not exist
-│   ├── NoDomain, NoNetwork, NoStoragePool, NoStorageVolume, NoSnapshot,
+│   ├── NoDomain, NoNetwork, NoNetworkPort, NoStoragePool, NoStorageVolume, NoSnapshot,
 │   └── NoMetadata, NoDevice
 ├── AlreadyExists             a name, UUID or address is taken
 ├── OperationInvalid          the object is not in a state that allows this
@@ -51,6 +51,7 @@ __all__ = [
     "NoDomain",
     "NoMetadata",
     "NoNetwork",
+    "NoNetworkPort",
     "NoSnapshot",
     "NoStoragePool",
     "NoStorageVolume",
@@ -122,6 +123,11 @@ class NoDomain(NotFound):
 
 class NoNetwork(NotFound):
     code = 43
+    domain = 19
+
+
+class NoNetworkPort(NotFound):
+    code = 107
     domain = 19
 
 

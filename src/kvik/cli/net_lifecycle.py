@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from kvik.cli.common import NETWORK, NETWORK_ACTIVE, NETWORK_INACTIVE
 from kvik.cli.options import DATA, FLAG, Option, Verb
+from kvik.errors import KvikError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.cli.context import Context
     from kvik.cli.options import Options
+    from kvik.client import Network
 
 VALIDATE = 1  # virNetworkDefineFlags, virNetworkCreateFlags
 FILE = Option("file", DATA, "file containing an XML network description", complete="file")
 STRICT = Option("validate", FLAG, "validate the XML against the schema")
+
+
+def warn(ctx: Context, network: Network) -> None:
+    """What the daemon has to say of it: parts of the document without effect, another rule set in the way."""
+    with contextlib.suppress(KvikError):  # the verb itself went well
+        for message in network.messages():
+            ctx.warn(f"warning: {message}")
 
 
 def net_define(ctx: Context, options: Options) -> int:
@@ -21,6 +32,7 @@ def net_define(ctx: Context, options: Options) -> int:
     ctx.doing = f"Failed to define network from {path}"
     network = ctx.connection.define_network(text, VALIDATE if options.flag("validate") else 0)
     ctx.say(f"Network {network.name} defined from {path}")
+    warn(ctx, network)
     return 0
 
 
@@ -30,6 +42,7 @@ def net_create(ctx: Context, options: Options) -> int:
     ctx.doing = f"Failed to create network from {path}"
     network = ctx.connection.create_network(text, VALIDATE if options.flag("validate") else 0)
     ctx.say(f"Network {network.name} created from {path}")
+    warn(ctx, network)
     return 0
 
 
@@ -38,6 +51,7 @@ def net_start(ctx: Context, options: Options) -> int:
     ctx.doing = f"Failed to start network {network.name}"
     network.start()
     ctx.say(f"Network {network.name} started")
+    warn(ctx, network)
     return 0
 
 

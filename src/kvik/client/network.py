@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from kvik.errors import InvalidArgument
+from kvik.errors import InvalidArgument, NoSupport
 from kvik.named import NamedTuple
 
 TYPE_CHECKING = False
@@ -141,6 +141,14 @@ class Network:
 
     def set_autostart(self, on: bool) -> None:
         self._call("NETWORK_SET_AUTOSTART", int(on))
+
+    def messages(self) -> list[str]:
+        """What is to be said of it: what its document says that the daemon does not understand, and what was found
+        since it was started. Nothing from a daemon that is not ours."""
+        try:
+            return list(self.connection.call_kvik("NETWORK_MESSAGES", self.ref)[0])
+        except NoSupport:
+            return []
 
     def leases(self, mac: str | None = None) -> list[DhcpLease]:
         """Addresses that its DHCP server gave, all or those of one MAC."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvik.daemon.server import Identity, Server
     from kvik.daemon.streams import Stream
     from kvik.manager.domain import DomainObject
-    from kvik.network.network import NetworkObject
+    from kvik.manager.networks import NetworkObject
 
 __all__ = ["Connection"]
 

@@ -11,8 +11,7 @@ from kvik.rpc import program as programs
 
 if TYPE_CHECKING:
     from kvik.daemon.connection import Connection
-    from kvik.network.network import NetworkObject
-    from kvik.network.networks import Networks
+    from kvik.manager.networks import NetworkObject, Networks
 
 __all__ = ["LIFECYCLE", "METADATA_CHANGE", "NetworkEvents"]
 

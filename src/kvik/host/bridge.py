@@ -29,6 +29,7 @@ from kvik.host.netlink import (
     link_data,
     parse_link,
     u32,
+    unpack_head,
 )
 
 _LINK = struct.Struct("=BxHiII")
@@ -338,7 +339,7 @@ def bridge_ports(netlink: Netlink, bridge: int = 0) -> list[BridgePort]:
     """The ports of one bridge, or of all."""
     request = _LINK.pack(socket.AF_BRIDGE, 0, 0, 0, 0)
     answers = netlink.request("list bridge ports", GETLINK, DUMP, request)
-    links = {link.index: link for link in netlink.links()}
+    links = {link.index: link for link in netlink.links(master=bridge or None)}
     found = [port for answer in answers if (port := parse_port(answer, links))]
     return [port for port in found if bridge in (0, port.link.master)]
 
@@ -348,16 +349,16 @@ def parse_port(answer: bytes, links: dict[int, Link]) -> BridgePort | None:
 
     The answer has no counters: `links` brings them.
     """
-    brief = parse_link(answer)
+    index = unpack_head(_LINK, answer)[2]
     protocol = attributes(answer, _LINK.size).get(_IFLA_PROTINFO)
-    if protocol is None or brief.index not in links:
+    if protocol is None or index not in links:
         return None
     found = attributes(protocol)
     state = _number(found, _STATE)
     values = {name: _number(found, kind) for name, (kind, _, _) in _PORT.items() if name != "state"}
     flags = {name: values[name] != 0 for name in values if name not in ("priority", "cost")}
     return BridgePort(
-        link=links[brief.index],
+        link=links[index],
         number=_number(found, _PORT_NO),
         port_id=_number(found, _PORT_ID),
         state=STATES[state] if state < len(STATES) else str(state),

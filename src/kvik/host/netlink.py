@@ -18,6 +18,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -129,8 +130,16 @@ def iterate_attributes(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes
 
 
 def attributes(data: bytes, start: int = 0) -> Attributes:
-    """The same as a dictionary; of a repeated kind the last counts."""
-    return dict(iterate_attributes(data, start))
+    """The same as a dictionary; of a repeated kind the last counts. Written out: it is most of a long list's time."""
+    found: Attributes = {}
+    end = len(data)
+    while start + 4 <= end:
+        length, kind = _ATTRIBUTE.unpack_from(data, start)
+        if length < 4 or start + length > end:
+            break
+        found[kind & 0x3FFF] = data[start + 4 : start + length]
+        start += (length + 3) & ~3
+    return found
 
 
 def unpack_head(head: struct.Struct, data: bytes) -> tuple[Any, ...]:
@@ -167,7 +176,7 @@ def parse_mac(mac: str) -> bytes:
 
 
 class Netlink:
-    """A NETLINK_ROUTE socket in the network namespace of the thread that made it."""
+    """A NETLINK_ROUTE socket in the network namespace of the thread that made it; threads may share it."""
 
     def __init__(self, timeout: float = 5.0) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
@@ -179,6 +188,7 @@ class Netlink:
             except OSError:
                 pass  # an old kernel: only its words are lost
         self._sequence = 0
+        self._one_at_a_time = threading.Lock()
 
     def close(self) -> None:
         self._socket.close()
@@ -384,6 +394,10 @@ class Netlink:
         return self._exchange(action, kind, flags, payload)[0]  # on a host this busy no list stays true for long
 
     def _exchange(self, action: str, kind: int, flags: int, payload: bytes) -> tuple[list[bytes], bool]:
+        with self._one_at_a_time:
+            return self._exchange_alone(action, kind, flags, payload)
+
+    def _exchange_alone(self, action: str, kind: int, flags: int, payload: bytes) -> tuple[list[bytes], bool]:
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         header = _HEADER.pack(_HEADER.size + len(payload), kind, flags | _F_REQUEST, self._sequence, 0)
         try:
@@ -395,7 +409,7 @@ class Netlink:
     def _answers(self, action: str, until_end: bool) -> tuple[list[bytes], bool]:
         """The answers, and whether the kernel said that they do not fit together."""
         answers: list[bytes] = []
-        torn = False
+        torn = overflow = False
         while True:
             data = self._socket.recv(_BUFFER)
             start = 0
@@ -414,9 +428,12 @@ class Netlink:
                 if kind == _NLMSG_DONE:
                     if len(payload) >= 4 and u32(payload):  # a dump that failed halfway says so at its end
                         raise_refusal(action, payload, flags)
+                    if overflow:
+                        raise HostError(f"cannot {action}: more than {MAX_ANSWERS} entries", errno=errno.E2BIG)
                     return answers, torn
                 if len(answers) >= MAX_ANSWERS:
-                    raise HostError(f"cannot {action}: more than {MAX_ANSWERS} entries", errno=errno.E2BIG)
+                    overflow = True  # read on: a dump that is left halfway makes the next one fail (EBUSY)
+                    continue
                 answers.append(payload)
                 if not until_end:
                     return answers, torn

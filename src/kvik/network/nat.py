@@ -21,7 +21,7 @@ from kvik.conf.network import Network, NetworkPortForward
 from kvik.conf.network_addresses import ip_interface, route_destination
 from kvik.errors import ConfigUnsupported
 
-__all__ = ["install", "needs_table", "remove", "table_name"]
+__all__ = ["add", "install", "needs_table", "remove", "table_name"]
 
 Command = dict[str, Any]
 Expression = dict[str, Any]
@@ -46,10 +46,13 @@ def needs_table(document: Network) -> bool:
 
 def install(document: Network) -> list[Command]:
     """The commands that make the network's table, replacing what it held. Raises ConfigUnsupported."""
+    return remove(document.bridge_name or "") + add(document)
+
+
+def add(document: Network) -> list[Command]:
+    """The commands that make the network's table where there is none. Raises ConfigUnsupported."""
     bridge = document.bridge_name or ""
-    table = {"family": FAMILY, "name": table_name(bridge)}
-    # "add" makes it if it is not there, so that "delete" cannot fail: together they empty it, in the same transaction.
-    commands: list[Command] = [{"add": {"table": table}}, {"delete": {"table": table}}, {"add": {"table": table}}]
+    commands: list[Command] = [{"add": {"table": {"family": FAMILY, "name": table_name(bridge)}}}]
     chains = [
         _Chain(bridge, "forward", "filter", "forward", priority=_PRIORITY_FILTER, rules=_forward(document, bridge))
     ]
@@ -70,6 +73,7 @@ def install(document: Network) -> list[Command]:
 
 def remove(bridge: str) -> list[Command]:
     """The commands that remove the table of the network with this bridge, whether or not it exists."""
+    # "add" makes it if it is not there, so that "delete" cannot fail.
     table = {"family": FAMILY, "name": table_name(bridge)}
     return [{"add": {"table": table}}, {"delete": {"table": table}}]
 

@@ -16,6 +16,7 @@ from kvik.conf.network_update import update_network
 from kvik.conf.network_validate import validate_network
 from kvik.errors import KvikError, OperationInvalid, OperationTimeout
 from kvik.network.dnsmasq import LeaseEntry
+from kvik.network.probe import Finding, probe
 from kvik.network.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 JOB_WAIT = 30.0  # seconds to wait for the present job
 JOB_LIMIT = 60.0  # seconds that a job may take
+PROBE_DELAY = 0.5  # seconds after a start: who starts and stops in one go is not made to wait
 RESTARTS, RESTARTS_WITHIN = 5, 60.0  # of a dnsmasq that ends by itself: so many in so many seconds
 
 
@@ -141,16 +143,43 @@ class NetworkObject:
             if self.runtime is not None:
                 return False
             runtime = Runtime(self._networks.store, self.definition.copy(), persistent=self.persistent)
-            await self._networks.run(runtime.start)
-            self.ports.clear()
-            self.warnings.clear()
-            self.adopt(runtime)
-        self._networks.emit(self, NetworkEventLifecycleType.STARTED)
+            try:
+                await self._networks.run(runtime.start)
+            finally:
+                if runtime.active:  # also if whoever asked is gone by now
+                    self.ports.clear()
+                    self.warnings.clear()
+                    self.adopt(runtime)
+                    self._networks.emit(self, NetworkEventLifecycleType.STARTED)
+        if self._networks.probing:
+            self._networks.spawn(self._prove(runtime))
         return True
+
+    async def probe(self) -> list[Finding]:
+        """Walk a DHCP exchange and a packet through the active network; what is found to be in the way."""
+        if self.runtime is None:
+            raise OperationInvalid(
+                f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
+            )
+        async with self._networks.probes:
+            runtime = self.runtime
+            return await self._networks.run(probe, runtime.document, runtime.ending) if runtime is not None else []
+
+    async def _prove(self, runtime: Runtime) -> None:
+        """After a start: warn of what keeps the network from working."""
+        await asyncio.sleep(PROBE_DELAY)
+        if self.runtime is not runtime:
+            return
+        try:
+            for finding in await self.probe():
+                self.warn(str(finding))
+        except KvikError as error:
+            logger.info("network %s could not be probed: %s", self.name, error)
 
     def adopt(self, runtime: Runtime) -> None:
         """Be active with what `runtime` made or found."""
         self.runtime = runtime
+        runtime.ending.clear()
         self._restarts.clear()
         self._watch()
 
@@ -160,19 +189,21 @@ class NetworkObject:
             if self.runtime is None:
                 raise OperationInvalid(f"network {self.name!r} is not active")
             await self._stop(self.runtime)
-        self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
-        if not self.persistent:
-            self._networks.forget(self)
 
     async def _stop(self, runtime: Runtime) -> None:
         self.let_go()
         try:
             await self._networks.run(runtime.stop)
-        except KvikError:
-            self._watch()  # still active: somebody may put right what was in the way and try again
-            raise
-        self.runtime = None
-        self.ports.clear()
+        finally:
+            if runtime.active:  # somebody may put right what was in the way, and try again
+                runtime.ending.clear()
+                self._watch()
+            else:  # also if whoever asked is gone by now
+                self.runtime = None
+                self.ports.clear()
+                self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
+                if not self.persistent:
+                    self._networks.forget(self)
 
     async def lost(self, why: str) -> None:
         """Its bridge is gone: somebody deleted it. What is left of the network is taken away."""
@@ -182,9 +213,6 @@ class NetworkObject:
                 return
             logger.warning("network %s is not active any more: %s", self.name, why)
             await self._stop(runtime)
-        self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
-        if not self.persistent:
-            self._networks.forget(self)
 
     async def update(self, command: int, section: int, index: int, xml: str, flags: int) -> None:
         """virNetworkUpdate: change one part of the live network, of the definition, or (flags 0) of what it is now."""
@@ -231,6 +259,7 @@ class NetworkObject:
         try:
             await self._networks.run(self.runtime.change, document)
         finally:
+            self.runtime.ending.clear()
             self._watch()
 
     async def set_autostart(self, on: bool) -> None:
@@ -248,7 +277,9 @@ class NetworkObject:
             self._unwatch = handle.on_exit(self._dnsmasq_ended)
 
     def let_go(self) -> None:
-        """Stop looking at its dnsmasq."""
+        """Stop looking at it."""
+        if self.runtime is not None:
+            self.runtime.ending.set()
         if self._unwatch is not None:
             self._unwatch()
             self._unwatch = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Coroutine
@@ -14,9 +15,10 @@ from kvik.conf.enums import NetworkEventLifecycleType
 from kvik.conf.network import Network, complete_network, format_network, parse_network
 from kvik.conf.network_validate import validate_network
 from kvik.conf.prepare import located
-from kvik.errors import AlreadyExists, NoNetwork, OperationInvalid
+from kvik.errors import AlreadyExists, HostError, NoNetwork, OperationInvalid
 from kvik.host.netlink import Netlink
 from kvik.network import recover
+from kvik.network.dnsmasq import Dnsmasq
 from kvik.network.network import NetworkObject
 from kvik.network.store import Store, check_name
 from kvik.network.watch import Watch
@@ -38,7 +40,8 @@ CLOSE_WAIT = 5.0  # seconds for what runs beside to end
 class Networks:
     """`open` it once, in the loop that it is used from; its threads work in the network namespace of that thread."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, *, probing: bool = True) -> None:
+        """`probing`: each network is walked through after its start, and what is in the way is warned of."""
         self.paths = paths
         self.store = Store(paths)
         self.warnings: list[str] = []  # what `open` had to put right or set aside
@@ -46,6 +49,8 @@ class Networks:
         self._uuids: dict[bytes, NetworkObject] = {}
         self._callbacks: dict[int, Callback] = {}
         self._next = 0
+        self.probing = probing
+        self.probes = asyncio.Semaphore(1)  # one at a time: it may wait for seconds, and the threads are few
         self._changing = asyncio.Lock()  # of the set of networks
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: Watch | None = None
@@ -125,7 +130,8 @@ class Networks:
                 network.definition = document
                 await network.start()
             except BaseException:
-                if before is None:
+                if before is None and not network.is_active:
+                    await self.run(self._remove_files, network.name)
                     self.forget(network)
                 raise
             finally:
@@ -145,6 +151,7 @@ class Networks:
                 network.runtime.persistent = False
                 await self.run(network.runtime.note)
             else:
+                await self.run(self._remove_files, network.name)
                 self.forget(network)
         self.emit(network, NetworkEventLifecycleType.UNDEFINED)
 
@@ -156,6 +163,8 @@ class Networks:
             same = self._names.get(document.name)
             if same is not None and document.uuid is None:
                 document.uuid = same.uuid_text
+            if same is not None and document.mac is None:
+                document.mac = same.definition.copy().mac
             if same is not None and document.bridge is None and document.owns_bridge and same.definition.owns_bridge:
                 document.bridge = same.definition.copy().bridge
             complete_network(document, await self._taken_bridges(same))
@@ -185,6 +194,11 @@ class Networks:
             if network is not besides:
                 taken |= {name for name in (network.definition.bridge_name, network.bridge_name) if name}
         return taken
+
+    def _remove_files(self, name: str) -> None:
+        """What its dnsmasq was told, and its leases: nobody comes back for them. Blocks."""
+        with contextlib.suppress(HostError):
+            Dnsmasq(name, self.store.data, self.store.status).forget()
 
     # what networks tell of themselves
 

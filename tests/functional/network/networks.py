@@ -29,14 +29,21 @@ ISOLATED = """<network>
 </network>"""
 
 
-def with_networks(space: Namespace, root: Path, work: Callable[[Networks], Awaitable[T]]) -> T:
+def with_networks(
+    space: Namespace, root: Path, work: Callable[[Networks], Awaitable[T]], *, probing: bool = False
+) -> T:
     """Open the networks kept below `root` in a namespace, call `work` with them, close them again."""
 
     async def turn() -> T:
-        networks = Networks(Paths.system(root))
+        networks = Networks(Paths.system(root), probing=probing)
         await networks.open()
         try:
             return await work(networks)
+        except BaseException:  # a test that fails leaves nothing behind
+            for network in networks.list():
+                if network.is_active:
+                    await network.destroy()
+            raise
         finally:
             await networks.close()
 

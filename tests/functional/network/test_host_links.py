@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
 
 import pytest
 
@@ -163,7 +164,8 @@ def test_the_kernel_tells_every_change() -> None:
     assert "192.0.2.1/24" in {str(each.interface) for each in addresses}
     entries = [change for change in changes if isinstance(change.item, FdbEntry)]
     states = [change.gone for change in entries if getattr(change.item, "mac", "") == "02:00:00:00:00:07"]
-    assert states == [False, True]  # it went with its port
+    # It went with its port. Where the kernel filters VLANs it is there twice, for the default VLAN too.
+    assert states in ([False, True], [False, False, True, True])
     assert any(isinstance(change.item, Route) and change.item.table == 255 for change in changes)
 
 
@@ -190,3 +192,25 @@ def test_every_probe_is_a_rule_that_is_understood_and_leaves_nothing() -> None:
             nftables.run(nft_probe.commands(name))
     assert nftables.run([{"list": {"ruleset": None}}]) == []
     assert nft_probe.missing("masquerade") == {}
+
+
+@in_namespace
+def test_threads_may_share_a_socket() -> None:
+    errors: list[BaseException] = []
+
+    def work(netlink: Netlink) -> None:
+        try:
+            for _ in range(100):
+                assert netlink.link("v0").name == "v0"
+                assert {link.name for link in netlink.links()} == {"lo", "v0", "v1"}
+        except BaseException as error:
+            errors.append(error)
+
+    with Netlink() as netlink:
+        netlink.add_veth("v0", "v1")
+        threads = [threading.Thread(target=work, args=(netlink,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import time
-from collections.abc import Callable
 from ipaddress import ip_address
 
 import pytest
@@ -22,7 +20,7 @@ from kvik.host.neighbour import (
     neighbours,
 )
 from kvik.host.netlink import Link, Netlink
-from netns import in_namespace, new_namespace
+from netns import in_namespace, new_namespace, until, until_ports_forward
 
 GUEST = "02:00:00:00:00:07"
 BROADCAST = b"\xff" * 6
@@ -36,6 +34,7 @@ def a_bridge(netlink: Netlink) -> tuple[Bridge, Link, Link]:
         port = netlink.add_veth(name, peer, up=True)
         netlink.set_link(port.index, master=bridge.index)
         ports.append(port)
+    until_ports_forward(netlink)
     return bridge, ports[0], ports[1]
 
 
@@ -44,14 +43,6 @@ def send(interface: str, source: str, target: bytes = BROADCAST) -> None:
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
         sender.bind((interface, 0))
         sender.send(target + bytes.fromhex(source.replace(":", "")) + b"\x88\xb5" + bytes(46))
-
-
-def until(check: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if check():
-            return
-        time.sleep(0.01)
-    raise AssertionError("not within five seconds")
 
 
 def learned(netlink: Netlink, bridge: Bridge) -> dict[str, FdbEntry]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,14 @@ from kvik.host.bridge import read_bridge
 from kvik.host.namespace import Namespace
 from kvik.host.netlink import Netlink
 from kvik.host.process import find_program
+from kvik.host.route import routes
+from kvik.host.traffic import queues
 from kvik.network import nat
 from kvik.network.default import ensure_default
 from kvik.network.dnsmasq import Dnsmasq
 from kvik.network.networks import Networks
 from kvik.network.runtime import Runtime
+from kvik.paths import Paths
 
 pytestmark = [
     pytest.mark.functional,
@@ -51,9 +56,12 @@ def links(space: Namespace) -> set[str]:
     return space.run(look)
 
 
+def tables_here() -> set[str]:
+    return {item["table"]["name"] for item in nftables.run([{"list": {"tables": None}}])}
+
+
 def tables(space: Namespace) -> set[str]:
-    found = space.run(lambda: nftables.run([{"list": {"tables": None}}]))
-    return {item["table"]["name"] for item in found}
+    return space.run(tables_here)
 
 
 def test_a_nat_network_is_made_and_taken_away_without_a_trace(space: Namespace, tmp_path: Path) -> None:
@@ -281,7 +289,7 @@ def test_what_fails_halfway_is_rolled_back(space: Namespace, tmp_path: Path, mon
         for what, name in ((nftables, "run"), (Dnsmasq, "write"), (Dnsmasq, "start"), (Runtime, "note")):
             with monkeypatch.context() as patched:
                 if name == "run":
-                    patched.setattr(nat, "install", lambda document: [{"add": {"rule": {"family": "inet"}}}])
+                    patched.setattr(nat, "add", lambda document: [{"add": {"rule": {"family": "inet"}}}])
                 elif name == "note":
                     patched.setattr("kvik.network.runtime.add_routes", refuse)
                 else:
@@ -335,3 +343,250 @@ def test_a_reference_to_what_does_not_exist_is_refused(space: Namespace, tmp_pat
 
     with_networks(space, tmp_path, turn)
     assert links(space) == {"br0", "eth9", "world"}  # never ours
+
+
+FIREWALLS = {
+    "a drop policy": (
+        ["nft add table inet foo", "nft add chain inet foo fw '{ type filter hook forward priority 0; policy drop; }'"],
+        "the policy of chain fw in table inet foo",
+    ),
+    "a rule that drops DHCP": (
+        [
+            "nft add table inet foo",
+            "nft add chain inet foo inp '{ type filter hook input priority 0; }'",
+            "nft add rule inet foo inp udp dport 67 drop",
+        ],
+        "of chain inp in table inet foo",
+    ),
+    "answers dropped": (
+        [
+            "nft add table ip foo",
+            "nft add chain ip foo fw '{ type filter hook forward priority 5; }'",
+            "nft add rule ip foo fw oifname virbr0 drop",
+        ],
+        "an answer from the world does not reach the guest: dropped by rule",
+    ),
+    "Docker": (
+        ["iptables -P FORWARD DROP", "iptables -N DOCKER-USER", "iptables -A FORWARD -j DOCKER-USER"],
+        "the policy of chain FORWARD in table ip filter (Docker)",
+    ),
+}
+
+
+@pytest.mark.parametrize("which", FIREWALLS)
+def test_a_foreign_rule_set_is_named_with_the_rule_that_lets_the_network_through(
+    space: Namespace, tmp_path: Path, which: str
+) -> None:
+    commands, words = FIREWALLS[which]
+    if any(command.startswith("iptables") for command in commands) and find_program("iptables-nft") is None:
+        pytest.skip("needs iptables (Debian: iptables)")
+
+    def shell(command: str) -> None:
+        subprocess.run(command, shell=True, check=True, capture_output=True)  # noqa: S602  the words a user would type
+
+    async def turn(networks: Networks) -> None:
+        network = await networks.define(NAT)
+        await network.start()
+        assert await network.probe() == []
+        for command in commands:
+            await networks.run(shell, command)
+        (finding,) = await network.probe()
+        assert words in str(finding)
+        assert "virbr0" in str(finding) and finding.remedies
+        for command in finding.remedies:
+            await networks.run(shell, command)
+        assert await network.probe() == []
+        await network.destroy()
+
+    with_networks(space, tmp_path, turn)
+    assert links(space) == set()
+
+
+def test_a_start_warns_by_itself_of_what_is_in_the_way(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        drop = {"family": "inet", "table": "foo", "name": "fw", "type": "filter", "hook": "forward", "prio": 0}
+        nftables.run(
+            [{"add": {"table": {"family": "inet", "name": "foo"}}}, {"add": {"chain": {**drop, "policy": "drop"}}}]
+        )
+        network = await networks.define(NAT)
+        await network.start()
+        await until(lambda: network.warnings)
+        assert "table inet foo" in network.warnings[0]
+        await network.destroy()
+
+    with_networks(space, tmp_path, turn, probing=True)
+
+
+FULL = """<network>
+  <name>full</name>
+  <forward mode='nat' dev='uplink'><nat ipv6='yes'><address start='203.0.113.5' end='203.0.113.9'/>
+    <port start='2000' end='2999'/></nat></forward>
+  <bridge name='virbr5' stp='on' delay='3'/>
+  <mtu size='1400'/>
+  <mac address='52:54:00:aa:bb:cc'/>
+  <domain name='lan' localOnly='yes' register='no'/>
+  <dns><forwarder addr='203.0.113.53'/><txt name='t' value='a b'/><host ip='10.9.0.1'><hostname>gw</hostname></host>
+    <srv service='ldap' protocol='tcp' domain='lan' target='h.lan' port='389' priority='1' weight='2'/></dns>
+  <ip address='10.9.0.1' netmask='255.255.254.0' localPtr='yes'>
+    <tftp root='/'/>
+    <dhcp><range start='10.9.0.10' end='10.9.1.20'><lease expiry='1' unit='hours'/></range>
+      <host mac='52:54:00:00:00:02' name='web' ip='10.9.0.80'/><bootp file='pxelinux.0'/></dhcp>
+  </ip>
+  <ip family='ipv6' address='fd00:9::1' prefix='64'><dhcp><range start='fd00:9::10' end='fd00:9::ff'/></dhcp></ip>
+  <ip family='ipv6' address='fd00:a::1' prefix='64'/>
+  <route address='10.10.0.0' prefix='16' gateway='10.9.0.2'/>
+  <route family='ipv6' address='fd00:b::' prefix='64' gateway='fd00:9::2' metric='5'/>
+</network>"""
+
+
+def test_every_element_reaches_kernel_and_dnsmasq(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        with Netlink() as netlink:
+            wire = netlink.add_veth("uplink", "world", up=True)
+            before = len(routes(netlink))
+            network = await networks.create_xml(FULL)
+            bridge = read_bridge(netlink, "virbr5")
+            assert (bridge.stp, bridge.forward_delay, bridge.link.mtu) == (True, 3, 1400)
+            addresses = {str(each.interface): each for each in netlink.addresses(bridge.link.index)}
+            assert {"10.9.0.1/23", "fd00:9::1/64", "fd00:a::1/64"} <= set(addresses)
+            assert not any(each.tentative for each in addresses.values())  # of use at once
+            made = {str(route.network): (str(route.gateway), route.metric) for route in routes(netlink)}
+            assert made["10.10.0.0/16"] == ("10.9.0.2", 1) and made["fd00:b::/64"] == ("fd00:9::2", 5)
+            assert Path("/proc/sys/net/ipv6/conf/all/forwarding").read_text().strip() == "1"
+            assert Path("/proc/sys/net/ipv6/conf/virbr5/accept_ra").read_text().strip() == "0"
+            chains = {item["chain"]["name"] for item in nftables.run([{"list": {"chains": None}}]) if "chain" in item}
+            assert chains == {"forward", "masquerade"}
+            await network.destroy()
+            assert len(routes(netlink)) == before
+            netlink.delete_link(wire.index)
+
+    with_networks(space, tmp_path, turn)
+    assert links(space) == tables(space) == set()
+
+
+def test_bandwidth_is_set_on_the_bridge_and_undone(space: Namespace, tmp_path: Path) -> None:
+    bound = "<bandwidth><inbound average='1000' peak='2000' burst='64'/><outbound average='500'/></bandwidth>"
+
+    async def turn(networks: Networks) -> None:
+        network = await networks.create_xml(ISOLATED.replace("<ip ", f"{bound}<ip "))
+        with Netlink() as netlink:
+            kinds = {queue.kind: queue for queue in queues(netlink, netlink.link("virbr7").index) if queue.rate}
+        assert (kinds["htb"].rate, kinds["htb"].ceiling) == (1_000_000, 2_000_000)
+        await network.destroy()
+
+    with_networks(space, tmp_path, turn)
+    assert links(space) == set()
+
+
+def test_without_ipv6_of_its_own_the_host_takes_no_part_in_the_bridges(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        network = await networks.create_xml(ISOLATED)
+        assert Path("/proc/sys/net/ipv6/conf/virbr7/disable_ipv6").read_text().strip() == "1"
+        await network.destroy()
+
+    with_networks(space, tmp_path, turn)
+
+
+def test_autostart_happens_once_per_boot(space: Namespace, tmp_path: Path) -> None:
+    async def define(networks: Networks) -> None:
+        network = await networks.define(NAT)
+        await network.set_autostart(True)
+        assert not network.is_active
+
+    async def started(networks: Networks) -> None:
+        network = networks.lookup_name("default")
+        assert network.autostart and network.is_active
+        await network.destroy()
+
+    async def not_again(networks: Networks) -> None:
+        assert not networks.lookup_name("default").is_active
+
+    with_networks(space, tmp_path, define)
+    (tmp_path / "run/kvik/network/autostarted").unlink()  # as if the host had been booted
+    with_networks(space, tmp_path, started)
+    with_networks(space, tmp_path, not_again)
+    assert links(space) == set()
+
+
+def test_files_that_cannot_be_read_are_set_aside(space: Namespace, tmp_path: Path) -> None:
+    definitions, status = tmp_path / "etc/kvik/qemu/networks", tmp_path / "run/kvik/network"
+    for directory in (definitions, status):
+        directory.mkdir(parents=True)
+    (definitions / "broken.xml").write_text("<network><name>broken</name>")
+    (definitions / "other.xml").write_text(ISOLATED)  # copied: its name is another's
+    (definitions / "byhand.xml").write_text("<network><name>byhand</name></network>")
+    (status / "gone.xml").write_text("<networkstatus/>")
+
+    async def turn(networks: Networks) -> None:
+        assert [network.name for network in networks.list()] == ["byhand"]
+        assert networks.lookup_name("byhand").uuid_text in (definitions / "byhand.xml").read_text()
+        assert len(networks.warnings) == 3
+
+    with_networks(space, tmp_path, turn)
+    assert {path.name for path in definitions.iterdir()} == {
+        "autostart", "broken.xml.corrupt-0", "byhand.xml", "other.xml.corrupt-0",
+    }  # fmt: skip
+    assert (status / "gone.xml.corrupt-0").exists()
+
+
+def test_two_daemons_keep_out_of_each_others_way(space: Namespace, tmp_path: Path) -> None:
+    async def first(networks: Networks) -> None:
+        ours = await ensure_default(networks)
+        assert ours is not None and ours.is_active and ours.bridge_name == "virbr0"
+        others = Networks(Paths.system(tmp_path / "second"), probing=False)
+        await others.open()
+        theirs = await ensure_default(others)
+        assert theirs is not None and theirs.is_active and theirs.bridge_name == "virbr1"
+        assert theirs.document.ips[0].address == "192.168.123.1"
+        await others.close()
+        again = Networks(Paths.system(tmp_path / "second"), probing=False)
+        await again.open()  # it finds its own, and leaves the first one's alone
+        assert again.lookup_name("default").is_active and ours.is_active
+        await again.lookup_name("default").destroy()
+        await again.close()
+        assert tables_here() == {"kvik-virbr0"}
+        assert ours.runtime is not None and ours.runtime.dnsmasq.handle is not None
+        assert ours.runtime.dnsmasq.handle.alive
+        await ours.destroy()
+
+    with_networks(space, tmp_path / "first", first)
+    assert links(space) == tables(space) == set()
+
+
+def test_who_hangs_up_leaves_a_network_that_is_whole(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        seen: list[int] = []
+        networks.subscribe(lambda network, event, detail: seen.append(event))
+        network = await networks.create_xml(NAT)
+        for _ in range(2):
+            stopping = asyncio.ensure_future(network.destroy())
+            await asyncio.sleep(0.005)
+            stopping.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await stopping
+            assert not network.is_active and networks.list() == []
+            creating = asyncio.ensure_future(networks.create_xml(NAT))
+            await asyncio.sleep(0.02)
+            creating.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await creating
+            assert [each.is_active for each in networks.list()] in ([], [True])
+            network = networks.list()[0] if networks.list() else await networks.create_xml(NAT)
+        await network.destroy()
+        assert list((tmp_path / "var/lib/kvik/network").iterdir()) == []  # what was transient leaves no files
+        kinds = NetworkEventLifecycleType
+        assert seen == [kinds.STARTED, kinds.STOPPED] * 3
+
+    with_networks(space, tmp_path, turn)
+    assert links(space) == tables(space) == set()
+
+
+def test_a_name_is_only_a_name(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        name = "my net #1, \"x\" 'y' \\"
+        network = await networks.create_xml(NAT.replace(">default<", f">{name}<"))
+        assert network.name == name and network.leases() == []
+        await network.destroy()
+
+    with_networks(space, tmp_path / "a b", turn)
+    assert links(space) == tables(space) == set()

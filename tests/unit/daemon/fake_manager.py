@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from fake_networks import FakeNetworks
+
 from kvik.errors import NoDomain, OperationInvalid
 from kvik.manager.events import DomainRef, EventHub
 
@@ -17,6 +19,7 @@ class FakeDomain:
     def __init__(self, name: str) -> None:
         self.name = name
         self.uuid = uuid.uuid4().bytes
+        self.uuid_text = str(uuid.UUID(bytes=self.uuid))
         self.id = -1
         self.encoded: tuple[str, int, bytes] | None = None
         self.state = 5
@@ -35,7 +38,7 @@ class FakeDomain:
         self.console: socket.socket | None = None  # the guest's end of the last one opened
         self.consoles: list[socket.socket] = []
         self.started = 0
-        self.live = None
+        self.live: Any = None
         self.on_start: Callable[[], Awaitable[None]] | None = None
         self.files: dict[str, int] = {}
 
@@ -72,6 +75,7 @@ class FakeDomain:
 class FakeManager:
     def __init__(self, count: int = 1) -> None:
         self.events = EventHub()
+        self.networks = FakeNetworks()
         self.all = [FakeDomain(f"m{number}") for number in range(count)]
         self.drivers: dict[str, Any] = {}
         self.is_open = False

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvik.daemon.connection import Connection
-    from kvik.network.network import NetworkObject
+    from kvik.manager.networks import NetworkObject
 
 Flags = ConnectListAllNetworksFlags
 Reference = tuple[str, bytes]
