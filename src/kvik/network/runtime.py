@@ -181,7 +181,6 @@ def _refuse_unkept_promises(document: Network) -> None:
     """What is not done here and would be missed."""
     kept = {
         "bridge zone": (document.bridge.zone if document.bridge else None, "kvik has a packet filter of its own"),
-        "bandwidth": (document.bandwidth if document.owns_bridge else None, "set it on the machines' interfaces"),
     }
     for name, (value, remedy) in kept.items():
         if value is not None:
