@@ -40,7 +40,7 @@ from kvik.errors import (
 )
 from kvik.hypervisor.driver import Feature
 from kvik.manager import disks, filtering, ports, prepare
-from kvik.network.taps import open_taps
+from kvik.manager.interfaces import on_host, open_interfaces
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject, Run
@@ -200,14 +200,13 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
                 )
             attachments = {}
             if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
-                attachments = ports.join(domain, [device])
+                attachments = ports.join(domain, on_host(domain, [device]))
             run.arriving = device
             await domain.save_status()  # the next daemon must know what to look for, should this one be killed
             with ExitStack() as taps:
                 files: dict[str, int] = {}
-                if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
-                    protect = filtering.protector(domain)
-                    files = await domain.manager.store.run(open_taps, [device], taps, attachments, protect)
+                if isinstance(device, Interface):
+                    files = await open_interfaces(domain, run.directory, [device], taps, attachments)
                 await machine.attach_device(device, files)
             _arrived(domain, run, device)
             run.arriving = None
