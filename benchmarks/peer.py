@@ -136,16 +136,19 @@ def kvikd_command(base: Path, *options: str) -> tuple[list[str], dict[str, str]]
 
 
 @contextlib.contextmanager
-def kvikd(*options: str, base: Path | None = None) -> Iterator[Daemon]:
+def kvikd(*options: str, base: Path | None = None, own_network: bool = False) -> Iterator[Daemon]:
+    """`own_network`: in a network namespace of its own, with loopback up."""
     own = base is None
     base = base or Path(tempfile.mkdtemp(prefix="kvik-", dir="/tmp"))
     command, environ = kvikd_command(base, *options)
+    if own_network:
+        command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
     log = base / "kvikd.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environ, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     path = base / "run/kvik/kvikd.sock"
     console_script = Path(sys.executable).parent / "kvik"
-    kvik = [str(console_script)] if console_script.exists() else [sys.executable, "-m", "kvik"]
+    kvik = [str(console_script)] if console_script.exists() else [sys.executable, "-m", "kvik.cli.main"]
     try:
         wait_for_socket(path, process, log)
         yield Daemon("kvikd", path, process.pid, [*kvik, "-c", f"kvik+unix:///system?socket={path}"], environ)

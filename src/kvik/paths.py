@@ -78,6 +78,21 @@ class Paths(NamedTuple):
         return self.run / "qemu"
 
     @property
+    def networks(self) -> Path:
+        """Persistent network documents, `NAME.xml`; links in `autostart/` below it."""
+        return self.domains / "networks"
+
+    @property
+    def network_status(self) -> Path:
+        """Live status of active networks, `NAME.xml`."""
+        return self.run / "network"
+
+    @property
+    def network_data(self) -> Path:
+        """What a network's DHCP and DNS server is told, and the leases it has given."""
+        return self.data / "network"
+
+    @property
     def domain_logs(self) -> Path:
         return self.log / "qemu"
 

@@ -160,7 +160,7 @@ def test_what_there_is_none_of(virsh: Virsh, web: str) -> None:
         assert len(virsh(verb, *(["--all"] if verb.startswith(("net", "pool")) else [])).split("\n")) <= 5
     assert "Name" in virsh("snapshot-list", web)
     assert "Name" in virsh("checkpoint-list", web)
-    virsh("net-info", "default", fails="no network 'default'")
+    virsh("net-info", "default", fails="no network with name 'default'")
     virsh("managedsave", web, fails="not supported|unknown procedure")
 
 

@@ -15,6 +15,7 @@ import ctypes
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -298,7 +299,7 @@ class Lab:
         with self._table:
             del self._waiting[number]
         if not came:
-            raise self._failure(f"{what}: the lab does not answer after {timeout:.0f} s")
+            raise self._failure(f"{what}: the lab does not answer after {timeout:.0f} s\n{self._processors()}")
         if not waiting.header:
             raise self._failure(f"{what}: the lab ended")
         if "error" in waiting.header:
@@ -307,6 +308,22 @@ class Lab:
 
     def _failure(self, text: str) -> LabError:
         return LabError(f"{text}\n--- console\n{self.console()}")
+
+    def _processors(self) -> str:
+        """What the lab's CPUs are at, twice, as QEMU's monitor tells it: of one that stands still."""
+        said = b""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(2)
+            monitor.connect(f"{self._directory}/monitor")
+            for _ in range(2):
+                monitor.sendall(b"info registers -a\ninfo lapic\n")
+                end = time.monotonic() + 2
+                with contextlib.suppress(TimeoutError):
+                    while time.monotonic() < end and (data := monitor.recv(1 << 16)):
+                        said += data
+        kept = (line.rstrip() for line in said.decode(errors="replace").splitlines())
+        wanted = re.compile(r"CPU#|RIP=|RFL=|ICR|ISR|IRR|TPR|PPR|CR3|timer|R[A-D]X")
+        return "\n".join(line for line in kept if wanted.search(line))
 
     def _listen(self, connection: socket.socket) -> None:
         """The reader's thread: hands every reply to whom it is for, until the end."""
@@ -377,6 +394,7 @@ class Lab:
             *("-device", "virtio-9p-pci,fsdev=share,mount_tag=share"),
             *("-device", "virtio-serial-pci", "-chardev", f"socket,id=lab,fd={channel}"),
             *("-device", "virtserialport,chardev=lab,name=kvik.lab"),
+            *("-monitor", f"unix:{directory}/monitor,server=on,wait=off"),
         ]
         for number, disk in enumerate(options.disks):
             command += ("-drive", f"file={disk},format=raw,if=none,id=disk{number},cache=unsafe")

@@ -62,33 +62,33 @@ def test_an_elf_kernel_enters_by_pvh_and_powers_off_through_acpi(lab: Lab, gener
     assert "Power down" in done.stdout
 
 
-@pytest.mark.parametrize("cpus", [1, 4])
-def test_a_bzimage_enters_in_64_bit_mode_and_moves_itself(lab: Lab, cloud: str, cpus: int) -> None:
+def test_a_bzimage_enters_in_64_bit_mode_and_moves_itself(lab: Lab, cloud: str) -> None:
+    cpus = 4
     script = """
     echo cpus $(nproc)
     echo text $(grep ' _text$' /proc/kallsyms)
     dmesg | grep 'crng init done' | head -1
     """
-    text = set()
-    for _ in range(2):
+    unmoved = "ffffffff81000000"
+    for _ in range(2):  # one in 512 stays by chance
         done = vmm(lab, cloud, script, "--memory", "512M", "--cpus", str(cpus), "--boot", "protocol=bzimage").check()
         said = between(done.stdout)
         assert f"cpus {cpus}\n" in said
-        text.add(re.search(r"text ([0-9a-f]{16})", said)[1])  # type: ignore[index]
+        text = re.search(r"text ([0-9a-f]{16})", said)[1]  # type: ignore[index]
         assert "0.000000] random: crng init done" in said  # seeded by us, before the first line of the kernel
-        if len(text) > 1 or cpus > 1:
+        if text != unmoved:
             break
-    assert text != {"ffffffff81000000"}
+    assert text != unmoved
 
 
-@pytest.mark.parametrize("cpus", [16, 64])
-def test_many_processors_on_few(lab: Lab, generic: Path, cpus: int) -> None:
-    """On the lab's two: every one of them comes up and does something; the fewer of them on a restored machine."""
+def test_many_processors_on_few(lab: Lab, generic: Path) -> None:
+    """64 on the lab's two: every one of them comes up and does something."""
+    cpus = 64
     script = f"""
     echo cpus $(nproc)
     for cpu in $(seq 0 {cpus - 1}); do taskset -c $cpu true && echo ran; done | wc -l
     """
-    done = vmm(lab, generic, script, "--memory", "1G", "--cpus", str(cpus), timeout=200, restored=cpus < 64).check()
+    done = vmm(lab, generic, script, "--memory", "1G", "--cpus", str(cpus), timeout=200).check()
     assert between(done.stdout).split() == ["cpus", str(cpus), str(cpus)]
     print(f"{cpus} vCPUs: {done.seconds:.1f} s from start to end")
 

@@ -138,10 +138,11 @@ def test_memory_comes_back_by_balloon_reporting_and_virtio_mem(lab: Lab) -> None
         dd if=/dev/zero of=/tmp/fill bs=1M count=250 2>/dev/null && echo deflated; rm /tmp/fill
         before=$(total)
         echo online_movable >/sys/devices/system/memory/auto_online_blocks
+        gained() { echo $(($(total) - before)); }
         turn plug 128
-        [ $(($(total) - before)) -gt 120000 ] && echo plugged
+        for i in $(seq 100); do [ $(gained) -gt 120000 ] && echo plugged && break; sleep 0.1; done
         turn plug 0
-        [ $(($(total) - before)) -lt 4000 ] && echo unplugged
+        for i in $(seq 100); do [ $(gained) -lt 4000 ] && echo unplugged && break; sleep 0.1; done
     """
     console = play(
         lab,
@@ -224,31 +225,3 @@ def test_a_stock_kernel_uses_disks_console_balloon_and_rng(lab: Lab, kernel: Pat
     assert lab.sh("cat /tmp/channel.out") == "from-the-guest\n"
     lab.sh("dd if=/tmp/two.raw bs=64k skip=1 count=16 2>/dev/null | cmp - /tmp/one.raw")
     lab.sh("rm /tmp/one.raw /tmp/two.raw /tmp/channel.out")
-
-
-@pytest.mark.lab(deadline=240)
-def test_a_qcow2_disk_served_by_qemu_storage_daemon(lab: Lab, kernel: Path) -> None:
-    lab.sh("qemu-img create -q -f qcow2 /tmp/q.qcow2 8M")
-    daemon = lab.spawn(
-        [
-            *("qemu-storage-daemon", "--blockdev", "driver=file,node-name=f,filename=/tmp/q.qcow2"),
-            *("--blockdev", "driver=qcow2,node-name=q,file=f"),
-            *("--export", "type=vhost-user-blk,id=e,node-name=q,writable=on,addr.type=unix,addr.path=/tmp/q.sock"),
-        ],
-        timeout=240,
-    )
-    try:
-        lab.sh("for i in $(seq 100); do [ -S /tmp/q.sock ] && break; sleep 0.1; done")
-        done = vmm(
-            lab,
-            kernel,
-            "dd if=/init of=/dev/vda bs=512 seek=8 2>/dev/null; sync; echo size $(cat /sys/block/vda/size)",
-            *("--memory", "256M,shared=on", "--vhost-user-blk", "/tmp/q.sock"),
-            modules=MODULES,
-            timeout=200,
-        )
-        assert "size 16384" in done.stdout, done.stdout + done.stderr
-    finally:
-        daemon.signal()
-        daemon.wait()
-    lab.sh("qemu-img convert -f qcow2 -O raw /tmp/q.qcow2 /tmp/q.raw; grep -q busybox /tmp/q.raw; rm /tmp/q.*")

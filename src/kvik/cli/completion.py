@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from kvik.cli.context import Context
     from kvik.cli.options import Options
+    from kvik.client import Network
 
 FILES = ":files"  # the shell completes a path itself
 
@@ -174,7 +175,7 @@ def _matching(candidates: Iterable[tuple[str, str]], current: str) -> list[tuple
 
 
 class Source:
-    """Where machine names come from: the shell's own connection, or a new one to a daemon that already runs."""
+    """Where names come from: the shell's own connection, or a new one to a daemon that already runs."""
 
     def __init__(self, context: Context | None, uri: str | None, readonly: bool) -> None:
         self.context = context
@@ -190,6 +191,31 @@ class Source:
 
             with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
                 return [(d.name, d.uuid, d.id) for d in connection.domains()]
+        except Exception:
+            return []
+
+    def networks(self, active: bool | None) -> list[Network]:
+        """Every network, or the active or inactive ones; empty when there is no daemon to ask."""
+        bits = {None: 0, False: 1, True: 2}[active]  # virConnectListAllNetworksFlags
+        try:
+            if self.context is not None:
+                return self.context.connection.networks(bits)
+            from kvik.client import connect
+
+            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
+                return connection.networks(bits)
+        except Exception:
+            return []
+
+    def ports(self, name: str) -> list[str]:
+        """UUIDs of the ports of a network."""
+        try:
+            if self.context is not None:
+                return [port.uuid for port in self.context.connection.network(name).ports()]
+            from kvik.client import connect
+
+            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
+                return [port.uuid for port in connection.network(name).ports()]
         except Exception:
             return []
 
@@ -224,6 +250,16 @@ def _domains(active: bool | None) -> Callable[[Source, dict[str, str]], list[tup
     return completer
 
 
+def _networks(active: bool | None) -> Callable[[Source, dict[str, str]], list[tuple[str, str]]]:
+    return lambda source, used: [(network.name, "") for network in source.networks(active)]
+
+
+def _network_events(source: Source, used: dict[str, str]) -> list[tuple[str, str]]:
+    from kvik.client.events import NETWORK_EVENT_IDS
+
+    return [(name, "") for name in NETWORK_EVENT_IDS]
+
+
 def _verbs(source: Source, used: dict[str, str]) -> list[tuple[str, str]]:
     from kvik.cli.verbs import GROUPS, VERBS
 
@@ -248,6 +284,12 @@ COMPLETERS: dict[str, Callable[[Source, dict[str, str]], list[tuple[str, str]]]]
     "domain-inactive": _domains(False),
     "disk": lambda source, used: source.devices(used.get("domain", ""), "disk"),
     "interface": lambda source, used: source.devices(used.get("domain", ""), "interface"),
+    "network": _networks(None),
+    "network-active": _networks(True),
+    "network-inactive": _networks(False),
+    "network-uuid": lambda source, used: [(network.uuid, network.name) for network in source.networks(None)],
+    "network-port": lambda source, used: [(uuid, "") for uuid in source.ports(used.get("network", ""))],
+    "network-event": _network_events,
     "verb": _verbs,
     "key": _keys,
     "event": _events,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TextIO
 
-    from kvik.client import Connection, Domain
+    from kvik.client import Connection, Domain, Network
 
 
 def connect(uri: str | None, readonly: bool) -> Connection:
@@ -98,6 +98,20 @@ class Context:
             near = nearest(key, [domain.name for domain in self.connection.domains()])
             remedy = f"did you mean '{near}'?" if near else "'kvik list --all' shows every machine"
             raise NoDomain(f"failed to get domain '{key}'", remedy=remedy) from error
+
+    def network(self, key: str, *, by_name: bool = False) -> Network:
+        """The network that `key` (UUID or name) means; the error suggests a name that looks like it."""
+        from kvik.errors import NoNetwork
+
+        try:
+            return self.connection.lookup_network_name(key) if by_name else self.connection.network(key)
+        except NoNetwork as error:
+            from kvik.cli.suggest import nearest
+
+            near = nearest(key, [network.name for network in self.connection.networks()])
+            remedy = f"did you mean '{near}'?" if near else "'kvik net-list --all' shows every network"
+            self.doing = f"failed to get network '{key}'"
+            raise NoNetwork(error.message, remedy=remedy) from error
 
     # output
 

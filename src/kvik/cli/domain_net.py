@@ -1,4 +1,4 @@
-"""domiflist, domifstat, domifaddr, domif-getlink."""
+"""domiflist, domifstat, domifaddr, ip, domif-getlink."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from kvik.cli import document, flags
 from kvik.cli.common import ACTIVE, DOMAIN, choice
 from kvik.cli.options import DATA, FLAG, TEXT, Option, Verb
 from kvik.cli.table import Table
-from kvik.errors import KvikError, NoDevice
+from kvik.errors import KvikError, NoDevice, OperationFailed
+from kvik.named import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from kvik.cli.options import Options
     from kvik.client import Domain
     from kvik.client.domain import InterfaceAddress
+
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 def domiflist(ctx: Context, options: Options) -> int:
@@ -61,39 +64,87 @@ def domifstat(ctx: Context, options: Options) -> int:
     return 0
 
 
-def addresses(domain: Domain, source: str | None) -> list[InterfaceAddress]:
-    """Addresses from `source`; without one, from the first of lease, agent and ARP table that knows any."""
+class Found(NamedTuple):
+    """One address of a machine, and who knows it: one or more of lease, agent and arp."""
+
+    address: InterfaceAddress
+    sources: tuple[str, ...]
+
+
+def addresses(domain: Domain, source: str | None) -> list[Found]:
+    """Addresses from `source`; without one, what leases, agent and the host's ARP table know together."""
     if source is not None:
-        return domain.interface_addresses(choice(source, flags.ADDRESSES, "address source"))
+        number = choice(source, flags.ADDRESSES, "address source")
+        return [Found(address, (source,)) for address in domain.interface_addresses(number)]
+    merged: dict[tuple[str, str], Found] = {}
     first: KvikError | None = None
-    for number in flags.ADDRESSES.values():
+    for name, number in flags.ADDRESSES.items():
         try:
-            found = domain.interface_addresses(number)
+            told = domain.interface_addresses(number)
         except KvikError as error:
             first = first or error
             continue
-        if found:
-            return found
-    if first is not None:
+        for address in told:
+            if address.address in LOOPBACK:
+                continue
+            key = ((address.mac or "").lower(), address.address)
+            known = merged.get(key)
+            merged[key] = known._replace(sources=(*known.sources, name)) if known else Found(address, (name,))
+    if first is not None and not merged:
         raise first
-    return []
+    order = {mac: number for number, (mac, _) in reversed([*enumerate(merged)])}
+    return [merged[key] for key in sorted(merged, key=lambda key: order[key[0]])]
 
 
 def domifaddr(ctx: Context, options: Options) -> int:
     only, full = options.text("interface"), options.flag("full")
     domain = ctx.domain(options.data("domain"))
     ctx.doing = "Failed to query for interfaces addresses"
-    found = [address for address in addresses(domain, options.text("source")) if only in (None, address.interface)]
-    if ctx.put([address._asdict() for address in found]):
+    source = options.text("source")
+    found = [one for one in addresses(domain, source) if only in (None, one.address.interface, one.address.mac)]
+    if ctx.put([{**one.address._asdict(), "sources": [*one.sources]} for one in found]):
         return 0
-    ctx.extra(f" {'Name':<10} {'MAC address':<20} {'Protocol':<8}     Address")
+    # virsh's columns, and one more where it would have shown less: it asks for the leases alone.
+    several = source is None and any("lease" not in one.sources for one in found)
+    width = max((len(f"{one.address.address}/{one.address.prefix}") for one in found), default=0)
+    ctx.extra(
+        f" {'Name':<10} {'MAC address':<20} {'Protocol':<8}     "
+        + (f"{'Address':<{width}}    Source" if several else "Address")
+    )
     ctx.extra("-" * 79)
     before = ""
-    for address in found:
+    for address, sources in found:
         again = address.interface == before and not full
         name, mac = ("-", "-") if again else (address.interface, address.mac or "N/A")
         before = address.interface
-        ctx.line(f" {name:<10} {mac:<17}    {address.family:<12} {address.address}/{address.prefix}")
+        text = f"{address.address}/{address.prefix}"
+        ctx.line(
+            f" {name:<10} {mac:<17}    {address.family:<12} "
+            + (f"{text:<{width}}    {', '.join(sources)}" if several else text)
+        )
+    return 0
+
+
+def rank(found: Found) -> tuple[bool, bool]:
+    """What one would type first: IPv4, and what is reachable from further than the same link."""
+    address = found.address
+    return (address.family != "ipv4", address.address.lower().startswith("fe80:"))
+
+
+def ip(ctx: Context, options: Options) -> int:
+    domain = ctx.domain(options.data("domain"))
+    ctx.doing = f"Failed to find an address of domain '{domain.name}'"
+    found = sorted(addresses(domain, options.text("source")), key=rank)
+    if not found:
+        raise OperationFailed(
+            "nobody knows one: there is no lease, no agent in the guest, and the host has not heard of it",
+            remedy="wait until it has booted, or look on its console",
+        )
+    if not options.flag("all"):
+        del found[1:]
+    if not ctx.put([{**one.address._asdict(), "sources": [*one.sources]} for one in found]):
+        for one in found:
+            ctx.line(one.address.address)
     return 0
 
 
@@ -118,6 +169,13 @@ COMMANDS = {
         ACTIVE,
         Option("interface", TEXT, "network interface name"),
         Option("full", FLAG, "always display names and MACs of interfaces"),
+        Option("source", TEXT, "address source: 'lease', 'agent', or 'arp'", complete=tuple(flags.ADDRESSES)),
+    ),
+    "ip": Verb(
+        ip,
+        "Print the address of a running domain: one line that a script can use.",
+        ACTIVE,
+        Option("all", FLAG, "print every address, the best first"),
         Option("source", TEXT, "address source: 'lease', 'agent', or 'arp'", complete=tuple(flags.ADDRESSES)),
     ),
     "domif-getlink": Verb(

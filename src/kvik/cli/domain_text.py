@@ -1,4 +1,4 @@
-"""desc and metadata: words about a machine that the hypervisor never reads."""
+"""desc and metadata: words about a machine (or a network: net_text) that the hypervisor never reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.cli.context import Context
     from kvik.cli.options import Options
-    from kvik.client import Domain
+    from kvik.client import Domain, Network
 
 
 def edited(text: str, suffix: str) -> str:
@@ -23,7 +23,10 @@ def edited(text: str, suffix: str) -> str:
 
 
 def desc(ctx: Context, options: Options) -> int:
-    domain = ctx.domain(options.data("domain"))
+    return describe(ctx, options, ctx.domain(options.data("domain")), "domain")
+
+
+def describe(ctx: Context, options: Options, thing: Domain | Network, noun: str) -> int:
     title = options.flag("title")
     what, kind = ("title", flags.METADATA_TITLE) if title else ("description", flags.METADATA_DESCRIPTION)
     bits = impact(options)
@@ -31,32 +34,35 @@ def desc(ctx: Context, options: Options) -> int:
     if words or options.flag("edit"):
         new = " ".join(words)
         if options.flag("edit"):
-            old = _metadata(domain, kind, bits)
+            old = _metadata(thing, kind, bits)
             new = edited(new or old, ".txt").rstrip("\n")
             if new == old:
-                ctx.say(f"Domain {what} not changed")
+                ctx.say(f"{noun.capitalize()} {what} not changed")
                 return 0
-        ctx.doing = f"Failed to set new domain {what}"
-        domain.set_metadata(kind, new or None, None, None, bits)
-        ctx.say(f"Domain {what} updated successfully")
+        ctx.doing = f"Failed to set new {noun} {what}"
+        thing.set_metadata(kind, new or None, None, None, bits)
+        ctx.say(f"{noun.capitalize()} {what} updated successfully")
         ctx.blank = False
         return 0
-    text = _metadata(domain, kind, bits)
+    text = _metadata(thing, kind, bits)
     if ctx.put({what: text or None}):
         return 0
-    ctx.last(text or f"No {what} for domain: {domain.name}")
+    ctx.last(text or f"No {what} for {noun}: {thing.name}")
     return 0
 
 
-def _metadata(domain: Domain, kind: int, bits: int) -> str:
+def _metadata(thing: Domain | Network, kind: int, bits: int) -> str:
     try:
-        return domain.metadata(kind, None, bits)
+        return thing.metadata(kind, None, bits)
     except NoMetadata:
         return ""
 
 
 def metadata(ctx: Context, options: Options) -> int:
-    domain = ctx.domain(options.data("domain"))
+    return custom(ctx, options, ctx.domain(options.data("domain")))
+
+
+def custom(ctx: Context, options: Options, thing: Domain | Network) -> int:
     uri, key, new = options.data("uri"), options.text("key"), options.text("set")
     edit, remove = options.flag("edit"), options.flag("remove")
     bits = impact(options)
@@ -67,7 +73,7 @@ def metadata(ctx: Context, options: Options) -> int:
             raise UsageError("namespace key is required when modifying metadata", remedy="give --key PREFIX")
         if edit:
             try:
-                old = domain.metadata(flags.METADATA_ELEMENT, uri, bits)
+                old = thing.metadata(flags.METADATA_ELEMENT, uri, bits)
             except NoMetadata:
                 old = ""
             new = edited(old, ".xml")
@@ -75,14 +81,14 @@ def metadata(ctx: Context, options: Options) -> int:
                 ctx.say("Metadata not changed")
                 return 0
         ctx.doing = "Failed to modify metadata"
-        domain.set_metadata(flags.METADATA_ELEMENT, new, key, uri, bits)
+        thing.set_metadata(flags.METADATA_ELEMENT, new, key, uri, bits)
         ctx.say("Metadata modified")
     elif remove:
         ctx.doing = "Failed to remove metadata"
-        domain.set_metadata(flags.METADATA_ELEMENT, None, None, uri, bits)
+        thing.set_metadata(flags.METADATA_ELEMENT, None, None, uri, bits)
         ctx.say("Metadata removed")
     else:
-        text = domain.metadata(flags.METADATA_ELEMENT, uri, bits)
+        text = thing.metadata(flags.METADATA_ELEMENT, uri, bits)
         if not ctx.put({"uri": uri, "metadata": text}):
             ctx.document(text)
     return 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from kvik.cli import flags
 from kvik.cli.common import DOMAIN, chosen
 from kvik.cli.options import DATA, FLAG, TEXT, Option, UsageError, Verb
-from kvik.errors import KvikError, OperationFailed
+from kvik.cli.xml_verbs import XPATH, show
+from kvik.cli.xml_verbs import edit as edit_document
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,103 +24,23 @@ def dumpxml(ctx: Context, options: Options) -> int:
             "migratable": flags.XML_MIGRATABLE,
         },
     )
-    expression = options.text("xpath")
-    wrap = options.flag("wrap")
-    text = ctx.domain(options.data("domain")).xml(bits)
-    if expression is None:
-        if not ctx.put({"xml": text}):
-            ctx.document(text)
-        return 0
-    found = select(text, expression)
-    if ctx.put({"nodes": found}):
-        return 0
-    if wrap:
-        indented = "".join("  " + "\n  ".join(node.splitlines()) + "\n" for node in found)
-        ctx.document(f"<nodes>\n{indented}</nodes>\n")
-    else:
-        ctx.document("\n".join(found) + "\n" if found else "")
-    return 0
-
-
-def select(text: str, expression: str) -> list[str]:
-    """The nodes of `text` that an XPath expression finds, each as XML or text."""
-    from lxml import etree
-
-    try:
-        found = etree.fromstring(text.encode("utf-8")).xpath(expression)
-    except etree.XPathError as error:
-        raise UsageError(f"invalid XPath expression '{expression}': {error}") from error
-    if not isinstance(found, list):
-        return [str(found)]
-    nodes = []
-    for node in found:
-        if isinstance(node, etree._Element):
-            nodes.append(etree.tostring(node, encoding="unicode", with_tail=False))
-        elif getattr(node, "is_attribute", False):
-            nodes.append(f' {getattr(node, "attrname", "")}="{node!s}"')
-        else:
-            nodes.append(f"{node!s}")
-    return nodes
-
-
-AGAIN = (
-    "y - yes, start editor again\n"
-    "n - no, throw away my changes\n"
-    "i - turn off validation and try to redefine again\n"
-    "f - force, try to redefine again\n"
-    "? - print this help\n"
-)
+    return show(ctx, options, ctx.domain(options.data("domain")).xml(bits))
 
 
 def edit(ctx: Context, options: Options) -> int:
-    """Edit, validate, define; on an error the person chooses what next, and no keystroke is lost."""
-    from kvik.cli.editor import TextFile
-
     domain = ctx.domain(options.data("domain"))
-    ctx.doing = f"Failed to edit domain '{domain.name}'"
-    bits = flags.XML_SECURE | flags.XML_INACTIVE
-    validate = not options.flag("skip-validate")
-    before = domain.xml(bits)
-    with TextFile(before, ".xml") as file:
-        open_editor, forced = True, False
-        while True:
-            if open_editor:
-                file.edit()
-            text = file.read()
-            if text == before:
-                ctx.say(f"Domain '{domain.name}' XML configuration not changed.")
-                return 0
-            try:
-                if not forced and domain.xml(bits) != before:
-                    raise OperationFailed("The XML configuration was changed by another user.")
-                name = ctx.connection.define(text, flags=flags.DEFINE_VALIDATE if validate else 0).name
-            except KvikError as error:
-                ctx.error(error)
-            else:
-                ctx.say(f"Domain '{name}' XML configuration edited.")
-                return 0
-            answer = again(ctx, validate=validate)
-            if answer == "n":
-                ctx.doing = ""
-                raise OperationFailed(f"the changes to domain '{domain.name}' were not saved")
-            open_editor = answer == "y"
-            if answer == "i":
-                validate = False
-            if answer == "f":
-                forced = True
 
+    def define(text: str, validate: bool) -> str:
+        flag = flags.DEFINE_VALIDATE if validate else 0
+        return f"domain '{ctx.connection.define(text, flags=flag).name}'"
 
-def again(ctx: Context, *, validate: bool) -> str:
-    """What to do after a document was refused: y, n, i or f."""
-    keys = "ynif?" if validate else "ynf?"
-    while True:
-        answer = ctx.ask(f"Failed. Try again? [{','.join(keys)}]: ").lower()[:1]
-        if answer == "?":
-            ctx.stderr.write("".join(line for line in AGAIN.splitlines(keepends=True) if line[0] in keys))
-        elif not answer:
-            return "n"  # end of file, or nobody there
-        elif answer in keys:
-            return answer
+    return edit_document(
+        ctx,
+        f"domain '{domain.name}'",
+        lambda: domain.xml(flags.XML_SECURE | flags.XML_INACTIVE),
+        define,
+        validate=not options.flag("skip-validate"),
+    )
 
 
 def domxml_to_native(ctx: Context, options: Options) -> int:
@@ -143,8 +64,7 @@ COMMANDS = {
         Option("security-info", FLAG, "include security sensitive information in XML dump"),
         Option("update-cpu", FLAG, "update guest CPU according to host CPU"),
         Option("migratable", FLAG, "provide XML suitable for migrations"),
-        Option("xpath", TEXT, "xpath expression to filter the XML document", named_only=True),
-        Option("wrap", FLAG, "wrap xpath results in an common root element"),
+        *XPATH,
     ),
     "edit": Verb(
         edit,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from kvik.cli.context import Context
     from kvik.cli.options import Options
-    from kvik.client.events import DomainEvent
+    from kvik.client.events import DomainEvent, NetworkEvent
 
     Fields = Mapping[str, Any]
 
@@ -67,17 +67,21 @@ def details(event: DomainEvent) -> str:
         return str(event)
 
 
+def stamp() -> str:
+    """The time of now, as libvirt writes it in logs: UTC with milliseconds."""
+    now = time.time()
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03}+0000: "
+
+
 def event_line(event: DomainEvent, *, timestamp: bool) -> str:
-    prefix = ""
-    if timestamp:
-        now = time.time()
-        prefix = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03}+0000: "
     text = details(event)
-    return f"{prefix}event '{event.kind}' for domain '{event.domain.name}'" + (f": {text}" if text else "")
+    return f"{stamp() if timestamp else ''}event '{event.kind}' for domain '{event.domain.name}'" + (
+        f": {text}" if text else ""
+    )
 
 
 def event(ctx: Context, options: Options) -> int:
-    from kvik.client.events import EVENT_IDS, ConnectionClosed
+    from kvik.client.events import EVENT_IDS, DomainEvent
 
     if options.flag("list"):
         if not ctx.put(list(EVENT_IDS)):
@@ -104,13 +108,27 @@ def event(ctx: Context, options: Options) -> int:
     connection = ctx.connection
     for wanted in EVENT_IDS if every else (kind or "",):
         connection.register(wanted, domain)
+
+    def print_one(found: DomainEvent | NetworkEvent) -> None:
+        if isinstance(found, DomainEvent):
+            show(ctx, found, timestamp=timestamp)
+
+    return wait_for(ctx, print_one, loop=loop, seconds=seconds)
+
+
+def wait_for(
+    ctx: Context, show: Callable[[DomainEvent | NetworkEvent], None], *, loop: bool, seconds: float | None
+) -> int:
+    """Show events of what was registered until one came (`loop`: until interrupted), or `seconds` have passed."""
+    from kvik.client.events import ConnectionClosed
+
     deadline = None if seconds is None else time.monotonic() + seconds
     count = 0
     code = 0
     try:
         while loop or not count:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            found = connection.next_event(left)
+            found = ctx.connection.next_event(left)
             if found is None:
                 ctx.extra("event loop timed out")
                 code = 0 if loop and count else 1
@@ -120,7 +138,7 @@ def event(ctx: Context, options: Options) -> int:
                 code = 1
                 break
             count += 1
-            show(ctx, found, timestamp=timestamp)
+            show(found)
     except KeyboardInterrupt:
         ctx.extra("event loop interrupted")
     ctx.extra(f"events received: {count}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from kvik.cli import xml_verbs
 from kvik.cli.common import FILE
-from kvik.cli.options import DATA, FLAG, NUMBER, TEXT, Option, UsageError, Verb
+from kvik.cli.options import DATA, FLAG, NUMBER, Option, UsageError, Verb
 from kvik.cli.table import Table
-from kvik.errors import KvikError, OperationFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,19 +44,7 @@ def iface_list(ctx: Context, options: Options) -> int:
 
 
 def iface_dumpxml(ctx: Context, options: Options) -> int:
-    from kvik.cli.domain_xml import select
-
-    expression, wrap = options.text("xpath"), options.flag("wrap")
-    text = _find(ctx, options).xml(XML_INACTIVE if options.flag("inactive") else 0)
-    if expression is None:
-        if not ctx.put({"xml": text}):
-            ctx.document(text)
-        return 0
-    found = select(text, expression)
-    if not ctx.put({"nodes": found}):
-        inside = "\n".join(found)
-        ctx.document(f"<nodes>\n{inside}\n</nodes>\n" if wrap else inside)
-    return 0
+    return xml_verbs.show(ctx, options, _find(ctx, options).xml(XML_INACTIVE if options.flag("inactive") else 0))
 
 
 def iface_define(ctx: Context, options: Options) -> int:
@@ -68,32 +56,12 @@ def iface_define(ctx: Context, options: Options) -> int:
 
 
 def iface_edit(ctx: Context, options: Options) -> int:
-    from kvik.cli.domain_xml import again
-    from kvik.cli.editor import TextFile
-
     one = _find(ctx, options)
-    ctx.doing = f"Failed to edit interface {one.name}"
-    before = one.xml(XML_INACTIVE)
-    with TextFile(before, ".xml") as file:
-        answer = "y"
-        while True:
-            if answer == "y":
-                file.edit()
-            text = file.read()
-            if text == before:
-                ctx.say(f"Interface {one.name} XML configuration not changed.")
-                return 0
-            try:
-                _interfaces(ctx).define(text)
-            except KvikError as error:
-                ctx.error(error)
-            else:
-                ctx.say(f"Interface {one.name} XML configuration edited.")
-                return 0
-            answer = again(ctx, validate=False)
-            if answer == "n":
-                ctx.doing = ""
-                raise OperationFailed(f"the changes to interface {one.name} were not saved")
+
+    def define(text: str, validate: bool) -> str:
+        return f"interface {_interfaces(ctx).define(text, int(validate)).name}"
+
+    return xml_verbs.edit(ctx, f"interface {one.name}", lambda: one.xml(XML_INACTIVE), define)
 
 
 def iface_undefine(ctx: Context, options: Options) -> int:
@@ -278,8 +246,7 @@ COMMANDS = {
         "Output the physical host interface information as an XML dump to stdout.",
         INTERFACE,
         Option("inactive", FLAG, "show inactive defined XML"),
-        Option("xpath", TEXT, "xpath expression to filter the XML document", named_only=True),
-        Option("wrap", FLAG, "wrap xpath results in an common root element"),
+        *xml_verbs.XPATH,
     ),
     "iface-edit": Verb(iface_edit, "Edit the XML configuration for a physical host interface.", INTERFACE),
     "iface-list": Verb(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvik.cli.options import Verb
 
 # Verbs that may go on for hours: for them the garbage collector is switched on again.
-LASTING = frozenset(("console", "create", "event", "exec", "proxy", "run", "start", "top"))
+LASTING = frozenset(("console", "create", "event", "exec", "net-event", "proxy", "run", "start", "top"))
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 # global option: (short, takes a value, help)
@@ -190,14 +190,12 @@ def _apply_global(context: Context, name: str, value: str | None) -> int | None:
 ABSENT = frozenset(
     """
     blockcommit blockcopy blockjob blockpull blockresize checkpoint-create checkpoint-list domjobinfo-all dump
-    managedsave managedsave-remove migrate migrate-setspeed net-autostart net-create net-define net-destroy
-    net-dhcp-leases net-dumpxml net-edit net-info net-list net-name net-start net-undefine net-update net-uuid
-    nodedev-list nwfilter-define nwfilter-list pool-autostart pool-build pool-create pool-define pool-define-as
-    pool-delete pool-destroy pool-dumpxml pool-edit pool-info pool-list pool-refresh pool-start pool-undefine
-    restore save save-image-dumpxml save-image-edit secret-define secret-list snapshot-create snapshot-create-as
-    snapshot-current snapshot-delete snapshot-dumpxml snapshot-info snapshot-list snapshot-parent snapshot-revert
-    vol-clone vol-create vol-create-as vol-delete vol-download vol-dumpxml vol-info vol-list vol-path vol-resize
-    vol-upload vol-wipe
+    managedsave managedsave-remove migrate migrate-setspeed nodedev-list nwfilter-define nwfilter-list
+    pool-autostart pool-build pool-create pool-define pool-define-as pool-delete pool-destroy pool-dumpxml pool-edit
+    pool-info pool-list pool-refresh pool-start pool-undefine restore save save-image-dumpxml save-image-edit
+    secret-define secret-list snapshot-create snapshot-create-as snapshot-current snapshot-delete snapshot-dumpxml
+    snapshot-info snapshot-list snapshot-parent snapshot-revert vol-clone vol-create vol-create-as vol-delete
+    vol-download vol-dumpxml vol-info vol-list vol-path vol-resize vol-upload vol-wipe
     """.split()  # noqa: SIM905 - a list of a hundred lines is harder to read
 )
 
@@ -283,7 +281,7 @@ def failure(name: str, words: Sequence[str], error: BaseException) -> int:
 
 
 # Verbs whose output is not followed by virsh's blank line: it would be part of somebody else's data.
-PLAIN = frozenset({"run", "exec", "ps", "top", "doctor", "completion", "proxy", "quit", "exit", "help"})
+PLAIN = frozenset({"run", "exec", "ip", "ps", "top", "doctor", "completion", "proxy", "quit", "exit", "help"})
 
 
 def _now() -> float:

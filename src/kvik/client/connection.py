@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvik.client.link import Link
 from kvik.client.transport import open_transport
 from kvik.client.uri import default_uri, parse_uri
-from kvik.errors import AuthenticationFailed, NoDomain, NoSupport, OperationInvalid
+from kvik.errors import AuthenticationFailed, NoDomain, NoNetwork, NoSupport, OperationInvalid
 from kvik.named import NamedTuple
 from kvik.rpc.program import kvik, remote
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvik.client.domain import Domain
-    from kvik.client.events import ConnectionClosed, DomainEvent
+    from kvik.client.events import ConnectionClosed, DomainEvent, NetworkEvent
+    from kvik.client.network import Network, NetworkFacts
     from kvik.rpc.xdr import Record
 
 __all__ = ["Connection", "NodeInfo", "OverviewRow", "connect"]
@@ -303,6 +304,61 @@ class Connection:
         """The command line that a document would become."""
         return str(self.call("CONNECT_DOMAIN_XML_TO_NATIVE", native_format, xml, flags)[0])
 
+    # --- networks ---
+
+    def _network(self, reference: Sequence[Any]) -> Network:
+        from kvik.client.network import Network
+
+        return Network(self, *reference)
+
+    def networks(self, flags: int = 0) -> list[Network]:
+        """All virtual networks, or those that virConnectListAllNetworksFlags select (1 inactive, 2 active...)."""
+        return [self._network(ref) for ref in self.call("CONNECT_LIST_ALL_NETWORKS", 1, flags)[0]]
+
+    def network_facts(self, flags: int = 0) -> list[NetworkFacts]:
+        """What a list of networks shows; the questions about all of them are sent together."""
+        from kvik.client.network import NetworkFacts
+
+        names = ("NETWORK_IS_ACTIVE", "NETWORK_GET_AUTOSTART", "NETWORK_IS_PERSISTENT")
+        for last in (False, False, True):
+            networks = self.networks(flags)
+            refs = [(network.ref,) for network in networks]
+            try:
+                answers = [[bool(answer[0]) for answer in self.call_many(name, refs)] for name in names]
+            except NoNetwork:  # one went away since the list was made: look again
+                if last:
+                    raise
+            else:
+                break
+        rows = zip(networks, *answers, strict=True)
+        return [NetworkFacts(network.name, network.uuid, *facts) for network, *facts in rows]
+
+    def network(self, key: str) -> Network:
+        """The network of a UUID or name, tried in this order as virsh does. NoNetwork if there is none."""
+        if (raw := uuid_bytes(key)) is not None:
+            try:
+                return self.lookup_network_uuid(raw)
+            except NoNetwork:
+                pass
+        return self.lookup_network_name(key)
+
+    def lookup_network_name(self, name: str) -> Network:
+        return self._network(self.call("NETWORK_LOOKUP_BY_NAME", name)[0])
+
+    def lookup_network_uuid(self, uuid: bytes | str) -> Network:
+        raw = uuid_bytes(uuid) if isinstance(uuid, str) else uuid
+        if raw is None:
+            raise NoNetwork(f"{uuid!r} is not a UUID")
+        return self._network(self.call("NETWORK_LOOKUP_BY_UUID", raw)[0])
+
+    def define_network(self, xml: str, flags: int = 0) -> Network:
+        """Make or replace a persistent definition. `flags`: 1 refuses what is not understood."""
+        return self._network(self.call("NETWORK_DEFINE_XML_FLAGS", xml, flags)[0])
+
+    def create_network(self, xml: str, flags: int = 0) -> Network:
+        """Start a transient network. `flags`: 1 refuses what is not understood."""
+        return self._network(self.call("NETWORK_CREATE_XML_FLAGS", xml, flags)[0])
+
     # --- events ---
 
     def register(self, kind: str = "lifecycle", domain: Domain | None = None) -> int:
@@ -315,10 +371,23 @@ class Connection:
         ref = domain.ref if domain is not None else None
         return int(self.call("CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", EVENT_IDS[kind], ref)[0])
 
+    def register_network(self, kind: str = "lifecycle", network: Network | None = None) -> int:
+        """Ask for events of networks (`kvik.client.events.NETWORK_EVENT_IDS`), of one or all."""
+        from kvik.client.events import NETWORK_EVENT_IDS
+        from kvik.errors import InvalidArgument
+
+        if kind not in NETWORK_EVENT_IDS:
+            raise InvalidArgument(f"unknown kind of event {kind!r}", remedy=f"there are {', '.join(NETWORK_EVENT_IDS)}")
+        ref = network.ref if network is not None else None
+        return int(self.call("CONNECT_NETWORK_EVENT_REGISTER_ANY", NETWORK_EVENT_IDS[kind], ref)[0])
+
+    def deregister_network(self, callback: int) -> None:
+        self.call("CONNECT_NETWORK_EVENT_DEREGISTER_ANY", callback)
+
     def deregister(self, callback: int) -> None:
         self.call("CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY", callback)
 
-    def next_event(self, timeout: float | None = None) -> DomainEvent | ConnectionClosed | None:
+    def next_event(self, timeout: float | None = None) -> DomainEvent | NetworkEvent | ConnectionClosed | None:
         """The next event of any registered kind; None after `timeout` seconds without one."""
         import time
 
@@ -338,7 +407,7 @@ class Connection:
 
     def events(
         self, kinds: Sequence[str] = ("lifecycle",), domain: Domain | None = None, timeout: float | None = None
-    ) -> Iterator[DomainEvent | ConnectionClosed]:
+    ) -> Iterator[DomainEvent | NetworkEvent | ConnectionClosed]:
         """Register `kinds` and yield their events; ends when `timeout` seconds passed without one."""
         callbacks = [self.register(kind, domain) for kind in kinds]
         try:

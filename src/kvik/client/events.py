@@ -43,6 +43,15 @@ DOMAIN_EVENTS: Final[dict[int, tuple[str, str]]] = {
 EVENT_IDS: Final = {kind: number for number, (kind, _) in DOMAIN_EVENTS.items()}
 _KINDS: Final = {procedure: kind for kind, procedure in DOMAIN_EVENTS.values()}
 
+# virNetworkEventID -> (kind, procedure)
+NETWORK_EVENTS: Final[dict[int, tuple[str, str]]] = {
+    0: ("lifecycle", "NETWORK_EVENT_LIFECYCLE"),
+    1: ("metadata-change", "NETWORK_EVENT_CALLBACK_METADATA_CHANGE"),
+}
+NETWORK_EVENT_IDS: Final = {kind: number for number, (kind, _) in NETWORK_EVENTS.items()}
+_NETWORK_KINDS: Final = {procedure: kind for kind, procedure in NETWORK_EVENTS.values()}
+NETWORK_LIFECYCLE: Final = ("Defined", "Undefined", "Started", "Stopped")  # virNetworkEventLifecycleType
+
 # virDomainEventType -> (name, names of its details). Source: libvirt-domain.h, the names virsh prints.
 LIFECYCLE: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Defined", ("Added", "Updated", "Renamed", "Snapshot")),
@@ -90,18 +99,39 @@ class DomainEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class NetworkEvent:
+    """`kind` as in NETWORK_EVENTS; `fields` are the procedure's, without the network."""
+
+    kind: str
+    name: str
+    uuid: bytes
+    callback: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.kind == "lifecycle":
+            number = self.fields["event"]
+            return NETWORK_LIFECYCLE[number] if 0 <= number < len(NETWORK_LIFECYCLE) else f"event {number}"
+        return " ".join(f"{key}={value}" for key, value in self.fields.items())
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectionClosed:
     """The daemon says goodbye; `reason` is virConnectCloseReason."""
 
     reason: int
 
 
-def decode_event(message: Event) -> DomainEvent | ConnectionClosed | None:
-    """An event message -> typed; None for what this client has no use for (networks, pools, ...)."""
+def decode_event(message: Event) -> DomainEvent | NetworkEvent | ConnectionClosed | None:
+    """An event message -> typed; None for what this client has no use for (pools, devices, ...)."""
     procedure = message.lookup()
     record = message.decode()
     if procedure.name == "CONNECT_EVENT_CONNECTION_CLOSED":
         return ConnectionClosed(record[0])
+    if message.program == REMOTE_NUMBER and procedure.name in _NETWORK_KINDS:
+        values = record.asdict()
+        network, callback = values.pop("net"), values.pop("callbackID")
+        return NetworkEvent(_NETWORK_KINDS[procedure.name], network[0], network[1], callback, values)
     if message.program == KVIK_NUMBER:
         kind = "stage"
     elif message.program == QEMU_NUMBER:

@@ -90,6 +90,7 @@ class Element(msgspec.Struct, kw_only=True, gc=False):
 
     __xml_strict__: ClassVar[bool] = False
     __xml_last__: ClassVar[tuple[str, ...]] = ()  # children written after all others, in this order
+    __xml_open__: ClassVar[bool] = False  # written with both tags even when it is empty, as libvirt does
     __xml_custom__: ClassVar[bool] = False  # has parse_attributes() and format_attributes() of its own
 
     unknown: Unknown | None = None
@@ -109,7 +110,9 @@ Converter = Callable[[str], Any]
 Writer = Callable[[Any], str]
 
 QEMU_NS = "http://libvirt.org/schemas/domain/qemu/1.0"
-_PREFIXES = {QEMU_NS: "qemu"}
+DNSMASQ_NS = "http://libvirt.org/schemas/network/dnsmasq/1.0"
+KVIK_NS = "urn:kvik:1"  # elements of our own in libvirt's documents, which libvirt ignores
+_PREFIXES = {QEMU_NS: "qemu", DNSMASQ_NS: "dnsmasq", KVIK_NS: "kvik"}
 
 # Kinds of child
 STRUCT, TEXT, EMPTY, SIZE, RAW_LIST = range(5)

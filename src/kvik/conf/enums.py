@@ -553,3 +553,77 @@ class DomainQemuAgentCommandTimeout(Numbers):
     DEFAULT = -1
     NOWAIT = 0
     SHUTDOWN = 60
+
+
+class ConnectListAllNetworksFlags(Numbers):
+    INACTIVE = 1
+    ACTIVE = 2
+    PERSISTENT = 4
+    TRANSIENT = 8
+    AUTOSTART = 16
+    NO_AUTOSTART = 32
+
+
+class NetworkXMLFlags(Numbers):
+    INACTIVE = 1
+
+
+class NetworkCreateFlags(Numbers):
+    VALIDATE = 1
+
+
+class NetworkDefineFlags(Numbers):
+    VALIDATE = 1
+
+
+class NetworkUpdateCommand(Numbers):
+    NONE = 0
+    MODIFY = 1
+    DELETE = 2
+    ADD_LAST = 3
+    ADD_FIRST = 4
+
+
+class NetworkUpdateSection(Numbers):
+    NONE = 0
+    BRIDGE = 1
+    DOMAIN = 2
+    IP = 3
+    IP_DHCP_HOST = 4
+    IP_DHCP_RANGE = 5
+    FORWARD = 6
+    FORWARD_INTERFACE = 7
+    FORWARD_PF = 8
+    PORTGROUP = 9
+    DNS_HOST = 10
+    DNS_TXT = 11
+    DNS_SRV = 12
+
+
+class NetworkUpdateFlags(Numbers):
+    CURRENT = 0
+    LIVE = 1
+    CONFIG = 2
+
+
+class NetworkEventID(Numbers):
+    LIFECYCLE = 0
+    METADATA_CHANGE = 1
+
+
+class NetworkEventLifecycleType(Numbers):
+    DEFINED = 0
+    UNDEFINED = 1
+    STARTED = 2
+    STOPPED = 3
+
+
+class NetworkMetadataType(Numbers):
+    DESCRIPTION = 0
+    TITLE = 1
+    ELEMENT = 2
+
+
+class NetworkPortCreateFlags(Numbers):
+    RECLAIM = 1
+    VALIDATE = 2

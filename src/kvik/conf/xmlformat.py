@@ -61,7 +61,7 @@ def _source(cls: type[Element], mode: Mode, names: dict[str, Any]) -> list[str]:
             f'    if value is not None: head += {prefix!r} + a{number}(value) + "\'"',
         ]
     for field, text in plan.namespaces:
-        lines.append(f"    if element.{field} is not None and ':' not in tag: head += {text!r}")
+        lines.append(f"    if element.{field} and ':' not in tag: head += {text!r}")
     if plan.size is not None:
         lines.append(f"    if element.{plan.size[0]} is not None: head += \" unit='KiB'\"")
     lines.append("    if unknown is not None: head += unknown_attributes(unknown)")
@@ -85,7 +85,7 @@ def _source(cls: type[Element], mode: Mode, names: dict[str, Any]) -> list[str]:
             lines.append(f"    if value is not None and value is not False: body += {one}")
     lines += [
         "    if unknown is not None: body += unknown_elements(unknown, inner)",
-        "    if body: return head + '>\\n' + body + indent + '</' + tag + '>\\n'",
+        f"    if body or {cls.__xml_open__}: return head + '>\\n' + body + indent + '</' + tag + '>\\n'",
         "    return head + '/>\\n'",
     ]
     return lines

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvik.daemon.server import Identity, Server
     from kvik.daemon.streams import Stream
     from kvik.manager.domain import DomainObject
+    from kvik.manager.networks import NetworkObject
 
 __all__ = ["Connection"]
 
@@ -83,6 +84,10 @@ class Connection:
     def domain(self, reference: Sequence[Any]) -> DomainObject:
         """The machine that a wire reference (name, uuid, id) means: by UUID, as libvirt does."""
         return self.manager.lookup_uuid(reference[1])
+
+    def network(self, reference: Sequence[Any]) -> NetworkObject:
+        """The network that a wire reference (name, uuid) means: by UUID, as libvirt does."""
+        return self.manager.networks.lookup_uuid(reference[1])
 
     def open(self, uri: str, access: Access) -> None:
         """CONNECT_OPEN succeeded."""
@@ -346,6 +351,7 @@ class Connection:
             _close_files(files)
         self.associated.clear()
         self.server.events.drop(self)
+        self.server.network_events.drop(self)
         # Whoever asked is gone: calls that only look or wait are given up, those that change something finish.
         for task in list(self._abandonable):
             task.cancel()

@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
         default="on",
         help="on: machines of kvik-vmm are forks of one process that is kept ready, and start sooner (default: on)",
     )
+    result.add_argument(
+        "--default-network",
+        choices=("on", "off"),
+        help="on: the network 'default' is made and started on first use (default: on for the host's own machines; "
+        "off in a session, with --root and with KVIK_ROOT)",
+    )
     result.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     result.add_argument("--version", action="version", version=f"kvikd {__version__}")
     return result
@@ -168,7 +174,11 @@ async def serve(options: argparse.Namespace, paths: Paths, ready: Callable[[], N
     from kvik.manager.manager import Manager
     from kvik.manager.node import Node
 
-    manager = Manager(paths, make_drivers(paths, options.driver, zygote=options.zygote == "on"))
+    manager = Manager(
+        paths,
+        make_drivers(paths, options.driver, zygote=options.zygote == "on"),
+        default_network=wants_default_network(options, paths),
+    )
     idle = options.idle_timeout
     if idle is None:
         idle = SESSION_IDLE if paths.scope == "session" else 0.0
@@ -204,6 +214,13 @@ async def serve(options: argparse.Namespace, paths: Paths, ready: Callable[[], N
             if time.monotonic() > deadline or server.socket_path.exists():
                 raise
             await asyncio.sleep(0.05)
+
+
+def wants_default_network(options: argparse.Namespace, paths: Paths, environ: Mapping[str, str] = os.environ) -> bool:
+    """Only the host's own daemon takes an address range unasked; one that is kept elsewhere is a guest here."""
+    if options.default_network is not None:
+        return bool(options.default_network == "on")
+    return paths.scope == "system" and os.geteuid() == 0 and not options.root and not environ.get("KVIK_ROOT")
 
 
 def start_logging(options: argparse.Namespace, paths: Paths) -> None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from kvik.daemon.connection import Connection
 from kvik.daemon.eventing import EventRouter
 from kvik.daemon.instance import InstanceLock, bind_socket, private_directory
+from kvik.daemon.network_events import NetworkEvents
 from kvik.daemon.streams import Stream
 from kvik.paths import Paths
 
@@ -91,6 +92,7 @@ class Server:
         self.started = time.time()
         self.loop = asyncio.get_running_loop()
         self.events = EventRouter(manager.events)
+        self.network_events = NetworkEvents(manager.networks)
         self.connections: set[Connection] = set()
         self.consoles: dict[tuple[bytes, str], Stream] = {}  # (machine's UUID, device) -> who has it
         self.served = 0  # connections since the start
@@ -171,6 +173,7 @@ class Server:
         if self._tasks:  # machines that end with their client
             await asyncio.wait(self._tasks, timeout=self.limits.grace)
         self.events.close()
+        self.network_events.close()
         await self.manager.close()
         self._lock.release()
 

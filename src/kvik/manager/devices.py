@@ -39,7 +39,7 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Feature
-from kvik.manager import disks, prepare
+from kvik.manager import disks, ports, prepare
 from kvik.network.taps import open_taps
 
 if TYPE_CHECKING:
@@ -198,12 +198,15 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
                     f"machine {domain.name!r} has no free PCI slot for another {kind}",
                     remedy="add PCI root ports to the definition and start the machine again",
                 )
+            attachments = {}
+            if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
+                attachments = ports.join(domain, [device])
             run.arriving = device
             await domain.save_status()  # the next daemon must know what to look for, should this one be killed
             with ExitStack() as taps:
                 files: dict[str, int] = {}
                 if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
-                    files = await domain.manager.store.run(open_taps, [device], taps)
+                    files = await domain.manager.store.run(open_taps, [device], taps, attachments)
                 await machine.attach_device(device, files)
             _arrived(domain, run, device)
             run.arriving = None
@@ -211,6 +214,8 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
         # `arriving` stays: what could not be undone, for the monitor was lost, is cleared before the next attach.
         if use is not None:
             run.uses.remove(use)
+        if isinstance(given, Interface):
+            ports.leave(domain, [given])
         raise
     finally:
         domain.live_changed()
@@ -321,6 +326,8 @@ def removed(domain: DomainObject, run: Run, alias: str) -> None:
     for _, device in list(guest_devices(run.live.devices)):
         if device.alias and device.alias.name == alias:
             remove_device(run.live.devices, device)
+            if isinstance(device, Interface):
+                ports.leave(domain, [device])
             if isinstance(device, Disk):
                 use = disks.use_of(device)
                 run.uses = [other for other in run.uses if use is None or other.path != use.path]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kvik.conf.devices_xml import format_device
 from kvik.conf.domain import Domain, format_domain
 from kvik.conf.enums import (
+    DomainInterfaceAddressesSource,
     DomainJobOperation,
     DomainJobType,
     DomainModificationImpact,
@@ -27,9 +28,9 @@ from kvik.conf.enums import (
     DomainVcpuFlags,
     DomainXMLFlags,
 )
-from kvik.errors import KvikError, NoDevice, OperationFailed, OperationInvalid
+from kvik.errors import InvalidArgument, KvikError, NoDevice, OperationFailed, OperationInvalid
 from kvik.hypervisor.driver import Driver, Machine
-from kvik.manager import devices, exec, figures, guest, lifecycle, tuning
+from kvik.manager import addresses, devices, exec, figures, guest, lifecycle, metadata, tuning
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.events import DomainRef
@@ -284,7 +285,7 @@ class DomainObject:
 
     def metadata(self, type: int, uri: str | None, flags: int = 0) -> str:
         """Title, description, or the element with this namespace. `NoMetadata` if there is none."""
-        return tuning.metadata(self, type, uri, flags)
+        return metadata.read(self.document(flags), type, uri, f"machine {self.name!r}")
 
     def vcpu_count(self, flags: int = 0) -> int:
         document = self.document(flags)
@@ -554,8 +555,14 @@ class DomainObject:
         return await exec.run(self.require_machine().agent, argv, stdin, timeout, env)
 
     async def interface_addresses(self, source: int = 1) -> list[InterfaceAddress]:
-        """`source` is a virDomainInterfaceAddressesSource: so far the agent's only."""
-        return await guest.interface_addresses(self, source)
+        """`source` is a virDomainInterfaceAddressesSource."""
+        if source == DomainInterfaceAddressesSource.LEASE:
+            return await addresses.from_leases(self)
+        if source == DomainInterfaceAddressesSource.ARP:
+            return await addresses.from_neighbours(self)
+        if source != DomainInterfaceAddressesSource.AGENT:
+            raise InvalidArgument(f"there is no source of addresses {source}")
+        return await guest.interface_addresses(self)
 
     async def wait_ready(self, timeout: float) -> list[Stage]:
         """The stages when the machine is ready, has ended, or `timeout` seconds are over; a stalled one says why."""

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvik.conf.enums import DomainInterfaceAddressesSource
-from kvik.errors import AgentError, InvalidArgument, KvikError, MonitorError, OperationTimeout, OperationUnsupported
+from kvik.errors import AgentError, InvalidArgument, KvikError, MonitorError, OperationTimeout
 from kvik.manager.stages import AGENT_CHANNEL, Stage
 
 if TYPE_CHECKING:
@@ -68,11 +67,8 @@ def _request(text: str, whose: str) -> tuple[str, dict[str, Any] | None]:
 # Addresses ------------------------------------------------------------------------------------------------------
 
 
-async def interface_addresses(domain: DomainObject, source: int) -> list[InterfaceAddress]:
-    if source != DomainInterfaceAddressesSource.AGENT:
-        raise OperationUnsupported(
-            "addresses from leases and from the ARP table are not supported yet", remedy="use the agent as the source"
-        )
+async def interface_addresses(domain: DomainObject) -> list[InterfaceAddress]:
+    """As the agent tells them; without loopback and link-local ones they are kept for `list` and `ps`."""
     machine = domain.require_running()
     answer = await machine.agent("guest-network-get-interfaces", None, timeout=CALL_TIMEOUT)
     found = decode_interfaces(answer)
@@ -143,7 +139,7 @@ async def _learn_address(domain: DomainObject, run: Run) -> None:
     pause = FIRST_POLL
     while domain.run is run and run.stages.has("agent"):
         try:
-            await interface_addresses(domain, DomainInterfaceAddressesSource.AGENT)
+            await interface_addresses(domain)
             run.agent_error = ""
         except KvikError as error:
             run.agent_error = error.message

@@ -31,7 +31,7 @@ from kvik.errors import (
 )
 from kvik.host import process
 from kvik.hypervisor.driver import Feature, Machine, MachineEvent, StartRequest
-from kvik.manager import disks, reports
+from kvik.manager import disks, ports, reports
 from kvik.manager.definition import Definition
 from kvik.manager.stages import BootStages
 from kvik.manager.states import (
@@ -162,6 +162,9 @@ def _look_at_files(definition: Any, given: tuple[str, ...]) -> list[disks.Use]:
 async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, files: Mapping[str, int]) -> Machine:
     """The intent on disk, then the driver. The status says "starting" until the caller replaces it."""
     manager = domain.manager
+    attachments = {}
+    if Feature.TAPS in domain.driver.features():
+        attachments = ports.join(domain, run.live.devices.interfaces)  # before the intent: it names the ports
     intent = Status(
         name=domain.name,
         id=number,
@@ -180,8 +183,9 @@ async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, file
     log_fd = await manager.store.run(_open_log, domain)
     taps = ExitStack()
     try:
-        if Feature.TAPS in domain.driver.features():
-            files = {**await manager.store.run(open_taps, run.live.devices.interfaces, taps), **files}
+        if attachments:
+            interfaces = run.live.devices.interfaces
+            files = {**await manager.store.run(open_taps, interfaces, taps, attachments), **files}
         request = StartRequest(
             definition=run.live,
             directory=run.directory,
@@ -388,6 +392,7 @@ def _in_task() -> bool:
 
 async def _clean(domain: DomainObject, run: Run, note: str) -> None:
     name, transient = domain.name, not domain.persistent
+    ports.leave(domain, run.live.devices.interfaces)
     try:
         domain.log.note(note)
         await domain.manager.store.remove_status(name, run.directory)

@@ -27,12 +27,13 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Driver
-from kvik.manager import figures, lifecycle, prepare, recover
+from kvik.manager import figures, lifecycle, ports, prepare, recover
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
 from kvik.manager.events import EventHub
 from kvik.manager.log import cut
+from kvik.manager.networks import Networks, ensure_default
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
 from kvik.network import bridges
@@ -58,10 +59,13 @@ class Manager:
     """`drivers` are named by the emulator they alone serve ("kvik-vmm": a file name), by domain type ("test") or VMM
     ("qemu", which serves every other type)."""
 
-    def __init__(self, paths: Paths, drivers: Mapping[str, Driver]) -> None:
+    def __init__(self, paths: Paths, drivers: Mapping[str, Driver], *, default_network: bool = False) -> None:
+        """`default_network`: make the network `default` if there never was one."""
         self.paths = paths
         self.drivers = drivers
+        self.default_network = default_network
         self.events = EventHub()
+        self.networks = Networks(paths)
         self.store = Store(paths)
         self.interfaces = Interfaces(paths)
         self.bridges = bridges
@@ -79,10 +83,21 @@ class Manager:
 
         `HostError` if the state directories cannot be had; anything smaller is put right or set aside and warned of.
         """
+        await self.networks.open()
+        if self.default_network:
+            await self._make_default_network()
+        self.warnings += self.networks.warnings
         await recover.recover(self)
         self.warnings += await self.interfaces.open()
+        ports.watch(self)
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
+
+    async def _make_default_network(self) -> None:
+        try:
+            await ensure_default(self.networks)
+        except KvikError as error:  # machines can do without
+            self.networks.warn(f"the network 'default' could not be made: {error}")
 
     async def close(self) -> None:
         """Let go. Machines go on."""
@@ -99,6 +114,7 @@ class Manager:
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
         self.interfaces.close()
+        await self.networks.close()
         self.store.close()
 
     # looking up

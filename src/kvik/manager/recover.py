@@ -21,7 +21,7 @@ from kvik.conf.enums import DomainState
 from kvik.errors import ConfigError, InvalidArgument, KvikError
 from kvik.host import process
 from kvik.hypervisor.driver import EventKind, MachineEvent
-from kvik.manager import devices, disks, guest, lifecycle, prepare
+from kvik.manager import devices, disks, guest, lifecycle, ports, prepare
 from kvik.manager.definition import Definition
 from kvik.manager.domain import DomainObject, Run
 from kvik.manager.stages import BootStages
@@ -183,6 +183,7 @@ async def _adopt(manager: Manager, status: Status) -> None:
     domain.id = status.id
     domain.state, domain.reason, domain.reason_text = status.state, status.reason, status.reason_text
     manager.activated(domain)
+    ports.rejoin(domain, live.devices.interfaces)
     run.stages.restore(status.stages)
     run.uses = await manager.store.run(disks.uses, live)
     if not await _attach(domain, run, status, ATTACH_WAIT):

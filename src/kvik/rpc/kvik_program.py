@@ -15,6 +15,8 @@ Numbers are never reused; a new field means a new procedure. From 100 on: events
   by libvirt's INTERFACE_CHANGE_COMMIT (0: for good at once). INTERFACE_BEGIN is libvirt's INTERFACE_CHANGE_BEGIN with
   such a time. INTERFACE_PENDING: `state` is "" (nothing), "open", "kept" (what to write could not be written) or
   "reverted".
+- NETWORK_MESSAGES: what is to be said of a network: what its document says and nobody here understands, what was found
+  since it was started (another rule set that drops its packets, a DHCP server that ended).
 - A stage is {name, seconds since the start, state}: state is 0 waiting, 1 done, 2 stalled, 3 not expected,
   4 failed (it will not come: a kernel panic, nothing to boot); `detail` says why.
 """
@@ -30,6 +32,7 @@ VERSION: Final = 1
 
 STRUCTS: dict[str, str] = {
     "domain": "name:string uuid:opaque[16] id:int",
+    "network": "name:string uuid:opaque[16]",
     "stage": "name:string seconds:double state:int detail:string",
     "overview_row": (
         "name:string uuid:opaque[16] id:int state:int reason:int accelerator:string vcpus:uint mem_kib:uhyper "
@@ -90,14 +93,15 @@ PROCEDURES: dict[int, tuple[str, str, str, str]] = {
         "",
         "",
     ),
-    40: (
+    40: ("NETWORK_MESSAGES", "net:network", "messages:string<256>", "h"),
+    50: (
         "INTERFACE_BRIDGE",
         "interface:string bridge:string stp:int delay:double start:int seconds:uint",
         "messages:string<16>",
         "",
     ),
-    41: ("INTERFACE_UNBRIDGE", "bridge:string start:int seconds:uint", "messages:string<16>", ""),
-    42: ("INTERFACE_BEGIN", "seconds:uint", "", ""),
-    43: ("INTERFACE_PENDING", "", "state:string what:string seconds:double outcome:string", ""),
+    51: ("INTERFACE_UNBRIDGE", "bridge:string start:int seconds:uint", "messages:string<16>", ""),
+    52: ("INTERFACE_BEGIN", "seconds:uint", "", ""),
+    53: ("INTERFACE_PENDING", "", "state:string what:string seconds:double outcome:string", ""),
     100: ("DOMAIN_EVENT_STAGE", "dom:domain stage:stage", "", "e"),
 }

@@ -120,8 +120,8 @@ def test_what_cannot_be_had_is_refused_and_leaves_nothing(make: Any, kvikd: Kvik
         [
             (BRIDGE.format("").replace("br0", "br9"), "br9"),
             (BRIDGE.format("<filterref filter='clean-traffic'/>"), "filterref"),
-            (BRIDGE.format("<port isolated='yes'/>"), "isolated"),
-            ("<interface type='network'><source network='default'/></interface>", "virtual networks"),
+            (BRIDGE.format("<vlan><tag id='5'/></vlan>"), "vlan"),
+            ("<interface type='network'><source network='default'/></interface>", "no network with name 'default'"),
         ]
     ):
         domain = make(f"refused-{number}", CONSOLE + BRIDGE.format("").replace("00:07", "00:08") + device)

@@ -164,6 +164,15 @@ def test_vlans_are_set_or_the_kernel_is_named(host: Host, bridges: Bridges) -> N
     assert 100 not in [row.first for row in bridges.vlans("br0") if row.port == "pa"]
 
 
+def test_a_networks_bridge_is_the_networks(host: Host, bridges: Bridges) -> None:
+    network = host.connection.create_network("<network><name>n</name><bridge name='virbr77'/></network>")
+    try:
+        with pytest.raises(ResourceBusy, match="virbr77 is the bridge of network 'n'"):
+            bridges.delete("virbr77", force=True)
+    finally:
+        network.destroy()
+
+
 def test_the_pictures(host: Host, bridges: Bridges) -> None:
     bridges.add("br0")
     bridges.add_port("br0", "pa")

@@ -11,7 +11,7 @@ import pytest
 from kvik.cli.context import Context
 from kvik.cli.main import load, parse_globals, run_verb
 from kvik.cli.options import parse
-from kvik.client import Connection, Domain
+from kvik.client import Connection, Domain, Network
 from kvik.client.connection import DaemonStatus, DomainStats, NodeInfo, OverviewRow
 from kvik.client.domain import (
     BlockInfo,
@@ -25,10 +25,18 @@ from kvik.client.domain import (
     Stage,
     VcpuInfo,
 )
-from kvik.errors import KvikError, NoDomain, NoMetadata, OperationUnsupported
+from kvik.client.network import DhcpLease, NetworkFacts, NetworkPort
+from kvik.errors import KvikError, NoDomain, NoMetadata, NoNetwork, OperationUnsupported
 
 UUID1 = "11111111-2222-3333-4444-555555555555"
 UUID2 = "99999999-8888-7777-6666-555555555555"
+
+NETWORK_XML = """\
+<network>
+  <name>lan</name>
+  <bridge name='virbr7'/>
+</network>
+"""
 
 XML = """\
 <domain type='qemu' id='3'>
@@ -107,6 +115,27 @@ class FakeDomain:
         return self.connection.method(Domain, name, self)
 
 
+class FakeNetwork:
+    """Its calls are remembered, and its replies found, under `net_` and the method's name."""
+
+    def __init__(self, connection: FakeConnection, name: str, uuid: str) -> None:
+        self.connection = connection
+        self.name = name
+        self.uuid = uuid
+
+    def __getattr__(self, name: str) -> Any:
+        return self.connection.method(Network, name, self, "net_")
+
+
+class FakePort:
+    def __init__(self, connection: FakeConnection, uuid: str) -> None:
+        self.connection = connection
+        self.name = self.uuid = uuid
+
+    def __getattr__(self, name: str) -> Any:
+        return self.connection.method(NetworkPort, name, self, "port_")
+
+
 class FakeConnection:
     """`calls`: every call as (name, arguments...). `replies[name]`: a value, a callable, or an exception."""
 
@@ -114,6 +143,9 @@ class FakeConnection:
         self.calls: list[tuple[Any, ...]] = []
         self.running = FakeDomain(self, "tiny-1", UUID1, 3)
         self.off = FakeDomain(self, "web", UUID2, -1)
+        self.lan = FakeNetwork(self, "lan", UUID1)
+        self.lab = FakeNetwork(self, "lab", UUID2)
+        self.port = FakePort(self, UUID2)
         self.rows = [row("web", UUID2, -1, title="The web"), row("tiny-1", UUID1, 3)]
         self.replies: dict[str, Any] = {
             "domains": lambda flags=0: [self.off] if flags & 256 else [self.running, self.off],
@@ -181,6 +213,36 @@ class FakeConnection:
             "call": self.low_level,
             "call_kvik": lambda procedure, *values, **options: self.own[procedure],
         }
+        self.replies |= {
+            "networks": lambda flags=0: {0: [self.lan, self.lab], 1: [self.lab], 2: [self.lan]}.get(
+                flags & 3, [self.lan, self.lab]
+            ),
+            "network": lambda key: self.find_network(key, "name", "uuid"),
+            "lookup_network_name": lambda key: self.find_network(key, "name"),
+            "lookup_network_uuid": lambda key: self.find_network(key, "uuid"),
+            "network_facts": [
+                NetworkFacts("lan", UUID1, True, True, False),
+                NetworkFacts("lab", UUID2, False, False, True),
+            ],
+            "define_network": self.lan,
+            "create_network": self.lan,
+            "register_network": 1,
+            "net_xml": NETWORK_XML,
+            "net_is_active": True,
+            "net_is_persistent": False,
+            "net_autostart": True,
+            "net_bridge_name": "virbr7",
+            "net_messages": [],
+            "net_metadata": "words",
+            "net_leases": [
+                DhcpLease("virbr7", 0, "ipv6", "52:54:00:00:00:09", "7", "fd00::9", 64, None, "00:01"),
+                DhcpLease("virbr7", 86400, "ipv4", "52:54:00:00:00:01", None, "10.0.0.5", 24, "web", None),
+            ],
+            "net_ports": [self.port],
+            "net_port": self.port,
+            "net_create_port": self.port,
+            "port_xml": "<networkport><uuid>x</uuid></networkport>\n",
+        }
         self.low: dict[str, Any] = {
             "DOMAIN_GET_DISK_ERRORS": ([("vda", 2)], 1),
             "DOMAIN_GET_FSINFO": ([("/", "vda1", "ext4", ["vda"])], 1),
@@ -236,6 +298,12 @@ class FakeConnection:
                 return domain
         raise NoDomain(f"no domain with the name '{key}'")
 
+    def find_network(self, key: str, *by: str) -> FakeNetwork:
+        for network in (self.lan, self.lab):
+            if key in [getattr(network, attribute) for attribute in by]:
+                return network
+        raise NoNetwork(f"no network '{key}'")
+
     def low_level(self, procedure: str, *values: Any, timeout: float | None = None) -> Any:
         found = self.low[procedure]
         if isinstance(found, Exception):
@@ -248,14 +316,16 @@ class FakeConnection:
     def close(self) -> None:
         self.calls.append(("close",))
 
-    def method(self, owner: type, name: str, domain: FakeDomain | None) -> Any:
+    def method(
+        self, owner: type, name: str, thing: FakeDomain | FakeNetwork | FakePort | None, prefix: str = ""
+    ) -> Any:
         real = getattr(owner, name)  # AttributeError: the real client has no such method either
 
         def call(*args: Any, **kwargs: Any) -> Any:
             inspect.signature(real).bind(None, *args, **kwargs)
-            record = (name, *((domain.name,) if domain else ()), *args, *(kwargs.values()))
+            record = (prefix + name, *((thing.name,) if thing else ()), *args, *(kwargs.values()))
             self.calls.append(record)
-            reply = self.replies.get(name)
+            reply = self.replies.get(prefix + name)
             if isinstance(reply, BaseException) or (isinstance(reply, type) and issubclass(reply, BaseException)):
                 raise reply
             if callable(reply):

@@ -155,3 +155,33 @@ def test_an_interface_is_edited_as_a_machine_is(kvik: Any, editor: Any) -> None:
     editor("true")
     assert kvik("iface-edit", "br0") == 0
     assert "not changed" in kvik.out
+
+
+def test_a_network_is_edited_the_same_way(kvik: Any, editor: Any) -> None:
+    editor("true")
+    assert kvik("net-edit", "--network", "lan") == 0
+    assert "Network lan XML configuration not changed.\n" in kvik.out
+    editor('sed -i s/virbr7/virbr8/ "$f"')
+    assert kvik("net-edit", "lan") == 0
+    assert "Network lan XML configuration edited.\n" in kvik.out
+    ((_, text, flags),) = kvik.connection.made("define_network")
+    assert "virbr8" in text
+    assert flags == 1
+    assert kvik.connection.made("net_xml")[0] == ("net_xml", "lan", 1)
+
+
+def test_a_refused_network_is_kept_for_another_try(kvik: Any, editor: Any) -> None:
+    editor('sed -i s/virbr7/virbr8/ "$f"')
+    kvik.connection.replies["define_network"] = ConfigError("no such bridge")
+    assert kvik("net-edit", "lan", stdin="n\n") == 1
+    assert "no such bridge" in kvik.err
+    assert "the changes to network lan were not saved" in kvik.err
+
+
+def test_words_of_a_network_are_edited(kvik: Any, editor: Any) -> None:
+    editor('echo more > "$f"')
+    assert kvik("net-desc", "lan", "--edit") == 0
+    assert kvik.connection.made("net_set_metadata")[0][:4] == ("net_set_metadata", "lan", 0, "more")
+    assert kvik("net-metadata", "lan", "u", "--key", "k", "--edit") == 0
+    assert kvik.connection.made("net_set_metadata")[1][2:6] == (2, "more\n", "k", "u")
+    assert kvik("net-metadata", "lan", "u", "--edit") == 1

@@ -124,6 +124,19 @@ def test_values_complete(kvik: Any) -> None:
     assert names(kvik, "exec", "tiny-1", "--", "l") == [completion.FILES]
 
 
+def test_names_of_networks_complete(kvik: Any) -> None:
+    assert names(kvik, "net-dumpxml", "") == ["lan", "lab"]
+    assert names(kvik, "net-start", "") == ["lab"]
+    assert names(kvik, "net-destroy", "l") == ["lan"]
+    assert names(kvik, "net-name", "1") == ["11111111-2222-3333-4444-555555555555"]
+    assert names(kvik, "net-event", "--network", "la") == ["lan", "lab"]
+    assert names(kvik, "net-event", "--event", "m") == ["metadata-change"]
+    assert names(kvik, "net-update", "lan", "add-") == ["add-first", "add-last"]
+    assert names(kvik, "net-update", "lan", "add", "dns-") == ["dns-host", "dns-txt", "dns-srv"]
+    assert names(kvik, "net-port-dumpxml", "lan", "") == ["99999999-8888-7777-6666-555555555555"]
+    assert "net-dhcp-leases" in names(kvik, "net-d")
+
+
 def test_completing_never_prints_an_error_or_starts_a_daemon(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,8 +147,10 @@ def test_completing_never_prints_an_error_or_starts_a_daemon(
         raise OSError("nobody there")
 
     monkeypatch.setattr("kvik.client.connect", connect)
-    assert completion.complete_main(["dominfo", ""]) == 0
-    assert asked == [False]
+    for verb in ("dominfo", "net-info"):
+        assert completion.complete_main([verb, ""]) == 0
+    assert completion.complete_main(["net-port-delete", "lan", ""]) == 0
+    assert asked == [False] * 3
     assert capsys.readouterr() == ("", "")
 
 

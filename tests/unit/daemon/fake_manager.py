@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from fake_networks import FakeNetworks
+
 from kvik.errors import NoDomain, OperationInvalid
 from kvik.manager.events import DomainRef, EventHub
 
@@ -72,6 +74,7 @@ class FakeDomain:
 class FakeManager:
     def __init__(self, count: int = 1) -> None:
         self.events = EventHub()
+        self.networks = FakeNetworks()
         self.all = [FakeDomain(f"m{number}") for number in range(count)]
         self.drivers: dict[str, Any] = {}
         self.is_open = False

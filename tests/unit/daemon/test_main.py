@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import kvik
-from kvik.daemon.main import parser, scope_paths
+from kvik.daemon.main import parser, scope_paths, wants_default_network
 from kvik.rpc import message as m
 from kvik.rpc.program import kvik as kvik_program
 from kvik.rpc.program import remote
@@ -33,6 +33,24 @@ def root() -> Iterator[Path]:
         if (process / "cmdline").exists() and os.fsencode(path) in (process / "cmdline").read_bytes():
             os.kill(int(process.name), signal.SIGKILL)
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="networks of the system scope need root")
+@pytest.mark.parametrize(
+    ("words", "environ", "wanted"),
+    [
+        ("--system", {}, True),
+        ("", {}, True),
+        ("--session", {"HOME": "/nonexistent"}, False),
+        ("--system --root /srv/other", {}, False),
+        ("--system", {"KVIK_ROOT": "/srv/other"}, False),
+        ("--system --default-network off", {}, False),
+        ("--system --root /srv/other --default-network on", {}, True),
+    ],
+)
+def test_the_default_network_is_the_hosts_own_daemons(words: str, environ: dict[str, str], wanted: bool) -> None:
+    options = parser().parse_args(words.split())
+    assert wants_default_network(options, scope_paths(options, environ), environ) is wanted
 
 
 def kvikd(*options: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:

@@ -117,7 +117,7 @@ async def test_killed_at_any_step_the_next_daemon_finds_a_whole_state(tmp_path: 
 
 def check(bench: Bench, manager: Manager) -> None:
     paths = bench.paths
-    files = {path.name for path in paths.domains.iterdir() if path.name != "autostart"}
+    files = {path.name for path in paths.domains.iterdir() if not path.is_dir()}
     links = {path.name for path in (paths.domains / "autostart").iterdir()}
     persistent = {f"{domain.name}.xml" for domain in manager.domains() if domain.persistent}
     assert files == persistent, "definitions on disk and in memory differ"

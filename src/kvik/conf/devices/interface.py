@@ -167,8 +167,8 @@ class Rate(Element):
 
     average: int | None = None
     peak: int | None = None
-    burst: int | None = None
     floor: int | None = None
+    burst: int | None = None
 
 
 class Bandwidth(Element):

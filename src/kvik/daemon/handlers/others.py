@@ -1,4 +1,4 @@
-"""Networks, pools, secrets, filters and host devices: none yet, said in the way clients expect.
+"""Pools, secrets, filters and host devices: none yet, said in the way clients expect.
 
 Lists are empty, looking one up says which kind of thing was not found, and events can be subscribed to: clients such
 as virt-manager do all that before they show the first machine.
@@ -10,7 +10,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from kvik.daemon.errors import NoFilter, NoNodeDevice, NoSecret
-from kvik.errors import InvalidArgument, NoNetwork, NoStoragePool, NoStorageVolume
+from kvik.errors import InvalidArgument, NoStoragePool, NoStorageVolume
 
 if TYPE_CHECKING:
     from kvik.daemon.connection import Connection
@@ -42,10 +42,6 @@ def _what(args: Any) -> str:
     while isinstance(first, tuple):  # an object's reference starts with its name
         first = first[0]
     return _uuid(first) if isinstance(first, bytes) else str(first)
-
-
-def no_network(connection: Connection, args: Any) -> None:
-    raise NoNetwork(f"no network '{_what(args)}'")
 
 
 def no_pool(connection: Connection, args: Any) -> None:

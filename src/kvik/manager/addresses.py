@@ -1,0 +1,88 @@
+"""A guest's addresses without its help: the DHCP leases of our networks, and who answered the host's ARP and ND."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from kvik.conf.network import normal_mac
+from kvik.errors import KvikError
+from kvik.host.neighbour import neighbours
+from kvik.host.netlink import Netlink
+from kvik.manager.guest import ADDRESSES_MAX, InterfaceAddress
+
+if TYPE_CHECKING:
+    from kvik.conf.devices.interface import Interface
+    from kvik.manager.domain import DomainObject
+    from kvik.manager.networks import NetworkObject, Networks
+
+__all__ = ["from_leases", "from_neighbours"]
+
+IPV4, IPV6 = 0, 1  # virIPAddrType
+
+
+async def from_leases(domain: DomainObject) -> list[InterfaceAddress]:
+    """What the networks that the machine's interfaces are on have lent to their MACs."""
+    networks = domain.manager.networks
+    found = []
+    for interface, mac in _interfaces(domain):
+        network = network_of(networks, interface)
+        if network is None or not network.is_active:
+            continue
+        leases = await networks.run(network.leases, mac)
+        lent = [(IPV4 if lease.version == 4 else IPV6, lease.address, lease.prefix) for lease in leases]
+        if lent:
+            found.append(InterfaceAddress(_name(interface), mac, lent[:ADDRESSES_MAX]))
+    return found
+
+
+async def from_neighbours(domain: DomainObject) -> list[InterfaceAddress]:
+    """Who answered the host with the MAC of one of the machine's interfaces. No prefix is known: it is 0."""
+
+    def known() -> dict[str, list[tuple[int, str, int]]]:
+        by_mac: dict[str, list[tuple[int, str, int]]] = {}
+        with Netlink() as netlink:
+            for entry in neighbours(netlink):
+                if entry.usable:
+                    family = IPV4 if entry.address.version == 4 else IPV6
+                    by_mac.setdefault(entry.mac, []).append((family, str(entry.address), 0))
+        return by_mac
+
+    by_mac = await domain.manager.networks.run(known)
+    return [
+        InterfaceAddress(_name(interface), mac, sorted(by_mac[mac])[:ADDRESSES_MAX])
+        for interface, mac in _interfaces(domain)
+        if mac in by_mac
+    ]
+
+
+def network_of(networks: Networks, interface: Interface) -> NetworkObject | None:
+    """The network of ours that an interface is on, by its name or by its bridge."""
+    source = interface.source
+    if source is None:
+        return None
+    if interface.type == "network" and source.network:
+        try:
+            return networks.lookup_name(source.network)
+        except KvikError:
+            return None
+    if source.bridge:
+        return next((each for each in networks.list() if each.is_active and each.bridge_name == source.bridge), None)
+    return None
+
+
+def _interfaces(domain: DomainObject) -> Iterable[tuple[Interface, str]]:
+    """The live interfaces that have a MAC, with it."""
+    domain.require_running()
+    live = domain.live
+    for interface in live.devices.interfaces if live is not None else ():
+        if interface.mac is not None:
+            try:
+                yield interface, normal_mac(interface.mac.address)
+            except ValueError:
+                continue
+
+
+def _name(interface: Interface) -> str:
+    """Of the host's end, as libvirt names it for these sources."""
+    return (interface.target.dev if interface.target else None) or ""

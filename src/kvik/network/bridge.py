@@ -1,0 +1,154 @@
+"""A network's own bridge: made with its addresses and routes, and taken away again.
+
+A bridge is ours if it is a bridge and has the MAC address that the network's document gives it, which is set in the
+request that makes it: a bridge of somebody else's by the same name is neither used nor deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from kvik.conf.network import Network
+from kvik.conf.network_addresses import ip_interface, route_destination
+from kvik.errors import AlreadyExists, HostError
+from kvik.host.bridge import create_bridge
+from kvik.host.netlink import Link, Netlink, check_name
+from kvik.host.route import add_route
+
+__all__ = ["add_routes", "find_bridge", "is_ours", "make_bridge", "remove_bridge", "set_forwarding"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_METRIC = 1  # of a <route> that says none, as in libvirt
+SYSCTL = Path("/proc/sys/net")  # shows the network namespace of the thread that opens it
+
+
+def find_bridge(netlink: Netlink, name: str) -> Link | None:
+    """The interface with this name, whatever it is."""
+    try:
+        return netlink.link(name)
+    except HostError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+
+
+def is_ours(link: Link, document: Network) -> bool:
+    return link.kind == "bridge" and document.mac is not None and link.mac == document.mac.address.lower()
+
+
+def make_bridge(netlink: Netlink, document: Network, undo: ExitStack) -> Link:
+    """The bridge of the network, up and with its addresses; `undo` takes it away. About a millisecond.
+
+    Raises AlreadyExists if there is an interface by that name, HostError for what the kernel refuses.
+    """
+    assert document.bridge is not None
+    name = check_name(document.bridge_name or "")
+    there = find_bridge(netlink, name)
+    if there is not None:
+        raise AlreadyExists(
+            f"network {document.name!r} cannot make bridge {name}: there is an interface of that name already "
+            f"({there.kind or 'hardware'}, {there.mac or 'no MAC'})",
+            remedy="give the network's <bridge> another name, or delete that interface if nobody needs it",
+        )
+    link = create_bridge(
+        netlink,
+        name,
+        mac=document.mac.address if document.mac else None,
+        mtu=document.mtu.size if document.mtu else None,
+        stp=bool(document.bridge.stp),
+        forward_delay=document.bridge.delay or 0,
+    ).link
+    undo.callback(_quietly_remove, netlink, document)
+    _set_up_ipv6(name, document)
+    for ip in document.ips:
+        if ip.address is None:
+            continue
+        interface = ip_interface(ip)
+        subnet = interface.network
+        broadcast = str(subnet.broadcast_address) if subnet.version == 4 and subnet.prefixlen < 31 else None
+        # Nobody else can have the address on a bridge that has no port yet: there is nothing to detect.
+        netlink.add_address(link.index, str(interface), broadcast=broadcast, detect_duplicates=False)
+    netlink.set_link(link.index, up=True)
+    return link
+
+
+def remove_bridge(netlink: Netlink, document: Network) -> bool:
+    """Delete the network's bridge, its addresses and routes with it. False if it is gone, or is not ours."""
+    link = find_bridge(netlink, document.bridge_name or "")
+    if link is None or not is_ours(link, document):
+        return False
+    try:
+        netlink.delete_link(link.index)
+    except HostError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        return False
+    return True
+
+
+def _quietly_remove(netlink: Netlink, document: Network) -> None:
+    """For undoing: what fails there has its cause told already."""
+    try:
+        remove_bridge(netlink, document)
+    except HostError as error:
+        logger.warning("%s", error)
+
+
+def _set_up_ipv6(name: str, document: Network) -> None:
+    """Without an IPv6 address on it the host takes no part in the bridge's IPv6: guests cannot reach it by a link-local
+    address that nobody meant to give it. With one, the host is the router: it listens to no other one's adverts."""
+    has_address = any(ip_interface(ip).version == 6 for ip in document.ips if ip.address is not None)
+    settings = SYSCTL / "ipv6" / "conf" / name
+    if has_address:
+        _write(settings / "accept_ra", "0")
+        _write(settings / "autoconf", "0")
+        _write(settings / "disable_ipv6", "0")
+    else:
+        _write(settings / "disable_ipv6", "1")
+
+
+def set_forwarding(document: Network) -> None:
+    """Have the kernel route, for the families that the network has addresses of. It is not set back when the network
+    ends: by then others may count on it."""
+    if document.forward is None:
+        return
+    versions = {ip_interface(ip).version for ip in document.ips if ip.address is not None}
+    if 4 in versions:
+        _switch_on(SYSCTL / "ipv4" / "ip_forward")
+    if 6 in versions:
+        # A router ignores router advertisements unless told that it may listen (accept_ra 2): an interface that has its
+        # own default route from one must not lose it (networking/ip-sysctl in the kernel's documentation).
+        with suppress(OSError):
+            for interface in (SYSCTL / "ipv6" / "conf").iterdir():
+                if interface.name not in ("all", "default", document.bridge_name):
+                    with suppress(OSError):
+                        if (interface / "accept_ra").read_text("ascii").strip() == "1":
+                            (interface / "accept_ra").write_text("2", "ascii")
+        _switch_on(SYSCTL / "ipv6" / "conf" / "all" / "forwarding")
+
+
+def _switch_on(path: Path) -> None:
+    with suppress(OSError):
+        if path.read_text("ascii").strip() == "1":
+            return
+    _write(path, "1")
+
+
+def _write(path: Path, value: str) -> None:
+    try:
+        path.write_text(value, "ascii")
+    except FileNotFoundError:
+        return  # a kernel without IPv6 has nothing to switch off
+    except OSError as error:
+        raise HostError(f"cannot set {path} to {value}: {error.strerror}", errno=error.errno or 0) from error
+
+
+def add_routes(netlink: Netlink, document: Network, index: int) -> None:
+    """The network's <route>s, through a guest that is a router. They go with the bridge."""
+    for number, route in enumerate(document.routes):
+        destination = route_destination(route, f"/network/route[{number + 1}]")
+        add_route(netlink, str(destination), gateway=route.gateway, index=index, metric=route.metric or DEFAULT_METRIC)

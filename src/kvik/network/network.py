@@ -1,0 +1,326 @@
+"""One virtual network: its definition, whether it is active, who is on it, and one job at a time that changes it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from kvik.conf.enums import NetworkEventLifecycleType, NetworkUpdateFlags
+from kvik.conf.network import Network, format_network
+from kvik.conf.network_update import update_network
+from kvik.conf.network_validate import validate_network
+from kvik.errors import KvikError, OperationInvalid, OperationTimeout
+from kvik.network.dnsmasq import LeaseEntry
+from kvik.network.probe import Finding, probe
+from kvik.network.runtime import Runtime
+
+if TYPE_CHECKING:
+    from kvik.network.networks import Networks
+
+__all__ = ["NetworkObject"]
+
+logger = logging.getLogger(__name__)
+
+JOB_WAIT = 30.0  # seconds to wait for the present job
+JOB_LIMIT = 60.0  # seconds that a job may take
+PROBE_DELAY = 0.5  # seconds after a start: who starts and stops in one go is not made to wait
+RESTARTS, RESTARTS_WITHIN = 5, 60.0  # of a dnsmasq that ends by itself: so many in so many seconds
+
+
+class NetworkObject:
+    """Made by `Networks`. Reads are answered from memory; what changes it is a coroutine and holds its job."""
+
+    def __init__(self, networks: Networks, definition: Network, *, persistent: bool) -> None:
+        self._networks = networks
+        self.definition = definition
+        self.persistent = persistent
+        self.autostart = False
+        self.runtime: Runtime | None = None
+        self.warnings: list[str] = []  # what was found since the last start: a foreign rule set that drops, ...
+        self.ports: dict[str, str] = {}  # of active interfaces: port id -> whose it is
+        self._lock = asyncio.Lock()
+        self._job = ""
+        self._unwatch: Callable[[], None] | None = None
+        self._restarts: list[float] = []
+
+    def __repr__(self) -> str:
+        return f"NetworkObject({self.name!r}, {'active' if self.is_active else 'inactive'})"
+
+    # who and what
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    @property
+    def uuid_text(self) -> str:
+        return self.definition.uuid or ""
+
+    @property
+    def uuid(self) -> bytes:
+        return UUID(self.uuid_text).bytes
+
+    @property
+    def is_active(self) -> bool:
+        return self.runtime is not None
+
+    @property
+    def document(self) -> Network:
+        """The live document of an active network, else the definition."""
+        return self.runtime.document if self.runtime is not None else self.definition
+
+    @property
+    def bridge_name(self) -> str | None:
+        """None where no bridge is involved (macvtap, pool of host devices)."""
+        return self.document.bridge_name
+
+    @property
+    def connections(self) -> int:
+        return len(self.ports)
+
+    def xml(self, inactive: bool = False) -> str:
+        """libvirt's document: of the active network, or of what the next start makes (`inactive`)."""
+        if inactive or self.runtime is None:
+            return format_network(self.definition, inactive=True)
+        return format_network(self.runtime.document, connections=self.connections)
+
+    def leases(self, mac: str | None = None) -> list[LeaseEntry]:
+        """Addresses that are lent now; of one MAC address if that is given. OperationInvalid if it is not active."""
+        if self.runtime is None:
+            raise OperationInvalid(
+                f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
+            )
+        found = self.runtime.dnsmasq.leases(self.runtime.document)
+        return [lease for lease in found if mac is None or lease.mac == mac.lower()]
+
+    # who is on it
+
+    def connect(self, port: str, owner: str) -> None:
+        """Note that an interface (a port id of the caller's choice, such as a UUID) of a machine is on it."""
+        if self.runtime is None:
+            raise OperationInvalid(
+                f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
+            )
+        self.ports[port] = owner
+
+    def disconnect(self, port: str) -> None:
+        self.ports.pop(port, None)
+
+    # jobs
+
+    @asynccontextmanager
+    async def job(self, name: str) -> AsyncIterator[None]:
+        """Be the only one to change it. `OperationTimeout` past the deadlines at the top of this file."""
+        try:
+            async with asyncio.timeout(JOB_WAIT):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise OperationTimeout(
+                f"cannot {name} network {self.name!r}: it is held by {self._job or 'others'}, "
+                f"and {JOB_WAIT:g} s of waiting are over",
+                remedy="try again later",
+            ) from None
+        self._job = name
+        try:
+            async with asyncio.timeout(JOB_LIMIT) as timer:
+                yield
+        except TimeoutError as error:
+            if not timer.expired():
+                raise
+            raise OperationTimeout(f"{name} of network {self.name!r} did not finish within {JOB_LIMIT:g} s") from error
+        finally:
+            self._job = ""
+            self._lock.release()
+
+    async def start(self) -> bool:
+        """Make it active. False if it is already, which is no error. On an error nothing of it stays."""
+        async with self.job("start"):
+            if self.runtime is not None:
+                return False
+            runtime = Runtime(self._networks.store, self.definition.copy(), persistent=self.persistent)
+            await self._networks.run(runtime.start)
+            self.ports.clear()
+            self.warnings.clear()
+            self.adopt(runtime)
+        self._networks.emit(self, NetworkEventLifecycleType.STARTED)
+        if self._networks.probing:
+            self._networks.spawn(self._prove(runtime))
+        return True
+
+    async def probe(self) -> list[Finding]:
+        """Walk a DHCP exchange and a packet through the active network; what is found to be in the way."""
+        if self.runtime is None:
+            raise OperationInvalid(
+                f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
+            )
+        async with self._networks.probes:
+            runtime = self.runtime
+            return await self._networks.run(probe, runtime.document, runtime.ending) if runtime is not None else []
+
+    async def _prove(self, runtime: Runtime) -> None:
+        """After a start: warn of what keeps the network from working."""
+        await asyncio.sleep(PROBE_DELAY)
+        if self.runtime is not runtime:
+            return
+        try:
+            for finding in await self.probe():
+                self.warn(str(finding))
+        except KvikError as error:
+            logger.info("network %s could not be probed: %s", self.name, error)
+
+    def adopt(self, runtime: Runtime) -> None:
+        """Be active with what `runtime` made or found."""
+        self.runtime = runtime
+        runtime.ending.clear()
+        self._restarts.clear()
+        self._watch()
+
+    async def destroy(self) -> None:
+        """Make it inactive, whoever is on it. A transient one is forgotten. OperationInvalid if it is not active."""
+        async with self.job("destroy"):
+            if self.runtime is None:
+                raise OperationInvalid(f"network {self.name!r} is not active")
+            await self._stop(self.runtime)
+        self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
+        if not self.persistent:
+            self._networks.forget(self)
+
+    async def _stop(self, runtime: Runtime) -> None:
+        self.let_go()
+        try:
+            await self._networks.run(runtime.stop)
+        except KvikError:
+            self._watch()  # still active: somebody may put right what was in the way and try again
+            raise
+        self.runtime = None
+        self.ports.clear()
+
+    async def lost(self, why: str) -> None:
+        """Its bridge is gone: somebody deleted it. What is left of the network is taken away."""
+        async with self.job("clean"):
+            runtime = self.runtime
+            if runtime is None:
+                return
+            logger.warning("network %s is not active any more: %s", self.name, why)
+            await self._stop(runtime)
+        self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
+        if not self.persistent:
+            self._networks.forget(self)
+
+    async def update(self, command: int, section: int, index: int, xml: str, flags: int) -> None:
+        """virNetworkUpdate: change one part of the live network, of the definition, or (flags 0) of what it is now."""
+        live = bool(flags & NetworkUpdateFlags.LIVE)
+        config = bool(flags & NetworkUpdateFlags.CONFIG)
+        if not live and not config:
+            live, config = self.is_active, not self.is_active
+
+        def change(document: Network) -> None:
+            update_network(document, command, section, index, xml)
+            validate_network(document)
+
+        await self.modify(change, live=live, config=config)
+
+    async def modify(self, change: Callable[[Network], None], *, live: bool, config: bool) -> None:
+        """Apply `change` to the live document, the definition or both: to both or to neither."""
+        async with self.job("update"):
+            if live and self.runtime is None:
+                raise OperationInvalid(f"network {self.name!r} is not active: there is nothing live to change")
+            if config and not self.persistent:
+                raise OperationInvalid(f"network {self.name!r} is transient: it has no definition to change")
+            definition = self.definition.copy()
+            if config:
+                change(definition)
+            if live and self.runtime is not None:
+                before = self.runtime.document
+                changed = before.copy()
+                change(changed)
+                await self._change_live(changed)
+            if config:
+                try:
+                    await self._networks.run(
+                        self._networks.store.save, self.name, format_network(definition, inactive=True)
+                    )
+                except KvikError:
+                    if live:
+                        await self._change_live(before)
+                    raise
+                self.definition = definition
+
+    async def _change_live(self, document: Network) -> None:
+        assert self.runtime is not None
+        self.let_go()  # its dnsmasq may be restarted: that is not a death
+        try:
+            await self._networks.run(self.runtime.change, document)
+        finally:
+            self._watch()
+
+    async def set_autostart(self, on: bool) -> None:
+        async with self.job("set autostart of"):
+            if not self.persistent:
+                raise OperationInvalid(f"network {self.name!r} is transient: it cannot start with the host")
+            await self._networks.run(self._networks.store.set_autostart, self.name, on)
+            self.autostart = on
+
+    # what happens to it while nobody asks
+
+    def _watch(self) -> None:
+        handle = self.runtime.dnsmasq.handle if self.runtime is not None else None
+        if handle is not None and handle.fileno() >= 0:
+            self._unwatch = handle.on_exit(self._dnsmasq_ended)
+
+    def let_go(self) -> None:
+        """Stop looking at it."""
+        if self.runtime is not None:
+            self.runtime.ending.set()
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+
+    def _dnsmasq_ended(self) -> None:
+        self._unwatch = None
+        self._networks.spawn(self._restart_dnsmasq())
+
+    async def _restart_dnsmasq(self) -> None:
+        """Leases are kept in its file. One that ends again and again is left alone, and said."""
+        now = time.monotonic()
+        self._restarts = [moment for moment in self._restarts if moment > now - RESTARTS_WITHIN]
+        if len(self._restarts) >= RESTARTS:
+            self.warn(
+                f"dnsmasq ended {RESTARTS} times within {RESTARTS_WITHIN:g} s: no DHCP and DNS until the next start"
+            )
+            return
+        self._restarts.append(now)
+        async with self.job("restart dnsmasq of"):
+            if self.runtime is None or self._unwatch is not None:
+                return
+            logger.warning("network %s: dnsmasq ended by itself; it is started again", self.name)
+            try:
+                await self._networks.run(self.runtime.serve)
+            except KvikError as error:
+                self.warn(str(error))
+            self._watch()
+
+    async def check(self) -> None:
+        """Put right what somebody took away on this host: the packet filter; without its bridge the network is off."""
+        async with self.job("check"):
+            if self.runtime is None:
+                return
+            try:
+                there = await self._networks.run(self.runtime.check)
+            except KvikError as error:
+                self.warn(str(error))
+                return
+            if self._unwatch is None:
+                self._watch()
+        if not there:
+            await self.lost("its bridge was deleted")
+
+    def warn(self, text: str) -> None:
+        logger.warning("network %s: %s", self.name, text)
+        if text not in self.warnings:
+            self.warnings.append(text)

@@ -1,0 +1,234 @@
+"""An active network on this host: made, updated, checked and taken away. Everything here blocks.
+
+    status file "starting" -> bridge, addresses, forwarding -> packet filter -> dnsmasq -> status file "active"
+
+Each step is undone if a later one fails. A daemon that is killed on the way leaves a status that says "starting", and
+the next one takes away what it names.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Literal
+
+from kvik.conf.network import Network
+from kvik.conf.network_status import NetworkStatus, Origin
+from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvalid
+from kvik.host import nftables
+from kvik.host.netlink import Netlink
+from kvik.network import nat
+from kvik.network.bridge import add_routes, find_bridge, is_ours, make_bridge, remove_bridge, set_forwarding
+from kvik.network.dnsmasq import Dnsmasq, is_needed
+from kvik.network.store import Store
+from kvik.network.subnet import refuse_taken
+
+__all__ = ["Runtime"]
+
+logger = logging.getLogger(__name__)
+State = Literal["starting", "active", "stopping"]
+
+BRIDGES = ("bridge", "openvswitch")  # kinds of interface that other interfaces can be ports of
+
+
+class Runtime:
+    """One active network, or one that is about to be."""
+
+    def __init__(
+        self, store: Store, document: Network, *, persistent: bool, status: NetworkStatus | None = None
+    ) -> None:
+        self.store = store
+        self.document = document
+        self.persistent = persistent
+        self.ending = threading.Event()  # what only looks at the network is to stop
+        self.status = status or NetworkStatus()
+        self.dnsmasq = Dnsmasq(document.name, store.data, store.status)
+
+    # start
+
+    def start(self) -> None:
+        """Make it. On an error nothing of it stays."""
+        document = self.document
+        _refuse_unkept_promises(document)
+        with Netlink() as netlink, ExitStack() as undo:  # the undo steps talk over this netlink
+            if document.owns_bridge:
+                refuse_taken(netlink, document)
+            self._save("starting")
+            undo.callback(_quietly, self.store.remove_status, document.name)
+            if document.owns_bridge:
+                link = make_bridge(netlink, document, undo)
+                if nat.needs_table(document):
+                    undo.callback(_quietly, self._remove_filter)
+                    self.install_filter()
+                set_forwarding(document)
+                if is_needed(document):
+                    self.dnsmasq.write(document)
+                    undo.callback(_quietly, self.dnsmasq.stop_strays)
+                    self.dnsmasq.start()
+                add_routes(netlink, document, link.index)
+            else:
+                _check_parts(netlink, document)
+            self._save("active")
+            undo.pop_all()
+
+    def _save(self, state: State) -> None:
+        self.status.network = self.document
+        self.status.origin = Origin(state=state, boot=self.store.boot, persistent=self.persistent)
+        self.store.save_status(self.status)
+
+    def note(self) -> None:
+        """Write the status anew: something that it says has changed."""
+        self._save("active")
+
+    def install_filter(self) -> None:
+        """The packet filter as the document has it, whatever is there of it."""
+        # To delete what is not there costs 10 ms: the kernel waits until no packet is in the old rules any more.
+        nftables.run(nat.install(self.document) if self._has_filter() else nat.add(self.document))
+
+    def _has_filter(self) -> bool:
+        name = nat.table_name(self.document.bridge_name or "")
+        return any(table.get("table", {}).get("name") == name for table in nftables.run([{"list": {"tables": None}}]))
+
+    def _remove_filter(self) -> None:
+        nftables.run(nat.remove(self.document.bridge_name or ""))
+
+    # stop
+
+    def stop(self) -> None:
+        """Take everything away. What cannot be taken away is tried to the end, then the first error is raised."""
+        errors: list[KvikError] = []
+        _collect(errors, lambda: self._save("stopping"))
+        if self.document.owns_bridge:
+            _collect(errors, self.dnsmasq.stop)
+            self._take_away(errors)
+        if errors:
+            raise errors[0]
+        self.store.remove_status(self.document.name)
+
+    def clean(self) -> None:
+        """Take away what a killed daemon left, as far as its status says it was to be made."""
+        errors: list[KvikError] = []
+        if self.document.owns_bridge:
+            _collect(errors, self.dnsmasq.stop_strays)
+            self._take_away(errors)
+        if errors:
+            raise errors[0]
+        self.store.remove_status(self.document.name)
+
+    def _take_away(self, errors: list[KvikError]) -> None:
+        """The bridge first: while it is there, guests are never without the filter."""
+        with Netlink() as netlink:
+            there = find_bridge(netlink, self.document.bridge_name or "")
+            mine = there is None or is_ours(there, self.document)
+            _collect(errors, lambda: remove_bridge(netlink, self.document))
+        if mine and nat.needs_table(self.document):  # the table bears the bridge's name: another's is not touched
+            _collect(errors, self._remove_filter)
+
+    # after the daemon was away, or when something on the host has changed
+
+    def check(self) -> bool:
+        """Put right what is missing of it. False if its bridge is gone."""
+        return self.reattach(only_missing=True)
+
+    def reattach(self, *, only_missing: bool = False) -> bool:
+        """Find the network again as it was; put right what is missing of it. False if its bridge is gone."""
+        document = self.document
+        with Netlink() as netlink:
+            if not document.owns_bridge:
+                return True
+            link = find_bridge(netlink, document.bridge_name or "")
+            if link is None or not is_ours(link, document):
+                return False
+        if nat.needs_table(document) and not (only_missing and self._has_filter()):
+            self.install_filter()
+        set_forwarding(document)
+        self.serve()
+        return True
+
+    def serve(self) -> None:
+        """Have a dnsmasq that serves what the document says: started, restarted if it served something else."""
+        if not is_needed(self.document):
+            self.dnsmasq.stop()
+            return
+        self.dnsmasq.handle = self.dnsmasq.handle or self.dnsmasq.find()
+        changed = self.dnsmasq.write(self.document)
+        if self.dnsmasq.handle is not None and self.dnsmasq.handle.alive and not changed:
+            return
+        self.dnsmasq.stop()
+        self.dnsmasq.start()
+
+    def change(self, document: Network) -> None:
+        """Make the live network what `document` says; on an error it is what it was."""
+        before, self.document = self.document, document
+        try:
+            if document.owns_bridge:
+                if nat.needs_table(document):
+                    self.install_filter()
+                self.serve()
+            self._save("active")
+        except KvikError:
+            self.document = before
+            if before.owns_bridge:
+                if nat.needs_table(before):
+                    _quietly(self.install_filter)
+                _quietly(self.serve)
+            raise
+
+
+def _refuse_unkept_promises(document: Network) -> None:
+    """What is not done here and would be missed."""
+    kept = {
+        "bridge zone": (document.bridge.zone if document.bridge else None, "kvik has a packet filter of its own"),
+        "bandwidth": (document.bandwidth if document.owns_bridge else None, "set it on the machines' interfaces"),
+    }
+    for name, (value, remedy) in kept.items():
+        if value is not None:
+            raise ConfigUnsupported(
+                f"network {document.name!r}: <{name}> is not supported yet", path="/network", remedy=remedy
+            )
+
+
+def _check_parts(netlink: Netlink, document: Network) -> None:
+    """What the network only refers to has to exist. OperationInvalid."""
+    if document.mode == "bridge" and document.bridge_name:
+        link = find_bridge(netlink, document.bridge_name)
+        port = document.virtualport
+        # The bridge of Open vSwitch's userspace datapath is a tun device to the kernel.
+        kinds = (*BRIDGES, "tun") if port is not None and port.type == "openvswitch" else BRIDGES
+        if link is None or link.kind not in kinds:
+            what = "there is no such interface" if link is None else f"that is no bridge ({link.kind or 'hardware'})"
+            raise OperationInvalid(
+                f"network {document.name!r} is to use bridge {document.bridge_name}: {what}",
+                remedy=f"make it: kvik bridge add {document.bridge_name}",
+            )
+    if document.is_macvtap and document.forward is not None:
+        for interface in document.forward.interfaces:
+            link = find_bridge(netlink, interface.dev)
+            if link is None:
+                raise OperationInvalid(
+                    f"network {document.name!r} is to use interface {interface.dev}, which does not exist"
+                )
+            if link.master:
+                master = netlink.link(link.master).name
+                raise OperationInvalid(
+                    f"network {document.name!r} is to use interface {interface.dev}, which is a port of {master}",
+                    remedy=f"take it out: kvik bridge delif {master} {interface.dev}, or use <bridge name='{master}'/>",
+                )
+
+
+def _collect(errors: list[KvikError], step: Callable[[], object]) -> None:
+    try:
+        step()
+    except KvikError as error:
+        logger.warning("%s", error)
+        errors.append(error)
+
+
+def _quietly(function: Callable[..., object], *args: object) -> None:
+    """For undoing: what fails there has its cause told already."""
+    try:
+        function(*args)
+    except (KvikError, HostError) as error:
+        logger.warning("%s", error)

@@ -1,0 +1,166 @@
+"""Networks on disk: definitions, autostart links, live status. The daemon may be killed between any two steps.
+
+    <config>/qemu/networks/NAME.xml            the definition; fsynced
+    <config>/qemu/networks/autostart/NAME.xml  link to it
+    <run>/network/NAME.xml                     live status: what was made on this host, said before it is made
+    <data>/network/NAME.{conf,leases}          of its dnsmasq
+
+All functions block. What cannot be read is set aside under another name with a warning, and stops nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvik.conf.network_status import NetworkStatus, format_status, parse_status
+from kvik.errors import ConfigError, HostError, InvalidArgument, KvikError
+from kvik.host import files
+from kvik.host.process import boot_id
+from kvik.paths import Paths
+
+__all__ = ["Loaded", "Store", "check_name"]
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".xml"
+NAME_LIMIT = 200  # bytes in UTF-8: file systems take 255, and the name gets suffixes
+DOCUMENT_LIMIT = 4 << 20  # bytes; the wire's limit for one string
+
+
+def check_name(name: str) -> str:
+    """The name if it is fit to be a file's name in our directories, else `InvalidArgument`."""
+    if not name or name[0] in "-." or "/" in name or not name.isprintable() or name != name.strip():
+        raise InvalidArgument(
+            f"network name {name!r} is not allowed",
+            remedy="it needs a letter; leave out '/', control characters, spaces at the ends, '-' or '.' at the start",
+        )
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"network name {name!r} is not valid text") from error
+    if size > NAME_LIMIT:
+        raise InvalidArgument(f"network name {name[:20]!r}... has {size} bytes: at most {NAME_LIMIT} are allowed")
+    return name
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What `load` found."""
+
+    documents: list[tuple[str, str]] = field(default_factory=list)  # (name by the file, text)
+    autostart: set[str] = field(default_factory=set)
+    statuses: list[NetworkStatus] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Store:
+    def __init__(self, paths: Paths) -> None:
+        self.definitions = paths.networks
+        self.links = paths.networks / "autostart"
+        self.status = paths.network_status
+        self.data = paths.network_data
+        self.boot = boot_id()
+
+    def load(self) -> Loaded:
+        """Read everything. `HostError` only if the directories cannot be had."""
+        loaded = Loaded()
+        for directory in (self.definitions, self.links, self.status, self.data):
+            files.ensure_directory(directory)
+            with contextlib.suppress(HostError):
+                files.remove_temporaries(directory, older_than=0)
+        for name, data in self._read_all(self.definitions, loaded):
+            try:
+                loaded.documents.append((name, data.decode()))
+            except UnicodeDecodeError as error:
+                loaded.warnings.append(self.set_aside(name, f"not UTF-8: {error}"))
+        for name, data in self._read_all(self.status, loaded):
+            try:
+                status = parse_status(data)
+                if status.document.name != name or status.origin is None:
+                    raise ConfigError("it is not of this network, or not of kvik")
+                loaded.statuses.append(status)
+            except ConfigError as error:
+                loaded.warnings.append(_set_aside(self.status / f"{name}{SUFFIX}", str(error)))
+        defined = {name for name, _ in loaded.documents}
+        for link in self.links.glob(f"*{SUFFIX}"):
+            if link.name.removesuffix(SUFFIX) in defined:
+                loaded.autostart.add(link.name.removesuffix(SUFFIX))
+            else:
+                with contextlib.suppress(HostError):
+                    files.remove_file(link, durable=False)
+        return loaded
+
+    def _read_all(self, directory: Path, loaded: Loaded) -> Iterator[tuple[str, bytes]]:
+        for path in sorted(directory.glob(f"*{SUFFIX}")):
+            name = path.name.removesuffix(SUFFIX)
+            try:
+                check_name(name)
+                yield name, files.read_file(path, limit=DOCUMENT_LIMIT)
+            except KvikError as error:
+                loaded.warnings.append(_set_aside(path, str(error)))
+
+    def set_aside(self, name: str, why: str) -> str:
+        """Give a definition that is of no use another name; return (and log) the warning."""
+        return _set_aside(self.definitions / f"{name}{SUFFIX}", why)
+
+    # definitions
+
+    def save(self, name: str, text: str) -> None:
+        """On an error the old content is there, or no file if there was none."""
+        path = self.definitions / f"{check_name(name)}{SUFFIX}"
+        before = files.try_read_file(path, limit=DOCUMENT_LIMIT)
+        if before is None:  # a link that could not be removed with its network must not start a later one
+            files.remove_file(self.links / path.name, durable=False)
+        try:
+            files.atomic_write(path, text.encode())
+        except HostError:  # it may have been renamed into place already, and only not be durable
+            with contextlib.suppress(HostError):
+                if before is None:
+                    files.remove_file(path, durable=False)
+                else:
+                    files.atomic_write(path, before, durable=False)
+            raise
+
+    def remove(self, name: str) -> None:
+        path = self.definitions / f"{check_name(name)}{SUFFIX}"
+        try:
+            files.remove_file(path)
+        except HostError as error:
+            if path.exists():
+                raise
+            logger.warning("%s", error)  # removed, only not durable yet
+        with contextlib.suppress(HostError):  # the definition is gone; `load` drops a link without one
+            files.remove_file(self.links / path.name)
+
+    def set_autostart(self, name: str, on: bool) -> None:
+        link = self.links / f"{check_name(name)}{SUFFIX}"
+        if on:
+            files.atomic_symlink(self.definitions / link.name, link)
+        else:
+            files.remove_file(link)
+
+    # live status: must outlive the daemon, not the host, so nothing is fsynced
+
+    def save_status(self, status: NetworkStatus) -> None:
+        path = self.status / f"{check_name(status.document.name)}{SUFFIX}"
+        files.atomic_write(path, format_status(status), durable=False)
+
+    def remove_status(self, name: str) -> None:
+        files.remove_file(self.status / f"{check_name(name)}{SUFFIX}", durable=False)
+
+
+def _set_aside(path: Path, why: str) -> str:
+    number = 0
+    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
+        number += 1
+    try:
+        path.rename(aside)
+        text = f"{path} is set aside as {aside.name}: {why}"
+    except OSError as error:
+        text = f"{path} is ignored: {why} (and it cannot be renamed: {error.strerror})"
+    logger.warning("%s", text)
+    return text

@@ -1,0 +1,78 @@
+"""Which network an interface is on, and who is asked for a machine's addresses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from manager_bench import Bench, document
+
+from kvik.conf.devices.interface import Interface, InterfaceSource
+from kvik.errors import InvalidArgument, NoNetwork
+from kvik.manager import addresses
+from kvik.manager.addresses import network_of
+from kvik.network.dnsmasq import LeaseEntry
+
+MAC = "52:54:00:0a:0b:0c"
+INTERFACES = "".join(
+    f"<interface type='user'><mac address='{mac}'/></interface>" for mac in (MAC.upper(), MAC[:-1] + "d")
+)
+
+
+class Network(SimpleNamespace):
+    def leases(self, mac: str) -> list[LeaseEntry]:
+        entry = LeaseEntry("virbr9", 0, "10.0.0.5", 24, MAC)
+        return [entry, LeaseEntry("virbr9", 0, "fd00::5", 64, MAC)] if mac == MAC else []
+
+
+class Networks:
+    def __init__(self) -> None:
+        self.on = Network(name="on", is_active=True, bridge_name="virbr9")
+        self.off = Network(name="off", is_active=False, bridge_name="virbr8")
+
+    def list(self) -> list[Any]:
+        return [self.off, self.on]
+
+    def lookup_name(self, name: str) -> Any:
+        for network in self.list():
+            if network.name == name:
+                return network
+        raise NoNetwork(f"no network {name}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "name"),
+    [
+        ("network", {"network": "on"}, "on"),
+        ("network", {"network": "off"}, "off"),
+        ("network", {"network": "none"}, None),
+        ("bridge", {"bridge": "virbr9"}, "on"),
+        ("bridge", {"bridge": "virbr8"}, None),  # its network is off: the bridge is somebody else's
+        ("direct", {"dev": "eth0"}, None),
+        ("user", None, None),
+    ],
+)
+def test_an_interface_is_on_a_network_by_name_or_by_its_bridge(
+    kind: Any, source: dict[str, str] | None, name: str | None
+) -> None:
+    interface = Interface(type=kind, source=InterfaceSource(**source) if source is not None else None)
+    found = network_of(Networks(), interface)  # type: ignore[arg-type]
+    assert (found.name if found is not None else None) == name
+
+
+async def test_leases_are_found_by_the_machines_own_macs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = await Bench(tmp_path).open()
+    try:
+        domain = await manager.create_xml(document(devices=INTERFACES))
+        known = Networks()
+        monkeypatch.setattr(addresses, "network_of", lambda networks, interface: known.on)
+        (found,) = await domain.interface_addresses(0)
+        assert (found.hwaddr, found.addresses) == (MAC, [(0, "10.0.0.5", 24), (1, "fd00::5", 64)])
+        known.on.is_active = False
+        assert await domain.interface_addresses(0) == []
+        with pytest.raises(InvalidArgument):
+            await domain.interface_addresses(9)
+    finally:
+        await manager.close()
