@@ -24,11 +24,13 @@ STRANGER = "52:54:00:00:00:77"
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
     made = Host()
-    for name in ("pa", "pb"):
-        made.run(f"ip link add {name} type veth peer name {name}-far")
-        made.run(f"ip link set {name}-far up")
-    yield made
-    made.end()
+    try:
+        for name in ("pa", "pb"):
+            made.run(f"ip link add {name} type veth peer name {name}-far")
+            made.run(f"ip link set {name}-far up")
+        yield made
+    finally:
+        made.end()
 
 
 @pytest.fixture
