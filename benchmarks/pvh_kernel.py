@@ -14,16 +14,18 @@ S5_ENABLE = 5 << 2 | 1 << 5
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 
 
-def program(*, power_off: bool) -> bytes:
-    """32-bit code. Without `power_off` it halts for good."""
+def program(*, power_off: bool, again: bool = False) -> bytes:
+    """32-bit code. Without `power_off` it halts for good; with `again` it writes its byte for ever."""
     code = bytes((0x66, 0xBA)) + struct.pack("<H", COM1) + b"\xb0!\xee"  # mov dx, COM1; mov al, '!'; out dx, al
+    if again:
+        return code + b"\xeb\xfd"  # jmp to the out
     if power_off:
         code += bytes((0x66, 0xBA)) + struct.pack("<H", SLEEP_CONTROL) + bytes((0xB0, S5_ENABLE, 0xEE))
     return code + b"\xfa\xf4\xeb\xfd"  # cli; 1: hlt; jmp 1b
 
 
-def write(path: Path, *, power_off: bool = True) -> Path:
-    code = program(power_off=power_off)
+def write(path: Path, *, power_off: bool = True, again: bool = False) -> Path:
+    code = program(power_off=power_off, again=again)
     note = struct.pack("<III", 4, 4, XEN_ELFNOTE_PHYS32_ENTRY) + b"Xen\0" + struct.pack("<I", LOAD)
     at_note = 64 + 2 * 56
     at_code = 4096

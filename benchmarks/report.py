@@ -41,6 +41,10 @@ class Report:
         b = statistics.median(peer) if peer else None
         self.rows.append(Row(what, a, b, unit, f"<= {limit:g} {unit}", a <= limit))
 
+    def told(self, what: str, ours: list[float], peer: list[float], unit: str) -> None:
+        """Durations without a target."""
+        self.rows.append(Row(what, statistics.median(ours), statistics.median(peer), unit, "", None))
+
     def show(self) -> None:
         print(f"\n{self.title}", flush=True)
         head = ("what", "kvik", "peer", "ratio", "target", "")

@@ -168,6 +168,53 @@ def both_ways(rounds: int) -> None:
     print(f"  fastest: exec {min(first['exec']):.1f}, fork {min(first['fork']):.1f}, bare {min(first['bare']):.1f} ms")
 
 
+def restored(rounds: int) -> None:
+    """The same from a snapshot: to the guest's first byte, and until its monitor answers; sandboxed."""
+    with tempfile.TemporaryDirectory() as directory:
+        kernel = pvh_kernel.write(Path(directory, "kernel"), again=True)
+        place, control = Path(directory, "saved"), Path(directory, "qmp")
+        options = ["--kernel", str(kernel), "--memory", "256M", "--serial", "null", "--snapshots", directory]
+        with subprocess.Popen([*VMM, *options, "--qmp", str(control)]) as process:
+            while not control.exists():
+                time.sleep(SETTLE)
+            ask(control, "x-kvik-snapshot-save", directory=str(place))
+            process.kill()
+        taken: dict[str, list[float]] = {"first": [], "answer": [], "cpu": [], "bare": []}
+        for _ in range(rounds):
+            taken["bare"].append(bare([sys.executable, "-I", "-S", "-c", "pass"]).first)
+            control.unlink(missing_ok=True)
+            begun = time.perf_counter()
+            machine = execute(["--restore", str(place), "--qmp", str(control)])
+            taken["first"].append(machine.first)
+            while not control.exists():
+                time.sleep(0.001)
+            ask(control, "query-status")
+            taken["answer"].append(1e3 * (time.perf_counter() - begun))
+            nanoseconds = Path(f"/proc/{machine.pid}/task/{machine.pid}/schedstat").read_text().split()[0]
+            taken["cpu"].append(int(nanoseconds) / 1e6)
+            machine.end()
+    report = Report("restored from a snapshot, beside a bare interpreter")
+    for key, what in (
+        ("first", "exec to the guest's first byte"),
+        ("answer", "exec to the monitor's first answer"),
+        ("cpu", "processor time until then, main thread"),
+    ):
+        report.told(what, taken[key], taken["bare"], "ms")
+    report.show()
+
+
+def ask(path: Path, command: str, **arguments: str) -> None:
+    with socket.socket(socket.AF_UNIX) as sock, sock.makefile() as lines:
+        sock.connect(str(path))
+        lines.readline()
+        for name, values in (("qmp_capabilities", {}), (command, arguments)):
+            sock.sendall(json.dumps({"execute": name, "arguments": values}).encode())
+            while "event" in (answer := json.loads(lines.readline())):
+                pass
+            if "return" not in answer:
+                raise RuntimeError(f"{name}: {answer}")
+
+
 def cases(kernel: Path, disk: Path) -> dict[str, list[str]]:
     """Command lines by name."""
     plain = ["--kernel", str(kernel), "--pvpanic", "off"]
@@ -210,9 +257,10 @@ def measure(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--short", action="store_true", help="fork beside exec only")
+    parser.add_argument("--short", action="store_true", help="fork beside exec, and restoring, only")
     options = parser.parse_args()
     both_ways(options.rounds)
+    restored(options.rounds)
     if not options.short:
         measure(options.rounds)
 

@@ -5,8 +5,8 @@ KvikError
 │   └── ConfigError           a document is wrong (knows its line and path)
 │       └── ConfigUnsupported a document asks for what this hypervisor or host cannot do
 ├── NotFound                  the named object does not exist
-│   ├── NoDomain, NoNetwork, NoInterface, NoStoragePool, NoStorageVolume, NoSnapshot,
-│   └── NoMetadata, NoDevice
+│   ├── NoDomain, NoNetwork, NoNetworkPort, NoFilter, NoFilterBinding, NoInterface,
+│   └── NoStoragePool, NoStorageVolume, NoSnapshot, NoMetadata, NoDevice
 ├── AlreadyExists             a name, UUID or address is taken
 ├── OperationInvalid          the object is not in a state that allows this
 ├── OperationUnsupported      nobody could do this here
@@ -49,9 +49,12 @@ __all__ = [
     "MonitorError",
     "NoDevice",
     "NoDomain",
+    "NoFilter",
+    "NoFilterBinding",
     "NoInterface",
     "NoMetadata",
     "NoNetwork",
+    "NoNetworkPort",
     "NoSnapshot",
     "NoStoragePool",
     "NoStorageVolume",
@@ -126,9 +129,24 @@ class NoNetwork(NotFound):
     domain = 19
 
 
+class NoNetworkPort(NotFound):
+    code = 107
+    domain = 19
+
+
 class NoInterface(NotFound):
     code = 57  # VIR_ERR_NO_INTERFACE
     domain = 26  # VIR_FROM_INTERFACE
+
+
+class NoFilter(NotFound):
+    code = 62  # VIR_ERR_NO_NWFILTER
+    domain = 33  # VIR_FROM_NWFILTER
+
+
+class NoFilterBinding(NotFound):
+    code = 101  # VIR_ERR_NO_NWFILTER_BINDING
+    domain = 33
 
 
 class NoStoragePool(NotFound):

@@ -97,6 +97,16 @@ class Paths(NamedTuple):
         return self.log / "qemu"
 
     @property
+    def nwfilters(self) -> Path:
+        """Network filters that somebody defined, `NAME.xml`."""
+        return self.config / "nwfilter"
+
+    @property
+    def nwfilter_bindings(self) -> Path:
+        """Filters on interfaces, `DEVICE.xml`."""
+        return self.run / "nwfilter-binding"
+
+    @property
     def images(self) -> Path:
         return self.data / "images"
 

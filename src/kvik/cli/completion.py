@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from kvik.cli.context import Context
     from kvik.cli.options import Options
-    from kvik.client import Network
+    from kvik.client import Connection, Network
 
 FILES = ":files"  # the shell completes a path itself
 
@@ -219,6 +219,23 @@ class Source:
         except Exception:
             return []
 
+    def filters(self, bindings: bool) -> list[str]:
+        """Network filters, or the interfaces that are under one."""
+        from kvik.client import connect, nwfilter
+
+        def ask(connection: Connection) -> list[str]:
+            if bindings:
+                return [one.portdev for one in nwfilter.filter_bindings(connection)]
+            return [one.name for one in nwfilter.filters(connection)]
+
+        try:
+            if self.context is not None:
+                return ask(self.context.connection)
+            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
+                return ask(connection)
+        except Exception:
+            return []
+
     def devices(self, name: str, kind: str) -> list[tuple[str, str]]:
         """(target or MAC, model or source) of the disks or interfaces of a machine."""
         try:
@@ -287,9 +304,12 @@ COMPLETERS: dict[str, Callable[[Source, dict[str, str]], list[tuple[str, str]]]]
     "network": _networks(None),
     "network-active": _networks(True),
     "network-inactive": _networks(False),
+    "run-network": lambda source, used: [("none", ""), ("user", ""), *((n.name, "") for n in source.networks(True))],
     "network-uuid": lambda source, used: [(network.uuid, network.name) for network in source.networks(None)],
     "network-port": lambda source, used: [(uuid, "") for uuid in source.ports(used.get("network", ""))],
     "network-event": _network_events,
+    "nwfilter": lambda source, used: [(name, "") for name in source.filters(False)],
+    "nwfilter-binding": lambda source, used: [(name, "") for name in source.filters(True)],
     "verb": _verbs,
     "key": _keys,
     "event": _events,

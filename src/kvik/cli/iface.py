@@ -44,7 +44,8 @@ def iface_list(ctx: Context, options: Options) -> int:
 
 
 def iface_dumpxml(ctx: Context, options: Options) -> int:
-    return xml_verbs.show(ctx, options, _find(ctx, options).xml(XML_INACTIVE if options.flag("inactive") else 0))
+    text = _find(ctx, options).xml(XML_INACTIVE if options.flag("inactive") else 0)
+    return xml_verbs.show(ctx, options, text)
 
 
 def iface_define(ctx: Context, options: Options) -> int:
@@ -59,9 +60,9 @@ def iface_edit(ctx: Context, options: Options) -> int:
     one = _find(ctx, options)
 
     def define(text: str, validate: bool) -> str:
-        return f"interface {_interfaces(ctx).define(text, int(validate)).name}"
+        return f"interface {_interfaces(ctx).define(text).name}"
 
-    return xml_verbs.edit(ctx, f"interface {one.name}", lambda: one.xml(XML_INACTIVE), define)
+    return xml_verbs.edit(ctx, f"interface {one.name}", lambda: one.xml(XML_INACTIVE), define, validate=False)
 
 
 def iface_undefine(ctx: Context, options: Options) -> int:

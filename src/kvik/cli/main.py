@@ -190,7 +190,7 @@ def _apply_global(context: Context, name: str, value: str | None) -> int | None:
 ABSENT = frozenset(
     """
     blockcommit blockcopy blockjob blockpull blockresize checkpoint-create checkpoint-list domjobinfo-all dump
-    managedsave managedsave-remove migrate migrate-setspeed nodedev-list nwfilter-define nwfilter-list
+    managedsave managedsave-remove migrate migrate-setspeed nodedev-list
     pool-autostart pool-build pool-create pool-define pool-define-as pool-delete pool-destroy pool-dumpxml pool-edit
     pool-info pool-list pool-refresh pool-start pool-undefine restore save save-image-dumpxml save-image-edit
     secret-define secret-list snapshot-create snapshot-create-as snapshot-current snapshot-delete snapshot-dumpxml

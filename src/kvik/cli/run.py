@@ -115,10 +115,20 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
     if machine.firmware not in ("bios", "uefi"):
         raise UsageError(f"no firmware '{machine.firmware}'", remedy="one of: bios, uefi")
     choose_vmm(options, machine, verdict)
-    machine.network = doc.network_xml(options.text("network") or "user")
+    name = options.text("network")
+    network = doc.network_xml(name, {} if name in ("none", "user") else known_networks(ctx))
+    machine.network = doc.allow_names(network, options.words("allow"))
     for disk in machine.disks:
         progress.line(f"disk {disk.path}: {disk.format}, {disk.why}")
     return machine, is_tiny
+
+
+def known_networks(ctx: Context) -> dict[str, bool]:
+    """The daemon's virtual networks, and whether each is active."""
+    try:
+        return {row.name: row.active for row in ctx.connection.network_facts()}
+    except KvikError:  # a daemon that has none
+        return {}
 
 
 def choose_vmm(options: Options, machine: Machine, verdict: Verdict) -> None:
@@ -402,7 +412,22 @@ COMMANDS = {
         Option("vmm", TEXT, "what runs it: qemu, or kvik (kvik-vmm)", named_only=True, complete=("qemu", "kvik")),
         Option("machine", TEXT, "machine type", named_only=True, complete=("q35", "pc", "microvm")),
         Option("firmware", TEXT, "bios or uefi", named_only=True, complete=("bios", "uefi")),
-        Option("network", TEXT, "none, user, or a bridge of this host", named_only=True, complete=("none", "user")),
+        Option(
+            "network",
+            TEXT,
+            "none, user, or a virtual network or bridge of this host (default: the network 'default' if it is active, "
+            "else user)",
+            named_only=True,
+            complete="run-network",
+        ),
+        Option(
+            "allow",
+            TEXT,
+            "DNS name that the machine may reach, with all below it; nothing else then",
+            named_only=True,
+            repeat=True,
+            metavar="name",
+        ),
         Option("kernel", TEXT, "kernel to boot directly", named_only=True, complete="file", metavar="file"),
         Option("initrd", TEXT, "its initramfs", named_only=True, complete="file", metavar="file"),
         Option("append", TEXT, "its arguments; for the tiny image: more of them", named_only=True),

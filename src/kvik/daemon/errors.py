@@ -18,7 +18,6 @@ __all__ = [
     "MultipleInterfaces",
     "NoCheckpoint",
     "NoConnection",
-    "NoFilter",
     "NoNodeDevice",
     "NoSecret",
     "OperationAborted",
@@ -54,11 +53,6 @@ class NoNodeDevice(NotFound):
 class MultipleInterfaces(KvikError):
     code = 59  # VIR_ERR_MULTIPLE_INTERFACES
     domain = 26  # VIR_FROM_INTERFACE
-
-
-class NoFilter(NotFound):
-    code = 62  # VIR_ERR_NO_NWFILTER
-    domain = 33  # VIR_FROM_NWFILTER
 
 
 class NoSecret(NotFound):

@@ -14,6 +14,7 @@ and QEMU itself needs no right to open anything.
     tpm:ALIAS         control channel of swtpm
     fs:ALIAS          connection to virtiofsd
     passt:ALIAS       connection to passt
+    switch:ALIAS      where a network's switch in user space connects (QEMU), or the connection (kvik-vmm)
     vublk:ALIAS       connection to a disk's vhost-user back end
     life:ALIAS        what that back end ends with
 """
@@ -82,7 +83,7 @@ class Opened:
         self.made: list[Path] = []  # sockets to remove when the machine is gone
         self.passed = passed
         for name, fd in passed.items():
-            if name.startswith(("net:", "vhost:", "vdpa:", "tpm:", "fs:")):
+            if name.startswith(("net:", "vhost:", "switch:", "vdpa:", "tpm:", "fs:")):
                 self.add(name, os.dup(fd))
 
     def add(self, name: str, fd: int) -> None:

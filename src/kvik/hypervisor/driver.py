@@ -32,6 +32,7 @@ class Feature(enum.StrEnum):
     NMI = "nmi"
     AGENT = "agent"
     TAPS = "taps"  # takes its interfaces' taps as descriptors
+    NET_LISTEN = "net-listen"  # a stream network's VMM can listen, and be connected to again
     RENAME_RUNNING = "rename-running"
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "listens",
     "log_name",
     "passt_name",
+    "switch_name",
     "tap_name",
     "vhost_name",
     "vhost_user_name",
@@ -77,6 +78,11 @@ def vhost_name(alias: str) -> str:
 def passt_name(alias: str) -> str:
     """The connection to passt is passed as `passt:ALIAS`."""
     return f"passt:{alias}"
+
+
+def switch_name(alias: str) -> str:
+    """The connection to a network's switch in user space, or the socket where that connects, is `switch:ALIAS`."""
+    return f"switch:{alias}"
 
 
 def vhost_user_name(alias: str) -> str:

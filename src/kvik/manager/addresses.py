@@ -10,6 +10,7 @@ from kvik.errors import KvikError
 from kvik.host.neighbour import neighbours
 from kvik.host.netlink import Netlink
 from kvik.manager.guest import ADDRESSES_MAX, InterfaceAddress
+from kvik.manager.interfaces import on_switch
 
 if TYPE_CHECKING:
     from kvik.conf.devices.interface import Interface
@@ -26,6 +27,11 @@ async def from_leases(domain: DomainObject) -> list[InterfaceAddress]:
     networks = domain.manager.networks
     found = []
     for interface, mac in _interfaces(domain):
+        if on_switch(domain.manager, interface):
+            lent = await _from_switch(domain, interface, mac)
+            if lent:
+                found.append(InterfaceAddress(_name(interface), mac, lent[:ADDRESSES_MAX]))
+            continue
         network = network_of(networks, interface)
         if network is None or not network.is_active:
             continue
@@ -34,6 +40,15 @@ async def from_leases(domain: DomainObject) -> list[InterfaceAddress]:
         if lent:
             found.append(InterfaceAddress(_name(interface), mac, lent[:ADDRESSES_MAX]))
     return found
+
+
+async def _from_switch(domain: DomainObject, interface: Interface, mac: str) -> list[tuple[int, str, int]]:
+    """What the switch of a session's network has lent."""
+    manager, source = domain.manager, interface.source
+    if manager.session_networks is None or source is None or not source.network:
+        return []
+    leases = await manager.store.run(manager.session_networks.leases, source.network)
+    return [(IPV4, str(lease["ip"]), int(lease["prefix"])) for lease in leases if lease["mac"] == mac]
 
 
 async def from_neighbours(domain: DomainObject) -> list[InterfaceAddress]:

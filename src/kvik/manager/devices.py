@@ -39,8 +39,8 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Feature
-from kvik.manager import disks, ports, prepare
-from kvik.network.taps import open_taps
+from kvik.manager import disks, filtering, ports, prepare
+from kvik.manager.interfaces import on_host, open_interfaces
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject, Run
@@ -200,17 +200,19 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
                 )
             attachments = {}
             if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
-                attachments = ports.join(domain, [device])
+                attachments = ports.join(domain, on_host(domain, [device]))
             run.arriving = device
             await domain.save_status()  # the next daemon must know what to look for, should this one be killed
             with ExitStack() as taps:
                 files: dict[str, int] = {}
-                if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
-                    files = await domain.manager.store.run(open_taps, [device], taps, attachments)
+                if isinstance(device, Interface):
+                    files = await open_interfaces(domain, run.directory, [device], taps, attachments)
                 await machine.attach_device(device, files)
             _arrived(domain, run, device)
             run.arriving = None
     except BaseException:
+        if isinstance(given, Interface):
+            domain.manager.spawn(filtering.release(domain, [given]))
         # `arriving` stays: what could not be undone, for the monitor was lost, is cleared before the next attach.
         if use is not None:
             run.uses.remove(use)
@@ -331,6 +333,8 @@ def removed(domain: DomainObject, run: Run, alias: str) -> None:
             if isinstance(device, Disk):
                 use = disks.use_of(device)
                 run.uses = [other for other in run.uses if use is None or other.path != use.path]
+            if isinstance(device, Interface):
+                domain.spawn(filtering.release(domain, [device]))
             break
     domain.live_changed()
     waiting = run.removals.get(alias)

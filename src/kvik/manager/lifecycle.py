@@ -31,8 +31,9 @@ from kvik.errors import (
 )
 from kvik.host import process
 from kvik.hypervisor.driver import Feature, Machine, MachineEvent, StartRequest
-from kvik.manager import disks, ports, reports
+from kvik.manager import disks, filtering, ports, reports
 from kvik.manager.definition import Definition
+from kvik.manager.interfaces import on_host, open_interfaces
 from kvik.manager.stages import BootStages
 from kvik.manager.states import (
     RESTART_LIMIT,
@@ -45,7 +46,6 @@ from kvik.manager.states import (
     state_text,
 )
 from kvik.manager.store import Status
-from kvik.network.taps import open_taps
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject, Run
@@ -164,7 +164,8 @@ async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, file
     manager = domain.manager
     attachments = {}
     if Feature.TAPS in domain.driver.features():
-        attachments = ports.join(domain, run.live.devices.interfaces)  # before the intent: it names the ports
+        # Before the intent, which names the ports.
+        attachments = ports.join(domain, on_host(domain, run.live.devices.interfaces))
     intent = Status(
         name=domain.name,
         id=number,
@@ -183,9 +184,8 @@ async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, file
     log_fd = await manager.store.run(_open_log, domain)
     taps = ExitStack()
     try:
-        if attachments:
-            interfaces = run.live.devices.interfaces
-            files = {**await manager.store.run(open_taps, interfaces, taps, attachments), **files}
+        interfaces = run.live.devices.interfaces
+        files = {**await open_interfaces(domain, run.directory, interfaces, taps, attachments), **files}
         request = StartRequest(
             definition=run.live,
             directory=run.directory,
@@ -396,6 +396,7 @@ async def _clean(domain: DomainObject, run: Run, note: str) -> None:
     try:
         domain.log.note(note)
         await domain.manager.store.remove_status(name, run.directory)
+        await filtering.release(domain, run.live.devices.interfaces)
         if transient:
             await domain.manager.driver_of(run.live).forget(run.live, keep_tpm=domain.keep_tpm)
     except KvikError as error:

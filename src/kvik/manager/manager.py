@@ -27,17 +27,22 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Driver
-from kvik.manager import figures, lifecycle, ports, prepare, recover
+from kvik.manager import figures, filtering, lifecycle, ports, prepare, recover
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
 from kvik.manager.events import EventHub
+from kvik.manager.interfaces import look_after_networks
 from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
 from kvik.network import bridges
+from kvik.network.filters.filters import Filters
 from kvik.network.interfaces.interfaces import Interfaces
+from kvik.network.switch.network import SwitchNetwork
+from kvik.network.switch.session import SessionNetworks
+from kvik.network.watch import Watch
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
@@ -65,10 +70,13 @@ class Manager:
         self.drivers = drivers
         self.default_network = default_network
         self.events = EventHub()
+        self.filters = Filters(paths)
+        self._watch: Watch | None = None  # of the host's packet filter
         self.networks = Networks(paths)
         self.store = Store(paths)
         self.interfaces = Interfaces(paths)
         self.bridges = bridges
+        self.session_networks = SessionNetworks(paths) if paths.scope == "session" else None
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.autostarting: asyncio.Task[None] | None = None
         self._names: dict[str, DomainObject] = {}
@@ -83,15 +91,21 @@ class Manager:
 
         `HostError` if the state directories cannot be had; anything smaller is put right or set aside and warned of.
         """
+        await self.store.run(self.filters.open)
+        self.warnings += self.filters.warnings
+        self._watch = Watch(lambda bridge: None, self._rules_gone)
         await self.networks.open()
         if self.default_network:
             await self._make_default_network()
+        if self.session_networks is not None:
+            self.networks.add(SwitchNetwork(self.networks, self.session_networks))
         self.warnings += self.networks.warnings
         await recover.recover(self)
-        self.warnings += await self.interfaces.open()
         ports.watch(self)
+        self.warnings += await self.interfaces.open()
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
+        self.spawn(look_after_networks(self))
 
     async def _make_default_network(self) -> None:
         try:
@@ -113,9 +127,17 @@ class Manager:
                 domain.run.machine.detach()
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
-        self.interfaces.close()
         await self.networks.close()
+        self.interfaces.close()
+        if self._watch is not None:
+            self._watch.close()
+        self.filters.close()
         self.store.close()
+        if self.session_networks is not None:
+            self.session_networks.close()
+
+    def _rules_gone(self) -> None:
+        self.spawn(filtering.repair(self))
 
     # looking up
 

@@ -35,6 +35,8 @@ RESTARTS, RESTARTS_WITHIN = 5, 60.0  # of a dnsmasq that ends by itself: so many
 class NetworkObject:
     """Made by `Networks`. Reads are answered from memory; what changes it is a coroutine and holds its job."""
 
+    built_in = False  # it cannot be defined anew
+
     def __init__(self, networks: Networks, definition: Network, *, persistent: bool) -> None:
         self._networks = networks
         self.definition = definition

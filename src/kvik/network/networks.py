@@ -157,6 +157,8 @@ class Networks:
         with located(xml):
             check_name(document.name)
             same = self._names.get(document.name)
+            if same is not None and same.built_in:
+                raise AlreadyExists(f"network {document.name!r} is built in", remedy="give yours another name")
             if same is not None and document.uuid is None:
                 document.uuid = same.uuid_text
             if same is not None and document.bridge is None and document.owns_bridge and same.definition.owns_bridge:

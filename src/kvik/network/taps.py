@@ -6,7 +6,7 @@ The kernel removes a tap with its last descriptor: when the VMM ends, however it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 from kvik.conf.devices.interface import Interface, InterfaceTarget
@@ -22,12 +22,16 @@ QUEUES_MAX = 256
 
 
 def open_taps(
-    interfaces: Iterable[Interface], close: ExitStack, attachments: Mapping[str, Attachment]
+    interfaces: Iterable[Interface],
+    close: ExitStack,
+    attachments: Mapping[str, Attachment],
+    protect: Callable[[Interface], None] | None = None,
 ) -> dict[str, int]:
     """ "net:ALIAS:N" -> descriptor of queue N; `close` closes ours. Writes each tap's name into the live document.
 
-    `attachments` are those of `resolve_all`, by alias. Raises `ConfigUnsupported`, `HostError`, `NoNetwork`; then
-    `close` still takes back what was made. Blocks for about a millisecond each.
+    `attachments` are those of `resolve_all`, by alias; `protect` puts an interface whose tap is there, and still down,
+    under its network filter. Raises `ConfigUnsupported`, `HostError`, `NoNetwork`, and as `protect` does; then `close`
+    still takes back what was made. Blocks for about a millisecond each.
     """
     files: dict[str, int] = {}
     for interface in interfaces:
@@ -35,7 +39,7 @@ def open_taps(
         attachment = attachments.get(alias)
         if attachment is None:
             continue
-        _refuse_unkept_promises(interface, attachment, alias)
+        _refuse_unkept_promises(interface, attachment, alias, filters=protect is not None)
         target = interface.target = interface.target or InterfaceTarget()
         tap = create_tap(
             target.dev or "",
@@ -49,8 +53,10 @@ def open_taps(
         with Netlink() as netlink:
             if attachment.kind == "bridge":
                 _join_bridge(netlink, tap.index, attachment, alias)
+            target.dev = tap.name
+            if protect is not None:
+                protect(interface)
             netlink.set_link(tap.index, up=True)
-        target.dev = tap.name
         files |= {f"net:{alias}:{number}": fd for number, fd in enumerate(tap.fds)}
     return files
 
@@ -81,7 +87,7 @@ def _join_bridge(netlink: Netlink, index: int, attachment: Attachment, alias: st
         )
 
 
-def _refuse_unkept_promises(interface: Interface, attachment: Attachment, alias: str) -> None:
+def _refuse_unkept_promises(interface: Interface, attachment: Attachment, alias: str, *, filters: bool) -> None:
     """What is not done here yet and would be missed: a wall, or a way out."""
     if attachment.kind == "macvtap":
         raise ConfigUnsupported(
@@ -90,7 +96,7 @@ def _refuse_unkept_promises(interface: Interface, attachment: Attachment, alias:
             remedy="use <interface type='user'>, or type='bridge' with a bridge of this host",
         )
     kept = {
-        "filterref": interface.filterref,
+        "filterref": interface.filterref if not filters else None,
         "vlan": attachment.vlan,
         "virtualport": attachment.virtualport,
         "bandwidth": attachment.bandwidth,

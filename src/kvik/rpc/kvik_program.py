@@ -8,6 +8,8 @@ Numbers are never reused; a new field means a new procedure. From 100 on: events
   if the command exited by itself.
 - DOMAIN_OVERVIEW: everything that `list`, `ps` and `top` show, in one call. Flags are virConnectListAllDomainsFlags;
   `uptime` is in seconds, 0 while the machine is off.
+- NETWORK_MESSAGES: what is to be said of a network: what its document says and nobody here understands, what was found
+  since it was started (another rule set that drops its packets, a DHCP server that ended).
 - BRIDGE_*: the host's Linux bridges. A port's `state` is the kernel's word ("forwarding"), `machine` whose tap it is;
   times are seconds; settings are typed parameters with the kernel's names. BRIDGE_FDB's `age` is seconds since a frame
   came from there. In BRIDGE_CHANGE_FDB and _VLAN `remove` 1 takes away.
@@ -15,8 +17,6 @@ Numbers are never reused; a new field means a new procedure. From 100 on: events
   by libvirt's INTERFACE_CHANGE_COMMIT (0: for good at once). INTERFACE_BEGIN is libvirt's INTERFACE_CHANGE_BEGIN with
   such a time. INTERFACE_PENDING: `state` is "" (nothing), "open", "kept" (what to write could not be written) or
   "reverted".
-- NETWORK_MESSAGES: what is to be said of a network: what its document says and nobody here understands, what was found
-  since it was started (another rule set that drops its packets, a DHCP server that ended).
 - A stage is {name, seconds since the start, state}: state is 0 waiting, 1 done, 2 stalled, 3 not expected,
   4 failed (it will not come: a kernel panic, nothing to boot); `detail` says why.
 """
@@ -93,15 +93,15 @@ PROCEDURES: dict[int, tuple[str, str, str, str]] = {
         "",
         "",
     ),
-    40: ("NETWORK_MESSAGES", "net:network", "messages:string<256>", "h"),
-    50: (
+    40: (
         "INTERFACE_BRIDGE",
         "interface:string bridge:string stp:int delay:double start:int seconds:uint",
         "messages:string<16>",
         "",
     ),
-    51: ("INTERFACE_UNBRIDGE", "bridge:string start:int seconds:uint", "messages:string<16>", ""),
-    52: ("INTERFACE_BEGIN", "seconds:uint", "", ""),
-    53: ("INTERFACE_PENDING", "", "state:string what:string seconds:double outcome:string", ""),
+    41: ("INTERFACE_UNBRIDGE", "bridge:string start:int seconds:uint", "messages:string<16>", ""),
+    42: ("INTERFACE_BEGIN", "seconds:uint", "", ""),
+    43: ("INTERFACE_PENDING", "", "state:string what:string seconds:double outcome:string", ""),
+    50: ("NETWORK_MESSAGES", "net:network", "messages:string<256>", "h"),
     100: ("DOMAIN_EVENT_STAGE", "dom:domain stage:stage", "", "e"),
 }

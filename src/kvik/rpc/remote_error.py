@@ -39,10 +39,12 @@ _BY_CODE: Final[dict[int, type[KvikError]]] = {
     39: errors.RpcError,
     42: errors.NoDomain,
     43: errors.NoNetwork,
+    107: errors.NoNetworkPort,
     45: errors.AuthenticationFailed,
     49: errors.NoStoragePool,
     50: errors.NoStorageVolume,
     55: errors.OperationInvalid,
+    62: errors.NoFilter,
     67: errors.ConfigUnsupported,
     68: errors.OperationTimeout,
     72: errors.NoSnapshot,
@@ -52,6 +54,7 @@ _BY_CODE: Final[dict[int, type[KvikError]]] = {
     87: errors.ResourceBusy,
     88: errors.AccessDenied,
     99: errors.NoDevice,
+    101: errors.NoFilterBinding,
 }
 # How daemons say that they lack a program or procedure: ours (the first is libvirt's too), and libvirt's.
 UNKNOWN: Final = ("unknown procedure", "unknown program", "Cannot find program")

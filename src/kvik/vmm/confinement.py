@@ -30,6 +30,7 @@ __all__ = ["AT_START", "LATE", "LATE_CONTROL", "Confinement", "descriptors", "im
 LATE = (
     "encodings.ascii",
     "encodings.latin_1",
+    "json",  # `_json` raises what is in there, too
     "kvik.kvm.decode",
     "kvik.kvm.dirty_ring",
     "kvik.kvm.exits",
@@ -44,7 +45,6 @@ LATE = (
 # The same for a machine with a monitor or a debugger: hot-plug, dumps, what commands need.
 LATE_CONTROL = (
     "fcntl",
-    "kvik.host.tap",
     "kvik.vmm.backends.block",
     "kvik.vmm.backends.char",
     "kvik.vmm.backends.io_uring",
@@ -67,6 +67,7 @@ LATE_CONTROL = (
     "kvik.vmm.state.migration",
     "kvik.vmm.state.qmp",
     "kvik.vmm.state.rewind",
+    "kvik.vmm.state.saving",
     "kvik.vmm.state.snapshot",
     "kvik.vmm.vhost",
     "kvik.vmm.virtio.balloon",
@@ -88,6 +89,7 @@ LATE_CONTROL = (
 AT_START = (
     "ctypes",
     "kvik",
+    "kvik.host.tap",  # inside, nobody can make a tap
     "kvik.image.kernel",
     "kvik.image.kernel_index",
     "kvik.kvm.system",
@@ -103,7 +105,10 @@ AT_START = (
     "kvik.vmm.monitor.server",
     "kvik.vmm.pci.chipset",
     "kvik.vmm.sandbox",
+    "kvik.vmm.state",
+    "kvik.vmm.state.incoming",  # only where --incoming was given, and imported then
     "kvik.vmm.state.migration",
+    "kvik.vmm.state.postcopy",
     "kvik.vmm.trace",
     "signal",
 )

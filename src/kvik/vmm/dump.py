@@ -18,10 +18,10 @@ import os
 import stat
 import struct
 from collections.abc import Generator
-from typing import TYPE_CHECKING
 
 from kvik.errors import HostError, OperationUnsupported
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.kvm.structs import Segment
     from kvik.vmm.machine import Machine

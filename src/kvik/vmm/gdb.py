@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from typing import TYPE_CHECKING
 
 from kvik.errors import HostError, InvalidArgument, KvikError
 from kvik.kvm import constants as k
@@ -28,6 +27,7 @@ from kvik.vmm import guestview
 from kvik.vmm.faults import GuestFault
 from kvik.vmm.gdb_registers import DESCRIPTION, REGISTERS, RegisterFile
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.machine import Machine
     from kvik.vmm.vcpu import VcpuThread

@@ -5,11 +5,12 @@ Reference: gdb's manual, "Standard Target Features / i386 Features", and its gdb
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from kvik.named import NamedTuple
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvik.kvm.vcpu import Vcpu
 
 __all__ = ["DESCRIPTION", "REGISTERS", "Register", "RegisterFile"]

@@ -5,10 +5,9 @@ For debuggers and people. The vCPU must stand still (`machine.paused()`, or park
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kvik.vmm.faults import GuestFault
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.machine import Machine
     from kvik.vmm.vcpu import VcpuThread

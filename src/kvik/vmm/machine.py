@@ -436,7 +436,7 @@ class Machine:
     def save(self, directory: str, compression: str = "none") -> None:
         """Write the whole machine to a new directory: RAM without zeroes, CPUs, devices. It goes on afterwards.
         `compression`: none (restored lazily) or zlib."""
-        from kvik.vmm.state.snapshot import save
+        from kvik.vmm.state.saving import save
 
         save(self, directory, compression)
 

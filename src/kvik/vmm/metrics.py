@@ -10,12 +10,14 @@ import contextlib
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Any
 
 from kvik.errors import HostError, InvalidArgument
 from kvik.kvm.constants import ExitReason
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvik.vmm.machine import Machine
     from kvik.vmm.vcpu import VcpuThread
 

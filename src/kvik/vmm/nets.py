@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from kvik.errors import InvalidArgument
+from kvik.errors import HostError, InvalidArgument
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,9 +81,22 @@ def _backend(config: NetConfig) -> NetBackend:
         return TapBackend(config.fds)
     if config.ifname:
         return TapBackend.open(config.ifname, config.queues)
+    _require_tun()
     from kvik.host.tap import create_tap
 
     return TapBackend(create_tap(queues=config.queues, mtu=config.mtu or None).fds)
+
+
+def _require_tun() -> None:
+    """Before anything is imported: a confined machine can neither open that nor import."""
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise HostError(
+            f"a tap cannot be made: /dev/net/tun: {error.strerror}",
+            errno=error.errno or 0,
+            remedy="give the machine an open tap (fds=N); one that runs in the sandbox takes no other",
+        ) from error
 
 
 def make_vsock(config: VsockConfig, name: str) -> VirtioDevice:

@@ -148,6 +148,7 @@ def main(fd: int) -> Fork | None:
     rehearse()
     process_image.prepare()
     renames = process_image.rename("kvik-zygote", ["kvik-zygote"], dict(os.environ))
+    os.environ.clear()  # each fork gets its own
     channel = socket.socket(fileno=fd)
     if not _tell(channel, answer(zygote=PROTOCOL, renames=renames)):
         return None

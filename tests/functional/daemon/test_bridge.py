@@ -119,7 +119,7 @@ def test_what_cannot_be_had_is_refused_and_leaves_nothing(make: Any, kvikd: Kvik
     for number, (device, words) in enumerate(
         [
             (BRIDGE.format("").replace("br0", "br9"), "br9"),
-            (BRIDGE.format("<filterref filter='clean-traffic'/>"), "filterref"),
+            (BRIDGE.format("<filterref filter='missing'/>"), "no network filter with name 'missing'"),
             (BRIDGE.format("<vlan><tag id='5'/></vlan>"), "vlan"),
             ("<interface type='network'><source network='default'/></interface>", "no network with name 'default'"),
         ]
@@ -128,6 +128,41 @@ def test_what_cannot_be_had_is_refused_and_leaves_nothing(make: Any, kvikd: Kvik
         with pytest.raises(KvikError, match=words):
             domain.start()
         assert ports(kvikd) == ""
+
+
+CLEAN = BRIDGE.format("<filterref filter='clean-traffic'><parameter name='IP' value='192.0.2.2'/></filterref>")
+
+
+def test_a_filtered_machine_speaks_from_its_own_address_and_no_other(make: Any, kvikd: Kvikd) -> None:
+    inside(kvikd, "ip", "addr", "replace", "192.0.2.1/24", "dev", "br0")
+    domain = make("filtered", CONSOLE + AGENT + CLEAN)
+    domain.start()
+    until(lambda: domain.stages().stages[4].state == 1)  # the agent
+    assert "<filterref filter='clean-traffic'>" in domain.xml()
+    assert "vnet0" in kvikd.virsh("nwfilter-binding-list").stdout
+
+    def ping(own: str) -> int:
+        setup = f"ip addr flush dev eth0; ip addr add {own}/24 dev eth0; ip link set eth0 up"
+        domain.exec(["/bin/sh", "-c", setup])
+        return int(domain.exec(["/bin/ping", "-c", "1", "-W", "2", "192.0.2.1"]).exitcode)
+
+    assert ping("192.0.2.2") == 0
+    assert ping("192.0.2.3") != 0
+    inside(kvikd, "nft", "flush", "ruleset")  # as a reload of the host's firewall does
+    until(lambda: "vnet0/out" in inside(kvikd, "nft", "list", "ruleset"))
+    assert ping("192.0.2.3") != 0
+    domain.destroy()
+    until(lambda: "vnet" not in kvikd.virsh("nwfilter-binding-list").stdout)
+    assert "vnet" not in inside(kvikd, "nft", "list", "ruleset")
+    # A later machine without a filter has none, whatever the interface's name had before.
+    free = make("free", CONSOLE + AGENT + BRIDGE.format(""))
+    free.start()
+    until(lambda: free.stages().stages[4].state == 1)
+    assert "vnet" not in kvikd.virsh("nwfilter-binding-list").stdout
+    free.attach_device(CLEAN.replace("00:07", "00:09"), 1)
+    assert "vnet1" in kvikd.virsh("nwfilter-binding-list").stdout
+    free.detach_device(CLEAN.replace("00:07", "00:09"), 1)
+    until(lambda: "vnet1" not in kvikd.virsh("nwfilter-binding-list").stdout)
 
 
 def test_run_takes_a_bridge(kvikd: Kvikd, image: Any) -> None:

@@ -74,6 +74,9 @@ XML = """\
 """
 
 
+FILTER = ("mail", bytes(range(16)))
+
+
 def row(name: str, uuid: str, number: int, **fields: Any) -> OverviewRow:
     facts = {
         "state": 1 if number > 0 else 5,
@@ -252,6 +255,16 @@ class FakeConnection:
             "CONNECT_GET_CPU_MODEL_NAMES": (["486", "qemu64"], 2),
             "NODE_GET_CELLS_FREE_MEMORY": ([2048 << 10, 1024 << 10],),
             "NODE_GET_CPU_MAP": (None, 2, 2),
+            "CONNECT_LIST_ALL_NWFILTERS": ([FILTER], 1),
+            "NWFILTER_LOOKUP_BY_NAME": (FILTER,),
+            "NWFILTER_GET_XML_DESC": ("<filter name='mail'>\n  <rule action='drop'/>\n</filter>\n",),
+            "NWFILTER_DEFINE_XML": (FILTER,),
+            "NWFILTER_UNDEFINE": (),
+            "CONNECT_LIST_ALL_NWFILTER_BINDINGS": ([("vnet0", "mail")], 1),
+            "NWFILTER_BINDING_LOOKUP_BY_PORT_DEV": (("vnet0", "mail"),),
+            "NWFILTER_BINDING_GET_XML_DESC": ("<filterbinding>\n  <portdev name='vnet0'/>\n</filterbinding>\n",),
+            "NWFILTER_BINDING_CREATE_XML": (("vnet0", "mail"),),
+            "NWFILTER_BINDING_DELETE": (),
             "NODE_GET_SECURITY_MODEL": OperationUnsupported("no confinement"),
             "CONNECT_LIST_ALL_INTERFACES": ([("br0", "52:54:00:00:00:01"), ("lo", "00:00:00:00:00:00")], 2),
             "INTERFACE_LOOKUP_BY_NAME": (("br0", "52:54:00:00:00:01"),),

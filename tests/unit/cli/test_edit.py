@@ -145,18 +145,6 @@ def test_description_and_metadata_in_the_editor(kvik: Any, editor: Any) -> None:
     assert "not changed" in kvik.out
 
 
-def test_an_interface_is_edited_as_a_machine_is(kvik: Any, editor: Any) -> None:
-    editor("sed -i 's/<bridge/<mtu size=\"9000\"\\/><bridge/' $f")
-    assert kvik("iface-edit", "--interface", "br0") == 0
-    assert "Interface br0 XML configuration edited." in kvik.out
-    assert [call[2] for call in kvik.connection.made("call") if call[1] == "INTERFACE_DEFINE_XML"] == [
-        "<interface type='bridge' name='br0'>\n  <mtu size=\"9000\"/><bridge/>\n</interface>\n"
-    ]
-    editor("true")
-    assert kvik("iface-edit", "br0") == 0
-    assert "not changed" in kvik.out
-
-
 def test_a_network_is_edited_the_same_way(kvik: Any, editor: Any) -> None:
     editor("true")
     assert kvik("net-edit", "--network", "lan") == 0
@@ -178,6 +166,17 @@ def test_a_refused_network_is_kept_for_another_try(kvik: Any, editor: Any) -> No
     assert "the changes to network lan were not saved" in kvik.err
 
 
+def test_a_network_filter_is_edited_the_same_way(kvik: Any, editor: Any) -> None:
+    editor("true")
+    assert kvik("nwfilter-edit", "--nwfilter", "mail") == 0
+    assert "Network filter mail XML configuration not changed.\n" in kvik.out
+    editor('sed -i s/drop/accept/ "$f"')
+    assert kvik("nwfilter-edit", "mail") == 0
+    assert "Network filter mail XML configuration edited.\n" in kvik.out
+    (text,) = [call[2] for call in kvik.connection.made("call") if call[1] == "NWFILTER_DEFINE_XML"]
+    assert "action='accept'" in text
+
+
 def test_words_of_a_network_are_edited(kvik: Any, editor: Any) -> None:
     editor('echo more > "$f"')
     assert kvik("net-desc", "lan", "--edit") == 0
@@ -185,3 +184,15 @@ def test_words_of_a_network_are_edited(kvik: Any, editor: Any) -> None:
     assert kvik("net-metadata", "lan", "u", "--key", "k", "--edit") == 0
     assert kvik.connection.made("net_set_metadata")[1][2:6] == (2, "more\n", "k", "u")
     assert kvik("net-metadata", "lan", "u", "--edit") == 1
+
+
+def test_an_interface_is_edited_as_a_machine_is(kvik: Any, editor: Any) -> None:
+    editor("sed -i 's/<bridge/<mtu size=\"9000\"\\/><bridge/' $f")
+    assert kvik("iface-edit", "--interface", "br0") == 0
+    assert "Interface br0 XML configuration edited." in kvik.out
+    assert [call[2] for call in kvik.connection.made("call") if call[1] == "INTERFACE_DEFINE_XML"] == [
+        "<interface type='bridge' name='br0'>\n  <mtu size=\"9000\"/><bridge/>\n</interface>\n"
+    ]
+    editor("true")
+    assert kvik("iface-edit", "br0") == 0
+    assert "not changed" in kvik.out

@@ -57,12 +57,12 @@ def test_only_calls_that_look_are_open_to_readers(entry: Entry) -> None:
             "DOMAIN_STAGES",
             "DAEMON_STATUS",
             "DOMAIN_OVERVIEW",
+            "NETWORK_MESSAGES",
             "BRIDGE_LIST",
             "BRIDGE_SHOW",
             "BRIDGE_FDB",
             "BRIDGE_VLAN",
             "INTERFACE_PENDING",
-            "NETWORK_MESSAGES",
         }
         assert looks or entry.name in others
 

@@ -174,6 +174,14 @@ def vlans(*infos: tuple[int, int]) -> list[PortVlan]:
     return parse_vlans(struct.pack("=BxHiII", 7, 1, 5, 0, 0) + attribute(26, spec))
 
 
+def test_vlans_of_a_bridge_and_its_port() -> None:
+    """Recorded from Linux 6.1 (the lab's)."""
+    assert [[str(vlan) for vlan in parse_vlans(answer)] for answer in ANSWERS["vlans"]] == [
+        ["1 PVID untagged"],
+        ["1 PVID untagged", "10-20", "100 untagged"],
+    ]
+
+
 def test_vlan_ranges() -> None:
     assert vlans((6, 1), (8, 10), (16, 20), (0, 30)) == [
         PortVlan(5, 1, 1, True, True),
@@ -196,6 +204,7 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "fdb": parse_fdb,
     "neighbours": parse_neighbour,
     "queues": parse_queue,
+    "vlans": parse_vlans,
 }
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from kvik.errors import HypervisorError, MonitorError, OperationTimeout
 from kvik.qmp.aio import QmpConnection, connect_unix, short_unix_path
-from kvik.qmp.protocol import Event, Server
+from kvik.qmp.protocol import Event
+from kvik.qmp.server import Server
 
 
 @pytest.fixture

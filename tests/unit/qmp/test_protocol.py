@@ -9,7 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvik.errors import HypervisorError
-from kvik.qmp.protocol import Client, Command, Event, Failure, Greeting, Ready, Reply, Server, State
+from kvik.qmp.protocol import Client, Event, Failure, Greeting, Ready, Reply
+from kvik.qmp.server import Command, Server
+from kvik.qmp.state import State
 
 
 def connected() -> tuple[Client, Server]:

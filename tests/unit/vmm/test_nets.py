@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from kvik.errors import InvalidArgument
+from kvik.errors import HostError, InvalidArgument
 from kvik.vmm.config import NetConfig, VsockConfig
 from kvik.vmm.nets import make_net, make_vsock, random_mac
 from kvik.vmm.virtio.net import S_LINK_UP, parse_mac
@@ -62,3 +62,12 @@ def test_vsock(tmp_path):
     device = make_vsock(VsockConfig(cid=9, uds=str(tmp_path / "v")), "vsock0")
     assert isinstance(device, VsockDevice) and device.config["guest_cid"] == 9
     device.close()
+
+
+def test_a_confined_machine_makes_no_tap_and_says_what_to_give_it(monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("kvik.vmm.nets.os.open", refused)
+    with pytest.raises(HostError, match=r"/dev/net/tun: Operation not permitted.*fds?=N"):
+        make_net(NetConfig(), "net0")

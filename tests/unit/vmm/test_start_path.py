@@ -39,11 +39,31 @@ def test_the_start_path_imports_nothing_costly() -> None:
     assert not (set(done.stdout.decode().split()) - set(bare.stdout.decode().split())) & BANNED
 
 
-def test_a_machine_without_a_trace_does_without_collections() -> None:
-    code = START.replace(", kvik.vmm.trace", "")
+RESTORE = "import sys, kvik.vmm.main, kvik.vmm.options, kvik.vmm.confinement, kvik.vmm.state.snapshot"
+MONITOR = """
+import kvik.vmm.monitor.server, kvik.vmm.monitor.commands
+from kvik.vmm import confinement
+confinement.import_all(confinement.LATE + confinement.LATE_CONTROL)
+"""
+
+
+def imported(code: str) -> set[str]:
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys\nsys.path.append({SOURCE!r})\n{code}"],
+        [sys.executable, "-I", "-S", "-c", f"import sys\nsys.path.append({SOURCE!r})\n{code}\nprint(*sys.modules)"],
         capture_output=True,
         check=True,
     )
-    assert "collections" not in done.stdout.decode().split()
+    return set(done.stdout.decode().split())
+
+
+def test_a_machine_is_restored_without_anything_costly() -> None:
+    assert not imported(RESTORE) & (BANNED | {"re", "enum", "socket", "shutil", "zlib", "contextlib"})
+
+
+def test_a_confined_machine_has_nothing_costly_to_import_before_its_monitor_answers() -> None:
+    assert not imported(MONITOR) & (BANNED - {"json"} | {"shutil", "ipaddress", "hashlib", "datetime"})
+
+
+def test_a_machine_without_a_trace_does_without_collections() -> None:
+    code = START.replace(", kvik.vmm.trace", "")
+    assert "collections" not in imported(code)

@@ -31,6 +31,7 @@ from kvik.hypervisor.names import (
     life_name,
     log_name,
     passt_name,
+    switch_name,
     tap_name,
     vhost_name,
     vhost_user_name,
@@ -387,7 +388,10 @@ def net_options(nic: Interface, files: Files) -> Options:
     """What `--net` takes of it; the first value is the backend."""
     alias = alias_of(nic)
     options: Options = {"": _net_backend(nic)}
-    if nic.type in TAP_TYPES:
+    switch = files.get(switch_name(alias))
+    if switch is not None:
+        options |= {"": "stream", "fds": switch}
+    elif nic.type in TAP_TYPES:
         taps = files.numbered(tap_name(alias))
         vhosts = files.numbered(vhost_name(alias))
         backend = nic.driver.name if nic.driver is not None else None

@@ -29,9 +29,9 @@ from kvik.hypervisor.names import (
     TAP_TYPES,
     alias_of,
     image_name,
-    is_passt,
     life_name,
     passt_name,
+    switch_name,
     tap_name,
     vhost_name,
     vhost_user_name,
@@ -215,7 +215,11 @@ async def _attach_interface(steps: _Steps, nic: Interface, opened: Opened) -> No
     alias = alias_of(nic)
     netdev: Props = {"id": netdev_name(alias)}
     queues = 1
-    if nic.type in TAP_TYPES:
+    stream = next((name for name in (switch_name(alias), passt_name(alias)) if name in opened.fds), None)
+    if stream is not None:
+        label = await steps.give(stream.replace(":", "-"), opened.fds[stream])
+        netdev |= {"type": "stream", "server": False, "addr": {"type": "fd", "str": label}}
+    elif nic.type in TAP_TYPES:
         named: dict[str, list[str]] = {"fds": [], "vhostfds": []}
         for key, prefix in (("fds", tap_name(alias)), ("vhostfds", vhost_name(alias))):
             while (fd := opened.fds.get(f"{prefix}:{len(named[key])}")) is not None:
@@ -227,9 +231,6 @@ async def _attach_interface(steps: _Steps, nic: Interface, opened: Opened) -> No
             "vhostfds": ":".join(named["vhostfds"]) or None,
         }
         queues = len(named["fds"])
-    elif is_passt(nic):
-        label = await steps.give(f"passt-{alias}", opened.fds[passt_name(alias)])
-        netdev |= {"type": "stream", "server": False, "addr": {"type": "fd", "str": label}}
     else:
         raise ConfigUnsupported(
             f"an interface of type {nic.type!r} cannot be plugged into running machine {steps.machine.name}",

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import socket
 
-from kvik.conf.devices.interface import Interface, PortForward
+from kvik.conf.devices.interface import Interface
 from kvik.conf.domain import Domain
-from kvik.errors import ConfigUnsupported
+from kvik.conf.port_forward import passt_ports
 from kvik.hypervisor.names import alias_of, is_passt
 from kvik.hypervisor.sidecars.group import Command, program
 
@@ -35,24 +35,5 @@ def passt_command(device: Interface, connected: socket.socket) -> Command:
     if backend is not None and backend.log_file:
         argv += ["--log-file", backend.log_file]
     for forward in device.port_forwards:
-        argv += [f"--{forward.proto}-ports", port_specification(forward)]
+        argv += [f"--{forward.proto}-ports", passt_ports(forward)]
     return Command("passt", alias_of(device), argv, (connected.fileno(),))
-
-
-def port_specification(forward: PortForward) -> str:
-    """`127.0.0.1%eth0/2000-2100:3000-3100,~2050`, as in passt(1), --tcp-ports; without ranges: all ports."""
-    words = []
-    for ports in forward.ranges:
-        word = f"{'~' if ports.exclude else ''}{ports.start}"
-        if ports.end is not None:
-            word += f"-{ports.end}"
-        if ports.to is not None:
-            if ports.exclude:
-                raise ConfigUnsupported("an excluded port range leads nowhere", path="/domain/devices/interface")
-            word += f":{ports.to}"
-            if ports.end is not None:
-                word += f"-{ports.to + ports.end - ports.start}"
-        words.append(word)
-    where = (forward.address or "") + (f"%{forward.dev}" if forward.dev else "")
-    text = ",".join(words) or "all"
-    return f"{where}/{text}" if where else text

@@ -12,12 +12,15 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from kvik.vmm import config as c
 from kvik.vmm.monitor.errors import QmpError, refused
 from kvik.vmm.monitor.schema import ANYTHING, ID, NOTHING, TEXT, Bool, Int, List, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_NODES = 256
 SECTOR = 512

@@ -6,11 +6,14 @@ Reference: QEMU's qapi/char.json.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from kvik.vmm.monitor.errors import QmpError
 from kvik.vmm.monitor.schema import ANYTHING, ID, NOTHING, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_ADDED = 64
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from kvik.vmm.monitor.errors import QmpError
 from kvik.vmm.monitor.table import Arguments, Command, Context
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvik.vmm.config import CpuConfig
 
 TYPE = "host-x86_64-cpu"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from kvik.named import NamedTuple
 from kvik.vmm import config as c
@@ -18,6 +17,10 @@ from kvik.vmm.monitor import block, char, cpus, net
 from kvik.vmm.monitor.errors import QmpError, device_not_found
 from kvik.vmm.monitor.schema import ANYTHING, ID, NOTHING, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_OBJECTS = 256
 

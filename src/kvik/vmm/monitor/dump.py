@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from typing import Any
 
 from kvik.vmm.monitor.errors import QmpError, refused
 from kvik.vmm.monitor.schema import ID, NOTHING, TEXT, Bool, Enum, Int, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def _state(context: Context) -> dict[str, Any]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from kvik.vmm.monitor.schema import ANYTHING, TEXT, Bool, Int, Struct
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvik.vmm.loop import EventLoop
 
-Data = dict[str, Any]
+Data = dict[str, "Any"]
 Sender = Callable[[str, Data, float], None]  # name, data, seconds since the epoch
 
 PERIOD = 1.0  # seconds

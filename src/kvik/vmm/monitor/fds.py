@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from kvik.vmm.monitor.errors import QmpError
 from kvik.vmm.monitor.schema import ID, NOTHING, Int, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_NAMED = 256
 MAX_SETS = 1024

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from kvik.vmm import config as c
 from kvik.vmm import parts
 from kvik.vmm.monitor.errors import QmpError, device_not_found, refused
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvik.vmm.cpu.hotplug import VcpuHotplug
     from kvik.vmm.device import Device
     from kvik.vmm.machine import Machine

@@ -6,7 +6,6 @@ Reference: QEMU's hmp-commands.hx, hmp-commands-info.hx.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from kvik.vmm import guestview
 from kvik.vmm.faults import GuestFault
@@ -14,6 +13,7 @@ from kvik.vmm.monitor.errors import QmpError
 from kvik.vmm.monitor.schema import TEXT, Int, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.vcpu import VcpuThread
 

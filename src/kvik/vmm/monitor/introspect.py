@@ -6,12 +6,15 @@ Reference: QEMU's qapi/introspect.json, qapi/control.json.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from kvik.vmm.monitor import cpus, devices, events
 from kvik.vmm.monitor.errors import QmpError
 from kvik.vmm.monitor.schema import ID, NOTHING, TEXT, Bool, Introspection, List, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MACHINE_TYPE = "kvik"
 

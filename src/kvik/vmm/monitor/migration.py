@@ -8,11 +8,14 @@ Reference: QEMU's qapi/migration.json.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from kvik.vmm.monitor.errors import refused
 from kvik.vmm.monitor.schema import ANYTHING, ID, NOTHING, TEXT, Bool, Enum, Int, List, Struct, Type
 from kvik.vmm.monitor.table import Arguments, Command, Context, Handler
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # command -> handler(context, arguments): what `kvik.vmm.state.qmp` says, and who adds to it
 HANDLERS: dict[str, Handler] = {}

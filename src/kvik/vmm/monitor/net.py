@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from kvik.vmm import config as c
 from kvik.vmm.monitor.errors import QmpError, device_not_found, refused
 from kvik.vmm.monitor.schema import ID, NOTHING, Bool, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_NETDEVS = 64
 MAX_QUEUES = 64

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from kvik.vmm.monitor import cpus
 from kvik.vmm.monitor.errors import QmpError, device_not_found
 from kvik.vmm.monitor.schema import ANYTHING, NOTHING, TEXT, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # Device.kind -> the type's name in QEMU
 TYPES = {

@@ -6,11 +6,14 @@ Reference: QEMU's qapi/run-state.json, qapi/machine.json, qapi/misc.json.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from kvik.vmm.monitor.errors import QmpError, refused
 from kvik.vmm.monitor.schema import ANYTHING, NOTHING, TEXT, Bool, Enum, Int, List, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # States out of which only a reset leads (QEMU's runstate_needs_reset).
 NEEDS_RESET = frozenset({"guest-panicked", "internal-error", "shutdown"})

@@ -10,14 +10,17 @@ Reference: QEMU's docs/devel/qapi-code-gen ("Client JSON Protocol introspection"
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from kvik.vmm.monitor.errors import QmpError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 MAX_STRING = 4096  # a path, an id, a key=value list
 MAX_ITEMS = 1024
 
-Entry = dict[str, Any]
+Entry = dict[str, "Any"]
 
 
 class Type:

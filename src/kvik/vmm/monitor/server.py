@@ -1,4 +1,4 @@
-"""QMP's sockets on the machine's event loop: a thin shell around `kvik.qmp.protocol.Server`.
+"""QMP's sockets on the machine's event loop: a thin shell around `kvik.qmp.server.Server`.
 
 A client is not trusted to be polite. Its lines are bounded; while it does not read its replies, none of its commands is
 run; a client that lets a megabyte of events pile up is cut off (it would otherwise miss some without knowing: a new
@@ -17,11 +17,11 @@ import stat
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any
 
 from kvik.errors import HostError, HypervisorError, KvikError
-from kvik.qmp.protocol import Command as Request
-from kvik.qmp.protocol import Server, State
+from kvik.qmp.server import Command as Request
+from kvik.qmp.server import Server
+from kvik.qmp.state import State
 from kvik.vmm.faults import GuestFault
 from kvik.vmm.log import Log, LogLimit
 from kvik.vmm.monitor.errors import QmpError
@@ -29,7 +29,10 @@ from kvik.vmm.monitor.events import RateLimiter
 from kvik.vmm.monitor.fds import FdSets
 from kvik.vmm.monitor.table import Command, Context, check
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvik.vmm.machine import Machine
     from kvik.vmm.monitor.table import Hotplug
 

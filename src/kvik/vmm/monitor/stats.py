@@ -6,12 +6,15 @@ Reference: QEMU's qapi/stats.json.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from kvik.vmm import metrics
 from kvik.vmm.monitor import cpus
 from kvik.vmm.monitor.schema import ANYTHING, ID, TEXT, Enum, List, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 PROVIDER = "kvm"
 TARGETS = ("vm", "vcpu")

@@ -8,22 +8,23 @@ the same session wait for it, as with QEMU; out-of-band commands, other sessions
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
 
 from kvik.named import NamedTuple
 from kvik.vmm.monitor.errors import QmpError
 from kvik.vmm.monitor.schema import ANYTHING, NOTHING, Struct, Type
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, Protocol
+
     from kvik.vmm.device import Device
     from kvik.vmm.machine import Machine
     from kvik.vmm.monitor.fds import FdSets
     from kvik.vmm.monitor.server import MonitorServer, Session
 
-Arguments = dict[str, Any]
-Steps = Generator[None, None, Any]
-Handler = Callable[["Context", Arguments], Any]
-
+Arguments = dict[str, "Any"]
+Steps = Generator[None, None, "Any"]
+Handler = Callable[["Context", Arguments], "Any"]
 
 if TYPE_CHECKING:
 

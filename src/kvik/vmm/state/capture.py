@@ -11,7 +11,6 @@ more at the end: IOAPIC and devices agree on every level.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
 
 from kvik.errors import KvikError, OperationFailed
 from kvik.kvm.descriptor import KvmError
@@ -19,7 +18,10 @@ from kvik.vmm.cpu.state import restore_machine, save_machine
 from kvik.vmm.faults import GuestFault
 from kvik.vmm.state.values import Fields
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvik.vmm.machine import Machine
 
 __all__ = ["MALFORMED", "apply", "capture", "check_devices"]

@@ -7,15 +7,16 @@ machine has already (KVM-PVM tells there of more than it says to support).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from kvik.errors import OperationFailed
 from kvik.kvm.structs import CpuidTable
 from kvik.vmm.cpu.cpuid import leaves
 from kvik.vmm.cpu.features import FEATURES
 from kvik.vmm.state.values import Fields
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvik.vmm.machine import Machine
 
 __all__ = ["arrange_processors", "check_cpu", "cpuid_equal"]

@@ -11,13 +11,13 @@ KVM protects pages against writes again when it hands out the log, so a page cos
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from kvik.errors import OperationInvalid, OperationUnsupported
 from kvik.vmm.layout import PAGE
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
     from kvik.vmm.machine import Machine
     from kvik.vmm.memory import Region

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Callable, Iterable
 
     from kvik.vmm.memory import Region
+else:
+    import _signal  # what is behind `signal`, which is slow to import
 
 __all__ = ["end_helper", "fork_helper", "not_inherited"]
 
@@ -26,23 +28,23 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 def fork_helper(run: Callable[[], None], keep: Iterable[int]) -> tuple[int, int]:
     """Start one; (pid, a pidfd). It has the descriptors `keep` and the standard ones, and ends when `run` returns."""
-    every = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    every = _signal.pthread_sigmask(_signal.SIG_BLOCK, _signal.valid_signals())
     try:
         pid = os.fork()
         if not pid:
             _child(run, sorted(keep))
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, every)
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, every)
     return pid, os.pidfd_open(pid)
 
 
 def _child(run: Callable[[], None], keep: list[int]) -> None:
     """Never returns."""
     try:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+        _libc.prctl(_PR_SET_PDEATHSIG, _signal.SIGKILL)
+        for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
+            _signal.signal(number, _signal.SIG_DFL)
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _signal.valid_signals())
         last = 2
         for fd in keep:
             if fd > last:
@@ -56,7 +58,7 @@ def _child(run: Callable[[], None], keep: list[int]) -> None:
 
 def end_helper(pid: int, pidfd: int) -> None:
     """End it at once and wait for that."""
-    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    _signal.pidfd_send_signal(pidfd, _signal.SIGKILL)
     os.close(pidfd)
     os.waitpid(pid, 0)
 

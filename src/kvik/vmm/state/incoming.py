@@ -12,9 +12,8 @@ while its pages arrive.
 from __future__ import annotations
 
 import _thread
+import os
 import socket
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from kvik.errors import InvalidArgument, KvikError, OperationFailed, OperationInvalid
 from kvik.vmm.layout import PAGE
@@ -25,8 +24,10 @@ from kvik.vmm.state.pager import COMPLETE, FAULTED, LOST, RECOVERED, STARTED
 from kvik.vmm.state.postcopy import Ability, Postcopy
 from kvik.vmm.state.values import MAX_STATE, Fields, decode
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from kvik.vmm.machine import Machine
 
@@ -334,7 +335,10 @@ class Incoming:
 
     def _remove_path(self) -> None:
         if self.uri.startswith("unix:"):
-            Path(self.uri[5:]).unlink(missing_ok=True)
+            try:
+                os.unlink(self.uri[5:])  # noqa: PTH108 - pathlib is not imported
+            except FileNotFoundError:
+                pass
             self.uri = ""
 
     def close(self) -> None:

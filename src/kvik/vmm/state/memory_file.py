@@ -12,14 +12,13 @@ import ctypes
 import errno
 import os
 import struct
-import zlib
-from typing import TYPE_CHECKING
 
 from kvik.errors import OperationFailed
 from kvik.vmm.faults import GuestFault
 from kvik.vmm.layout import MIB, PAGE
 from kvik.vmm.memory import Region, map_memory
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -100,6 +99,8 @@ def write(memory: GuestMemory, fd: int) -> Iterator[int]:
 
 
 def write_compressed(memory: GuestMemory, fd: int, level: int = 1) -> Iterator[int]:
+    import zlib
+
     base = 0
     for region in memory.regions:
         for offset, size in data_runs(region):
@@ -170,6 +171,7 @@ def load(region: Region, fd: int, base: int) -> None:
 
 def read_compressed(memory: GuestMemory, fd: int, where: str) -> None:
     """Fill zeroed RAM. Every chunk is checked before a byte of it is put anywhere."""
+    import zlib
 
     def take(size: int) -> bytes:
         data = b""

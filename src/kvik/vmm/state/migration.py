@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from kvik.errors import InvalidArgument, OperationInvalid
-from kvik.vmm.state.incoming import Incoming
 from kvik.vmm.state.outgoing import AFTER, GOING, Outgoing
-from kvik.vmm.state.postcopy import Ability
 from kvik.vmm.state.stream import MAX_CHANNELS
 from kvik.vmm.state.throttle import Throttle
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from kvik.vmm.machine import Machine
+    from kvik.vmm.state.incoming import Incoming
+    from kvik.vmm.state.postcopy import Ability
 
 __all__ = ["Migration", "await_incoming", "migration_of"]
 
@@ -79,6 +79,8 @@ class Migration:
 
     def _able(self) -> Ability:
         if self.ability is None:
+            from kvik.vmm.state.postcopy import Ability
+
             self.ability = Ability()
         return self.ability
 
@@ -145,6 +147,8 @@ class Migration:
             raise OperationInvalid("The incoming migration has already been started")
         if self.incoming is not None:
             raise OperationInvalid("The incoming migration has already been started")
+        from kvik.vmm.state.incoming import Incoming
+
         told: Callable[[str], None] = self._told
         self.incoming = Incoming(self.machine, uri, self._able(), told)
         return self.incoming
@@ -162,6 +166,9 @@ def migration_of(machine: Machine) -> Migration:
 
 def await_incoming(machine: Machine, uri: str) -> Incoming | None:
     """Start a machine that was built without booting, to be filled from `uri`; "defer": wait to be told from where."""
+    from kvik.vmm.state import incoming  # noqa: F401 - "defer" wants it when the sandbox is entered
+    from kvik.vmm.state.postcopy import Ability
+
     machine.hold_devices()
     machine.start(paused=True)
     machine.status = "inmigrate"

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import struct
 import time
-from typing import TYPE_CHECKING, Any
 
 import kvik
 from kvik.errors import HostError, InvalidArgument, KvikError, OperationInvalid, OperationUnsupported
@@ -45,9 +44,11 @@ from kvik.vmm.state.stream import (
 )
 from kvik.vmm.state.values import encode
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
+    from typing import Any
 
     from kvik.vmm.machine import Machine
     from kvik.vmm.memory import Region

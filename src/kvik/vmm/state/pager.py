@@ -21,7 +21,6 @@ import mmap
 import select
 import socket
 import struct
-from typing import TYPE_CHECKING
 
 from kvik.errors import KvikError, OperationFailed
 from kvik.vmm.layout import PAGE
@@ -29,6 +28,7 @@ from kvik.vmm.state import stream
 from kvik.vmm.state.dirty import all_set, clear_run
 from kvik.vmm.state.helper import fork_helper
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

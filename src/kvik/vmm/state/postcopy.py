@@ -12,7 +12,6 @@ import select
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING
 
 from kvik.errors import HostError, OperationFailed, OperationUnsupported
 from kvik.vmm.faults import GuestFault
@@ -24,6 +23,7 @@ from kvik.vmm.state.sender import Board
 from kvik.vmm.state.stream import CHUNK
 from kvik.vmm.state.userfaultfd import Userfaultfd
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
 
 from kvik.vmm.state.migration import migration_of
-from kvik.vmm.state.snapshot import load, save_steps
+from kvik.vmm.state.saving import save_steps
+from kvik.vmm.state.snapshot import load
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvik.vmm.monitor.table import Arguments, Context, Handler
 
 __all__ = ["HANDLERS"]

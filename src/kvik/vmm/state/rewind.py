@@ -8,7 +8,6 @@ or not worth keeping.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 from kvik.errors import OperationInvalid
 from kvik.vmm.layout import MIB, PAGE
@@ -17,6 +16,7 @@ from kvik.vmm.state.capture import apply, capture
 from kvik.vmm.state.dirty import DirtyPages, page_runs
 from kvik.vmm.state.memory_file import data_runs
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.machine import Machine
     from kvik.vmm.memory import Region

@@ -19,7 +19,6 @@ import select
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING
 
 from kvik.errors import OperationFailed
 from kvik.vmm.layout import PAGE
@@ -47,6 +46,7 @@ from kvik.vmm.state.stream import (
     receive_frame,
 )
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.memory import Region
 

@@ -5,12 +5,14 @@ And what of it the command line may replace: everything on the host's side of th
 
 from __future__ import annotations
 
-from typing import Any
-
 from kvik.errors import InvalidArgument, OperationFailed
 from kvik.vmm import config as c
 from kvik.vmm.config import CLASSES, MachineConfig
 from kvik.vmm.settings import annotation, fields_of, from_dict
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["merge", "read_config"]
 

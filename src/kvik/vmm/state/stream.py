@@ -32,11 +32,13 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from pathlib import Path
-from typing import NoReturn
 
 from kvik.errors import HostError, InvalidArgument, OperationFailed
 from kvik.vmm.layout import MIB
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 __all__ = [
     "CHUNK",
@@ -192,7 +194,7 @@ def listen(uri: str) -> tuple[socket.socket, bool]:
             sock = socket.socket(socket.AF_UNIX)
             try:
                 sock.bind(uri[5:])
-                Path(uri[5:]).chmod(0o600)
+                os.chmod(uri[5:], 0o600)  # noqa: PTH101 - pathlib is not imported
                 sock.listen(MAX_CHANNELS)
             except BaseException:
                 sock.close()

@@ -6,10 +6,9 @@ be sent again, for the second time, its vCPUs sleep for a part of the time, and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kvik.vmm.vcpu import SLEEP
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.loop import Timer
     from kvik.vmm.machine import Machine

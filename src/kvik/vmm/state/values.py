@@ -7,10 +7,13 @@ A state is made of int, str, bool, None, bytes, list and dict (`device.State`). 
 from __future__ import annotations
 
 import binascii
-import json
-from typing import Any
+from _json import make_scanner  # what is behind `json`, which imports `re`: a restored machine waits for this
 
 from kvik.errors import OperationFailed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["MAX_STATE", "Fields", "decode", "encode"]
 
@@ -27,6 +30,8 @@ def _bytes(value: object) -> dict[str, str]:
 
 
 def encode(value: Any, *, indent: int | None = None) -> bytes:
+    import json
+
     return json.dumps(value, default=_bytes, indent=indent).encode()
 
 
@@ -36,12 +41,36 @@ def _object(found: dict[str, Any]) -> Any:
     return found
 
 
+class _Decoding:
+    """What `make_scanner` asks of a `json.JSONDecoder`."""
+
+    strict, object_pairs_hook = True, None
+    parse_float, parse_int = float, int
+    object_hook = staticmethod(_object)
+
+    @staticmethod
+    def parse_constant(text: str) -> Any:
+        raise ValueError(f"{text} is no number of JSON")
+
+
+def _loads(text: str) -> Any:
+    """As `json.loads`."""
+    text = text.strip(" \t\n\r")
+    try:
+        value, end = make_scanner(_Decoding)(text, 0)  # type: ignore[arg-type]  # typeshed has the result here
+    except StopIteration as error:
+        raise ValueError(f"a value is missing at character {error.value}") from None
+    if end != len(text):
+        raise ValueError(f"there is more behind it, at character {end}")
+    return value
+
+
 def decode(data: bytes, where: str) -> Any:
     """What `encode` wrote. `where` names the source in the error: OperationFailed for anything else."""
     if len(data) > MAX_STATE:
         raise OperationFailed(f"{where}: {len(data)} bytes are more than a machine's state can have ({MAX_STATE})")
     try:
-        return json.loads(data, object_hook=_object)
+        return _loads(data.decode())
     except (ValueError, TypeError, RecursionError, binascii.Error) as error:
         raise OperationFailed(
             f"{where} is damaged: {error}", remedy="it was cut off or altered: take the state anew"

@@ -56,6 +56,15 @@ async def command_line(xml: str, files: Mapping[str, int] | None = None) -> Comm
     return build(domain, domain.devices.emulator or "", files, now=1_000_000_000)
 
 
+async def test_an_interface_on_a_switch_is_a_stream() -> None:
+    xml = (DATA / "passed-descriptors.xml").read_text()
+    files = {name: fd for name, fd in PASSED["passed-descriptors"].items() if not name.startswith(("net:", "vhost:"))}
+    argv = (await command_line(xml, {**files, "switch:net0": 77})).argv
+    (net,) = [word for word in argv if word.startswith("stream,")]
+    assert ",fds=77," in net
+    assert "vhost" not in net
+
+
 @pytest.mark.parametrize("name", NAMES)
 async def test_document_becomes_this_command_line(name: str) -> None:
     line = await command_line((DATA / f"{name}.xml").read_text(), PASSED.get(name))

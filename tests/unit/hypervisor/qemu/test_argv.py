@@ -149,3 +149,12 @@ def test_the_clock_counts_from_now(clock: str, base: str) -> None:
     line = build(complete_domain(xml, known), known, now=86400.0)
     assert line.argv[line.argv.index("-rtc") + 1] == f"base={base}"
     assert line.env == ({"TZ": "Europe/Oslo"} if "timezone" in clock else {})
+
+
+def test_on_a_switch_qemu_listens_so_that_another_one_can_connect() -> None:
+    domain = complete_domain(document("interface-tap"), capabilities())
+    (alias,) = [item.alias.name for item in domain.devices.interfaces if item.type == "network" and item.alias]
+    argv = command_line(document("interface-tap"), {f"switch:{alias}": 77}).argv
+    netdevs = [json.loads(argv[place + 1]) for place, word in enumerate(argv) if word == "-netdev"]
+    (netdev,) = [item for item in netdevs if item["id"] == f"host{alias}"]
+    assert netdev == {"type": "stream", "addr": {"type": "fd", "str": "77"}, "server": True, "id": f"host{alias}"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvik.conf.devices.interface import Interface
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.names import TAP_TYPES, alias_of, is_passt, passt_name, tap_name, vhost_name
+from kvik.hypervisor.names import TAP_TYPES, alias_of, is_passt, passt_name, switch_name, tap_name, vhost_name
 from kvik.hypervisor.qemu.argv.options import Chardev, Context, Parts, Props, on_off, virtio_options
 
 __all__ = ["interface_parts", "netdev_id"]
@@ -38,6 +38,10 @@ def _netdev(context: Context, device: Interface, chardevs: list[Chardev]) -> Pro
         return _passt(context, device)
     if device.type == "user":
         return _user(device)
+    if (switch := context.files.fd(switch_name(alias))) is not None:
+        _need_stream(context, "a session's network")
+        # QEMU listens: when its switch ends, another one can connect.
+        return {"type": "stream", "addr": {"type": "fd", "str": switch}, "server": True}
     if device.type in TAP_TYPES:
         return _tap(context, device)
     if device.type in ("server", "client", "mcast", "udp"):
@@ -83,10 +87,14 @@ def _tap(context: Context, device: Interface) -> Props:
     return props
 
 
+def _need_stream(context: Context, what: str) -> None:
+    if context.capabilities.version < 7_002_000:
+        raise ConfigUnsupported(f"{what} needs QEMU 7.2", remedy="write <interface type='user'> without <backend>")
+
+
 def _passt(context: Context, device: Interface) -> Props:
     alias = alias_of(device)
-    if context.capabilities.version < 7_002_000:
-        raise ConfigUnsupported("the passt backend needs QEMU 7.2", remedy="leave <backend> out for QEMU's own")
+    _need_stream(context, "the passt backend")
     fd = context.files.fd(passt_name(alias))
     if fd is None and (context.files.fds or context.files.hotplug):
         raise ConfigUnsupported(f"interface {alias}: passt cannot be started for a machine that already runs")

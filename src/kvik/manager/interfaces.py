@@ -1,0 +1,76 @@
+"""The host's side of machines' interfaces: taps, and in a user's session the ports of its networks' switches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvik.conf.devices.interface import Interface
+from kvik.hypervisor.driver import Feature
+from kvik.manager.filtering import protector
+from kvik.network.attachment import Attachment
+from kvik.network.switch.session import Card
+from kvik.network.taps import open_taps
+
+if TYPE_CHECKING:
+    from kvik.manager.domain import DomainObject
+    from kvik.manager.manager import Manager
+
+__all__ = ["look_after_networks", "on_host", "on_switch", "open_interfaces"]
+
+logger = logging.getLogger(__name__)
+
+LOOK = 2.0  # seconds between looks at a session's networks
+
+
+def on_host(domain: DomainObject, interfaces: Sequence[Interface]) -> list[Interface]:
+    """Those that the host's own network carries, and no switch of the session."""
+    return [item for item in interfaces if not on_switch(domain.manager, item)]
+
+
+def on_switch(manager: Manager, interface: Interface) -> bool:
+    """Whether a switch of the session carries it."""
+    name = interface.source.network if interface.type == "network" and interface.source else None
+    return manager.session_networks is not None and manager.session_networks.serves(name or "")
+
+
+async def open_interfaces(
+    domain: DomainObject,
+    directory: Path,
+    interfaces: Sequence[Interface],
+    close: ExitStack,
+    attachments: Mapping[str, Attachment],
+) -> dict[str, int]:
+    """Descriptors by name for the driver; `close` closes ours. Raises what `open_taps` and `open_ports` do."""
+    manager, features = domain.manager, domain.driver.features()
+    if Feature.TAPS not in features:
+        return {}
+    files: dict[str, int] = {}
+    if attachments:
+        files |= await manager.store.run(open_taps, interfaces, close, attachments, protector(domain))
+    networks, on_switches = manager.session_networks, [item for item in interfaces if on_switch(manager, item)]
+    if networks is not None and on_switches:
+        listen = Feature.NET_LISTEN in features
+        files |= await manager.store.run(networks.open_ports, domain.name, directory, on_switches, close, listen=listen)
+    return files
+
+
+async def look_after_networks(manager: Manager) -> None:
+    """As long as the daemon runs: switches and ways out that ended are had again."""
+    networks = manager.session_networks
+    while networks is not None:
+        await asyncio.sleep(LOOK)
+        cards = [
+            Card(domain.name, domain.run.directory, interface)
+            for domain in manager.domains()
+            if domain.is_active and domain.run is not None
+            for interface in domain.run.live.devices.interfaces
+            if on_switch(manager, interface)
+        ]
+        if cards:
+            for text in await manager.store.run(networks.look_after, cards):
+                logger.warning("%s", text)

@@ -1,0 +1,1 @@
+"""Network filters: libvirt's nwfilter documents, compiled to nftables' bridge family."""

@@ -1,0 +1,103 @@
+"""Filters and bindings on disk: one document a file, its name the file's name.
+
+<config>/nwfilter/NAME.xml            filters that somebody defined; fsynced
+<run>/nwfilter-binding/DEVICE.xml     what is on which interface; need not outlive the host
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from kvik.conf.nwfilter import (
+    FilterBinding,
+    NetworkFilter,
+    format_binding,
+    format_filter,
+    parse_binding,
+    parse_filter,
+)
+from kvik.errors import ConfigError, HostError, KvikError
+from kvik.host import files
+from kvik.paths import Paths
+
+__all__ = ["FilterStore"]
+
+logger = logging.getLogger(__name__)
+
+_LIMIT = 4 << 20  # bytes of a document
+
+
+class FilterStore:
+    def __init__(self, paths: Paths) -> None:
+        self.filters = paths.nwfilters
+        self.bindings = paths.nwfilter_bindings
+
+    def open(self) -> None:
+        for directory in (self.filters, self.bindings):
+            files.ensure_directory(directory)
+            files.remove_temporaries(directory)
+
+    def load_filters(self) -> list[NetworkFilter]:
+        found = []
+        for path, data in self._read(self.filters):
+            try:
+                one = parse_filter(data)
+                if one.name != path.stem:
+                    raise ConfigError(f"its name is {one.name!r}")
+                found.append(one)
+            except KvikError as error:
+                self._set_aside(path, str(error))
+        return found
+
+    def load_bindings(self) -> list[FilterBinding]:
+        found = []
+        for path, data in self._read(self.bindings):
+            try:
+                one = parse_binding(data)
+                if one.portdev != path.stem:
+                    raise ConfigError(f"its interface is {one.portdev!r}")
+                found.append(one)
+            except KvikError as error:
+                self._set_aside(path, str(error))
+        return found
+
+    def save_filter(self, one: NetworkFilter) -> None:
+        """On an error the old content is there, or no file if there was none."""
+        path = self.filters / f"{one.name}.xml"
+        before = files.try_read_file(path, limit=_LIMIT)
+        try:
+            files.atomic_write(path, format_filter(one).encode())
+        except HostError:
+            with suppress(HostError):  # it may have been renamed into place, and only not be durable
+                if before is None:
+                    files.remove_file(path, durable=False)
+                else:
+                    files.atomic_write(path, before, durable=False)
+            raise
+
+    def remove_filter(self, name: str) -> None:
+        files.remove_file(self.filters / f"{name}.xml")
+
+    def save_binding(self, one: FilterBinding) -> None:
+        files.atomic_write(self.bindings / f"{one.portdev}.xml", format_binding(one).encode(), durable=False)
+
+    def remove_binding(self, device: str) -> None:
+        files.remove_file(self.bindings / f"{device}.xml", durable=False)
+
+    @staticmethod
+    def _read(directory: Path) -> Iterator[tuple[Path, bytes]]:
+        for path in sorted(directory.glob("*.xml")):
+            try:
+                yield path, files.read_file(path, limit=_LIMIT)
+            except HostError as error:
+                logger.warning("%s is ignored: %s", path, error)
+
+    @staticmethod
+    def _set_aside(path: Path, why: str) -> None:
+        aside = path.with_name(f"{path.name}.corrupt-0")
+        with suppress(OSError):
+            path.rename(aside)
+        logger.warning("%s was set aside as %s: %s", path, aside.name, why)

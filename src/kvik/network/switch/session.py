@@ -1,0 +1,291 @@
+"""The networks of a user's session: each a switch, started for its first machine, looked after while the daemon runs.
+
+What there should be follows from the machines that run; `look_after` compares it with what there is. One path serves
+a switch that was killed, a passt that ended, a host that got its network back, and a daemon that was restarted.
+
+A VMM that can listen (QEMU) waits at a socket in its machine's directory, so that a new switch finds it again. One
+that cannot is handed a connection; if that is lost, the machine must be told to plug its card anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvik.conf.devices.interface import Interface
+from kvik.errors import ConfigUnsupported, HostError, KvikError, NoNetwork
+from kvik.host.process import ProcessHandle
+from kvik.network.switch.control import Switch, short_path
+from kvik.network.switch.uplink import forward_arguments, start_uplink
+from kvik.paths import Paths
+
+__all__ = ["DEFAULT", "Card", "SessionNetworks"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT: dict[str, Any] = {
+    "name": "default",
+    "mac": "52:54:00:12:35:02",
+    "ip": "192.168.122.1",
+    "prefix": 24,
+    "range": ["192.168.122.2", "192.168.122.254"],
+}
+RETRY_FIRST, RETRY_LAST = 2.0, 60.0  # seconds until a way out that ended is tried again
+
+
+class Card(NamedTuple):
+    """An interface of a machine that runs, and the directory where its VMM may listen."""
+
+    machine: str
+    directory: Path
+    interface: Interface
+
+    @property
+    def alias(self) -> str:
+        return self.interface.alias.name if self.interface.alias else ""
+
+    @property
+    def mac(self) -> str:
+        return self.interface.mac.address.lower() if self.interface.mac else ""
+
+    @property
+    def network(self) -> str:
+        return (self.interface.source.network if self.interface.source else None) or ""
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / f"{self.alias}.net"
+
+
+class _Retry:
+    """When a way out may be tried again."""
+
+    def __init__(self) -> None:
+        self.pause = RETRY_FIRST
+        self.at = 0.0
+
+    def failed(self) -> None:
+        self.at = time.monotonic() + self.pause
+        self.pause = min(self.pause * 2, RETRY_LAST)
+
+
+class SessionNetworks:
+    """All methods block for some milliseconds, and may be called from any thread."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._run = paths.run / "network"
+        self._log = paths.log / "network"
+        self._switches: dict[str, Switch] = {}
+        self._uplinks: list[ProcessHandle] = []
+        self._retries: dict[tuple[str, int], _Retry] = {}
+        self._lock = threading.Lock()
+
+    def open_ports(
+        self, machine: str, directory: Path, interfaces: Iterable[Interface], close: ExitStack, *, listen: bool
+    ) -> dict[str, int]:
+        """ "switch:ALIAS" -> a socket for the VMM of each interface of type network: one that listens, or one that is
+        connected. `close` closes ours. Raises `ConfigUnsupported`, `NoNetwork`, `HostError`, `MissingPackages`."""
+        files: dict[str, int] = {}
+        with self._lock:
+            for interface in interfaces:
+                if interface.type != "network":
+                    continue
+                card = Card(machine, directory, interface)
+                _refuse_unkept_promises(card)
+                switch = self._switch(card.network)
+                listener, ours = _listen(card)
+                with listener, ours:
+                    self._connect(switch, card, ours, must_forward=True)
+                    if listen:
+                        theirs = listener.detach()
+                    else:
+                        theirs = listener.accept()[0].detach()
+                        card.socket.unlink(missing_ok=True)
+                files[f"switch:{card.alias}"] = theirs
+                close.callback(os.close, theirs)
+        return files
+
+    def look_after(self, cards: Sequence[Card]) -> list[str]:
+        """Make what there is what there should be, as far as it can be; what was put right, or is wrong, in words."""
+        said: list[str] = []
+        with self._lock:
+            ended = [handle for handle in self._uplinks if not handle.alive]  # which reaps them
+            self._uplinks = [handle for handle in self._uplinks if handle not in ended]
+            for handle in ended:
+                handle.close()
+            for name in sorted({card.network for card in cards}):
+                try:
+                    said += self._look_after(name, [card for card in cards if card.network == name])
+                except KvikError as error:
+                    said.append(f"network {name}: {error}")
+        return said
+
+    def _look_after(self, name: str, cards: list[Card]) -> list[str]:
+        said = []
+        known = self._switches.get(name)
+        switch = self._switch(name)
+        if known is not None and switch is not known:
+            said.append(f"network {name}: its switch had ended and was started again")
+        ports = {(port["name"], port["alias"]): port for port in switch.ports()}
+        for card in cards:
+            port = ports.get((card.machine.lower(), card.alias))
+            if port is None:
+                with contextlib.suppress(HostError), _client(card.socket) as ours:  # a VMM that ends does not listen
+                    self._connect(switch, card, ours, must_forward=False)
+                    said.append(f"network {name}: machine {card.machine} was connected again")
+            elif port["uplink"]:
+                self._retries.pop((name, port["port"]), None)
+            else:
+                self._give_uplink(name, switch, card, port)
+        return said
+
+    @staticmethod
+    def serves(name: str) -> bool:
+        """Whether a network of this name is a switch."""
+        return name == "default"
+
+    def leases(self, name: str) -> list[dict[str, Any]]:
+        """Empty if the network does not run."""
+        with self._lock:
+            switch = self._known(name)
+            return switch.leases() if switch is not None else []
+
+    def close(self) -> None:
+        """Let go: the networks go on, as long as there is a machine on them."""
+        with self._lock:
+            for switch in self._switches.values():
+                switch.close()
+            self._switches.clear()
+            for handle in self._uplinks:
+                handle.close()
+            self._uplinks.clear()
+
+    def _known(self, name: str) -> Switch | None:
+        switch = self._switches.get(name)
+        if switch is not None and not switch.alive:
+            del self._switches[name]
+            switch.close()
+            switch = None
+        return switch
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        if name != "default":
+            raise NoNetwork(
+                f"no network with name {name!r} in this session", remedy="a session has the network 'default'"
+            )
+        return DEFAULT
+
+    def _switch(self, name: str) -> Switch:
+        """The network's switch: known, found, or started."""
+        switch = self._known(name)
+        if switch is not None:
+            return switch
+        settings = self._settings(name)
+        for directory in (self._run, self._log):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._run / f"{name}.switch"
+        switch = Switch.attach(path)
+        if switch is None:
+            log_fd = self._open_log(name)
+            try:
+                switch = Switch.start(path, settings, log_fd)
+            finally:
+                os.close(log_fd)
+        self._switches[name] = switch
+        return switch
+
+    def _open_log(self, name: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(self._log / f"{name}.log", flags, 0o600)
+
+    def _connect(self, switch: Switch, card: Card, ours: socket.socket, *, must_forward: bool) -> None:
+        isolated = card.interface.port is not None and card.interface.port.isolated is True
+        answer = switch.add_port(card.machine, card.mac, ours.fileno(), alias=card.alias, isolated=isolated)
+        port = {"port": answer[0], "ip": answer[1]}
+        forwards = bool(card.interface.port_forwards)
+        try:
+            self._give_uplink(card.network, switch, card, port, wait=must_forward and forwards)
+        except KvikError:
+            if must_forward and forwards:
+                switch.remove_port(answer[0])
+                raise
+
+    def _give_uplink(self, name: str, switch: Switch, card: Card, port: dict[str, Any], *, wait: bool = False) -> None:
+        """A passt for a port that has none. One that cannot be had now is tried again later, `wait` or not."""
+        settings = self._settings(name)
+        if not settings.get("router", True) or not port["ip"]:
+            return
+        retry = self._retries.setdefault((name, port["port"]), _Retry())
+        if time.monotonic() < retry.at:
+            return
+        retry.failed()  # until it is seen to be there the next time
+        try:
+            arguments = forward_arguments(card.interface.port_forwards)
+            log = card.directory / f"{card.alias}.passt.log"
+            ours, handle = start_uplink(settings, port["ip"], arguments, log, wait=wait)
+        except KvikError as error:
+            if wait:
+                raise
+            logger.warning("network %s: machine %s has no way out: %s", name, card.machine, error)
+            return
+        with ours:
+            switch.call("uplink", (ours.fileno(),), port=port["port"])
+        self._uplinks.append(handle)
+
+
+def _refuse_unkept_promises(card: Card) -> None:
+    """What a session's network cannot do and would be missed."""
+    interface = card.interface
+    kept = {
+        "filterref": interface.filterref,
+        "vlan": interface.vlan,
+        "virtualport": interface.virtualport,
+        "bandwidth": interface.bandwidth,
+        "source portgroup": interface.source.portgroup if interface.source else None,
+        "driver queues": (interface.driver.queues or 1) > 1 if interface.driver else None,
+    }
+    for name, value in kept.items():
+        if value:
+            raise ConfigUnsupported(
+                f"interface {card.alias}: <{name}> is not supported on a session's network",
+                path="/domain/devices/interface",
+                remedy="leave it out, or use a network of the system's daemon",
+            )
+
+
+def _listen(card: Card) -> tuple[socket.socket, socket.socket]:
+    """A socket that listens in the machine's directory, and the connection that waits on it."""
+    path = card.socket
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        os.fchmod(listener.fileno(), 0o600)  # the file takes the socket's mode: it is never open to others
+        with short_path(path) as name:
+            listener.bind(name)
+        listener.listen(1)
+        return listener, _client(path)
+    except OSError as error:
+        listener.close()
+        raise HostError(f"cannot listen on {path}: {error.strerror or error}", errno=error.errno or 0) from error
+
+
+def _client(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setblocking(False)  # a VMM that does not accept must not hold us: its backlog is full then
+        with short_path(path) as name:
+            sock.connect(name)
+    except OSError as error:
+        sock.close()
+        why = error.strerror if error.errno != errno.EAGAIN else "its VMM does not accept"
+        raise HostError(f"cannot connect to {path}: {why}", errno=error.errno or 0) from error
+    return sock

@@ -1,0 +1,108 @@
+"""The switch's process, started and spoken to as the daemon does; no machine, no network."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvik.errors import HostError, OperationFailed
+from kvik.network.switch.control import Switch
+from unit.network.switch.wire import SETTINGS
+
+ATTEMPTS = """
+import os, sys
+sys.path[:0] = sys.argv[1:]
+from kvik.network.switch.confine import confine
+import socket
+assert confine()
+open("/etc/passwd").close()
+socket.socket().close()
+for what in (
+    lambda: os.fork(), lambda: os.execv("/bin/true", ["true"]), lambda: open("/tmp/kvik-never", "w"),
+    lambda: open("/dev/null", "r+b", buffering=0), lambda: os.unlink("/tmp/kvik-never"),
+    lambda: os.mkdir("/tmp/kvik-never"),
+    lambda: os.kill(os.getpid(), 0), lambda: os.rename("/tmp/kvik-never", "/tmp/kvik-not"),
+):
+    try:
+        what()
+    except PermissionError:
+        continue
+    sys.exit(1)
+"""
+
+
+@pytest.fixture
+def switch(tmp_path: Path) -> Iterator[Switch]:
+    switch = Switch.start(tmp_path / "control", SETTINGS)
+    yield switch
+    switch.stop()
+
+
+def test_it_is_confined_and_works(switch: Switch) -> None:
+    card, theirs = socket.socketpair()
+    with card, theirs:
+        number, address = switch.add_port("one", "52:54:00:aa:00:01", theirs.fileno(), alias="net0")
+        assert address.startswith("10.0.0.")
+    status = Path(f"/proc/{switch.process.pid}/status").read_text()
+    assert "NoNewPrivs:\t1" in status
+    assert os.uname().machine != "x86_64" or "Seccomp:\t2" in status
+    switch.remove_port(number)
+    assert switch.ports() == switch.leases() == []
+
+
+def test_a_confined_process_runs_writes_and_kills_nothing() -> None:
+    if os.uname().machine != "x86_64":
+        pytest.skip("the filter is for x86-64")
+    source = str(Path(__file__).parents[4] / "src")
+    subprocess.run([sys.executable, "-c", ATTEMPTS, source], check=True)
+
+
+def test_what_is_wrong_is_refused_and_nothing_stays(switch: Switch) -> None:
+    descriptors = Path(f"/proc/{switch.process.pid}/fd")
+    switch.ports()
+    before = len(list(descriptors.iterdir())) if os.geteuid() == 0 else 0
+    card, theirs = socket.socketpair()
+    other = socket.socket(socket.AF_INET)
+    with card, theirs, other:
+        for fd, mac in (
+            (other.fileno(), "52:54:00:aa:00:01"),
+            (theirs.fileno(), "nonsense"),
+            (theirs.fileno(), "01:00:00:00:00:00"),
+        ):
+            with pytest.raises(OperationFailed):
+                switch.add_port("one", mac, fd)
+    for what, given in (("fly", {}), ("add", {}), ("uplink", {"port": 9}), ("configure", {"settings": []})):
+        with pytest.raises(OperationFailed):
+            switch.call(what, **given)
+    assert switch.ports() == []
+    if os.geteuid() == 0:
+        assert len(list(descriptors.iterdir())) == before
+
+
+def test_a_daemon_finds_it_again_and_notices_when_it_is_gone(switch: Switch) -> None:
+    again = Switch.attach(switch.path)
+    assert again is not None
+    assert again.process.pid == switch.process.pid
+    os.kill(switch.process.pid, signal.SIGKILL)
+    assert again.process.wait(10) is not None or not again.alive
+    with pytest.raises(HostError, match="is gone"):
+        again.ports()
+    again.close()
+    assert Switch.attach(switch.path) is None
+
+
+def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    for _ in range(2):
+        switch = Switch.start(path, SETTINGS)
+        os.kill(switch.process.pid, signal.SIGKILL)
+        switch.process.wait(10)
+        switch.close()
+    assert path.exists()
