@@ -41,8 +41,10 @@ class Interface:
         source = element.find("source")
         self.source = ""
         if source is not None:
-            names = ("bridge", "dev", "network", "path", "name", "mode", "address")
-            self.source = next((source.get(name, "") for name in names if source.get(name)), "")
+            # As virsh: the first in the order of the document (a live interface has its network, then the bridge).
+            named = [value for key, value in source.attrib.items() if key in ("bridge", "dev", "network", "name")]
+            named += [source.get(name, "") for name in ("path", "mode", "address")]
+            self.source = next((value for value in named if value), "")
 
 
 def parse(text: str) -> Element:

@@ -21,7 +21,7 @@ from kvik.conf.devices.chardev import (
 from kvik.conf.devices.controller import Controller
 from kvik.conf.devices.disk import Bus, Disk, DiskDriver
 from kvik.conf.devices.display import Audio, Graphics, Input, Listen, Video, VideoModel
-from kvik.conf.devices.interface import InterfaceModel, Mac
+from kvik.conf.devices.interface import InterfaceModel, Mac, VirtualPortParameters
 from kvik.conf.devices.memory import Memballoon
 from kvik.conf.devices.other import Vsock
 from kvik.conf.devices_xml import bootable_devices
@@ -271,6 +271,11 @@ def _network(domain: Domain, caps: MachineDefaults) -> None:
         if interface.model is None and interface.type not in ("hostdev", "vdpa"):
             model = {Q35: "e1000e", I440FX: "rtl8139"}.get(family(domain), "virtio")
             interface.model = InterfaceModel(type="virtio" if interface.type == "vhostuser" else model)
+        port = interface.virtualport
+        if port is not None and port.type == "openvswitch":
+            port.parameters = port.parameters or VirtualPortParameters()
+            if port.parameters.interfaceid is None:  # by which a controller of the switch knows it, for good
+                port.parameters.interfaceid = new_uuid(caps)
 
 
 def _small_devices(domain: Domain) -> None:

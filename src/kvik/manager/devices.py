@@ -217,7 +217,7 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
         if use is not None:
             run.uses.remove(use)
         if isinstance(given, Interface):
-            ports.leave(domain, [given])
+            await asyncio.shield(ports.release(domain.manager, domain, [given]))
         raise
     finally:
         domain.live_changed()
@@ -329,7 +329,7 @@ def removed(domain: DomainObject, run: Run, alias: str) -> None:
         if device.alias and device.alias.name == alias:
             remove_device(run.live.devices, device)
             if isinstance(device, Interface):
-                ports.leave(domain, [device])
+                domain.spawn(ports.release(domain.manager, domain, [device]))
             if isinstance(device, Disk):
                 use = disks.use_of(device)
                 run.uses = [other for other in run.uses if use is None or other.path != use.path]

@@ -392,9 +392,9 @@ def _in_task() -> bool:
 
 async def _clean(domain: DomainObject, run: Run, note: str) -> None:
     name, transient = domain.name, not domain.persistent
-    ports.leave(domain, run.live.devices.interfaces)
     try:
         domain.log.note(note)
+        await ports.release(domain.manager, domain, run.live.devices.interfaces)
         await domain.manager.store.remove_status(name, run.directory)
         await filtering.release(domain, run.live.devices.interfaces)
         if transient:

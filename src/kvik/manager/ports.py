@@ -8,19 +8,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
-from kvik.conf.devices.interface import Interface, InterfaceSource
+from kvik.conf.devices.interface import Interface, InterfaceSource, InterfaceTarget, VirtualPortParameters
 from kvik.conf.enums import NetworkEventLifecycleType
 from kvik.errors import KvikError
 from kvik.network.attachment import Attachment, resolve, resolve_all
-from kvik.network.taps import reconnect_tap
+from kvik.network.taps import reconnect_tap, release_taps
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
     from kvik.network.network import NetworkObject
 
-__all__ = ["join", "leave", "rejoin", "watch"]
+__all__ = ["join", "leave", "rejoin", "release", "watch"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +36,28 @@ def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Att
     attachments = resolve_all(interfaces, networks)
     for interface in interfaces:
         attachment = attachments.get(interface.alias.name if interface.alias else "")
-        if attachment is None or not attachment.network:
-            continue
+        if attachment is not None:
+            _say(interface, attachment)
+        if attachment is not None and attachment.network:
+            networks.lookup_name(attachment.network).connect(attachment.port_id, domain.name)
+    return attachments
+
+
+def _say(interface: Interface, attachment: Attachment) -> None:
+    """Into the live document: it is on disk before anything is made, so that all of it can be found and undone."""
+    if attachment.network:
         source = interface.source = interface.source or InterfaceSource()
         source.portid = attachment.port_id
         if attachment.kind == "macvtap":
-            source.dev, source.mode = attachment.device, attachment.mode  # type: ignore[assignment]  # a mode of it
+            source.dev, source.mode = attachment.device, attachment.mode
         else:
             source.bridge = attachment.device
-        networks.lookup_name(attachment.network).connect(attachment.port_id, domain.name)
-    return attachments
+    port = interface.virtualport = attachment.virtualport
+    if attachment.kind == "openvswitch" and port is not None:
+        port.parameters = port.parameters or VirtualPortParameters()
+        port.parameters.interfaceid = port.parameters.interfaceid or str(uuid4())
+        target = interface.target = interface.target or InterfaceTarget()
+        target.dev = target.dev or f"tap{port.parameters.interfaceid[:11]}"
 
 
 def watch(manager: Manager) -> None:
@@ -70,7 +83,7 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
                 attachment = resolve(interface, manager.networks)
                 if attachment is None:
                     continue
-                await manager.store.run(reconnect_tap, target.dev, attachment)
+                await manager.store.run(reconnect_tap, interface, attachment)
                 source.bridge = attachment.device
                 network.connect(source.portid, domain.name)
             except KvikError as error:
@@ -88,6 +101,14 @@ def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
             domain.manager.networks.lookup_name(source.network).connect(source.portid, domain.name)
         except KvikError as error:
             logger.warning("machine %s: %s", domain.name, error)
+
+
+async def release(manager: Manager, domain: DomainObject, interfaces: Iterable[Interface]) -> None:
+    """After the machine, or a device of it, is gone: count it no more, and leave nothing of it on the host."""
+    interfaces = list(interfaces)
+    leave(domain, interfaces)
+    if any(interface.target is not None and interface.target.dev for interface in interfaces):
+        await manager.store.run(release_taps, interfaces)
 
 
 def leave(domain: DomainObject, interfaces: Iterable[Interface]) -> None:

@@ -132,6 +132,7 @@ async def _forget_status(manager: Manager, status: Status, trigger: Trigger, why
     domain.log.note(f"ended: {trigger.value} ({why})")
     domain.state, domain.id = DomainState.RUNNING, -1
     lifecycle.apply(domain, trigger, why)
+    await ports.release(manager, domain, parse_domain(status.document).devices.interfaces)
     await manager.store.remove_status(status.name, Path(status.directory))
     if not domain.persistent:
         manager.forget(domain)
@@ -162,6 +163,8 @@ async def _end_unconfirmed(manager: Manager, status: Status) -> None:
     domain.log.note("ended: the daemon was stopped while the machine was starting")
     domain.state = DomainState.SHUTOFF
     lifecycle.apply(domain, Trigger.START_FAILED, "the daemon was stopped while the machine was starting")
+    with contextlib.suppress(ConfigError):
+        await ports.release(manager, domain, parse_domain(status.document).devices.interfaces)
     await manager.store.remove_status(status.name, directory)
     _warn(
         manager, f"machine {status.name!r} was being started when the daemon was stopped: what was left of it was ended"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, get_args
 from uuid import uuid4
 
 from kvik.conf.devices.interface import (
@@ -30,6 +30,7 @@ from kvik.errors import ConfigError, ConfigUnsupported, OperationInvalid
 __all__ = ["Attachment", "NetworkLike", "NetworkLookup", "resolve", "resolve_all", "resolve_network"]
 
 T = TypeVar("T")
+MacvtapMode = Literal["bridge", "private", "vepa", "passthrough"]
 Kind = Literal["none", "bridge", "openvswitch", "macvtap"]
 
 
@@ -56,7 +57,7 @@ class Attachment:
 
     kind: Kind
     device: str = ""
-    mode: str = ""  # of macvtap: bridge, private, vepa, passthrough
+    mode: MacvtapMode | None = None
     network: str = ""
     port_id: str = ""
     vlan: Vlan | None = None
@@ -64,6 +65,7 @@ class Attachment:
     bandwidth: Bandwidth | None = None
     isolated: bool = False
     mtu: int | None = None
+    owns_bridge: bool = False  # the network made it, so it may be set as this needs
     static_fdb: bool = False  # macTableManager='libvirt': the bridge learns nothing, the guest's MAC is entered
 
 
@@ -107,7 +109,7 @@ def resolve(interface: Interface, networks: NetworkLookup | None) -> Attachment 
                 f"interface {_alias(interface)} of type direct names no device of the host",
                 path="/domain/devices/interface/source/@dev",
             )
-        return replace(own, kind="macvtap", device=source.dev, mode=source.mode or "vepa")
+        return replace(own, kind="macvtap", device=source.dev, mode=_mode(source.mode))
     if interface.type != "network":
         return None
     if networks is None:
@@ -149,16 +151,24 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
         bandwidth=own.bandwidth or (group.bandwidth if group else None),
         isolated=own.isolated or bool(port and port.isolated),
         mtu=own.mtu or (document.mtu.size if document.mtu else None),
+        owns_bridge=document.owns_bridge,
         static_fdb=document.bridge is not None and document.bridge.mac_table_manager == "libvirt",
     )
     if document.is_macvtap:
-        return replace(made, kind="macvtap", device=_free_device(network), mode=str(document.mode))
+        return replace(made, kind="macvtap", device=_free_device(network), mode=_mode(document.mode))
     assert document.bridge_name is not None  # validation: what is not macvtap or a pool has a bridge
     return replace(made, kind=_bridge_kind(made.virtualport), device=document.bridge_name)
 
 
 def _alias(interface: Interface) -> str:
     return interface.alias.name if interface.alias else "(without an alias)"
+
+
+def _mode(mode: str | None) -> MacvtapMode:
+    for known in get_args(MacvtapMode):
+        if mode == known:
+            return known  # type: ignore[no-any-return]  # one of the words of that type
+    return "vepa"
 
 
 def _bridge_kind(port: VirtualPort | None) -> Kind:

@@ -11,12 +11,14 @@ import logging
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from kvik.conf.devices.interface import Rate as DocumentRate
 from kvik.conf.network import Network
 from kvik.conf.network_addresses import ip_interface, route_destination
 from kvik.errors import AlreadyExists, HostError
 from kvik.host.bridge import create_bridge
 from kvik.host.netlink import Link, Netlink, check_name
 from kvik.host.route import add_route
+from kvik.host.traffic import Rate, set_traffic, sweep_ifbs
 
 __all__ = ["add_routes", "find_bridge", "is_ours", "make_bridge", "remove_bridge", "set_forwarding"]
 
@@ -72,22 +74,38 @@ def make_bridge(netlink: Netlink, document: Network, undo: ExitStack) -> Link:
         broadcast = str(subnet.broadcast_address) if subnet.version == 4 and subnet.prefixlen < 31 else None
         # Nobody else can have the address on a bridge that has no port yet: there is nothing to detect.
         netlink.add_address(link.index, str(interface), broadcast=broadcast, detect_duplicates=False)
+    _bound(netlink, document, link.index)
     netlink.set_link(link.index, up=True)
     return link
+
+
+def _bound(netlink: Netlink, document: Network, index: int) -> None:
+    """The network's <bandwidth>: of what passes between the guests together and the host or the world."""
+    if document.bandwidth is not None:
+        inbound, outbound = (_rate(each) for each in (document.bandwidth.inbound, document.bandwidth.outbound))
+        set_traffic(netlink, index, inbound=inbound, outbound=outbound)
+
+
+def _rate(rate: DocumentRate | None) -> Rate | None:
+    if rate is None or rate.average is None:
+        return None
+    return Rate(average=rate.average, peak=rate.peak or 0, burst=rate.burst or 0)
 
 
 def remove_bridge(netlink: Netlink, document: Network) -> bool:
     """Delete the network's bridge, its addresses and routes with it. False if it is gone, or is not ours."""
     link = find_bridge(netlink, document.bridge_name or "")
-    if link is None or not is_ours(link, document):
-        return False
-    try:
-        netlink.delete_link(link.index)
-    except HostError as error:
-        if error.errno != errno.ENODEV:
-            raise
-        return False
-    return True
+    deleted = False
+    if link is not None and is_ours(link, document):
+        try:
+            netlink.delete_link(link.index)
+            deleted = True
+        except HostError as error:
+            if error.errno != errno.ENODEV:
+                raise
+    if document.bandwidth is not None:
+        sweep_ifbs(netlink)  # an interface that bounded the bridge's traffic does not go with it
+    return deleted
 
 
 def _quietly_remove(netlink: Netlink, document: Network) -> None:

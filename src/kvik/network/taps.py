@@ -6,17 +6,25 @@ The kernel removes a tap with its last descriptor: when the VMM ends, however it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
-from kvik.conf.devices.interface import Interface, InterfaceTarget
-from kvik.errors import ConfigUnsupported
-from kvik.host.bridge import set_port
+from kvik.conf.devices.interface import Bandwidth, Interface, InterfaceTarget, Vlan
+from kvik.conf.devices.interface import Rate as GivenRate
+from kvik.errors import ConfigUnsupported, KvikError
+from kvik.host import openvswitch
+from kvik.host.bridge import NO_VLAN_FILTERING, read_bridge, set_bridge, set_port
+from kvik.host.bridge_vlan import add_vlan, delete_vlan
+from kvik.host.neighbour import add_fdb
 from kvik.host.netlink import Netlink
 from kvik.host.tap import create_tap
+from kvik.host.traffic import Rate, set_traffic, sweep_ifbs
 from kvik.network.attachment import Attachment
 
-__all__ = ["open_taps", "reconnect_tap"]
+__all__ = ["open_taps", "reconnect_tap", "release_taps"]
+
+logger = logging.getLogger(__name__)
 
 QUEUES_MAX = 256
 
@@ -50,10 +58,16 @@ def open_taps(
             up=False,  # nothing passes before its walls stand
         )
         close.callback(tap.close)
+        target.dev = tap.name  # whatever fails from here on, `release_taps` finds what was made
         with Netlink() as netlink:
             if attachment.kind == "bridge":
-                _join_bridge(netlink, tap.index, attachment, alias)
-            target.dev = tap.name
+                _join_bridge(netlink, tap.index, attachment, interface)
+            elif attachment.kind == "openvswitch":
+                _join_openvswitch(tap.name, attachment, interface)
+                if attachment.mtu is not None:
+                    netlink.set_link(tap.index, mtu=attachment.mtu)  # the switch gives a port that of its bridge
+            if attachment.bandwidth is not None:
+                _bound(netlink, tap.index, attachment.bandwidth)
             if protect is not None:
                 protect(interface)
             netlink.set_link(tap.index, up=True)
@@ -61,9 +75,10 @@ def open_taps(
     return files
 
 
-def reconnect_tap(name: str, attachment: Attachment) -> None:
+def reconnect_tap(interface: Interface, attachment: Attachment) -> None:
     """Put a running machine's tap on a bridge that was made anew. Raises `HostError`, `ConfigUnsupported`."""
-    if attachment.kind != "bridge":
+    name = interface.target.dev if interface.target is not None else None
+    if attachment.kind != "bridge" or not name:
         return
     with Netlink() as netlink:
         tap, bridge = netlink.link(name), netlink.link(attachment.device)
@@ -71,13 +86,71 @@ def reconnect_tap(name: str, attachment: Attachment) -> None:
             return
         netlink.set_link(tap.index, up=False)  # nothing passes before its walls stand
         netlink.set_link(tap.index, master=bridge.index)
-        _join_bridge(netlink, tap.index, attachment, name)
+        _join_bridge(netlink, tap.index, attachment, interface)
         netlink.set_link(tap.index, up=True)
 
 
-def _join_bridge(netlink: Netlink, index: int, attachment: Attachment, alias: str) -> None:
+def release_taps(interfaces: Iterable[Interface]) -> None:
+    """Take away what a machine that has ended left on the host; what is gone already does not matter. Never raises."""
+    for interface in interfaces:
+        name = interface.target.dev if interface.target is not None else None
+        try:
+            if name and on_openvswitch(interface):
+                openvswitch.delete_port(name)
+        except KvikError as error:
+            logger.warning("interface %s: %s", name, error)
+    try:
+        with Netlink() as netlink:
+            sweep_ifbs(netlink)  # the kernel removes a tap with its machine, but not the IFB of its bandwidth
+    except KvikError as error:
+        logger.warning("%s", error)
+
+
+def _bound(netlink: Netlink, index: int, bandwidth: Bandwidth) -> None:
+    set_traffic(netlink, index, inbound=_rate(bandwidth.inbound), outbound=_rate(bandwidth.outbound))
+
+
+def _rate(given: GivenRate | None) -> Rate | None:
+    if given is None or given.average is None:
+        return None
+    return Rate(given.average, given.peak or 0, given.burst or 0)
+
+
+def _join_openvswitch(name: str, attachment: Attachment, interface: Interface) -> None:
+    """https://docs.openvswitch.org/en/latest/howto/libvirt/"""
+    port = attachment.virtualport
+    parameters = port.parameters if port is not None else None
+    ids = {"attached-mac": interface.mac.address if interface.mac else "", "iface-status": "active"}
+    if parameters is not None and parameters.interfaceid:
+        ids["iface-id"] = parameters.interfaceid
+    if parameters is not None and parameters.profileid:
+        ids["port-profile"] = parameters.profileid
+    mode, tag, trunks = openvswitch_vlans(attachment.vlan)
+    openvswitch.add_port(attachment.device, name, vlan_mode=mode, tag=tag, trunks=trunks, external_ids=ids)
+
+
+def openvswitch_vlans(vlan: Vlan | None) -> tuple[openvswitch.VlanMode | None, int | None, list[int]]:
+    """(mode, tag, trunks) of a port, as ovs-vswitchd.conf.db(5) describes them."""
+    if vlan is None or not vlan.tags:
+        return None, None, []
+    if not vlan.trunk and len(vlan.tags) == 1 and vlan.tags[0].native_mode is None:
+        return None, vlan.tags[0].id, []  # access, as a tag alone means
+    native = next((tag for tag in vlan.tags if tag.native_mode is not None), None)
+    trunks = [tag.id for tag in vlan.tags]
+    if native is None:
+        return "trunk", None, trunks
+    return ("native-tagged" if native.native_mode == "tagged" else "native-untagged"), native.id, trunks
+
+
+def _join_bridge(netlink: Netlink, index: int, attachment: Attachment, interface: Interface) -> None:
+    alias = _alias(interface)
     if attachment.isolated:
         set_port(netlink, index, isolated=True)
+    if attachment.vlan is not None:
+        _join_vlans(netlink, index, attachment, attachment.vlan, alias)
+    if attachment.static_fdb and interface.mac is not None:
+        set_port(netlink, index, learning=False, flood=False)
+        add_fdb(netlink, index, interface.mac.address, replace=True)
     if attachment.mtu is not None and (bridge := netlink.link(attachment.device)).mtu < attachment.mtu:
         raise ConfigUnsupported(
             f"interface {alias} has an MTU of {attachment.mtu}, bridge {bridge.name} only {bridge.mtu}: "
@@ -85,6 +158,34 @@ def _join_bridge(netlink: Netlink, index: int, attachment: Attachment, alias: st
             path="/domain/devices/interface/mtu/@size",
             remedy=f"give the interface at most {bridge.mtu}, or the bridge and all its ports more",
         )
+
+
+def _join_vlans(netlink: Netlink, index: int, attachment: Attachment, vlan: Vlan, alias: str) -> None:
+    """A port of those VLANs and no other; the bridge's own port stays in its default one."""
+    bridge = read_bridge(netlink, attachment.device)
+    if not bridge.vlan_filtering:
+        if not attachment.owns_bridge:
+            raise ConfigUnsupported(
+                f"interface {alias} wants VLANs, and bridge {bridge.name} does not filter them",
+                path="/domain/devices/interface/vlan",
+                remedy=f"ip link set {bridge.name} type bridge vlan_filtering 1, unless {NO_VLAN_FILTERING}",
+            )
+        set_bridge(netlink, bridge.index, vlan_filtering=True)
+    if bridge.vlan_default_pvid:
+        delete_vlan(netlink, index, bridge.vlan_default_pvid)
+    access = len(vlan.tags) == 1 and not vlan.trunk and vlan.tags[0].native_mode is None
+    for tag in vlan.tags:
+        native = access or tag.native_mode is not None
+        add_vlan(netlink, index, tag.id, pvid=native, untagged=access or tag.native_mode == "untagged")
+
+
+def on_openvswitch(interface: Interface) -> bool:
+    """Whether the live document says so: its virtualport, completed from the network's when it was attached."""
+    return interface.virtualport is not None and interface.virtualport.type == "openvswitch"
+
+
+def _alias(interface: Interface) -> str:
+    return interface.alias.name if interface.alias else "(without an alias)"
 
 
 def _refuse_unkept_promises(interface: Interface, attachment: Attachment, alias: str, *, filters: bool) -> None:
@@ -95,13 +196,13 @@ def _refuse_unkept_promises(interface: Interface, attachment: Attachment, alias:
             path="/domain/devices/interface/@type",
             remedy="use <interface type='user'>, or type='bridge' with a bridge of this host",
         )
+    bandwidth, port = attachment.bandwidth, attachment.virtualport
     kept = {
         "filterref": interface.filterref if not filters else None,
-        "vlan": attachment.vlan,
-        "virtualport": attachment.virtualport,
-        "bandwidth": attachment.bandwidth,
+        "vlan": attachment.vlan is not None and attachment.kind == "none",
+        "virtualport": port is not None and port.type not in (None, "none", "openvswitch"),
+        "inbound floor=": bandwidth is not None and bandwidth.inbound is not None and bandwidth.inbound.floor,
         "port isolated='yes'": attachment.isolated and attachment.kind != "bridge",
-        "bridge macTableManager='libvirt'": attachment.static_fdb,
     }
     for name, value in kept.items():
         if value:

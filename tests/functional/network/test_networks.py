@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -25,11 +26,13 @@ from kvik.host.namespace import Namespace
 from kvik.host.netlink import Netlink
 from kvik.host.process import find_program
 from kvik.host.route import routes
+from kvik.host.traffic import queues
 from kvik.network import nat
 from kvik.network.default import ensure_default
 from kvik.network.dnsmasq import Dnsmasq
 from kvik.network.networks import Networks
 from kvik.network.runtime import Runtime
+from kvik.paths import Paths
 
 pytestmark = [
     pytest.mark.functional,
@@ -53,9 +56,12 @@ def links(space: Namespace) -> set[str]:
     return space.run(look)
 
 
+def tables_here() -> set[str]:
+    return {item["table"]["name"] for item in nftables.run([{"list": {"tables": None}}])}
+
+
 def tables(space: Namespace) -> set[str]:
-    found = space.run(lambda: nftables.run([{"list": {"tables": None}}]))
-    return {item["table"]["name"] for item in found}
+    return space.run(tables_here)
 
 
 def test_a_nat_network_is_made_and_taken_away_without_a_trace(space: Namespace, tmp_path: Path) -> None:
@@ -458,6 +464,20 @@ def test_every_element_reaches_kernel_and_dnsmasq(space: Namespace, tmp_path: Pa
     assert links(space) == tables(space) == set()
 
 
+def test_bandwidth_is_set_on_the_bridge_and_undone(space: Namespace, tmp_path: Path) -> None:
+    bound = "<bandwidth><inbound average='1000' peak='2000' burst='64'/><outbound average='500'/></bandwidth>"
+
+    async def turn(networks: Networks) -> None:
+        network = await networks.create_xml(ISOLATED.replace("<ip ", f"{bound}<ip "))
+        with Netlink() as netlink:
+            kinds = {queue.kind: queue for queue in queues(netlink, netlink.link("virbr7").index) if queue.rate}
+        assert (kinds["htb"].rate, kinds["htb"].ceiling) == (1_000_000, 2_000_000)
+        await network.destroy()
+
+    with_networks(space, tmp_path, turn)
+    assert links(space) == set()
+
+
 def test_without_ipv6_of_its_own_the_host_takes_no_part_in_the_bridges(space: Namespace, tmp_path: Path) -> None:
     async def turn(networks: Networks) -> None:
         network = await networks.create_xml(ISOLATED)
@@ -507,3 +527,66 @@ def test_files_that_cannot_be_read_are_set_aside(space: Namespace, tmp_path: Pat
         "autostart", "broken.xml.corrupt-0", "byhand.xml", "other.xml.corrupt-0",
     }  # fmt: skip
     assert (status / "gone.xml.corrupt-0").exists()
+
+
+def test_two_daemons_keep_out_of_each_others_way(space: Namespace, tmp_path: Path) -> None:
+    async def first(networks: Networks) -> None:
+        ours = await ensure_default(networks)
+        assert ours is not None and ours.is_active and ours.bridge_name == "virbr0"
+        others = Networks(Paths.system(tmp_path / "second"), probing=False)
+        await others.open()
+        theirs = await ensure_default(others)
+        assert theirs is not None and theirs.is_active and theirs.bridge_name == "virbr1"
+        assert theirs.document.ips[0].address == "192.168.123.1"
+        await others.close()
+        again = Networks(Paths.system(tmp_path / "second"), probing=False)
+        await again.open()  # it finds its own, and leaves the first one's alone
+        assert again.lookup_name("default").is_active and ours.is_active
+        await again.lookup_name("default").destroy()
+        await again.close()
+        assert tables_here() == {"kvik-virbr0"}
+        assert ours.runtime is not None and ours.runtime.dnsmasq.handle is not None
+        assert ours.runtime.dnsmasq.handle.alive
+        await ours.destroy()
+
+    with_networks(space, tmp_path / "first", first)
+    assert links(space) == tables(space) == set()
+
+
+def test_who_hangs_up_leaves_a_network_that_is_whole(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        seen: list[int] = []
+        networks.subscribe(lambda network, event, detail: seen.append(event))
+        network = await networks.create_xml(NAT)
+        for _ in range(2):
+            stopping = asyncio.ensure_future(network.destroy())
+            await asyncio.sleep(0.005)
+            stopping.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await stopping
+            assert not network.is_active and networks.list() == []
+            creating = asyncio.ensure_future(networks.create_xml(NAT))
+            await asyncio.sleep(0.02)
+            creating.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await creating
+            assert [each.is_active for each in networks.list()] in ([], [True])
+            network = networks.list()[0] if networks.list() else await networks.create_xml(NAT)
+        await network.destroy()
+        assert list((tmp_path / "var/lib/kvik/network").iterdir()) == []  # what was transient leaves no files
+        kinds = NetworkEventLifecycleType
+        assert seen == [kinds.STARTED, kinds.STOPPED] * 3
+
+    with_networks(space, tmp_path, turn)
+    assert links(space) == tables(space) == set()
+
+
+def test_a_name_is_only_a_name(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        name = "my net #1, \"x\" 'y' \\"
+        network = await networks.create_xml(NAT.replace(">default<", f">{name}<"))
+        assert network.name == name and network.leases() == []
+        await network.destroy()
+
+    with_networks(space, tmp_path / "a b", turn)
+    assert links(space) == tables(space) == set()
