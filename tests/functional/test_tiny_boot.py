@@ -44,7 +44,16 @@ def image(paths: Paths) -> TinyImage:
 class Guest:
     """A running QEMU with the agent's channel and the serial console, spoken to directly."""
 
-    def __init__(self, image: TinyImage, paths: Paths, directory: Path) -> None:
+    def __init__(
+        self,
+        image: TinyImage,
+        paths: Paths,
+        directory: Path,
+        netdev: str = "user,id=net",
+        pass_fds: tuple[int, ...] = (),
+        *,
+        mac: str = "52:54:00:12:34:56",
+    ) -> None:
         kernel = uncompressed_kernel(image.kernel, paths.cache / "kernels")
         assert kernel is not None, "Debian's cloud kernel has a PVH entry"
         self.console = directory / "console"
@@ -56,11 +65,12 @@ class Guest:
                 *("-initrd", str(image.initrd), "-append", kernel_arguments("tcg", hostname="tested")),
                 *("-chardev", f"socket,id=agent,path={agent},server=on,wait=off", "-device", "virtio-serial-pci"),
                 *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
-                *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="),
+                *("-netdev", netdev, "-device", f"virtio-net-pci,netdev=net,romfile=,mac={mac}"),
                 *("-device", "virtio-rng-pci", "-serial", f"file:{self.console}"),
                 *("-qmp", f"unix:{qmp},server=on,wait=off"),
             ],
             stdin=subprocess.DEVNULL,
+            pass_fds=pass_fds,
         )
         try:
             self.agent, self.qmp = self._connect(agent), self._connect(qmp)

@@ -113,21 +113,40 @@ def test_a_fresh_daemon_has_a_working_network_default(kvikd: Kvikd) -> None:
     assert "192.168.122.1/24" in addresses.stdout
 
 
-def test_virt_install_writes_a_machine_for_it(kvikd: Kvikd) -> None:
+def test_virt_install_puts_a_machine_on_it(kvikd: Kvikd) -> None:
     if shutil.which("virt-install") is None:
         pytest.skip("virt-install is not installed")
     disk = kvikd.root / "import.img"
     disk.write_bytes(bytes(1 << 20))
     command = ["virt-install", "--connect", kvikd.uri, "--name", "imported", "--memory", "256", "--vcpus", "1"]
     command += ["--import", "--disk", f"{disk},bus=virtio", "--osinfo", "generic", "--network", "network=default"]
-    command += ["--graphics", "vnc", "--noautoconsole", "--virt-type", "qemu", "--print-xml"]
+    command += ["--graphics", "vnc", "--noautoconsole", "--virt-type", "qemu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRON, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    document = kvikd.root / "imported.xml"
-    document.write_text(done.stdout)
-    kvikd.virsh("define", str(document))
     row = kvikd.virsh("domiflist", "imported").split()
     assert row[1:3] == ["network", "default"]
+    assert "<network connections='1'>" in kvikd.virsh("net-dumpxml", "default")
+    port = kvikd.virsh("net-port-list", "default", "--uuid").strip()
+    text = kvikd.virsh("net-port-dumpxml", "default", port)
+    uuid = kvikd.virsh("domuuid", "imported").strip()
+    mac = kvikd.virsh("domiflist", "imported").split()[4]
+    assert (
+        text.strip()
+        == f"""\
+<networkport>
+  <uuid>{port}</uuid>
+  <owner>
+    <name>imported</name>
+    <uuid>{uuid}</uuid>
+  </owner>
+  <mac address='{mac}'/>
+  <plug type='network' bridge='virbr0'/>
+</networkport>"""
+    )
+    with pytest.raises(AssertionError, match="come and go with machines' interfaces"):
+        kvikd.kvik("net-port-delete", "default", port)  # virsh says so, too, but ends with code 0
+    kvikd.virsh("destroy", "imported")
+    assert kvikd.virsh("net-port-list", "default", "--uuid").strip() == ""
     kvikd.virsh("undefine", "imported")
 
 

@@ -287,6 +287,7 @@ COMPLETERS: dict[str, Callable[[Source, dict[str, str]], list[tuple[str, str]]]]
     "network": _networks(None),
     "network-active": _networks(True),
     "network-inactive": _networks(False),
+    "run-network": lambda source, used: [("none", ""), ("user", ""), *((n.name, "") for n in source.networks(True))],
     "network-uuid": lambda source, used: [(network.uuid, network.name) for network in source.networks(None)],
     "network-port": lambda source, used: [(uuid, "") for uuid in source.ports(used.get("network", ""))],
     "network-event": _network_events,

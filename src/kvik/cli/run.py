@@ -115,10 +115,19 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
     if machine.firmware not in ("bios", "uefi"):
         raise UsageError(f"no firmware '{machine.firmware}'", remedy="one of: bios, uefi")
     choose_vmm(options, machine, verdict)
-    machine.network = doc.network_xml(options.text("network") or "user")
+    name = options.text("network")
+    machine.network = doc.network_xml(name, {} if name in ("none", "user") else known_networks(ctx))
     for disk in machine.disks:
         progress.line(f"disk {disk.path}: {disk.format}, {disk.why}")
     return machine, is_tiny
+
+
+def known_networks(ctx: Context) -> dict[str, bool]:
+    """The daemon's virtual networks, and whether each is active."""
+    try:
+        return {row.name: row.active for row in ctx.connection.network_facts()}
+    except KvikError:  # a daemon that has none
+        return {}
 
 
 def choose_vmm(options: Options, machine: Machine, verdict: Verdict) -> None:
@@ -405,9 +414,10 @@ COMMANDS = {
         Option(
             "network",
             TEXT,
-            "none, user, network=NAME, or a bridge of this host",
+            "none, user, or a virtual network or bridge of this host (default: the network 'default' if it is active, "
+            "else user)",
             named_only=True,
-            complete=("none", "user", "network=default"),
+            complete="run-network",
         ),
         Option("kernel", TEXT, "kernel to boot directly", named_only=True, complete="file", metavar="file"),
         Option("initrd", TEXT, "its initramfs", named_only=True, complete="file", metavar="file"),

@@ -7,7 +7,11 @@ import stat
 
 from kvik.cli.document import escape, open_tag, tag
 from kvik.cli.options import UsageError
-from kvik.errors import InvalidArgument, NoNetwork, NotFound
+from kvik.errors import InvalidArgument, NoNetwork, NotFound, OperationInvalid
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 QCOW2_MAGIC = b"QFI\xfb"
 # Other people's formats: a machine runs from raw or qcow2.
@@ -116,32 +120,40 @@ def disk_format(path: str, asked: str | None, *, block: bool = False) -> tuple[s
     return "raw", "a block device" if block else "no image header"
 
 
-def network_xml(name: str, sys: str = "/sys/class/net") -> str:
-    """The `<interface>` of `--network none|user|network=NAME|bridge=NAME|NAME`."""
+def interface_xml(kind: str, source: str = "") -> str:
+    """A virtio `<interface>`."""
+    inner = f"      {source}\n" if source else ""
+    return f"    <interface type='{kind}'>\n{inner}      <model type='virtio'/>\n    </interface>\n"
+
+
+def network_xml(name: str | None, networks: Mapping[str, bool], sys: str = "/sys/class/net") -> str:
+    """The `<interface>` of `--network none|user|network=NAME|bridge=NAME|NAME`; `networks` has the daemon's virtual
+    networks, and which of them are active. Without a name: the network `default` where it is active, else user."""
     if name == "none":
         return ""
+    if name is None:
+        name = "network=default" if networks.get("default") else "user"
     if name == "user":
-        return "    <interface type='user'>\n      <model type='virtio'/>\n    </interface>\n"
-    if name.startswith("network="):
-        source = tag("source", network=name.removeprefix("network="))
-        return f"    <interface type='network'>\n      {source}\n      <model type='virtio'/>\n    </interface>\n"
+        return interface_xml("user")
+    wanted = name.removeprefix("network=")
+    if wanted in networks:
+        if not networks[wanted]:
+            raise OperationInvalid(f"network '{wanted}' is not active", remedy=f"start it: kvik net-start {wanted}")
+        return interface_xml("network", tag("source", network=wanted))
     bridge = name.removeprefix("bridge=")
     # isdir follows a name with dots or slashes out of the directory: a network interface's name has neither slash.
     if bridge and "/" not in bridge and os.path.isdir(f"{sys}/{bridge}/bridge"):  # noqa: PTH112
-        source = tag("source", bridge=bridge)
-        return f"    <interface type='bridge'>\n      {source}\n      <model type='virtio'/>\n    </interface>\n"
-    bridges = []
+        return interface_xml("bridge", tag("source", bridge=bridge))
     try:
         found = sorted(os.listdir(sys))  # noqa: PTH208
     except OSError:
         found = []
-    for one in found:
-        if os.path.isdir(f"{sys}/{one}/bridge"):  # noqa: PTH112
-            bridges.append(one)
-    have = f"bridges here: {', '.join(bridges)}" if bridges else "this host has no bridge"
+    bridges = [one for one in found if os.path.isdir(f"{sys}/{one}/bridge")]  # noqa: PTH112
+    have = f"networks here: {', '.join(networks)}" if networks else "there is no virtual network"
+    have += f"; bridges here: {', '.join(bridges)}" if bridges else "; this host has no bridge"
     raise NoNetwork(
-        f"there is no network or bridge '{bridge}'",
-        remedy=f"use --network user (no set-up, no root), --network network=NAME or --network none; {have}",
+        f"there is no network or bridge '{wanted if wanted != name else bridge}'",
+        remedy=f"use --network user (no set-up, no root) or --network none; {have}",
     )
 
 

@@ -31,12 +31,14 @@ from kvik.host.netlink import (
     unpack_head,
 )
 
-NEWQDISC, DELQDISC, GETQDISC, NEWTCLASS, GETTCLASS, NEWTFILTER = 36, 37, 38, 40, 42, 44
+NEWQDISC, DELQDISC, GETQDISC, NEWTCLASS, DELTCLASS, GETTCLASS, NEWTFILTER, DELTFILTER = 36, 37, 38, 40, 41, 42, 44, 45
 _TC = struct.Struct("=BxxxiIII")  # tcmsg: family, index, handle, parent, info
 _ROOT, _INGRESS = 0xFFFFFFFF, 0xFFFFFFF1
 _KIND, _OPTIONS, _STATS2 = 1, 2, 7
 _HTB_PARMS, _HTB_INIT, _HTB_RATE64, _HTB_CEIL64 = 1, 2, 6, 7
 _RATE = struct.Struct("=BBHhHI")  # tc_ratespec: cell log, link layer, overhead, cell align, mpu, bytes a second
+ROOT_HANDLE = 1 << 16  # "1:"
+WHOLE, REST = 1, 2  # classes 1:1, and of a network's bridge 1:2, as libvirt numbers them
 _ETHERNET = 1  # TC_LINKLAYER_ETHERNET: the kernel computes, and asks for no table of times
 _U32_CLASSID, _U32_SEL, _U32_ACT = 1, 5, 7
 _ACT_KIND, _ACT_OPTIONS = 1, 2
@@ -76,8 +78,18 @@ class Queue:
     ceiling: int = 0
 
 
-def set_traffic(netlink: Netlink, index: int, *, inbound: Rate | None = None, outbound: Rate | None = None) -> None:
-    """Bound an interface's bandwidth anew; None is no bound. On an error it has none, in either direction."""
+def set_traffic(
+    netlink: Netlink,
+    index: int,
+    *,
+    inbound: Rate | None = None,
+    outbound: Rate | None = None,
+    floors: bool = False,
+) -> None:
+    """Bound an interface's bandwidth anew; None is no bound. On an error it has none, in either direction.
+
+    With `floors`, of a network's bridge, parts of `inbound` can be promised to machines (`traffic_floor.py`).
+    """
     for rate in (inbound, outbound):
         if rate is not None and not (0 < rate.average <= MAX_RATE and 0 <= rate.peak <= MAX_RATE and rate.burst >= 0):
             raise HostError(f"cannot set bandwidth: {rate} is out of range (1 to {MAX_RATE} kB/s)", errno=errno.EINVAL)
@@ -85,7 +97,9 @@ def set_traffic(netlink: Netlink, index: int, *, inbound: Rate | None = None, ou
     with ExitStack() as undo:
         undo.callback(clear_traffic, netlink, index)
         if inbound is not None:
-            _shape(netlink, index, inbound)
+            _shape(netlink, index, inbound, default=REST if floors else WHOLE)
+            if floors:
+                add_class(netlink, index, WHOLE, REST, inbound)
         if outbound is not None:
             _limit_outbound(netlink, index, outbound)
         undo.pop_all()
@@ -93,7 +107,7 @@ def set_traffic(netlink: Netlink, index: int, *, inbound: Rate | None = None, ou
 
 def clear_traffic(netlink: Netlink, index: int) -> None:
     """Take every bound of `set_traffic` away; no error if there is none."""
-    for parent, handle in ((_ROOT, 0x10000), (_INGRESS, 0xFFFF0000)):
+    for parent, handle in ((_ROOT, ROOT_HANDLE), (_INGRESS, 0xFFFF0000)):
         try:
             netlink.change(
                 f"clear the bandwidth of interface {index}", DELQDISC, 0, _TC.pack(0, index, handle, parent, 0)
@@ -125,26 +139,39 @@ def queues(netlink: Netlink, index: int) -> list[Queue]:
 # How each is built
 
 
-def _shape(netlink: Netlink, index: int, rate: Rate) -> None:
-    """HTB with one class, 1:1, which everything falls into."""
-    init = attribute(_HTB_INIT, struct.pack("=IIIII", 3, 10, 1, 0, 0))  # tc_htb_glob: version, r2q, default class
-    _add(netlink, NEWQDISC, index, _ROOT, 0x10000, "htb", init)
+def _shape(netlink: Netlink, index: int, rate: Rate, *, default: int = WHOLE) -> None:
+    """HTB with the class 1:1; what no filter sends elsewhere falls into 1:DEFAULT."""
+    init = attribute(_HTB_INIT, struct.pack("=IIIII", 3, 10, default, 0, 0))  # tc_htb_glob: version, r2q, default
+    _add(netlink, NEWQDISC, index, _ROOT, ROOT_HANDLE, "htb", init)
+    add_class(netlink, index, 0, WHOLE, rate, leaf=default == WHOLE)
+
+
+def add_class(netlink: Netlink, index: int, parent: int, number: int, rate: Rate, *, leaf: bool = True) -> None:
+    """Class 1:NUMBER of the HTB below 1:PARENT (0: its root)."""
+    options = class_options(rate)
+    _add(netlink, NEWTCLASS, index, ROOT_HANDLE | parent, ROOT_HANDLE | number, "htb", options)
+    if leaf:
+        try:  # fair between flows; without it first come, first served
+            sfq = struct.pack("=IiIII", 0, 10, 0, 0, 0)  # tc_sfq_qopt: a new hash every ten seconds
+            _add(netlink, NEWQDISC, index, ROOT_HANDLE | number, (number + 1) << 16, "sfq", sfq)
+        except HostError as error:
+            if error.errno != errno.ENOENT:
+                raise
+
+
+def class_options(rate: Rate) -> bytes:
+    """What a class of HTB is told."""
     average, peak = rate.average * 1000, max(rate.peak, rate.average) * 1000
     burst = rate.burst * 1024 or average // 250 + _MTU
     parms = _ratespec(average) + _ratespec(peak)
-    quantum = min(max(average // 10, _MTU), 200_000)  # bytes in turn; matters only with several classes
+    quantum = min(max(average // 10, _MTU), 200_000)  # bytes in turn, where classes share what is left
     parms += struct.pack("=IIIII", _ticks(burst, average), _ticks(max(_MTU, peak // 250), peak), quantum, 0, 0)
     options = attribute(_HTB_PARMS, parms)
     if average > 0xFFFFFFFF:
         options += attribute(_HTB_RATE64, struct.pack("=Q", average))
     if peak > 0xFFFFFFFF:
         options += attribute(_HTB_CEIL64, struct.pack("=Q", peak))
-    _add(netlink, NEWTCLASS, index, 0x10000, 0x10001, "htb", options)
-    try:  # fair between flows; without it first come, first served
-        _add(netlink, NEWQDISC, index, 0x10001, 0x20000, "sfq", struct.pack("=IiIII", 0, 10, 0, 0, 0), raw=True)
-    except HostError as error:
-        if error.errno != errno.ENOENT:
-            raise
+    return options
 
 
 def _limit_outbound(netlink: Netlink, index: int, rate: Rate) -> None:
@@ -163,10 +190,10 @@ def _limit_outbound(netlink: Netlink, index: int, rate: Rate) -> None:
 
 
 def _add(  # noqa: PLR0917  the columns of a tcmsg
-    netlink: Netlink, kind: int, index: int, parent: int, handle: int, name: str, options: bytes, *, raw: bool = False
+    netlink: Netlink, kind: int, index: int, parent: int, handle: int, name: str, options: bytes
 ) -> None:
     request = _TC.pack(0, index, handle, parent, 0) + attribute(_KIND, name.encode() + b"\0")
-    request += attribute(_OPTIONS, options) if options or raw else b""
+    request += attribute(_OPTIONS, options) if options else b""
     netlink.change(f"bound the bandwidth of interface {index} ({name})", kind, CREATE | EXCL, request)
 
 

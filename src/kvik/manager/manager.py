@@ -37,6 +37,8 @@ from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
+from kvik.network import bridges
+from kvik.network.interfaces.interfaces import Interfaces
 from kvik.network.switch.network import SwitchNetwork
 from kvik.network.switch.session import SessionNetworks
 from kvik.paths import Paths
@@ -68,6 +70,8 @@ class Manager:
         self.events = EventHub()
         self.networks = Networks(paths)
         self.store = Store(paths)
+        self.interfaces = Interfaces(paths)
+        self.bridges = bridges
         self.session_networks = SessionNetworks(paths) if paths.scope == "session" else None
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.autostarting: asyncio.Task[None] | None = None
@@ -91,6 +95,7 @@ class Manager:
         self.warnings += self.networks.warnings
         await recover.recover(self)
         ports.watch(self)
+        self.warnings += await self.interfaces.open()
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
         self.spawn(look_after_networks(self))
@@ -116,6 +121,7 @@ class Manager:
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
         await self.networks.close()
+        self.interfaces.close()
         self.store.close()
         if self.session_networks is not None:
             self.session_networks.close()

@@ -39,6 +39,7 @@ _BY_CODE: Final[dict[int, type[KvikError]]] = {
     39: errors.RpcError,
     42: errors.NoDomain,
     43: errors.NoNetwork,
+    107: errors.NoNetworkPort,
     45: errors.AuthenticationFailed,
     49: errors.NoStoragePool,
     50: errors.NoStorageVolume,

@@ -39,6 +39,11 @@ def with_networks(
         await networks.open()
         try:
             return await work(networks)
+        except BaseException:  # a test that fails leaves nothing behind
+            for network in networks.list():
+                if network.is_active:
+                    await network.destroy()
+            raise
         finally:
             await networks.close()
 

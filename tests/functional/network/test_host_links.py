@@ -164,7 +164,8 @@ def test_the_kernel_tells_every_change() -> None:
     assert "192.0.2.1/24" in {str(each.interface) for each in addresses}
     entries = [change for change in changes if isinstance(change.item, FdbEntry)]
     states = [change.gone for change in entries if getattr(change.item, "mac", "") == "02:00:00:00:00:07"]
-    assert states == [False, True]  # it went with its port
+    # It went with its port. Where the kernel filters VLANs it is there twice, for the default VLAN too.
+    assert states in ([False, True], [False, False, True, True])
     assert any(isinstance(change.item, Route) and change.item.table == 255 for change in changes)
 
 

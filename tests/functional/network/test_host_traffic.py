@@ -12,6 +12,7 @@ from kvik.errors import HostError
 from kvik.host.bridge import create_bridge
 from kvik.host.netlink import Link, Netlink
 from kvik.host.traffic import Rate, clear_traffic, queues, set_traffic, sweep_ifbs
+from kvik.host.traffic_floor import add_floor, delete_floor, set_rest
 from netns import in_namespace, until, until_ports_forward
 
 FRAMES = 100
@@ -141,3 +142,48 @@ def test_what_is_refused_leaves_no_bound() -> None:
         with pytest.raises(HostError) as raised:
             set_traffic(netlink, 9999, inbound=Rate(5))
         assert raised.value.errno == errno.ENODEV
+
+
+@in_namespace
+def test_a_floor_is_a_class_that_its_machines_frames_find() -> None:
+    """A network's bridge: what goes to a machine with a floor is in its class, the rest in 1:2."""
+    whole = Rate(10_000, 20_000)
+    with Netlink() as netlink:
+        a_tap_and_a_port(netlink)
+        bridge = netlink.link("br0").index
+        set_traffic(netlink, bridge, inbound=whole, floors=True)
+        add_floor(netlink, bridge, 3, "52:54:00:12:34:56", floor=4000, whole=whole)
+        add_floor(netlink, bridge, 4, "52:54:00:12:34:57", floor=1000, whole=whole)
+        set_rest(netlink, bridge, 5000, whole=whole)
+        found = {queue.handle: queue for queue in queues(netlink, bridge)}
+        rates = {handle: (found[handle].rate, found[handle].ceiling) for handle in ("1:1", "1:2", "1:3", "1:4")}
+        assert rates == {
+            "1:1": (10_000_000, 20_000_000),
+            "1:2": (5_000_000, 20_000_000),
+            "1:3": (4_000_000, 20_000_000),
+            "1:4": (1_000_000, 20_000_000),
+        }
+        assert found["1:3"].parent == "1:1"
+
+        def passed(target: str) -> dict[str, int]:
+            before = {queue.handle: queue.packets for queue in queues(netlink, bridge) if queue.kind == "htb"}
+            with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sender:
+                sender.bind(("br0", 0))
+                sender.send(bytes.fromhex(target.replace(":", "")) + b"\x02\0\0\0\0\x07\x88\xb5" + bytes(46))
+            after = {queue.handle: queue.packets for queue in queues(netlink, bridge) if queue.kind == "htb"}
+            return {handle: after[handle] - before[handle] for handle in ("1:2", "1:3", "1:4") if handle in after}
+
+        assert passed("52:54:00:12:34:56") == {"1:2": 0, "1:3": 1, "1:4": 0}
+        assert passed("52:54:00:12:34:57") == {"1:2": 0, "1:3": 0, "1:4": 1}
+        assert passed("52:54:ff:12:34:56") == {"1:2": 1, "1:3": 0, "1:4": 0}
+        delete_floor(netlink, bridge, 3)
+        delete_floor(netlink, bridge, 3)  # none is no error
+        assert passed("52:54:00:12:34:56") == {"1:2": 1, "1:4": 0}
+        for number, floor in ((2, 10), (3, 0), (3, 10_001)):
+            with pytest.raises(HostError, match="cannot promise"):
+                add_floor(netlink, bridge, number, "52:54:00:12:34:56", floor=floor, whole=whole)
+        with pytest.raises(HostError):
+            add_floor(netlink, bridge, 4, "52:54:00:12:34:58", floor=10, whole=whole)  # the number is taken
+        assert passed("52:54:00:12:34:57") == {"1:2": 0, "1:4": 1}  # and its promise stands
+        clear_traffic(netlink, bridge)
+        assert not [queue for queue in queues(netlink, bridge) if queue.kind == "htb"]

@@ -24,6 +24,7 @@ from kvik.host.bridge import read_bridge
 from kvik.host.namespace import Namespace
 from kvik.host.netlink import Netlink
 from kvik.host.process import find_program
+from kvik.host.route import routes
 from kvik.network import nat
 from kvik.network.default import ensure_default
 from kvik.network.dnsmasq import Dnsmasq
@@ -408,3 +409,101 @@ def test_a_start_warns_by_itself_of_what_is_in_the_way(space: Namespace, tmp_pat
         await network.destroy()
 
     with_networks(space, tmp_path, turn, probing=True)
+
+
+FULL = """<network>
+  <name>full</name>
+  <forward mode='nat' dev='uplink'><nat ipv6='yes'><address start='203.0.113.5' end='203.0.113.9'/>
+    <port start='2000' end='2999'/></nat></forward>
+  <bridge name='virbr5' stp='on' delay='3'/>
+  <mtu size='1400'/>
+  <mac address='52:54:00:aa:bb:cc'/>
+  <domain name='lan' localOnly='yes' register='no'/>
+  <dns><forwarder addr='203.0.113.53'/><txt name='t' value='a b'/><host ip='10.9.0.1'><hostname>gw</hostname></host>
+    <srv service='ldap' protocol='tcp' domain='lan' target='h.lan' port='389' priority='1' weight='2'/></dns>
+  <ip address='10.9.0.1' netmask='255.255.254.0' localPtr='yes'>
+    <tftp root='/'/>
+    <dhcp><range start='10.9.0.10' end='10.9.1.20'><lease expiry='1' unit='hours'/></range>
+      <host mac='52:54:00:00:00:02' name='web' ip='10.9.0.80'/><bootp file='pxelinux.0'/></dhcp>
+  </ip>
+  <ip family='ipv6' address='fd00:9::1' prefix='64'><dhcp><range start='fd00:9::10' end='fd00:9::ff'/></dhcp></ip>
+  <ip family='ipv6' address='fd00:a::1' prefix='64'/>
+  <route address='10.10.0.0' prefix='16' gateway='10.9.0.2'/>
+  <route family='ipv6' address='fd00:b::' prefix='64' gateway='fd00:9::2' metric='5'/>
+</network>"""
+
+
+def test_every_element_reaches_kernel_and_dnsmasq(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        with Netlink() as netlink:
+            wire = netlink.add_veth("uplink", "world", up=True)
+            before = len(routes(netlink))
+            network = await networks.create_xml(FULL)
+            bridge = read_bridge(netlink, "virbr5")
+            assert (bridge.stp, bridge.forward_delay, bridge.link.mtu) == (True, 3, 1400)
+            addresses = {str(each.interface): each for each in netlink.addresses(bridge.link.index)}
+            assert {"10.9.0.1/23", "fd00:9::1/64", "fd00:a::1/64"} <= set(addresses)
+            assert not any(each.tentative for each in addresses.values())  # of use at once
+            made = {str(route.network): (str(route.gateway), route.metric) for route in routes(netlink)}
+            assert made["10.10.0.0/16"] == ("10.9.0.2", 1) and made["fd00:b::/64"] == ("fd00:9::2", 5)
+            assert Path("/proc/sys/net/ipv6/conf/all/forwarding").read_text().strip() == "1"
+            assert Path("/proc/sys/net/ipv6/conf/virbr5/accept_ra").read_text().strip() == "0"
+            chains = {item["chain"]["name"] for item in nftables.run([{"list": {"chains": None}}]) if "chain" in item}
+            assert chains == {"forward", "masquerade"}
+            await network.destroy()
+            assert len(routes(netlink)) == before
+            netlink.delete_link(wire.index)
+
+    with_networks(space, tmp_path, turn)
+    assert links(space) == tables(space) == set()
+
+
+def test_without_ipv6_of_its_own_the_host_takes_no_part_in_the_bridges(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        network = await networks.create_xml(ISOLATED)
+        assert Path("/proc/sys/net/ipv6/conf/virbr7/disable_ipv6").read_text().strip() == "1"
+        await network.destroy()
+
+    with_networks(space, tmp_path, turn)
+
+
+def test_autostart_happens_once_per_boot(space: Namespace, tmp_path: Path) -> None:
+    async def define(networks: Networks) -> None:
+        network = await networks.define(NAT)
+        await network.set_autostart(True)
+        assert not network.is_active
+
+    async def started(networks: Networks) -> None:
+        network = networks.lookup_name("default")
+        assert network.autostart and network.is_active
+        await network.destroy()
+
+    async def not_again(networks: Networks) -> None:
+        assert not networks.lookup_name("default").is_active
+
+    with_networks(space, tmp_path, define)
+    (tmp_path / "run/kvik/network/autostarted").unlink()  # as if the host had been booted
+    with_networks(space, tmp_path, started)
+    with_networks(space, tmp_path, not_again)
+    assert links(space) == set()
+
+
+def test_files_that_cannot_be_read_are_set_aside(space: Namespace, tmp_path: Path) -> None:
+    definitions, status = tmp_path / "etc/kvik/qemu/networks", tmp_path / "run/kvik/network"
+    for directory in (definitions, status):
+        directory.mkdir(parents=True)
+    (definitions / "broken.xml").write_text("<network><name>broken</name>")
+    (definitions / "other.xml").write_text(ISOLATED)  # copied: its name is another's
+    (definitions / "byhand.xml").write_text("<network><name>byhand</name></network>")
+    (status / "gone.xml").write_text("<networkstatus/>")
+
+    async def turn(networks: Networks) -> None:
+        assert [network.name for network in networks.list()] == ["byhand"]
+        assert networks.lookup_name("byhand").uuid_text in (definitions / "byhand.xml").read_text()
+        assert len(networks.warnings) == 3
+
+    with_networks(space, tmp_path, turn)
+    assert {path.name for path in definitions.iterdir()} == {
+        "autostart", "broken.xml.corrupt-0", "byhand.xml", "other.xml.corrupt-0",
+    }  # fmt: skip
+    assert (status / "gone.xml.corrupt-0").exists()

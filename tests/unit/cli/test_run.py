@@ -14,6 +14,7 @@ import pytest
 from kvik.cli import run_document as doc
 from kvik.cli.run_stages import follow
 from kvik.client.domain import DomainState, ExecResult, Readiness, Stage
+from kvik.client.network import NetworkFacts
 from kvik.conf.domain import parse_domain
 from kvik.errors import (
     AgentError,
@@ -23,6 +24,7 @@ from kvik.errors import (
     NoNetwork,
     NotFound,
     OperationFailed,
+    OperationInvalid,
     OperationTimeout,
 )
 from kvik.hypervisor.kvik import support
@@ -69,6 +71,17 @@ def test_the_tiny_machine_with_no_option_at_all(kvik: Any, host: Any) -> None:
     assert root.find("devices/interface").get("type") == "user"  # type: ignore[union-attr]
     assert root.find("devices/serial/log").get("file").endswith("tiny-1-serial.log")  # type: ignore[union-attr]
     assert root.find("devices/graphics") is None
+
+
+def test_it_is_put_on_the_network_default_where_that_is_active(kvik: Any, host: Any) -> None:
+    kvik.connection.replies["network_facts"] = [NetworkFacts("default", "", True, True, True)]
+    assert kvik("run", "--detach") == 0, kvik.err
+    assert document(kvik).find("devices/interface/source").get("network") == "default"  # type: ignore[union-attr]
+    assert kvik("run", "--detach", "--network", "user") == 0, kvik.err
+    assert document(kvik).find("devices/interface").get("type") == "user"  # type: ignore[union-attr]
+    kvik.connection.replies["network_facts"] = OperationFailed("this daemon has no networks")
+    assert kvik("run", "--detach") == 0, kvik.err
+    assert document(kvik).find("devices/interface").get("type") == "user"  # type: ignore[union-attr]
 
 
 def test_under_kvm_it_says_so(kvik: Any, host: Any) -> None:
@@ -342,13 +355,26 @@ def test_target_names_go_on_after_z() -> None:
 def test_networks(tmp_path: Path) -> None:
     (tmp_path / "br0/bridge").mkdir(parents=True)
     (tmp_path / "eth0").mkdir()
-    assert doc.network_xml("none", str(tmp_path)) == ""
-    assert "<source bridge='br0'/>" in doc.network_xml("br0", str(tmp_path))
-    assert "<source bridge='br0'/>" in doc.network_xml("bridge=br0", str(tmp_path))
-    for wrong in ("eth0", "default", "bridge=", "../br0", "."):
+    sys, networks = str(tmp_path), {"lan": True, "off": False}
+    assert doc.network_xml("none", networks, sys) == ""
+    assert "type='user'" in doc.network_xml("user", networks, sys)
+    assert "<source bridge='br0'/>" in doc.network_xml("br0", networks, sys)
+    assert "<source bridge='br0'/>" in doc.network_xml("bridge=br0", networks, sys)
+    for name in ("lan", "network=lan"):
+        assert "<source network='lan'/>" in doc.network_xml(name, networks, sys)
+    for wrong in ("eth0", "default", "bridge=", "../br0", ".", "bridge=lan", "network=br0"):
         with pytest.raises(NoNetwork) as error:
-            doc.network_xml(wrong, str(tmp_path))
-        assert "bridges here: br0" in error.value.remedy
+            doc.network_xml(wrong, networks, sys)
+        assert "networks here: lan, off; bridges here: br0" in error.value.remedy
+    with pytest.raises(OperationInvalid) as inactive:
+        doc.network_xml("off", networks, sys)
+    assert inactive.value.remedy == "start it: kvik net-start off"
+
+
+def test_without_a_word_it_is_the_network_default_where_that_is_active() -> None:
+    assert "<source network='default'/>" in doc.network_xml(None, {"lan": True, "default": True})
+    assert "type='user'" in doc.network_xml(None, {"lan": True, "default": False})
+    assert "type='user'" in doc.network_xml(None, {})
 
 
 def test_what_the_user_writes_cannot_add_elements() -> None:

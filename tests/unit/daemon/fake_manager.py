@@ -19,6 +19,7 @@ class FakeDomain:
     def __init__(self, name: str) -> None:
         self.name = name
         self.uuid = uuid.uuid4().bytes
+        self.uuid_text = str(uuid.UUID(bytes=self.uuid))
         self.id = -1
         self.encoded: tuple[str, int, bytes] | None = None
         self.state = 5
@@ -37,7 +38,7 @@ class FakeDomain:
         self.console: socket.socket | None = None  # the guest's end of the last one opened
         self.consoles: list[socket.socket] = []
         self.started = 0
-        self.live = None
+        self.live: Any = None
         self.on_start: Callable[[], Awaitable[None]] | None = None
         self.files: dict[str, int] = {}
 

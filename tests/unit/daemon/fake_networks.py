@@ -22,6 +22,7 @@ class FakeNetwork:
         self.autostart = False
         self.warnings: list[str] = []
         self.updates: list[tuple[Any, ...]] = []
+        self.ports: dict[str, str] = {}
         self.lent: list[LeaseEntry] = []
         self.failure: Exception | None = None
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from daemon_harness import running
 from fake_manager import FakeManager
 
+from kvik.conf.devices.interface import Interface, InterfaceSource, Mac
 from kvik.conf.network import parse_network
 from kvik.errors import (
     ConfigUnsupported,
@@ -15,7 +18,9 @@ from kvik.errors import (
     KvikError,
     NoMetadata,
     NoNetwork,
+    NoNetworkPort,
     OperationInvalid,
+    OperationUnsupported,
 )
 from kvik.network.dnsmasq import LeaseEntry
 
@@ -295,3 +300,88 @@ async def test_subscriptions_end_with_their_connection_and_are_bounded() -> None
         await client.close()
         await daemon.settled(connections=1)
         assert daemon.server.network_events.count == 0
+
+
+PORT = "a1b1c1d1-a1b1-41d1-81f1-a1b1c1d1e1f1"
+WITH_PORTGROUP = """<network>
+  <name>a</name>
+  <bridge name='virbr7'/>
+  <portgroup name='slow'>
+    <bandwidth><inbound average='10' peak='20'/><outbound average='5' burst='7'/></bandwidth>
+  </portgroup>
+</network>"""
+
+
+async def test_ports_are_listed_and_told_and_not_made_by_hand() -> None:
+    manager = FakeManager()
+    async with running(manager) as daemon:
+        client = await daemon.client()
+        (net,) = await client.call("NETWORK_CREATE_XML", WITH_PORTGROUP)
+        network, machine = manager.networks.all[0], manager.all[0]
+        assert tuple(await client.call("NETWORK_LIST_ALL_PORTS", net, 1, 0)) == ([], 0)
+        source = InterfaceSource(network="a", portgroup="slow", portid=PORT, bridge="virbr7")
+        interface = Interface(type="network", source=source, mac=Mac(address="52:54:00:00:00:01"))
+        network.ports[PORT] = machine.name
+        machine.live = SimpleNamespace(devices=SimpleNamespace(interfaces=[interface]))
+        port = (net, UUID(PORT).bytes)
+        assert tuple(await client.call("NETWORK_LIST_ALL_PORTS", net, 1, 0)) == ([port], 1)
+        assert tuple(await client.call("NETWORK_LIST_ALL_PORTS", net, 0, 0)) == ([], 1)
+        assert tuple(await client.call("NETWORK_PORT_LOOKUP_BY_UUID", net, port[1])) == (port,)
+        (text,) = await client.call("NETWORK_PORT_GET_XML_DESC", port, 0)
+        expected = f"<uuid>{PORT}</uuid> <name>m0</name> <group>slow</group> <mac address='52:54:00:00:00:01'/>"
+        for part in expected.replace("> <", ">|<").split("|"):
+            assert part in text
+        assert "<inbound average='10' peak='20'/>" in text
+        assert "<plug type='network' bridge='virbr7'/>" in text
+        assert tuple(await client.call("NETWORK_PORT_GET_PARAMETERS", port, 0, 0)) == ([], 4)
+        rows, count = await client.call("NETWORK_PORT_GET_PARAMETERS", port, 16, 0)
+        assert count == 0
+        assert {row[0]: row[2] for row in rows} == {
+            "inbound.average": 10,
+            "inbound.peak": 20,
+            "outbound.average": 5,
+            "outbound.burst": 7,
+        }
+        for name, *arguments in (
+            ("NETWORK_PORT_CREATE_XML", net, "<networkport/>", 0),
+            ("NETWORK_PORT_DELETE", port, 0),
+            ("NETWORK_PORT_SET_PARAMETERS", port, [], 0),
+        ):
+            with pytest.raises(OperationUnsupported, match="come and go with machines' interfaces"):
+                await client.call(name, *arguments)
+        network.ports[PORT] = "a machine that was just renamed"
+        (text,) = await client.call("NETWORK_PORT_GET_XML_DESC", port, 0)
+        assert "just renamed" in text
+        del network.ports[PORT]
+        for name, *arguments in (
+            ("NETWORK_PORT_LOOKUP_BY_UUID", net, port[1]),
+            ("NETWORK_PORT_GET_XML_DESC", port, 0),
+            ("NETWORK_PORT_GET_PARAMETERS", port, 16, 0),
+        ):
+            with pytest.raises(NoNetworkPort):
+                await client.call(name, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("forward", "plug"),
+    [
+        ("<forward mode='bridge'/><bridge name='br0'/>", "<plug type='bridge' bridge='br0'/>"),
+        ("<forward mode='vepa'><interface dev='eth0'/></forward>", "<plug type='direct' dev='eth0' mode='vepa'/>"),
+    ],
+)
+async def test_a_port_says_what_its_other_end_is(forward: str, plug: str) -> None:
+    manager = FakeManager()
+    async with running(manager) as daemon:
+        client = await daemon.client()
+        extra = "<vlan><tag id='7'/></vlan><port isolated='yes'/>" if "br0" in forward else ""
+        (net,) = await client.call("NETWORK_CREATE_XML", f"<network><name>a</name>{forward}{extra}</network>")
+        direct = "eth0" in forward
+        source = InterfaceSource(
+            network="a", portid=PORT, dev="eth0" if direct else None, mode="vepa" if direct else None
+        )
+        manager.networks.all[0].ports[PORT] = manager.all[0].name
+        interfaces = [Interface(type="user"), Interface(type="network", source=source)]
+        manager.all[0].live = SimpleNamespace(devices=SimpleNamespace(interfaces=interfaces))
+        (text,) = await client.call("NETWORK_PORT_GET_XML_DESC", (net, UUID(PORT).bytes), 0)
+        assert plug in text
+        assert ("<tag id='7'/>" in text and "<port isolated='yes'/>" in text) is bool(extra)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvik.errors import HostError
+from kvik.errors import HostError, MissingPackages
 from kvik.host import bridge as bridge_module
 from kvik.host import netlink as netlink_module
 from kvik.host import nft_probe, nftables
@@ -174,6 +174,14 @@ def vlans(*infos: tuple[int, int]) -> list[PortVlan]:
     return parse_vlans(struct.pack("=BxHiII", 7, 1, 5, 0, 0) + attribute(26, spec))
 
 
+def test_vlans_of_a_bridge_and_its_port() -> None:
+    """Recorded from Linux 6.1 (the lab's)."""
+    assert [[str(vlan) for vlan in parse_vlans(answer)] for answer in ANSWERS["vlans"]] == [
+        ["1 PVID untagged"],
+        ["1 PVID untagged", "10-20", "100 untagged"],
+    ]
+
+
 def test_vlan_ranges() -> None:
     assert vlans((6, 1), (8, 10), (16, 20), (0, 30)) == [
         PortVlan(5, 1, 1, True, True),
@@ -196,6 +204,7 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
     "fdb": parse_fdb,
     "neighbours": parse_neighbour,
     "queues": parse_queue,
+    "vlans": parse_vlans,
 }
 
 
@@ -322,3 +331,14 @@ def test_a_probe_that_could_not_ask_says_so_and_remembers_nothing(monkeypatch: p
     with pytest.raises(HostError, match="not permitted"):
         nft_probe.missing("ct")
     assert nft_probe._known == {}
+
+
+def test_without_the_library_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nftables, "_LIBRARY", "libnftables-is-not-here.so.1")
+    nftables._library.cache_clear()
+    try:
+        with pytest.raises(MissingPackages, match="libnftables1") as raised:
+            nftables.run([{"list": {"tables": None}}])
+        assert raised.value.packages == ("libnftables1",)
+    finally:
+        nftables._library.cache_clear()
