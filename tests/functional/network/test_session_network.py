@@ -203,5 +203,6 @@ def test_a_daemon_that_was_killed_finds_the_switch_again(machines: Session) -> N
 def test_a_network_that_does_not_exist_is_said(machines: Session) -> None:
     done = machines("run", "--name", "nowhere", "--network", "network=other")
     assert done.returncode != 0
-    assert "no network with name 'other'" in done.stderr
+    assert "there is no network or bridge 'other'" in done.stderr
+    assert "networks here: default" in done.stderr
     machines("undefine", "nowhere")

@@ -1,7 +1,8 @@
 """The session's network `default` as all that speaks of networks sees it: listed, described, its leases told.
 
-It is always active: its process comes with the first machine and goes after the last. So there is nothing to start or
-to stop, and what cannot be changed is refused by name.
+Its process comes with the first machine and goes after the last, so there is nothing to start or to stop. It counts as
+active where passt is installed: without a way out it is nothing to put a machine on that did not ask for it. Who wants
+it for machines among themselves starts it. What cannot be changed is refused by name.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import NAMESPACE_DNS, uuid5
 
+from kvik.conf.enums import NetworkEventLifecycleType
 from kvik.conf.network import parse_network
 from kvik.errors import OperationUnsupported
+from kvik.host.process import find_program
 from kvik.network.dnsmasq import LeaseEntry
 from kvik.network.network import NetworkObject
 from kvik.network.switch.session import DEFAULT
@@ -43,10 +46,11 @@ class SwitchNetwork(NetworkObject):
         super().__init__(networks, parse_network(_XML), persistent=True)
         self.autostart = True
         self._session = session
+        self._active = find_program("passt") is not None
 
     @property
     def is_active(self) -> bool:
-        return True
+        return self._active
 
     def leases(self, mac: str | None = None) -> list[LeaseEntry]:
         """Blocks for about a millisecond. Empty while no machine runs."""
@@ -58,7 +62,11 @@ class SwitchNetwork(NetworkObject):
         return [lease for lease in found if mac is None or lease.mac == mac.lower()]
 
     async def start(self) -> bool:
-        return False
+        if self._active:
+            return False
+        self._active = True
+        self._networks.emit(self, NetworkEventLifecycleType.STARTED)
+        return True
 
     async def check(self) -> None:
         """Nothing of it is in the host's network."""
