@@ -377,7 +377,8 @@ async def _update_live(domain: DomainObject, kind: str, given: Element) -> None:
         given.address = given.address or old.address
     if isinstance(given, Interface) and isinstance(old, Interface) and (given.target is None or not given.target.dev):
         given.target = old.target  # the tap's name, which only the live document knows
-    await machine.update_device(old, given)
+    async with filtering.changed(domain, old, given):
+        await machine.update_device(old, given)
     if domain.run is run:
         _replace(run.live, kind, old, given)
         run.uses = await domain.manager.store.run(disks.uses, run.live)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from kvik.conf.devices.interface import Interface
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
 
-__all__ = ["protector", "release", "repair"]
+__all__ = ["changed", "protector", "release", "repair"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,21 @@ def protector(domain: DomainObject) -> Callable[[Interface], None]:
         )
 
     return protect
+
+
+@asynccontextmanager
+async def changed(domain: DomainObject, old: object, new: object) -> AsyncIterator[None]:
+    """A running interface gets the filter of its new description; on an error in the block it has the old one again."""
+    if not isinstance(old, Interface) or not isinstance(new, Interface) or old.filterref == new.filterref:
+        yield
+        return
+    protect, run = protector(domain), domain.manager.store.run
+    await run(protect, new)
+    try:
+        yield
+    except BaseException:
+        await run(protect, old)
+        raise
 
 
 async def release(domain: DomainObject, interfaces: Iterable[Interface]) -> None:

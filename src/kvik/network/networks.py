@@ -15,7 +15,7 @@ from kvik.conf.enums import NetworkEventLifecycleType
 from kvik.conf.network import Network, complete_network, format_network, parse_network
 from kvik.conf.network_validate import validate_network
 from kvik.conf.prepare import located
-from kvik.errors import AlreadyExists, HostError, NoNetwork, OperationInvalid
+from kvik.errors import AlreadyExists, HostError, KvikError, NoNetwork, OperationInvalid
 from kvik.host.netlink import Netlink
 from kvik.network import recover
 from kvik.network.dnsmasq import Dnsmasq
@@ -255,7 +255,10 @@ class Networks:
         self._checking = False
         for network in self.list():
             if network.is_active:
-                await network.check()
+                try:
+                    await network.check()
+                except KvikError as error:  # it is held by a job, say: the others are looked at all the same
+                    network.warn(f"it could not be checked after a change on this host: {error}")
 
     # work
 

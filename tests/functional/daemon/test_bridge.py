@@ -151,6 +151,12 @@ def test_a_filtered_machine_speaks_from_its_own_address_and_no_other(make: Any, 
     inside(kvikd, "nft", "flush", "ruleset")  # as a reload of the host's firewall does
     until(lambda: "vnet0/out" in inside(kvikd, "nft", "list", "ruleset"))
     assert ping("192.0.2.3") != 0
+    # Another filter while the guest runs, and one that cannot be.
+    domain.update_device(CLEAN.replace("192.0.2.2'", "192.0.2.4'"), 1)
+    assert ping("192.0.2.2") != 0 and ping("192.0.2.4") == 0
+    with pytest.raises(KvikError, match="no network filter with name 'missing'"):
+        domain.update_device(CLEAN.replace("clean-traffic", "missing"), 1)
+    assert ping("192.0.2.2") != 0 and ping("192.0.2.4") == 0
     domain.destroy()
     until(lambda: "vnet" not in kvikd.virsh("nwfilter-binding-list").stdout)
     assert "vnet" not in inside(kvikd, "nft", "list", "ruleset")

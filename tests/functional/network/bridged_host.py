@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
+
 import kvik
 from kvik.client import Connection, connect
 from kvik.client.interface import Interfaces
 from kvik.errors import KvikError
+from kvik.host.process import find
 from kvik.paths import Paths
 
 SOURCE = Path(kvik.__file__).parent.parent
@@ -32,6 +35,7 @@ ip link set lo up
 ip netns add lan
 ip link add eth0 address {MAC} type veth peer name lan0
 ip link set lan0 netns lan
+echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad
 ip -n lan link set lo up
 ip -n lan addr add {GATEWAY}/24 dev lan0
 ip -n lan addr add 2001:db8::1/64 dev lan0 nodad
@@ -74,7 +78,11 @@ class Host:
         assert self.holder.stdout is not None
         assert self.holder.stdout.readline() == b"made\n"
         until(self._settled, "duplicate address detection is through")
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.end()
+            raise
 
     def _settled(self) -> bool:
         addresses = self.run("ip -6 addr show dev eth0")
@@ -146,11 +154,20 @@ class Host:
     def exists(self, name: str) -> bool:
         return f" {name}" in self.run("ip -o link").replace("@", ":").replace(":", " ")
 
+    def _end_watchdog(self) -> None:
+        """It would wait for its time, which is long in tests that do not."""
+        file = self.paths.run / "interfaces/pending.json"
+        record = msgspec.json.decode(file.read_bytes()) if file.exists() else {}
+        watchdog = find(record.get("watchdog", 0), record.get("watchdog_start", 0))
+        if watchdog is not None:
+            watchdog.kill()
+            watchdog.close()
+
     def end(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             assert self.process.wait(15) == 0, self.messages()
-        for ended in [self.holder]:
-            ended.kill()
-            ended.wait()
+        self._end_watchdog()
+        self.holder.kill()
+        self.holder.wait()
         shutil.rmtree(self.root, ignore_errors=True)

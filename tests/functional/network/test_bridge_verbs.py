@@ -24,11 +24,13 @@ STRANGER = "52:54:00:00:00:77"
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
     made = Host()
-    for name in ("pa", "pb"):
-        made.run(f"ip link add {name} type veth peer name {name}-far")
-        made.run(f"ip link set {name}-far up")
-    yield made
-    made.end()
+    try:
+        for name in ("pa", "pb"):
+            made.run(f"ip link add {name} type veth peer name {name}-far")
+            made.run(f"ip link set {name}-far up")
+        yield made
+    finally:
+        made.end()
 
 
 @pytest.fixture
@@ -162,6 +164,15 @@ def test_vlans_are_set_or_the_kernel_is_named(host: Host, bridges: Bridges) -> N
     assert (10, 10, True, True) in rows
     bridges.change_vlan("br0", "pa", 100, 199, remove=True)
     assert 100 not in [row.first for row in bridges.vlans("br0") if row.port == "pa"]
+
+
+def test_a_networks_bridge_is_the_networks(host: Host, bridges: Bridges) -> None:
+    network = host.connection.create_network("<network><name>n</name><bridge name='virbr77'/></network>")
+    try:
+        with pytest.raises(ResourceBusy, match="virbr77 is the bridge of network 'n'"):
+            bridges.delete("virbr77", force=True)
+    finally:
+        network.destroy()
 
 
 def test_the_pictures(host: Host, bridges: Bridges) -> None:

@@ -73,6 +73,16 @@ class Place:
         if record and record["watchdog"] and record["state"] == "open":
             os.kill(record["watchdog"], signal.SIGKILL)
 
+    def _end_orphans(self) -> None:
+        """Watchdogs that no record names, for the daemon was killed before it wrote that: they wait for their time."""
+        for entry in Path("/proc").iterdir():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdecimal() else []
+            except OSError:
+                continue
+            if str(self.root / "run/kvik/interfaces").encode() in words:
+                os.kill(int(entry.name), signal.SIGKILL)
+
     def owner(self) -> str:
         """Which interface has everything: "" if none has."""
         for name in ("eth0", "br0"):
@@ -87,6 +97,7 @@ class Place:
         return ""
 
     def end(self) -> None:
+        self._end_orphans()
         self.holder.kill()
         self.holder.wait()
         assert self.holder.stdout is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvik.errors import ResourceBusy
 from kvik.rpc.typed_params import to_dict
 
 if TYPE_CHECKING:
@@ -102,6 +103,12 @@ async def add(connection: Connection, args: Any) -> None:
 
 async def delete(connection: Connection, args: Any) -> None:
     manager = connection.manager
+    for network in manager.networks.list():
+        if network.is_active and network.bridge_name == args[0]:
+            raise ResourceBusy(
+                f"{args[0]} is the bridge of network '{network.name}'",
+                remedy=f"stop it: kvik net-destroy {network.name}",
+            )
     await manager.interfaces.run(manager.bridges.delete, args[0], bool(args[1]))
 
 
