@@ -69,8 +69,8 @@ def kvikd() -> Iterator[Kvikd]:
     finally:
         for domain in daemon.connection.domains(1):
             domain.destroy()
-        for status in daemon.paths.network_status.glob("*.pid"):
-            os.kill(int(status.read_text()), signal.SIGTERM)
+        for name in daemon.virsh("net-list", "--name").stdout.split():
+            assert daemon.virsh("net-destroy", name).returncode == 0
         assert daemon.end() == 0
         shutil.rmtree(daemon.root, ignore_errors=True)
 
