@@ -5,8 +5,8 @@ KvikError
 │   └── ConfigError           a document is wrong (knows its line and path)
 │       └── ConfigUnsupported a document asks for what this hypervisor or host cannot do
 ├── NotFound                  the named object does not exist
-│   ├── NoDomain, NoNetwork, NoNetworkPort, NoStoragePool, NoStorageVolume, NoSnapshot,
-│   └── NoMetadata, NoDevice
+│   ├── NoDomain, NoNetwork, NoNetworkPort, NoInterface, NoStoragePool, NoStorageVolume,
+│   └── NoSnapshot, NoMetadata, NoDevice
 ├── AlreadyExists             a name, UUID or address is taken
 ├── OperationInvalid          the object is not in a state that allows this
 ├── OperationUnsupported      nobody could do this here
@@ -49,6 +49,7 @@ __all__ = [
     "MonitorError",
     "NoDevice",
     "NoDomain",
+    "NoInterface",
     "NoMetadata",
     "NoNetwork",
     "NoNetworkPort",
@@ -129,6 +130,11 @@ class NoNetwork(NotFound):
 class NoNetworkPort(NotFound):
     code = 107
     domain = 19
+
+
+class NoInterface(NotFound):
+    code = 57  # VIR_ERR_NO_INTERFACE
+    domain = 26  # VIR_FROM_INTERFACE
 
 
 class NoStoragePool(NotFound):

@@ -195,8 +195,7 @@ ABSENT = frozenset(
     pool-info pool-list pool-refresh pool-start pool-undefine restore save save-image-dumpxml save-image-edit
     secret-define secret-list snapshot-create snapshot-create-as snapshot-current snapshot-delete snapshot-dumpxml
     snapshot-info snapshot-list snapshot-parent snapshot-revert vol-clone vol-create vol-create-as vol-delete
-    vol-download vol-dumpxml vol-info vol-list vol-path vol-resize vol-upload vol-wipe iface-list iface-start
-    iface-destroy
+    vol-download vol-dumpxml vol-info vol-list vol-path vol-resize vol-upload vol-wipe
     """.split()  # noqa: SIM905 - a list of a hundred lines is harder to read
 )
 

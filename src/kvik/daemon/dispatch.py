@@ -83,6 +83,7 @@ def _remote() -> Rows:
         domain_stats,
         events,
         guest,
+        interfaces,
         network_ports,
         networks,
         node,
@@ -290,7 +291,7 @@ def _remote() -> Rows:
         "NETWORK_SET_AUTOSTART": (WRITE, networks.set_autostart),
         "NETWORK_UPDATE": (WRITE, networks.update),
         "NETWORK_SET_METADATA": (WRITE, networks.set_metadata),
-        # pools, interfaces, secrets, filters, host devices: none yet
+        # pools, secrets, filters, host devices: none yet
         "CONNECT_NUM_OF_STORAGE_POOLS": (READ, others.none),
         "CONNECT_LIST_STORAGE_POOLS": (READ, others.no_names),
         "CONNECT_NUM_OF_DEFINED_STORAGE_POOLS": (READ, others.none),
@@ -310,13 +311,23 @@ def _remote() -> Rows:
         "STORAGE_POOL_GET_INFO": (WRITE, volumes.get_pool_info),
         "STORAGE_POOL_IS_ACTIVE": (WRITE, volumes.pool_is_active),
         "STORAGE_POOL_REFRESH": (WRITE, volumes.refresh_pool),
-        "CONNECT_NUM_OF_INTERFACES": (READ, others.none),
-        "CONNECT_LIST_INTERFACES": (READ, others.no_names),
-        "CONNECT_NUM_OF_DEFINED_INTERFACES": (READ, others.none),
-        "CONNECT_LIST_DEFINED_INTERFACES": (READ, others.no_names),
-        "CONNECT_LIST_ALL_INTERFACES": (READ, others.empty_list),
-        "INTERFACE_LOOKUP_BY_NAME": (READ, others.no_interface),
-        "INTERFACE_LOOKUP_BY_MAC_STRING": (READ, others.no_interface),
+        # the host's interfaces
+        "CONNECT_NUM_OF_INTERFACES": (READ, interfaces.num_of),
+        "CONNECT_LIST_INTERFACES": (READ, interfaces.list_names),
+        "CONNECT_NUM_OF_DEFINED_INTERFACES": (READ, interfaces.num_of_defined),
+        "CONNECT_LIST_DEFINED_INTERFACES": (READ, interfaces.list_defined_names),
+        "CONNECT_LIST_ALL_INTERFACES": (READ, interfaces.list_all),
+        "INTERFACE_LOOKUP_BY_NAME": (READ, interfaces.lookup_by_name),
+        "INTERFACE_LOOKUP_BY_MAC_STRING": (READ, interfaces.lookup_by_mac),
+        "INTERFACE_GET_XML_DESC": (READ, interfaces.get_xml),
+        "INTERFACE_IS_ACTIVE": (READ, interfaces.is_active),
+        "INTERFACE_DEFINE_XML": (WRITE, interfaces.define_xml),
+        "INTERFACE_UNDEFINE": (WRITE, interfaces.undefine),
+        "INTERFACE_CREATE": (WRITE, interfaces.create),
+        "INTERFACE_DESTROY": (WRITE, interfaces.destroy),
+        "INTERFACE_CHANGE_BEGIN": (WRITE, interfaces.change_begin),
+        "INTERFACE_CHANGE_COMMIT": (WRITE, interfaces.change_commit),
+        "INTERFACE_CHANGE_ROLLBACK": (WRITE, interfaces.change_rollback),
         "CONNECT_NUM_OF_SECRETS": (READ, others.none),
         "CONNECT_LIST_SECRETS": (READ, others.no_names),
         "CONNECT_LIST_ALL_SECRETS": (READ, others.empty_list),
@@ -347,7 +358,7 @@ def _qemu() -> Rows:
 
 
 def _kvik() -> Rows:
-    from kvik.daemon.handlers import kvik, networks
+    from kvik.daemon.handlers import bridges, interfaces, kvik, networks
 
     return {
         "DOMAIN_WAIT_READY": (READ, kvik.wait_ready),
@@ -357,4 +368,21 @@ def _kvik() -> Rows:
         "DOMAIN_OVERVIEW": (READ, kvik.overview),
         "NETWORK_MESSAGES": (READ, networks.messages),
         "DAEMON_SHUTDOWN": (ADMIN, kvik.shutdown),
+        "BRIDGE_LIST": (READ, bridges.listing),
+        "BRIDGE_SHOW": (READ, bridges.show),
+        "BRIDGE_ADD": (WRITE, bridges.add),
+        "BRIDGE_DELETE": (WRITE, bridges.delete),
+        "BRIDGE_ADD_PORT": (WRITE, bridges.add_port),
+        "BRIDGE_DELETE_PORT": (WRITE, bridges.delete_port),
+        "BRIDGE_SET": (WRITE, bridges.change),
+        "BRIDGE_SET_PORT": (WRITE, bridges.change_port),
+        "BRIDGE_FDB": (READ, bridges.fdb),
+        "BRIDGE_CHANGE_FDB": (WRITE, bridges.change_fdb),
+        "BRIDGE_FLUSH_FDB": (WRITE, bridges.flush_fdb),
+        "BRIDGE_VLAN": (READ, bridges.vlans),
+        "BRIDGE_CHANGE_VLAN": (WRITE, bridges.change_vlan),
+        "INTERFACE_BRIDGE": (WRITE, interfaces.bridge),
+        "INTERFACE_UNBRIDGE": (WRITE, interfaces.unbridge),
+        "INTERFACE_BEGIN": (WRITE, interfaces.begin),
+        "INTERFACE_PENDING": (READ, interfaces.pending),
     }

@@ -15,10 +15,10 @@ import secrets
 from kvik.errors import HostError, KvikError, NoSupport, NotFound, OperationTimeout
 
 __all__ = [
+    "MultipleInterfaces",
     "NoCheckpoint",
     "NoConnection",
     "NoFilter",
-    "NoInterface",
     "NoNodeDevice",
     "NoSecret",
     "OperationAborted",
@@ -46,14 +46,14 @@ class NoConnection(KvikError):
     code = 5  # VIR_ERR_NO_CONNECT
 
 
-class NoInterface(NotFound):
-    code = 57  # VIR_ERR_NO_INTERFACE
-    domain = 26  # VIR_FROM_INTERFACE
-
-
 class NoNodeDevice(NotFound):
     code = 53  # VIR_ERR_NO_NODE_DEVICE
     domain = 22  # VIR_FROM_NODEDEV
+
+
+class MultipleInterfaces(KvikError):
+    code = 59  # VIR_ERR_MULTIPLE_INTERFACES
+    domain = 26  # VIR_FROM_INTERFACE
 
 
 class NoFilter(NotFound):

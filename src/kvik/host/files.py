@@ -57,10 +57,10 @@ def fsync_directory(path: AnyPath) -> None:
         os.close(fd)
 
 
-def atomic_write(path: AnyPath, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
+def atomic_write(path: AnyPath, data: bytes, *, mode: int = 0o600, durable: bool = True, exact: bool = False) -> None:
     """Replace the file's content: after a crash at any instant it holds the old or the new content, whole.
 
-    A temporary file in the same directory has `mode` (less the umask) from its creation on. A symbolic link at
+    A temporary file in the same directory has `mode` (less the umask, unless `exact`) from its creation on. A link at
     `path` is replaced, not followed. `durable=False` leaves out both fsyncs: for what need not outlive a reboot
     (live status below /run). On an error nothing is changed and nothing is left behind.
     """
@@ -80,6 +80,8 @@ def atomic_write(path: AnyPath, data: bytes, *, mode: int = 0o600, durable: bool
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
+            if exact:
+                os.fchmod(fd, mode)
             if durable:
                 os.fsync(fd)
         finally:

@@ -36,6 +36,8 @@ from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
 from kvik.manager.states import needs_daemon
 from kvik.manager.store import Store, check_name
+from kvik.network import bridges
+from kvik.network.interfaces.interfaces import Interfaces
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class Manager:
         self.events = EventHub()
         self.networks = Networks(paths)
         self.store = Store(paths)
+        self.interfaces = Interfaces(paths)
+        self.bridges = bridges
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.autostarting: asyncio.Task[None] | None = None
         self._names: dict[str, DomainObject] = {}
@@ -85,6 +89,7 @@ class Manager:
         self.warnings += self.networks.warnings
         await recover.recover(self)
         ports.watch(self)
+        self.warnings += await self.interfaces.open()
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
 
@@ -109,6 +114,7 @@ class Manager:
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
         await self.networks.close()
+        self.interfaces.close()
         self.store.close()
 
     # looking up

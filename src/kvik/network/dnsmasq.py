@@ -8,9 +8,11 @@ sockets are bound: that its first process ends well means that it serves.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
 import os
 import pwd
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,11 +85,16 @@ def _quoted(text: str, what: str) -> str:
     return f'"{text}"'
 
 
+def _path(path: Path) -> str:
+    text = str(path)
+    return text if re.fullmatch(r"[A-Za-z0-9/._+=-]+", text) else _quoted(text, "path")
+
+
 def configuration(document: Network, *, pid_file: Path, lease_file: Path, user: str) -> str:
     """The file's text. Raises ConfigUnsupported. All of dnsmasq's options that we use are here."""
     lines = [
         f"# Made by kvik for network {document.name!r}: changes are lost. Change the network: kvik net-edit",
-        f"pid-file={pid_file}",
+        f"pid-file={_path(pid_file)}",
         f"user={user}",
         "strict-order",
         f"interface={_word(document.bridge_name or '', 'bridge')}",
@@ -159,7 +166,7 @@ def _dhcp(document: Network, lease_file: Path) -> Iterator[str]:
     v6 = [(ip, subnet) for ip, subnet in served if subnet.version == 6]
     if not with_dhcp and not v6:
         return
-    yield f"dhcp-leasefile={lease_file}"
+    yield f"dhcp-leasefile={_path(lease_file)}"
     yield "dhcp-no-override"
     if with_dhcp:
         yield "dhcp-authoritative"  # nobody else serves this bridge: a client from elsewhere is told so at once
@@ -222,12 +229,12 @@ def _host(host: DhcpHost, version: int) -> str:
 
 
 def _tftp(document: Network) -> Iterator[str]:
-    roots = {_word(ip.tftp.root, "TFTP directory") for ip in document.ips if ip.tftp is not None}
+    roots = {ip.tftp.root for ip in document.ips if ip.tftp is not None}
     if len(roots) > 1:
         raise ConfigUnsupported(f"network {document.name!r} has {len(roots)} TFTP directories; one is what is served")
     for root in roots:
         yield "enable-tftp"
-        yield f"tftp-root={root}"
+        yield f"tftp-root={_path(Path(root))}"
 
 
 def _options(document: Network) -> Iterator[str]:
@@ -312,14 +319,23 @@ def _user() -> str:
     return "root"
 
 
+def _file_stem(name: str) -> str:
+    """The network's name where dnsmasq takes it for a part of a path; one made of it where that would mean more (blanks
+    and '#' begin a comment, quotes are taken away)."""
+    if re.fullmatch(r"[A-Za-z0-9._+-]+", name):
+        return name
+    return "=" + hashlib.sha256(name.encode()).hexdigest()[:32]  # no name above has a '='
+
+
 class Dnsmasq:
     """The dnsmasq of one network. Methods block; `directory` keeps its files across restarts of anybody."""
 
     def __init__(self, name: str, directory: Path, run: Path) -> None:
         self.name = name
-        self.config_file = directory / f"{name}.conf"
-        self.lease_file = directory / f"{name}.leases"
-        self.pid_file = run / f"{name}.pid"
+        stem = _file_stem(name)
+        self.config_file = directory / f"{stem}.conf"
+        self.lease_file = directory / f"{stem}.leases"
+        self.pid_file = run / f"{stem}.pid"
         self.handle: process.ProcessHandle | None = None
 
     def write(self, document: Network) -> bool:

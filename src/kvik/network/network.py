@@ -143,11 +143,14 @@ class NetworkObject:
             if self.runtime is not None:
                 return False
             runtime = Runtime(self._networks.store, self.definition.copy(), persistent=self.persistent)
-            await self._networks.run(runtime.start)
-            self.ports.clear()
-            self.warnings.clear()
-            self.adopt(runtime)
-        self._networks.emit(self, NetworkEventLifecycleType.STARTED)
+            try:
+                await self._networks.run(runtime.start)
+            finally:
+                if runtime.active:  # also if whoever asked is gone by now
+                    self.ports.clear()
+                    self.warnings.clear()
+                    self.adopt(runtime)
+                    self._networks.emit(self, NetworkEventLifecycleType.STARTED)
         if self._networks.probing:
             self._networks.spawn(self._prove(runtime))
         return True
@@ -186,19 +189,21 @@ class NetworkObject:
             if self.runtime is None:
                 raise OperationInvalid(f"network {self.name!r} is not active")
             await self._stop(self.runtime)
-        self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
-        if not self.persistent:
-            self._networks.forget(self)
 
     async def _stop(self, runtime: Runtime) -> None:
         self.let_go()
         try:
             await self._networks.run(runtime.stop)
-        except KvikError:
-            self._watch()  # still active: somebody may put right what was in the way and try again
-            raise
-        self.runtime = None
-        self.ports.clear()
+        finally:
+            if runtime.active:  # somebody may put right what was in the way, and try again
+                runtime.ending.clear()
+                self._watch()
+            else:  # also if whoever asked is gone by now
+                self.runtime = None
+                self.ports.clear()
+                self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
+                if not self.persistent:
+                    self._networks.forget(self)
 
     async def lost(self, why: str) -> None:
         """Its bridge is gone: somebody deleted it. What is left of the network is taken away."""
@@ -208,9 +213,6 @@ class NetworkObject:
                 return
             logger.warning("network %s is not active any more: %s", self.name, why)
             await self._stop(runtime)
-        self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
-        if not self.persistent:
-            self._networks.forget(self)
 
     async def update(self, command: int, section: int, index: int, xml: str, flags: int) -> None:
         """virNetworkUpdate: change one part of the live network, of the definition, or (flags 0) of what it is now."""
@@ -257,6 +259,7 @@ class NetworkObject:
         try:
             await self._networks.run(self.runtime.change, document)
         finally:
+            self.runtime.ending.clear()
             self._watch()
 
     async def set_autostart(self, on: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Coroutine
@@ -14,9 +15,10 @@ from kvik.conf.enums import NetworkEventLifecycleType
 from kvik.conf.network import Network, complete_network, format_network, parse_network
 from kvik.conf.network_validate import validate_network
 from kvik.conf.prepare import located
-from kvik.errors import AlreadyExists, NoNetwork, OperationInvalid
+from kvik.errors import AlreadyExists, HostError, KvikError, NoNetwork, OperationInvalid
 from kvik.host.netlink import Netlink
 from kvik.network import recover
+from kvik.network.dnsmasq import Dnsmasq
 from kvik.network.network import NetworkObject
 from kvik.network.store import Store, check_name
 from kvik.network.watch import Watch
@@ -128,7 +130,8 @@ class Networks:
                 network.definition = document
                 await network.start()
             except BaseException:
-                if before is None:
+                if before is None and not network.is_active:
+                    await self.run(self._remove_files, network.name)
                     self.forget(network)
                 raise
             finally:
@@ -148,6 +151,7 @@ class Networks:
                 network.runtime.persistent = False
                 await self.run(network.runtime.note)
             else:
+                await self.run(self._remove_files, network.name)
                 self.forget(network)
         self.emit(network, NetworkEventLifecycleType.UNDEFINED)
 
@@ -159,6 +163,8 @@ class Networks:
             same = self._names.get(document.name)
             if same is not None and document.uuid is None:
                 document.uuid = same.uuid_text
+            if same is not None and document.mac is None:
+                document.mac = same.definition.copy().mac
             if same is not None and document.bridge is None and document.owns_bridge and same.definition.owns_bridge:
                 document.bridge = same.definition.copy().bridge
             complete_network(document, await self._taken_bridges(same))
@@ -188,6 +194,11 @@ class Networks:
             if network is not besides:
                 taken |= {name for name in (network.definition.bridge_name, network.bridge_name) if name}
         return taken
+
+    def _remove_files(self, name: str) -> None:
+        """What its dnsmasq was told, and its leases: nobody comes back for them. Blocks."""
+        with contextlib.suppress(HostError):
+            Dnsmasq(name, self.store.data, self.store.status).forget()
 
     # what networks tell of themselves
 
@@ -242,7 +253,10 @@ class Networks:
         self._checking = False
         for network in self.list():
             if network.is_active:
-                await network.check()
+                try:
+                    await network.check()
+                except KvikError as error:  # it is held by a job, say: the others are looked at all the same
+                    network.warn(f"it could not be checked after a change on this host: {error}")
 
     # work
 

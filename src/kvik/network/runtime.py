@@ -42,6 +42,7 @@ class Runtime:
         self.store = store
         self.document = document
         self.persistent = persistent
+        self.active = False
         self.ending = threading.Event()  # what only looks at the network is to stop
         self.status = status or NetworkStatus()
         self.dnsmasq = Dnsmasq(document.name, store.data, store.status)
@@ -72,6 +73,7 @@ class Runtime:
                 _check_parts(netlink, document)
             self._save("active")
             undo.pop_all()
+        self.active = True
 
     def _save(self, state: State) -> None:
         self.status.network = self.document
@@ -105,7 +107,10 @@ class Runtime:
             self._take_away(errors)
         if errors:
             raise errors[0]
+        if not self.persistent:
+            _quietly(self.dnsmasq.forget)  # nobody comes back for its leases
         self.store.remove_status(self.document.name)
+        self.active = False
 
     def clean(self) -> None:
         """Take away what a killed daemon left, as far as its status says it was to be made."""
@@ -135,6 +140,7 @@ class Runtime:
     def reattach(self, *, only_missing: bool = False) -> bool:
         """Find the network again as it was; put right what is missing of it. False if its bridge is gone."""
         document = self.document
+        self.active = True
         with Netlink() as netlink:
             if not document.owns_bridge:
                 return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -549,4 +550,43 @@ def test_two_daemons_keep_out_of_each_others_way(space: Namespace, tmp_path: Pat
         await ours.destroy()
 
     with_networks(space, tmp_path / "first", first)
+    assert links(space) == tables(space) == set()
+
+
+def test_who_hangs_up_leaves_a_network_that_is_whole(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        seen: list[int] = []
+        networks.subscribe(lambda network, event, detail: seen.append(event))
+        network = await networks.create_xml(NAT)
+        for _ in range(2):
+            stopping = asyncio.ensure_future(network.destroy())
+            await asyncio.sleep(0.005)
+            stopping.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await stopping
+            assert not network.is_active and networks.list() == []
+            creating = asyncio.ensure_future(networks.create_xml(NAT))
+            await asyncio.sleep(0.02)
+            creating.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await creating
+            assert [each.is_active for each in networks.list()] in ([], [True])
+            network = networks.list()[0] if networks.list() else await networks.create_xml(NAT)
+        await network.destroy()
+        assert list((tmp_path / "var/lib/kvik/network").iterdir()) == []  # what was transient leaves no files
+        kinds = NetworkEventLifecycleType
+        assert seen == [kinds.STARTED, kinds.STOPPED] * 3
+
+    with_networks(space, tmp_path, turn)
+    assert links(space) == tables(space) == set()
+
+
+def test_a_name_is_only_a_name(space: Namespace, tmp_path: Path) -> None:
+    async def turn(networks: Networks) -> None:
+        name = "my net #1, \"x\" 'y' \\"
+        network = await networks.create_xml(NAT.replace(">default<", f">{name}<"))
+        assert network.name == name and network.leases() == []
+        await network.destroy()
+
+    with_networks(space, tmp_path / "a b", turn)
     assert links(space) == tables(space) == set()

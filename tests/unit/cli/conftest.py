@@ -211,6 +211,7 @@ class FakeConnection:
             "next_event": None,
             "register": 1,
             "call": self.low_level,
+            "call_kvik": lambda procedure, *values, **options: self.own[procedure],
         }
         self.replies |= {
             "networks": lambda flags=0: {0: [self.lan, self.lab], 1: [self.lab], 2: [self.lan]}.get(
@@ -252,7 +253,44 @@ class FakeConnection:
             "NODE_GET_CELLS_FREE_MEMORY": ([2048 << 10, 1024 << 10],),
             "NODE_GET_CPU_MAP": (None, 2, 2),
             "NODE_GET_SECURITY_MODEL": OperationUnsupported("no confinement"),
+            "CONNECT_LIST_ALL_INTERFACES": ([("br0", "52:54:00:00:00:01"), ("lo", "00:00:00:00:00:00")], 2),
+            "INTERFACE_LOOKUP_BY_NAME": (("br0", "52:54:00:00:00:01"),),
+            "INTERFACE_LOOKUP_BY_MAC_STRING": (("br0", "52:54:00:00:00:01"),),
+            "INTERFACE_GET_XML_DESC": ("<interface type='bridge' name='br0'>\n  <bridge/>\n</interface>\n",),
+            "INTERFACE_DEFINE_XML": (("br0", "52:54:00:00:00:01"),),
+            "INTERFACE_UNDEFINE": (),
+            "INTERFACE_CREATE": (),
+            "INTERFACE_DESTROY": (),
+            "INTERFACE_CHANGE_BEGIN": (),
+            "INTERFACE_CHANGE_COMMIT": (),
+            "INTERFACE_CHANGE_ROLLBACK": (),
         }
+        bridge = (
+            "br0", "52:54:00:00:00:01", 1, 1, 1500, 1, 32768, 15.0, 2.0, 20.0, 300.0, 1, 1, 1,
+            "8000.525400000001", "1000.525400000009", 1, 100, 0, 1, 0, ["192.0.2.1/24"], ["eth0", "vnet0"],
+            1, 2, 3, 4, 5, 6,
+        )  # fmt: skip
+        designated = ("1000.525400000009", 0x8001, 0)
+        ports = [
+            ("eth0", "52:54:00:00:00:01", 1, "forwarding", 1, None, 100, 32, 0, 1, 1, 0, 0, 0, 0, *designated,
+             123456, 2, 0, 4, 5, 0),
+            ("vnet0", "fe:54:00:00:00:02", 2, "blocking", 1, "tiny-1", 2, 32, 1, 1, 0, 0, 1, 0, 0, *designated,
+             0, 0, 0, 0, 0, 7),
+        ]  # fmt: skip
+        self.own: dict[str, Any] = {
+            "BRIDGE_LIST": ([bridge],),
+            "BRIDGE_SHOW": (bridge, ports),
+            "BRIDGE_FDB": ([("52:54:00:00:00:07", "vnet0", 0, "dynamic", 12.0)],),
+            "BRIDGE_VLAN": ([("vnet0", 1, 1, 1, 1), ("vnet0", 100, 199, 0, 0)],),
+            "INTERFACE_BRIDGE": (["the configuration is netplan's"],),
+            "INTERFACE_UNBRIDGE": ([],),
+            "INTERFACE_PENDING": ("open", "eth0 into bridge br0", 59.6, ""),
+            **dict.fromkeys(
+                ("BRIDGE_ADD", "BRIDGE_DELETE", "BRIDGE_ADD_PORT", "BRIDGE_DELETE_PORT", "BRIDGE_SET",
+                 "BRIDGE_SET_PORT", "BRIDGE_CHANGE_FDB", "BRIDGE_FLUSH_FDB", "BRIDGE_CHANGE_VLAN", "INTERFACE_BEGIN"),
+                (),
+            ),
+        }  # fmt: skip
 
     def find(self, key: str) -> FakeDomain:
         for domain in (self.running, self.off):
@@ -327,7 +365,8 @@ class Runner:
         self.err = ""
         self.context: Context | None = None
 
-    def __call__(self, *words: str, stdin: str | bytes = b"", tty: bool = False) -> int:
+    def __call__(self, *words: str, stdin: str | bytes = b"", tty: bool = False, typed: str | None = None) -> int:
+        """`tty`: standard output is a terminal; `typed`: standard input is one, where somebody types that."""
         data = stdin.encode() if isinstance(stdin, str) else stdin
         out: Any = Tty() if tty else Pipe()
         err = Pipe()
@@ -335,7 +374,7 @@ class Runner:
             connector=lambda uri, readonly: self.connection,  # type: ignore[arg-type,return-value]
             stdout=out,
             stderr=err,
-            stdin=Pipe(data),
+            stdin=Pipe(data) if typed is None else Tty(typed),
         )
         self.context = context
         rest, answer = parse_globals(list(words), context)

@@ -173,3 +173,15 @@ def test_words_of_a_network_are_edited(kvik: Any, editor: Any) -> None:
     assert kvik("net-metadata", "lan", "u", "--key", "k", "--edit") == 0
     assert kvik.connection.made("net_set_metadata")[1][2:6] == (2, "more\n", "k", "u")
     assert kvik("net-metadata", "lan", "u", "--edit") == 1
+
+
+def test_an_interface_is_edited_as_a_machine_is(kvik: Any, editor: Any) -> None:
+    editor("sed -i 's/<bridge/<mtu size=\"9000\"\\/><bridge/' $f")
+    assert kvik("iface-edit", "--interface", "br0") == 0
+    assert "Interface br0 XML configuration edited." in kvik.out
+    assert [call[2] for call in kvik.connection.made("call") if call[1] == "INTERFACE_DEFINE_XML"] == [
+        "<interface type='bridge' name='br0'>\n  <mtu size=\"9000\"/><bridge/>\n</interface>\n"
+    ]
+    editor("true")
+    assert kvik("iface-edit", "br0") == 0
+    assert "not changed" in kvik.out

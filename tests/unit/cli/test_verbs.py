@@ -18,6 +18,84 @@ A = object()  # "no matter what"
 
 # (command line, the one call that matters or None, text that the output has)
 CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
+    # the host's bridges
+    ("bridge list", ("call_kvik", "BRIDGE_LIST"), " br0    up      on    on      8000.525400000001   192.0.2.1/24"),
+    ("bridge show br0", ("call_kvik", "BRIDGE_SHOW", "br0"), "isolated, guard, no flood"),
+    ("bridge show br0 --watch --delay 1 --iterations 2", ("call_kvik", "BRIDGE_SHOW", "br0"), "In B/s"),
+    (
+        "bridge add br1 stp=on forward-delay=2.5 mac=52:54:00:00:00:05",
+        ("call_kvik", "BRIDGE_ADD", "br1", "52:54:00:00:00:05", [("stp", 6, True), ("forward_delay", 5, 2.5)]),
+        "Bridge br1 created\n",
+    ),
+    ("bridge del br0", ("call_kvik", "BRIDGE_DELETE", "br0", 0), "Bridge br0 deleted\n"),
+    ("bridge del br0 --force", ("call_kvik", "BRIDGE_DELETE", "br0", 1), ""),
+    ("bridge addif br0 eth1", ("call_kvik", "BRIDGE_ADD_PORT", "br0", "eth1"), "eth1 is a port of bridge br0\n"),
+    ("bridge delif br0 eth1", ("call_kvik", "BRIDGE_DELETE_PORT", "br0", "eth1"), "no longer a port"),
+    ("bridge set br0 ageing_time=60", ("call_kvik", "BRIDGE_SET", "br0", [("ageing_time", 4, 60)]), "changed\n"),
+    (
+        "bridge port br0 vnet0 isolated=on cost=10",
+        ("call_kvik", "BRIDGE_SET_PORT", "br0", "vnet0", [("isolated", 6, True), ("cost", 4, 10)]),
+        "Port vnet0 of bridge br0 changed\n",
+    ),
+    ("bridge stp br0", ("call_kvik", "BRIDGE_SHOW", "br0"), "Root:           1000.525400000009 by port 1, cost 100\n"),
+    (
+        "bridge stp br0 on priority=4096",
+        ("call_kvik", "BRIDGE_SET", "br0", [("priority", 4, 4096), ("stp", 6, True)]),
+        "changed",
+    ),
+    ("bridge fdb br0", ("call_kvik", "BRIDGE_FDB", "br0"), " 52:54:00:00:00:07   vnet0   -      dynamic   12s\n"),
+    (
+        "bridge fdb br0 add 52:54:00:00:00:08 vnet0 10",
+        ("call_kvik", "BRIDGE_CHANGE_FDB", "br0", "vnet0", "52:54:00:00:00:08", 10, 0),
+        "added to port vnet0",
+    ),
+    (
+        "bridge fdb br0 del 52:54:00:00:00:08 vnet0",
+        ("call_kvik", "BRIDGE_CHANGE_FDB", "br0", "vnet0", "52:54:00:00:00:08", 0, 1),
+        "removed from port vnet0",
+    ),
+    ("bridge fdb br0 flush", ("call_kvik", "BRIDGE_FLUSH_FDB", "br0"), "forgotten"),
+    ("bridge vlan br0", ("call_kvik", "BRIDGE_VLAN", "br0"), " vnet0   100-199   -      tagged\n"),
+    ("bridge vlan br0 on", ("call_kvik", "BRIDGE_SET", "br0", [("vlan_filtering", 6, True)]), "is on\n"),
+    (
+        "bridge vlan br0 add vnet0 10 --pvid --untagged",
+        ("call_kvik", "BRIDGE_CHANGE_VLAN", "br0", "vnet0", 10, 10, 1, 1, 0),
+        "vnet0 is in VLAN 10\n",
+    ),
+    (
+        "bridge vlan br0 del vnet0 100-199",
+        ("call_kvik", "BRIDGE_CHANGE_VLAN", "br0", "vnet0", 100, 199, 0, 0, 1),
+        "vnet0 is no longer in VLAN 100-199\n",
+    ),
+    # the host's interfaces
+    ("iface-list", ("call", "CONNECT_LIST_ALL_INTERFACES", 1, 2), " br0    active   52:54:00:00:00:01\n"),
+    ("iface-list --inactive", ("call", "CONNECT_LIST_ALL_INTERFACES", 1, 1), "inactive"),
+    ("iface-list --all", ("call", "CONNECT_LIST_ALL_INTERFACES", 1, 3), "active"),
+    ("iface-dumpxml br0", ("call", "INTERFACE_GET_XML_DESC", A, 0), "<bridge/>"),
+    ("iface-dumpxml br0 --inactive --xpath //bridge --wrap", ("call", "INTERFACE_GET_XML_DESC", A, 1), "<nodes>"),
+    ("iface-define @xml --validate", ("call", "INTERFACE_DEFINE_XML", "<domain/>", 1), "Interface br0 defined from"),
+    ("iface-undefine br0", ("call", "INTERFACE_UNDEFINE", A), "Interface br0 undefined\n"),
+    ("iface-start br0", ("call", "INTERFACE_CREATE", A, 0), "Interface br0 started\n"),
+    ("iface-destroy br0", ("call", "INTERFACE_DESTROY", A, 0), "Interface br0 destroyed\n"),
+    ("iface-name 52:54:00:00:00:01", ("call", "INTERFACE_LOOKUP_BY_MAC_STRING", "52:54:00:00:00:01"), "br0\n"),
+    ("iface-mac br0", ("call", "INTERFACE_LOOKUP_BY_NAME", "br0"), "52:54:00:00:00:01\n"),
+    ("iface-begin", ("call", "INTERFACE_CHANGE_BEGIN", 0), ""),
+    ("iface-begin --timeout 90", ("call_kvik", "INTERFACE_BEGIN", 90), "undone in 90 s unless"),
+    ("iface-commit", ("call", "INTERFACE_CHANGE_COMMIT", 0), "Kept: eth0 into bridge br0\n"),
+    ("iface-rollback", ("call", "INTERFACE_CHANGE_ROLLBACK", 0), "Undone: eth0 into bridge br0\n"),
+    ("iface-pending", ("call_kvik", "INTERFACE_PENDING"), "Pending: eth0 into bridge br0 (undone in 60 s)\n"),
+    (
+        "iface-bridge eth0 br0 --no-stp",
+        ("call_kvik", "INTERFACE_BRIDGE", "eth0", "br0", 0, 0, 1, 60),
+        "Undone in 60 s unless you say: kvik iface-commit\n",
+    ),
+    (
+        "iface-bridge eth0 br0 --stp --delay 2 --no-start --timeout 0",
+        ("call_kvik", "INTERFACE_BRIDGE", "eth0", "br0", 1, 2, 0, 0),
+        "Created bridge br0 with attached device eth0\n",
+    ),
+    ("iface-unbridge br0 --timeout 30", ("call_kvik", "INTERFACE_UNBRIDGE", "br0", 1, 30), "un-attached from bridge"),
+    ("iface-unbridge br0 --no-start", ("call_kvik", "INTERFACE_UNBRIDGE", "br0", 0, 60), "un-attached"),
     # life cycle
     ("start web", ("start", "web", 0), "Domain 'web' started\n\n"),
     (
@@ -428,6 +506,7 @@ ELSEWHERE = {
     "doctor": "test_doctor_verb.py",
     "edit": "test_edit.py",
     "net-edit": "test_edit.py",
+    "iface-edit": "test_edit.py",
     "console": "test_console.py",
     "proxy": "test_proxy.py",
     "cd": "test_shell.py",
@@ -474,6 +553,38 @@ def test_verb(kvik: Any, tmp_path: Path, line: str, call: tuple[Any, ...] | None
     assert text in kvik.out
     if call is not None:
         assert any(matches(made, call) for made in kvik.connection.calls), kvik.connection.calls
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("bridge rename br0", "unknown action 'rename'"),
+        ("bridge show", "usage: kvik bridge show BRIDGE"),
+        ("bridge list --force", "doesn't support option --force"),
+        ("bridge show br0 --delay 1", "--delay goes with --watch"),
+        ("bridge set br0 stp", "'stp' is no setting"),
+        ("bridge set br0 stp=on stp=off", "given twice"),
+        ("bridge fdb br0 add 52:54:00:00:00:08", "usage: kvik bridge fdb"),
+        ("bridge vlan br0 add vnet0 ten", "'ten' is no VLAN"),
+        ("iface-bridge eth0 br0 --stp --no-stp", "mutually exclusive"),
+        ("iface-bridge eth0 br0 --timeout 100000", "0 to 3600"),
+    ],
+)
+def test_a_wrong_bridge_command_is_explained_and_nothing_is_done(kvik: Any, line: str, words: str) -> None:
+    assert kvik(*line.split()) == 1
+    assert words in kvik.err
+    assert not [call for call in kvik.connection.calls if call[0] in ("call", "call_kvik")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "call", "said"),
+    [("y\n", "INTERFACE_CHANGE_COMMIT", "Kept."), ("\n", "INTERFACE_CHANGE_ROLLBACK", "Undone.")],
+)
+def test_who_sits_at_a_terminal_is_asked(kvik: Any, answer: str, call: str, said: str) -> None:
+    assert kvik("iface-bridge", "eth0", "br0", typed=answer) == 0
+    assert "Keep this? It is undone in 60 s otherwise" in kvik.err
+    assert ("call", call, 0) in kvik.connection.calls
+    assert said in kvik.out
 
 
 JSON_LESS = {"completion", "console", "connect"}

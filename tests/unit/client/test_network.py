@@ -125,7 +125,7 @@ def test_messages_are_of_our_own_daemon(daemon: Make) -> None:
         assert connection.network("lan").messages() == ["a"]
     with daemon(NETWORK_MESSAGES=NoSupport("no such program"), **LOOKUP).connect() as connection:
         assert connection.network("lan").messages() == []
-    assert kvik()["NETWORK_MESSAGES"].number == 40
+    assert kvik()["NETWORK_MESSAGES"].number == 50
 
 
 def test_ports(daemon: Make) -> None:

@@ -1,4 +1,4 @@
-"""Pools, interfaces, secrets, filters and host devices: none yet, said in the way clients expect.
+"""Pools, secrets, filters and host devices: none yet, said in the way clients expect.
 
 Lists are empty, looking one up says which kind of thing was not found, and events can be subscribed to: clients such
 as virt-manager do all that before they show the first machine.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from kvik.daemon.errors import NoFilter, NoInterface, NoNodeDevice, NoSecret
+from kvik.daemon.errors import NoFilter, NoNodeDevice, NoSecret
 from kvik.errors import InvalidArgument, NoStoragePool, NoStorageVolume
 
 if TYPE_CHECKING:
@@ -50,10 +50,6 @@ def no_pool(connection: Connection, args: Any) -> None:
 
 def no_volume(connection: Connection, args: Any) -> None:
     raise NoStorageVolume(f"no storage volume '{_what(args)}'")
-
-
-def no_interface(connection: Connection, args: Any) -> None:
-    raise NoInterface(f"no interface '{_what(args)}'")
 
 
 def no_secret(connection: Connection, args: Any) -> None:
