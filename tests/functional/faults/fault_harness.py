@@ -298,7 +298,7 @@ class Host:
         extra = set(self.processes()) - pids - {self.daemon}
         assert not extra, f"processes nobody owns: {[command_of(pid) for pid in extra]}"
         assert all(alive(pid) for pid in pids)
-        known = {f"{self.paths.domains}/autostart"}
+        known = {f"{self.paths.domains}/autostart", f"{self.paths.networks}", f"{self.paths.networks}/autostart"}
         known |= {f"{self.paths.domains}/{domain.name}.xml" for domain in domains if domain.is_persistent()}
         known |= {
             f"{self.paths.domains}/autostart/{d.name}.xml" for d in domains if d.is_persistent() and d.autostart()
