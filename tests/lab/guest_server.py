@@ -65,6 +65,9 @@ def set_up(config):
     mount("tmpfs", "/tmp", "tmpfs", 0, "mode=1777")
     for path in config["fresh"]:  # directories of the host whose contents must not matter
         mount("tmpfs", path, "tmpfs", 0, "mode=755")
+    for path in config["files"]:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        open(path, "w").close()
     for path in config["keep"]:  # what these hide and the lab needs
         os.makedirs(path, exist_ok=True)
         mount(LOWER + path, path, None, BIND)

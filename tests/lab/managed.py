@@ -16,6 +16,7 @@ from lab.kernel import cache_directory
 
 IMAGES = "/var/lib/kvik/images"
 STATE = "/etc/kvik /var/lib/kvik /var/cache/kvik /var/log/kvik /run/kvik"
+NO_NETWORK = "/var/lib/kvik/network"  # as if `default` had been undefined: making it takes seconds in the lab
 VMMS = ("qemu-system-x86", "kvik-vmm")
 
 
@@ -50,6 +51,7 @@ def clear(lab: Lab) -> None:
         {kill}
         pkill -KILL -f [k]vik.daemon || true
         find {STATE} -mindepth 1 -delete || true
+        mkdir -p {NO_NETWORK} && touch {NO_NETWORK}/default-made
         rm -rf /tmp/nobody
         """
     )

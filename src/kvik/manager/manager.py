@@ -48,6 +48,7 @@ from kvik.paths import Paths
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 5.0  # seconds between looks at the size of running machines' logs
+DEFAULT_NETWORK_WAIT = 2.0  # seconds until clients are served without it
 CLOSE_WAIT = 5.0  # seconds for the last files to be written
 _KEEPS_NOTHING = (
     DomainUndefineFlags.MANAGED_SAVE
@@ -95,8 +96,8 @@ class Manager:
         self.warnings += self.filters.warnings
         self._watch = Watch(lambda bridge: None, self._rules_gone)
         await self.networks.open()
-        if self.default_network:
-            await self._make_default_network()
+        if self.default_network:  # a slow host is not made to wait for it: clients give a daemon seconds to listen
+            await asyncio.wait([self.spawn(self._make_default_network())], timeout=DEFAULT_NETWORK_WAIT)
         if self.session_networks is not None:
             self.networks.add(SwitchNetwork(self.networks, self.session_networks))
         self.warnings += self.networks.warnings
