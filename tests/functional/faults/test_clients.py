@@ -243,7 +243,7 @@ def test_run_without_rm_keeps_the_machine(host: Host) -> None:
         "--disk", str(image), "--", "true",
     )  # fmt: skip
     eventually(lambda: "web" in host.kvik("list", "--name"), "it runs", 60)
-    pid = host.pid("web")
+    pid = eventually(lambda: host.pid("web"), "its process is known")
     os.kill(client, signal.SIGKILL)
     host.exit_code(client)
     time.sleep(0.3)
