@@ -38,12 +38,12 @@ USERS = ("dnsmasq", "nobody")
 OPTIONS = frozenset(
     """
     address all-servers auth-ttl bogus-nxdomain bogus-priv cache-size cname dhcp-boot dhcp-broadcast dhcp-ignore
-    dhcp-ignore-names dhcp-mac dhcp-match dhcp-name-match dhcp-option dhcp-option-force dhcp-option-pxe dhcp-
-    rapid-commit dhcp-reply-delay dhcp-sequential-ip dhcp-userclass dhcp-vendorclass domain-needed expand-hosts
+    dhcp-ignore-names dhcp-mac dhcp-match dhcp-name-match dhcp-option dhcp-option-force dhcp-option-pxe
+    dhcp-rapid-commit dhcp-reply-delay dhcp-sequential-ip dhcp-userclass dhcp-vendorclass domain-needed expand-hosts
     filterwin2k host-record interface-name local local-ttl localise-queries log-dhcp log-queries max-cache-ttl
     max-ttl min-cache-ttl mx-host naptr-record neg-ttl no-negcache pxe-prompt pxe-service ptr-record quiet-dhcp
-    quiet-dhcp6 ra-param rebind-domain-ok rebind-localhost-ok server srv-host stop-dns-rebind synth-domain txt-
-    record
+    quiet-dhcp6 ra-param rebind-domain-ok rebind-localhost-ok server srv-host stop-dns-rebind synth-domain
+    txt-record
     """.split()  # noqa: SIM905
 )
 
