@@ -33,6 +33,7 @@ ENDS = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP)
 SWITCH_INTERVAL = 1e-4
 NAME = "kvik-vmm"
 M_ARENA_MAX = -8  # malloc.h
+_told: list[int] = []  # signals that came while the machine was built
 
 
 class Prepared:
@@ -133,6 +134,8 @@ def _run(prepared: Prepared, *, alone: bool) -> int:
     try:
         for number in ENDS:
             _signal.signal(number, _quit_on_signal(machine))
+        if _told:
+            raise SystemExit(0)
         if machine.trace is not None and config.trace != "-":
             trace = _open_trace(config.trace)
         if config.incoming:
@@ -187,6 +190,7 @@ def _open_trace(path: str) -> int:
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:
     """A signal while the machine is built: what is open is closed on the way out."""
+    _told.append(number)  # importing has callbacks whose exceptions are printed and forgotten: looked at again later
     raise SystemExit(0)
 
 
