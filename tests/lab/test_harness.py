@@ -68,7 +68,7 @@ def test_the_hosts_tree_is_seen_and_never_changed(lab: Lab) -> None:
     lab.sh(f"echo gone with the lab > {probe}; cat {probe}")
     assert not Path(probe).exists()
     assert lab.run(["/bin/sh", "-c", "echo x > /run/lower/etc/hostname"]).code != 0
-    assert lab.sh("ls /etc/kvik /var/lib/kvik").split() == ["/etc/kvik:", "/var/lib/kvik:"]
+    assert lab.sh("ls /etc/kvik /var/lib/kvik").split() == ["/etc/kvik:", "/var/lib/kvik:", "network"]
 
 
 def test_the_share_is_written_from_both_sides(lab: Lab) -> None:

@@ -166,6 +166,7 @@ STEPS: list[tuple[str, str, str]] = [
     ("update-device m @bridge-other --live", "an interface cannot move to another bridge", ""),
     ("detach-interface m bridge --mac 52:54:00:00:00:09 --live", WORKS, "detached"),
     ("domifaddr m --source agent", AGENT, ""),
+    ("ip m --source agent", AGENT, ""),
     # other devices
     ("attach-device m @rng --live", WORKS, "attached"),
     ("detach-device-alias m rng1 --live", WORKS, "sent"),
