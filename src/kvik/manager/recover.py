@@ -20,13 +20,14 @@ from kvik.conf.domain import parse_domain
 from kvik.conf.enums import DomainState
 from kvik.errors import ConfigError, InvalidArgument, KvikError
 from kvik.host import process
+from kvik.host.documents import SUFFIX, set_aside
 from kvik.hypervisor.driver import EventKind, MachineEvent
 from kvik.manager import devices, disks, guest, lifecycle, ports, prepare
 from kvik.manager.definition import Definition
 from kvik.manager.domain import DomainObject, Run
 from kvik.manager.stages import BootStages
 from kvik.manager.states import Trigger
-from kvik.manager.store import SUFFIX, Loaded, Status
+from kvik.manager.store import Loaded, Status
 
 if TYPE_CHECKING:
     from kvik.manager.manager import Manager
@@ -107,7 +108,7 @@ def _add(manager: Manager, config: Definition, loaded: Loaded) -> bool:
 
 
 def _set_aside(manager: Manager, name: str, why: str) -> None:
-    manager.warnings.append(manager.store.set_aside(manager.store.domains / f"{name}{SUFFIX}", why))
+    manager.warnings.append(set_aside(manager.store.domains / f"{name}{SUFFIX}", why))
 
 
 # Running machines -----------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from xml.sax.saxutils import escape, quoteattr
 from lxml import etree
 
 from kvik.errors import HostError, InvalidArgument, KvikError
-from kvik.host import files
+from kvik.host import documents, files
+from kvik.host.documents import DOCUMENT_LIMIT, SUFFIX, check_document_name, set_aside
 from kvik.host.process import boot_id
 from kvik.paths import Paths
 
@@ -39,29 +40,13 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SUFFIX = ".xml"
-NAME_LIMIT = 200  # bytes in UTF-8: file systems take 255, and the name gets prefixes and suffixes
-DOCUMENT_LIMIT = 4 << 20  # bytes; the wire's limit for one string
 STATUS_LIMIT = 16 << 20
 THREADS = 4
 
 
 def check_name(name: str) -> str:
-    """The name if it is fit to be a file's name in our directories, else `InvalidArgument`."""
-    if not name:
-        raise InvalidArgument("a machine needs a name that is not empty")
-    if name[0] in "-." or "/" in name or not name.isprintable() or name != name.strip():
-        raise InvalidArgument(
-            f"machine name {name!r} is not allowed",
-            remedy="leave out '/', control characters, spaces at the ends, and '-' or '.' at the start",
-        )
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError as error:
-        raise InvalidArgument(f"machine name {name!r} is not valid text") from error
-    if size > NAME_LIMIT:
-        raise InvalidArgument(f"machine name {name[:20]!r}... has {size} bytes: at most {NAME_LIMIT} are allowed")
-    return name
+    """The name if a machine can have it, else `InvalidArgument`."""
+    return check_document_name(name, "machine")
 
 
 @dataclass(slots=True)
@@ -212,7 +197,7 @@ class Store:
             try:
                 loaded.documents.append((name, data.decode()))
             except UnicodeDecodeError as error:
-                loaded.warnings.append(self.set_aside(self.domains / f"{name}{SUFFIX}", f"not UTF-8: {error}"))
+                loaded.warnings.append(set_aside(self.domains / f"{name}{SUFFIX}", f"not UTF-8: {error}"))
         for name, data in self._read_all(self.status, STATUS_LIMIT, loaded):
             path = self.status / f"{name}{SUFFIX}"
             try:
@@ -221,7 +206,7 @@ class Store:
                 if not self._is_runtime_directory(Path(status.directory)):
                     raise ValueError(f"{status.directory!r} is no runtime directory of ours")
             except (ValueError, InvalidArgument) as error:
-                loaded.warnings.append(self.set_aside(path, str(error)))
+                loaded.warnings.append(set_aside(path, str(error)))
                 continue
             if status.name != name:  # killed within a rename: the file's name rules
                 status.name = name
@@ -236,7 +221,7 @@ class Store:
                 check_name(name)
                 yield name, files.read_file(path, limit=limit)
             except KvikError as error:
-                loaded.warnings.append(self.set_aside(path, str(error)))
+                loaded.warnings.append(set_aside(path, str(error)))
 
     def _load_links(self, defined: set[str], loaded: Loaded) -> set[str]:
         names = set()
@@ -251,19 +236,6 @@ class Store:
                 loaded.warnings.append(f"cannot remove the stale autostart link {link}: {error.strerror}")
         return names
 
-    def set_aside(self, path: Path, why: str) -> str:
-        """Give a file that is of no use another name, so that nothing is lost; return (and log) the warning."""
-        number = 0
-        while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
-            number += 1
-        try:
-            path.rename(aside)
-            text = f"{path} was set aside as {aside.name}: {why}"
-        except OSError as error:
-            text = f"{path} is ignored: {why} (and it cannot be renamed: {error.strerror})"
-        logger.warning("%s", text)
-        return text
-
     # definitions
 
     def _definition(self, name: str) -> Path:
@@ -274,45 +246,17 @@ class Store:
 
     async def save_definition(self, name: str, text: str) -> None:
         """On an error the old content is there, or no file if there was none."""
-
-        def save() -> None:
-            path, data = self._definition(name), text.encode()
-            before = files.try_read_file(path, limit=DOCUMENT_LIMIT)
-            if before is None:  # a link that could not be removed with its machine must not start a later one
-                files.remove_file(self._link(name), durable=False)
-            try:
-                files.atomic_write(path, data)
-            except HostError:
-                # It may have been renamed into place already, and only not be durable.
-                with contextlib.suppress(HostError):
-                    if files.try_read_file(path, limit=DOCUMENT_LIMIT) != before:
-                        if before is None:
-                            files.remove_file(path, durable=False)
-                        else:
-                            files.atomic_write(path, before, durable=False)
-                raise
-
-        await self.run(save)
+        await self.run(documents.replace, self._definition(name), text.encode(), self._link(name))
 
     async def remove_definition(self, name: str) -> None:
         def remove() -> None:
-            self._remove(self._definition(name))
+            documents.remove(self._definition(name))
             try:
-                self._remove(self._link(name))
+                documents.remove(self._link(name))
             except HostError as error:  # the definition is gone; `load` drops a link without one
                 logger.warning("%s", error)
 
         await self.run(remove)
-
-    @staticmethod
-    def _remove(path: Path) -> None:
-        """What was removed cannot be brought back: that it is not durable yet is a warning only."""
-        try:
-            files.remove_file(path)
-        except HostError as error:
-            if path.is_symlink() or path.exists():
-                raise
-            logger.warning("%s", error)
 
     async def rename_definition(self, old: str, new: str, text: str, *, autostart: bool) -> None:
         """`text` is the document with the new name in it. On an error the old name is back."""
@@ -334,7 +278,7 @@ class Store:
                 files.atomic_write(target, text.encode())
                 undo.pop_all()
             try:
-                self._remove(self._link(old))
+                documents.remove(self._link(old))
             except HostError as error:  # nothing has that name now; `load` drops the link
                 logger.warning("%s", error)
 
@@ -349,7 +293,7 @@ class Store:
                     files.remove_file(self._link(name), durable=False)
                 raise
 
-        await self.run(link if on else functools.partial(self._remove, self._link(name)))
+        await self.run(link if on else functools.partial(documents.remove, self._link(name)))
 
     # live status: must outlive the daemon, not the host, so nothing is fsynced
 

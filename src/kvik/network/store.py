@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvik.conf.network_status import NetworkStatus, format_status, parse_status
-from kvik.errors import ConfigError, HostError, InvalidArgument, KvikError
-from kvik.host import files
+from kvik.errors import ConfigError, HostError, KvikError
+from kvik.host import documents, files
+from kvik.host.documents import DOCUMENT_LIMIT, SUFFIX, check_document_name, set_aside
 from kvik.host.process import boot_id
 from kvik.paths import Paths
 
@@ -26,25 +27,10 @@ __all__ = ["Loaded", "Store", "check_name"]
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".xml"
-NAME_LIMIT = 200  # bytes in UTF-8: file systems take 255, and the name gets suffixes
-DOCUMENT_LIMIT = 4 << 20  # bytes; the wire's limit for one string
-
 
 def check_name(name: str) -> str:
-    """The name if it is fit to be a file's name in our directories, else `InvalidArgument`."""
-    if not name or name[0] in "-." or "/" in name or not name.isprintable() or name != name.strip():
-        raise InvalidArgument(
-            f"network name {name!r} is not allowed",
-            remedy="it needs a letter; leave out '/', control characters, spaces at the ends, '-' or '.' at the start",
-        )
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError as error:
-        raise InvalidArgument(f"network name {name!r} is not valid text") from error
-    if size > NAME_LIMIT:
-        raise InvalidArgument(f"network name {name[:20]!r}... has {size} bytes: at most {NAME_LIMIT} are allowed")
-    return name
+    """The name if a network can have it, else `InvalidArgument`."""
+    return check_document_name(name, "network")
 
 
 @dataclass(slots=True)
@@ -84,7 +70,7 @@ class Store:
                     raise ConfigError("it is not of this network, or not of kvik")
                 loaded.statuses.append(status)
             except ConfigError as error:
-                loaded.warnings.append(_set_aside(self.status / f"{name}{SUFFIX}", str(error)))
+                loaded.warnings.append(set_aside(self.status / f"{name}{SUFFIX}", str(error)))
         defined = {name for name, _ in loaded.documents}
         for link in self.links.glob(f"*{SUFFIX}"):
             if link.name.removesuffix(SUFFIX) in defined:
@@ -101,38 +87,22 @@ class Store:
                 check_name(name)
                 yield name, files.read_file(path, limit=DOCUMENT_LIMIT)
             except KvikError as error:
-                loaded.warnings.append(_set_aside(path, str(error)))
+                loaded.warnings.append(set_aside(path, str(error)))
 
     def set_aside(self, name: str, why: str) -> str:
         """Give a definition that is of no use another name; return (and log) the warning."""
-        return _set_aside(self.definitions / f"{name}{SUFFIX}", why)
+        return set_aside(self.definitions / f"{name}{SUFFIX}", why)
 
     # definitions
 
     def save(self, name: str, text: str) -> None:
         """On an error the old content is there, or no file if there was none."""
         path = self.definitions / f"{check_name(name)}{SUFFIX}"
-        before = files.try_read_file(path, limit=DOCUMENT_LIMIT)
-        if before is None:  # a link that could not be removed with its network must not start a later one
-            files.remove_file(self.links / path.name, durable=False)
-        try:
-            files.atomic_write(path, text.encode())
-        except HostError:  # it may have been renamed into place already, and only not be durable
-            with contextlib.suppress(HostError):
-                if before is None:
-                    files.remove_file(path, durable=False)
-                else:
-                    files.atomic_write(path, before, durable=False)
-            raise
+        documents.replace(path, text.encode(), self.links / path.name)
 
     def remove(self, name: str) -> None:
         path = self.definitions / f"{check_name(name)}{SUFFIX}"
-        try:
-            files.remove_file(path)
-        except HostError as error:
-            if path.exists():
-                raise
-            logger.warning("%s", error)  # removed, only not durable yet
+        documents.remove(path)
         with contextlib.suppress(HostError):  # the definition is gone; `load` drops a link without one
             files.remove_file(self.links / path.name)
 
@@ -151,16 +121,3 @@ class Store:
 
     def remove_status(self, name: str) -> None:
         files.remove_file(self.status / f"{check_name(name)}{SUFFIX}", durable=False)
-
-
-def _set_aside(path: Path, why: str) -> str:
-    number = 0
-    while (aside := path.with_name(f"{path.name}.corrupt-{number}")).exists():
-        number += 1
-    try:
-        path.rename(aside)
-        text = f"{path} is set aside as {aside.name}: {why}"
-    except OSError as error:
-        text = f"{path} is ignored: {why} (and it cannot be renamed: {error.strerror})"
-    logger.warning("%s", text)
-    return text

@@ -114,7 +114,7 @@ def test_entries_are_added_replaced_and_deleted() -> None:
         assert raised.value.errno == errno.ENOENT
         for bad in ({"kind": "odd"}, {"vlan": 4095}):
             with pytest.raises(HostError, match="no"):
-                add_fdb(netlink, v0.index, GUEST, **bad)  # type: ignore[arg-type]
+                add_fdb(netlink, v0.index, GUEST, **bad)  # type: ignore[arg-type]  # values of both kinds in one dict
         with pytest.raises(HostError, match="no MAC"):
             add_fdb(netlink, v0.index, "02:00")
 

@@ -100,7 +100,7 @@ def test_the_route_of_a_packet_is_looked_up() -> None:
 )
 def test_a_wrong_route_never_reaches_the_kernel(network: str, more: dict[str, str]) -> None:
     with Netlink() as netlink, pytest.raises(HostError, match="cannot add the route") as raised:
-        add_route(netlink, network, **more)  # type: ignore[arg-type]
+        add_route(netlink, network, **more)  # type: ignore[arg-type]  # other parameters are numbers
     assert raised.value.errno == errno.EINVAL
 
 

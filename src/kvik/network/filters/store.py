@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from kvik.conf.nwfilter import (
@@ -20,14 +19,12 @@ from kvik.conf.nwfilter import (
     parse_filter,
 )
 from kvik.errors import ConfigError, HostError, KvikError
-from kvik.host import files
+from kvik.host import documents, files
 from kvik.paths import Paths
 
 __all__ = ["FilterStore"]
 
 logger = logging.getLogger(__name__)
-
-_LIMIT = 4 << 20  # bytes of a document
 
 
 class FilterStore:
@@ -49,7 +46,7 @@ class FilterStore:
                     raise ConfigError(f"its name is {one.name!r}")
                 found.append(one)
             except KvikError as error:
-                self._set_aside(path, str(error))
+                documents.set_aside(path, str(error))
         return found
 
     def load_bindings(self) -> list[FilterBinding]:
@@ -61,22 +58,12 @@ class FilterStore:
                     raise ConfigError(f"its interface is {one.portdev!r}")
                 found.append(one)
             except KvikError as error:
-                self._set_aside(path, str(error))
+                documents.set_aside(path, str(error))
         return found
 
     def save_filter(self, one: NetworkFilter) -> None:
         """On an error the old content is there, or no file if there was none."""
-        path = self.filters / f"{one.name}.xml"
-        before = files.try_read_file(path, limit=_LIMIT)
-        try:
-            files.atomic_write(path, format_filter(one).encode())
-        except HostError:
-            with suppress(HostError):  # it may have been renamed into place, and only not be durable
-                if before is None:
-                    files.remove_file(path, durable=False)
-                else:
-                    files.atomic_write(path, before, durable=False)
-            raise
+        documents.replace(self.filters / f"{one.name}.xml", format_filter(one).encode())
 
     def remove_filter(self, name: str) -> None:
         files.remove_file(self.filters / f"{name}.xml")
@@ -91,13 +78,6 @@ class FilterStore:
     def _read(directory: Path) -> Iterator[tuple[Path, bytes]]:
         for path in sorted(directory.glob("*.xml")):
             try:
-                yield path, files.read_file(path, limit=_LIMIT)
+                yield path, files.read_file(path, limit=documents.DOCUMENT_LIMIT)
             except HostError as error:
                 logger.warning("%s is ignored: %s", path, error)
-
-    @staticmethod
-    def _set_aside(path: Path, why: str) -> None:
-        aside = path.with_name(f"{path.name}.corrupt-0")
-        with suppress(OSError):
-            path.rename(aside)
-        logger.warning("%s was set aside as %s: %s", path, aside.name, why)
