@@ -8,6 +8,7 @@ KvikError
 │   ├── NoDomain, NoNetwork, NoNetworkPort, NoFilter, NoFilterBinding, NoInterface,
 │   └── NoStoragePool, NoStorageVolume, NoSnapshot, NoMetadata, NoDevice
 ├── AlreadyExists             a name, UUID or address is taken
+│   └── StorageVolumeExists
 ├── OperationInvalid          the object is not in a state that allows this
 ├── OperationUnsupported      nobody could do this here
 │   └── NoSupport             the procedure itself is unknown
@@ -66,6 +67,7 @@ __all__ = [
     "OperationUnsupported",
     "ResourceBusy",
     "RpcError",
+    "StorageVolumeExists",
 ]
 
 
@@ -173,6 +175,11 @@ class NoDevice(NotFound):
 
 class AlreadyExists(KvikError):
     code = 9
+
+
+class StorageVolumeExists(AlreadyExists):
+    code = 90
+    domain = 18
 
 
 class OperationInvalid(KvikError):

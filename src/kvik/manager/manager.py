@@ -36,6 +36,7 @@ from kvik.manager.interfaces import look_after_networks
 from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
 from kvik.manager.states import needs_daemon
+from kvik.manager.storage import Pools, users
 from kvik.manager.store import Store, check_name
 from kvik.network import bridges
 from kvik.network.filters.filters import Filters
@@ -74,6 +75,8 @@ class Manager:
         self.filters = Filters(paths)
         self._watch: Watch | None = None  # of the host's packet filter
         self.networks = Networks(paths)
+        self.pools = Pools(paths)
+        self.pools.users = lambda: users(self)
         self.store = Store(paths)
         self.interfaces = Interfaces(paths)
         self.bridges = bridges
@@ -101,6 +104,8 @@ class Manager:
         if self.session_networks is not None:
             self.networks.add(SwitchNetwork(self.networks, self.session_networks))
         self.warnings += self.networks.warnings
+        await self.pools.open()
+        self.warnings += self.pools.warnings
         await recover.recover(self)
         ports.watch(self)
         self.warnings += await self.interfaces.open()
@@ -129,6 +134,7 @@ class Manager:
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
         await self.networks.close()
+        self.pools.close()
         self.interfaces.close()
         if self._watch is not None:
             self._watch.close()
