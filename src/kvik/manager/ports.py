@@ -78,10 +78,12 @@ def _say(domain: DomainObject, interface: Interface, attachment: Attachment) -> 
 
 def _names(domain: DomainObject) -> list[str]:
     """Of the host's side of its interfaces, also of those that are about to be made."""
-    live = domain.live
-    devices = [*live.devices.interfaces] if live is not None else []
-    if domain.run is not None and isinstance(domain.run.arriving, Interface):
-        devices.append(domain.run.arriving)
+    run = domain.run
+    if run is None:
+        return []
+    devices = [*run.live.devices.interfaces]
+    if isinstance(run.arriving, Interface):
+        devices.append(run.arriving)
     return [device.target.dev for device in devices if device.target is not None and device.target.dev]
 
 
