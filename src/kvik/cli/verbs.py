@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "exec": ("guest_exec", "machine", "run a command in a machine"),
     "ps": ("overview", "machine", "machines at a glance: acceleration, memory, address, uptime"),
     "ip": ("domain_net", "machine", "print the address of a machine"),
+    "ssh": ("ssh", "machine", "log in to a machine, or run a command there, by ssh"),
     "top": ("overview", "machine", "machines by their use of the host, refreshed"),
     "doctor": ("doctor_verb", "machine", "check this host and name the fix for what is missing"),
     "attach-device": ("domain_devices", "domain", "attach device from an XML file"),

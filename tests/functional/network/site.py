@@ -36,7 +36,7 @@ class Page(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(self.server.page)
+        self.wfile.write(self.server.page + f"from {self.client_address[0]}\n".encode())
         while self.path == "/drip":
             self.wfile.write(b"drip\n")
             time.sleep(0.2)
