@@ -16,14 +16,15 @@ from kvik.errors import KvikError
 from kvik.host.macvtap import free_name
 from kvik.host.netlink import Netlink
 from kvik.network.attachment import Attachment, resolve
-from kvik.network.taps import reconnect_tap, release_taps
+from kvik.network.tap_changes import reconnect_tap
+from kvik.network.taps import release_taps
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
     from kvik.network.network import NetworkObject
 
-__all__ = ["join", "leave", "rejoin", "release", "watch"]
+__all__ = ["join", "leave", "rejoin", "release", "say", "watch"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Att
             if attachment is None:
                 continue
             attachments[interface.alias.name if interface.alias else ""] = attachment
-            _say(domain, interface, attachment)
+            say(domain, interface, attachment)
             if attachment.network:
                 device = attachment.device if attachment.kind == "macvtap" else ""
                 networks.lookup_name(attachment.network).connect(attachment.port_id, domain.name, device)
@@ -53,7 +54,7 @@ def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Att
     return attachments
 
 
-def _say(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:
+def say(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:
     """Into the live document: it is on disk before anything is made, so that all of it can be found and undone."""
     source = interface.source = interface.source or InterfaceSource()
     if attachment.network:

@@ -171,3 +171,99 @@ def test_machines_are_on_a_network_again_when_it_was_stopped_and_started(make: A
     assert connections(kvikd, "default") == "<network connections='1'>"
     # A bridge with STP forwards nothing from a new port for some seconds.
     until(lambda: domain.exec(["/bin/ping", "-c", "1", "-W", "1", "192.168.122.1"]).exitcode == 0)
+
+
+def walls(kvikd: Kvikd) -> set[tuple[str, str, bool]]:
+    """Of the ports of machines: bridge, address, isolation."""
+    lines = [(bridge, line) for bridge in ("virbr0", "br0") for line in ports(kvikd, bridge).splitlines()]
+    return {
+        (bridge, line.split("link/ether ")[1].split()[0], "isolated on" in line)
+        for bridge, line in lines
+        if "vnet" in line
+    }
+
+
+def rates(kvikd: Kvikd, tap: str) -> str:
+    return inside(kvikd, "tc", "class", "show", "dev", tap)
+
+
+def test_domiftune_says_and_sets_bandwidth_as_virsh_does(make: Any, kvikd: Kvikd) -> None:
+    mac = "52:54:00:00:00:31"
+    bandwidth = "<bandwidth><inbound average='1000' peak='2000' burst='64'/></bandwidth>"
+    domain = make("tuned", CONSOLE + card("default", 0x31, bandwidth))
+    domain.start()
+    (tap,) = [line.split()[0] for line in kvikd.virsh("-q", "domiflist", "tuned").stdout.splitlines() if mac in line]
+    assert "rate 8Mbit ceil 16Mbit" in rates(kvikd, tap)
+    for words in (
+        ("domiftune", "tuned", tap),
+        ("domiftune", "tuned", tap, "--inbound", "500,900", "--live"),
+        ("domiftune", "tuned", mac, "--inbound", "700", "--outbound", "300,0,20", "--config"),
+        ("domiftune", "tuned", mac, "--config"),
+        ("domiftune", "tuned", tap, "--live"),
+        ("domiftune", "tuned", tap, "--inbound", "0", "--live", "--config"),
+        ("domiftune", "tuned", mac, "--config"),
+        ("domiftune", "tuned", tap),
+        ("domiftune", "tuned", "nope"),
+        ("domiftune", "tuned", tap, "--inbound", "1,x"),
+        ("domiftune", "tuned", tap, "--inbound", "0,5"),
+        ("domiftune", "tuned", tap, "--outbound", "0,5"),
+        ("domiftune", "tuned", tap, "--outbound", "5,5,5,5"),
+        ("domiftune", "tuned", tap, "--inbound", "1,2,3,4,5"),
+        ("domiftune", "tuned", tap, "--live", "--current"),
+    ):
+        theirs, ours = kvikd.virsh(*words), kvikd.kvik(*words)
+        assert (ours.returncode, ours.stdout.split()) == (theirs.returncode, theirs.stdout.split()), words
+        said = [line for line in theirs.stderr.splitlines() if "'nope'" not in line]
+        assert all(line in ours.stderr for line in said), (words, ours.stderr, theirs.stderr)
+        if words[2:] == (tap, "--inbound", "500,900", "--live"):
+            assert "rate 4Mbit ceil 7200Kbit" in rates(kvikd, tap)
+    assert rates(kvikd, tap) == ""
+    assert "<outbound average='300' burst='20'/>" in domain.xml(2) and "<bandwidth>" not in domain.xml()
+
+
+def test_a_running_interface_moves_and_its_walls_and_link_change(make: Any, kvikd: Kvikd) -> None:
+    domain = make("moves", CONSOLE + card("default", 0x32) + card("apart", 0x33))
+    domain.start()
+    mac = "fe:54:00:00:00:32"
+
+    def change(inner: str, network: str = "default", number: int = 0x32) -> None:
+        domain.update_device(card(network, number, inner), 1)
+
+    change("<port isolated='yes'/><bandwidth><outbound average='400'/></bandwidth>")
+    assert "isolated on" in next(line for line in ports(kvikd, "virbr0").splitlines() if mac in line)
+    assert "<outbound average='400'/>" in domain.xml()
+    change("<link state='down'/>")
+    assert "isolated off" in next(line for line in ports(kvikd, "virbr0").splitlines() if mac in line)
+    assert "<link state='down'/>" in domain.xml() and "<bandwidth>" not in domain.xml()
+    # Onto a bridge of the host, by a network and by its own name; there the network counts it, here no more.
+    before = int(connections(kvikd, "default").partition("connections='")[2].split("'")[0])
+    change("", "lan")
+    assert mac in ports(kvikd, "br0") and mac not in ports(kvikd, "virbr0")
+    assert connections(kvikd, "lan") == "<network connections='1'>"
+    assert connections(kvikd, "default") == (f"<network connections='{before - 1}'>" if before > 1 else "<network>")
+    assert "<source network='lan' portid='" in domain.xml() and "bridge='br0'" in domain.xml()
+    change("", "default")
+    domain.update_device(
+        "<interface type='bridge'><source bridge='br0'/><mac address='52:54:00:00:00:32'/></interface>", 1
+    )
+    assert mac in ports(kvikd, "br0") and connections(kvikd, "lan") == "<network>"
+    domain.update_device(card("default", 0x32), 1)
+    state = walls(kvikd)
+    for device, words in (
+        (card("default", 0x32, "<mtu size='1300'/>"), "the MTU of interface net0 cannot change"),
+        (card("default", 0x32, "<driver queues='3'/>"), "the <driver> of interface net0 cannot change"),
+        (card("default", 0x32).replace("virtio", "e1000e"), "the model of interface net0 cannot change"),
+        (card("idle", 0x32), "not active"),
+        (card("default", 0x32, "<vlan><tag id='5'/></vlan>"), "VLAN"),
+        ("<interface type='user'><mac address='52:54:00:00:00:32'/></interface>", "the type of interface net0 cannot"),
+        ("<interface type='bridge'><source bridge='lo'/><mac address='52:54:00:00:00:32'/></interface>", "no bridge"),
+        (
+            "<interface type='network'><source network='default'/><mac address='52:54:00:00:00:32'/>"
+            "<virtualport type='openvswitch'/></interface>",
+            "from a port of kind bridge to one of kind openvswitch",
+        ),
+    ):
+        with pytest.raises(KvikError, match=words):
+            domain.update_device(device, 1)
+        assert walls(kvikd) == state, device
+    domain.destroy()
