@@ -68,6 +68,7 @@ async def changed(domain: DomainObject, old: object, new: object) -> AsyncIterat
         networks.lookup_name(after.network).connect(after.port_id, domain.name)
     run = domain.manager.store.run
     try:
+        await _promise(domain, new, after)
         await run(change_tap, new, before, after)
         try:
             yield
@@ -78,9 +79,27 @@ async def changed(domain: DomainObject, old: object, new: object) -> AsyncIterat
     except BaseException:
         if joined:
             networks.lookup_name(after.network).disconnect(after.port_id)
+            await _keep_promises(domain, after)
+        elif before is not None:
+            await _promise(domain, old, before)
         raise
     if _port_id(old) and _port_id(old) != after.port_id:
         ports.leave(domain, [old])
+        if before is not None:
+            await _keep_promises(domain, before)
+
+
+async def _promise(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:
+    """The guaranteed rate on its network, or none; `ResourceBusy` if there is not as much left."""
+    if attachment.network:
+        network = domain.manager.networks.lookup_name(attachment.network)
+        network.promise(attachment.port_id, ports.mac_of(interface), attachment.floor)
+        await network.keep_promises()
+
+
+async def _keep_promises(domain: DomainObject, attachment: Attachment) -> None:
+    if attachment.network:
+        await domain.manager.networks.lookup_name(attachment.network).keep_promises()
 
 
 def _before(domain: DomainObject, old: Interface) -> Attachment | None:

@@ -207,14 +207,19 @@ def _refuse_unkept_promises(interface: Interface, attachment: Attachment, alias:
         "filterref": interface.filterref if not filters or attachment.kind == "macvtap" else None,
         "vlan": attachment.vlan is not None and attachment.kind in ("none", "macvtap"),
         "virtualport": port is not None and port.type not in (None, "none", "openvswitch"),
-        "inbound floor=": bandwidth is not None and bandwidth.inbound is not None and bandwidth.inbound.floor,
+        "inbound floor=": not attachment.floor
+        and bandwidth is not None
+        and bandwidth.inbound is not None
+        and bandwidth.inbound.floor,
         "port isolated='yes'": attachment.isolated and attachment.kind != "bridge",
     }
     for name, value in kept.items():
         if value:
             raise ConfigUnsupported(
                 f"interface {alias}: <{name}> is not supported "
-                + ("on a device of the host: there is no bridge that could" if attachment.kind == "macvtap" else "yet"),
+                + (
+                    "on a device of the host: there is no bridge that could" if attachment.kind == "macvtap" else "here"
+                ),
                 path=_PATH,
             )
 

@@ -33,6 +33,8 @@ NETWORKS = {
     "<host mac='52:54:00:00:00:21' name='first' ip='192.168.122.21'/></dhcp></ip>",
     "apart": "<bridge name='virbr1'/><mtu size='1400'/><port isolated='yes'/><ip address='192.168.150.1' prefix='24'/>",
     "lan": "<forward mode='bridge'/><bridge name='br0'/>",
+    "shared": "<bridge name='virbr2'/><bandwidth><inbound average='1000' peak='2000'/></bandwidth>"
+    "<ip address='192.168.151.1' prefix='24'/>",
     "idle": "<bridge name='virbr9'/>",
 }
 UUID = "8f49b9c4-0b3a-4f64-8a4f-0d8e6e1b7a5{}"
@@ -267,3 +269,66 @@ def test_a_running_interface_moves_and_its_walls_and_link_change(make: Any, kvik
             domain.update_device(device, 1)
         assert walls(kvikd) == state, device
     domain.destroy()
+
+
+def floored(number: int, floor: int, network: str = "shared") -> str:
+    return card(network, number, f"<bandwidth><inbound floor='{floor}'/></bandwidth>")
+
+
+def promised(kvikd: Kvikd) -> dict[str, str]:
+    """Class -> rate, of the network's bridge."""
+    found = {}
+    for line in rates(kvikd, "virbr2").splitlines():
+        words = line.split()
+        found[words[2]] = words[words.index("rate") + 1]
+    return found
+
+
+def test_a_part_of_a_networks_bandwidth_is_promised_kept_and_given_back(make: Any, kvikd: Kvikd) -> None:
+    free = {"1:1": "8Mbit", "1:2": "8Mbit"}
+    assert promised(kvikd) == free
+    domain = make("promised", CONSOLE + floored(0x41, 300) + floored(0x42, 200))
+    domain.start()
+    with_two = {"1:1": "8Mbit", "1:2": "4Mbit", "1:3": "2400Kbit", "1:4": "1600Kbit"}
+    assert promised(kvikd) == with_two
+    status = (kvikd.paths.run / "network/shared.xml").read_text()
+    assert "<class_id bitmap='0-4'/>" in status and "<floor sum='500'/>" in status
+    greedy = make("greedy", CONSOLE + floored(0x43, 1501))
+    with pytest.raises(KvikError, match=r"cannot promise 1501 kB/s to .*:43: of its 2000 kB/s, 500 are promised"):
+        greedy.start()
+    with pytest.raises(KvikError, match="network 'default' has no inbound bandwidth of its own"):
+        make("floorless", CONSOLE + floored(0x44, 10, "default")).start()
+    with pytest.raises(KvikError, match="network 'lan' has a bridge or device that is not its own"):
+        make("elsewhere", CONSOLE + floored(0x44, 10, "lan")).start()
+    until(lambda: promised(kvikd) == with_two)
+
+    # Plugged, changed, unplugged; a daemon that comes back knows whose each class is.
+    domain.attach_device(floored(0x45, 100), 1)
+    assert promised(kvikd)["1:5"] == "800Kbit" and promised(kvikd)["1:2"] == "3200Kbit"
+    domain.set_interface_parameters("52:54:00:00:00:41", {"inbound.average": 0, "inbound.floor": 400}, 1)
+    assert promised(kvikd)["1:3"] == "3200Kbit"
+    with pytest.raises(KvikError, match="cannot promise"):
+        domain.set_interface_parameters("52:54:00:00:00:41", {"inbound.average": 0, "inbound.floor": 1701}, 1)
+    before = promised(kvikd)
+    enter = ("nsenter", "-t", str(qemu_of("promised")), "-m", "-n")
+    assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
+    kvikd.prefix = enter
+    kvikd.start()
+    assert promised(kvikd) == before
+    domain = kvikd.connection.lookup_name("promised")
+    assert kvikd.virsh("net-destroy", "shared").returncode == 0, kvikd.messages()
+    assert kvikd.virsh("net-start", "shared").returncode == 0
+    until(lambda: sorted(promised(kvikd).values()) == sorted(before.values()))
+    domain.set_interface_parameters("52:54:00:00:00:41", {"inbound.average": 50}, 1)
+    assert len(promised(kvikd)) == len(before) - 1
+    # The daemon and then the machine are killed.
+    holder = subprocess.Popen([*enter, "sleep", "60"])
+    kvikd.prefix = ("nsenter", "-t", str(holder.pid), "-m", "-n")
+    assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
+    os.kill(qemu_of("promised"), signal.SIGKILL)
+    kvikd.start()
+    holder.kill()
+    holder.wait()
+    until(lambda: promised(kvikd) == free)
+    status = (kvikd.paths.run / "network/shared.xml").read_text()
+    assert "<class_id bitmap='0-2'/>" in status and "<floor sum='0'/>" in status
