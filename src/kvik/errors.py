@@ -18,6 +18,7 @@ KvikError
 ├── AccessDenied              the caller may not
 ├── AuthenticationFailed      the caller is not who it says
 ├── HostError                 the host refused (errno kept)
+│   ├── DBusError             a service on the system's D-Bus refused (knows the error's name)
 │   └── MissingPackages       software of the distribution is missing (knows the command that installs it)
 ├── HypervisorError           the VMM failed or answered nonsense
 │   ├── MonitorError          QMP returned an error
@@ -40,6 +41,7 @@ __all__ = [
     "ConfigError",
     "ConfigUnsupported",
     "ConnectError",
+    "DBusError",
     "HostError",
     "HypervisorError",
     "ImageError",
@@ -220,6 +222,14 @@ class HostError(KvikError):
     def __init__(self, message: str, *, errno: int = 0, remedy: str = "") -> None:
         super().__init__(message, remedy=remedy)
         self.errno = errno
+
+
+class DBusError(HostError):
+    """A service on the system's D-Bus refused; `name` is the error's, as the service has it."""
+
+    def __init__(self, message: str, *, name: str = "", remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.name = name
 
 
 class MissingPackages(HostError):

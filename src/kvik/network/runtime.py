@@ -17,7 +17,7 @@ from typing import Literal
 from kvik.conf.network import Network
 from kvik.conf.network_status import NetworkStatus, Origin
 from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvalid
-from kvik.host import nftables
+from kvik.host import firewalld, nftables
 from kvik.host.netlink import Netlink
 from kvik.network import floors, nat
 from kvik.network.bridge import add_routes, find_bridge, is_ours, make_bridge, remove_bridge, set_forwarding
@@ -52,7 +52,7 @@ class Runtime:
     def start(self) -> None:
         """Make it. On an error nothing of it stays."""
         document = self.document
-        _refuse_unkept_promises(document)
+        _check_zone(document)
         with Netlink() as netlink, ExitStack() as undo:  # the undo steps talk over this netlink
             if document.owns_bridge:
                 refuse_taken(netlink, document)
@@ -60,6 +60,8 @@ class Runtime:
             undo.callback(_quietly, self.store.remove_status, document.name)
             if document.owns_bridge:
                 link = make_bridge(netlink, document, undo)
+                undo.callback(_quietly, self._leave_zone)
+                self._join_zone()
                 if nat.needs_table(document):
                     undo.callback(_quietly, self._remove_filter)
                     self.install_filter()
@@ -83,6 +85,16 @@ class Runtime:
     def note(self) -> None:
         """Write the status anew: something that it says has changed."""
         self._save("active")
+
+    def _join_zone(self) -> None:
+        """firewalld's rules for the bridge are those of its zone."""
+        if self.document.bridge is not None and self.document.bridge.zone is not None:
+            firewalld.set_zone(self.document.bridge.zone, self.document.bridge_name or "")
+
+    def _leave_zone(self) -> None:
+        """firewalld remembers an interface that is gone: the next one by that name would be in the zone."""
+        if self.document.bridge is not None and self.document.bridge.zone is not None:
+            firewalld.unset_zone(self.document.bridge.zone, self.document.bridge_name or "")
 
     def keep_floors(self) -> None:
         """The bridge's traffic classes as the status has them, and that on disk first: what is made can be found."""
@@ -135,6 +147,8 @@ class Runtime:
         with Netlink() as netlink:
             there = find_bridge(netlink, self.document.bridge_name or "")
             mine = there is None or is_ours(there, self.document)
+            if mine:
+                _collect(errors, self._leave_zone)
             _collect(errors, lambda: remove_bridge(netlink, self.document))
         if mine and nat.needs_table(self.document):  # the table bears the bridge's name: another's is not touched
             _collect(errors, self._remove_filter)
@@ -158,6 +172,8 @@ class Runtime:
         if nat.needs_table(document) and not (only_missing and self._has_filter()):
             self.install_filter()
         set_forwarding(document)
+        if document.bridge is not None and document.bridge.zone is not None and firewalld.is_running():
+            _quietly(self._join_zone)  # of one that was started anew it has to be asked for again
         self.serve()
         return True
 
@@ -191,16 +207,16 @@ class Runtime:
             raise
 
 
-def _refuse_unkept_promises(document: Network) -> None:
-    """What is not done here and would be missed."""
-    kept = {
-        "bridge zone": (document.bridge.zone if document.bridge else None, "kvik has a packet filter of its own"),
-    }
-    for name, (value, remedy) in kept.items():
-        if value is not None:
-            raise ConfigUnsupported(
-                f"network {document.name!r}: <{name}> is not supported yet", path="/network", remedy=remedy
-            )
+def _check_zone(document: Network) -> None:
+    """OperationInvalid, NotFound or ConfigUnsupported, before anything is made."""
+    zone = document.bridge.zone if document.bridge is not None else None
+    if zone is None:
+        return
+    if not document.owns_bridge:
+        raise ConfigUnsupported(
+            f"network {document.name!r}: a zone is for a bridge that the network makes", path="/network/bridge/@zone"
+        )
+    firewalld.require_zone(zone, f"the bridge of network {document.name!r}")
 
 
 def _check_parts(netlink: Netlink, document: Network) -> None:

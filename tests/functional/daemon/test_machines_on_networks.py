@@ -35,6 +35,8 @@ NETWORKS = {
     "lan": "<forward mode='bridge'/><bridge name='br0'/>",
     "shared": "<bridge name='virbr2'/><bandwidth><inbound average='1000' peak='2000'/></bandwidth>"
     "<ip address='192.168.151.1' prefix='24'/>",
+    "fixed": "<bridge name='virbr3' stp='off' macTableManager='libvirt'/><ip address='192.168.152.1' prefix='24'><dhcp>"
+    "<range start='192.168.152.2' end='192.168.152.254'/></dhcp></ip>",
     "idle": "<bridge name='virbr9'/>",
 }
 UUID = "8f49b9c4-0b3a-4f64-8a4f-0d8e6e1b7a5{}"
@@ -332,3 +334,21 @@ def test_a_part_of_a_networks_bandwidth_is_promised_kept_and_given_back(make: An
     until(lambda: promised(kvikd) == free)
     status = (kvikd.paths.run / "network/shared.xml").read_text()
     assert "<class_id bitmap='0-2'/>" in status and "<floor sum='0'/>" in status
+
+
+def test_on_a_bridge_that_learns_nothing_each_interface_has_its_entry_and_frames_pass(make: Any, kvikd: Kvikd) -> None:
+    domain = make.ready("known", CONSOLE + AGENT + card("fixed", 0x51))
+    line = next(line for line in ports(kvikd, "virbr3").splitlines() if "fe:54:00:00:00:51" in line)
+    assert " learning off flood off " in line
+
+    def entries() -> list[str]:
+        found = inside(kvikd, "bridge", "fdb", "show", "br", "virbr3").splitlines()
+        return [entry for entry in found if entry.startswith("52:54:00:00:00:5") and "master virbr3" in entry]
+
+    assert len(entries()) == 1 and entries()[0].endswith("static")
+    assert domain.exec(["/bin/ping", "-c", "1", "-W", "5", "192.168.152.1"]).exitcode == 0
+    # Who sends in another's name is not learned.
+    domain.exec(["/bin/sh", "-c", "ip link set eth0 address 52:54:00:00:00:52; ping -c 1 -W 1 192.168.152.1"])
+    assert len(entries()) == 1
+    domain.destroy()
+    until(lambda: entries() == [])
