@@ -164,3 +164,28 @@ def test_what_a_device_of_the_host_cannot_do_is_refused(make: Any, kvikd: Kvikd)
         with pytest.raises(KvikError, match=words):
             domain.start()
         until(lambda: "52:54:00:00:00:51" not in macvtaps(kvikd))
+
+
+def test_only_a_guest_that_is_trusted_gets_frames_for_another_address(make: Any, kvikd: Kvikd) -> None:
+    plain = direct(0x61)
+    trusted = direct(0x62).replace("type='direct'", "type='direct' trustGuestRxFilters='yes'")
+    first, second = make("plain", CONSOLE + AGENT + plain), make("trusted", CONSOLE + AGENT + trusted)
+    for number, domain in enumerate((first, second)):
+        domain.start()
+        assert domain.wait_ready(60).ready
+        change = f"ip link set eth0 address 52:54:00:00:00:7{number}"
+        assert domain.exec(["/bin/sh", "-c", change]).exitcode == 0
+    until(lambda: "52:54:00:00:00:71" in macvtaps(kvikd))
+    assert domain.exec(["/bin/ping", "-c", "1", "-W", "5", "192.168.122.1"]).exitcode == 0
+    assert set(macvtaps(kvikd)) == {"52:54:00:00:00:61", "52:54:00:00:00:71"}
+    # What happens while the daemon is away is made up for; then it goes as any other does.
+    enter = ("nsenter", "-t", str(qemu_of("plain")), "-m", "-n")
+    assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
+    kvikd.prefix = enter
+    kvikd.start()
+    second = kvikd.connection.lookup_name("trusted")
+    second.exec(["/bin/sh", "-c", "ip link set eth0 address 52:54:00:00:00:72"])
+    until(lambda: "52:54:00:00:00:72" in macvtaps(kvikd))
+    for domain in kvikd.connection.domains(1):
+        domain.destroy()
+    until(lambda: macvtaps(kvikd) == {})
