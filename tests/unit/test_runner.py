@@ -101,3 +101,17 @@ def test_a_signal_ends_what_the_tests_started(tmp_path: Path, jobs: str, number:
     assert process.returncode == 2 and "KeyboardInterrupt" in out, out
     assert notes.read_text().split()[wanted:] == ["cleared"] * wanted
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_what_is_left_behind_is_told_and_killed() -> None:
+    lines = "trap 'exit 7' TERM; sleep 600 & setsid sleep 601 & echo $!; wait"
+    reaper = [sys.executable, str(TESTS / "reaper.py"), "sh", "-c", lines]
+    process = subprocess.Popen(reaper, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    last = int(process.stdout.readline())
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 7
+    told = [line.split()[3] for line in out.splitlines() if line.startswith("left behind, killed: ")]
+    assert len(told) == 2 and str(last) in told
+    assert not os.path.exists(f"/proc/{last}")
