@@ -99,6 +99,7 @@ class Manager:
             self.networks.add(SwitchNetwork(self.networks, self.session_networks))
         self.warnings += self.networks.warnings
         await recover.recover(self)
+        await ports.settle(self)
         ports.watch(self)
         self.warnings += await self.interfaces.open()
         self.autostarting = self.spawn(recover.autostart(self))

@@ -26,6 +26,7 @@ from kvik.conf.devices.interface import (
 from kvik.conf.network import Network
 from kvik.conf.tree import clone
 from kvik.errors import ConfigError, ConfigUnsupported, OperationInvalid
+from kvik.network.floors import check_floor
 
 __all__ = ["Attachment", "NetworkLike", "NetworkLookup", "resolve", "resolve_network"]
 
@@ -66,6 +67,7 @@ class Attachment:
     isolated: bool = False
     mtu: int | None = None
     owns_bridge: bool = False  # the network made it, so it may be set as this needs
+    floor: int = 0  # kB/s of the network's inbound rate that it is promised
     static_fdb: bool = False  # macTableManager='libvirt': the bridge learns nothing, the guest's MAC is entered
 
 
@@ -126,6 +128,10 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
         raise ConfigUnsupported(f"network {network.name!r} is a pool of host devices, which are not supported yet")
     group = document.portgroup(portgroup)
     port = document.port
+    inbound = own.bandwidth.inbound if own.bandwidth is not None else None
+    floor = (inbound.floor if inbound is not None else None) or 0
+    if floor:
+        check_floor(document, floor, "an interface")
     if own.mtu is not None and document.mtu is not None and own.mtu > document.mtu.size:
         raise ConfigUnsupported(
             f"an interface with an MTU of {own.mtu} on network {network.name!r}, which has {document.mtu.size}: longer "
@@ -142,6 +148,7 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
         isolated=own.isolated or bool(port and port.isolated),
         mtu=own.mtu or (document.mtu.size if document.mtu else None),
         owns_bridge=document.owns_bridge,
+        floor=floor,
         static_fdb=document.bridge is not None and document.bridge.mac_table_manager == "libvirt",
     )
     if document.is_macvtap:

@@ -19,7 +19,7 @@ from kvik.conf.network_status import NetworkStatus, Origin
 from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvalid
 from kvik.host import nftables
 from kvik.host.netlink import Netlink
-from kvik.network import nat
+from kvik.network import floors, nat
 from kvik.network.bridge import add_routes, find_bridge, is_ours, make_bridge, remove_bridge, set_forwarding
 from kvik.network.dnsmasq import Dnsmasq, is_needed
 from kvik.network.store import Store
@@ -83,6 +83,14 @@ class Runtime:
     def note(self) -> None:
         """Write the status anew: something that it says has changed."""
         self._save("active")
+
+    def keep_floors(self) -> None:
+        """The bridge's traffic classes as the status has them, and that on disk first: what is made can be found."""
+        self.note()
+        with Netlink() as netlink:
+            link = find_bridge(netlink, self.document.bridge_name or "")
+            if link is not None and is_ours(link, self.document):
+                floors.keep(netlink, link.index, self.status)
 
     def install_filter(self) -> None:
         """The packet filter as the document has it, whatever is there of it."""
