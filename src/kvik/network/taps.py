@@ -16,6 +16,7 @@ from kvik.errors import ConfigUnsupported, KvikError
 from kvik.host import openvswitch
 from kvik.host.bridge import NO_VLAN_FILTERING, read_bridge, set_bridge, set_port
 from kvik.host.bridge_vlan import add_vlan, delete_vlan
+from kvik.host.edge_port import bring_up_at_once
 from kvik.host.neighbour import add_fdb
 from kvik.host.netlink import Netlink
 from kvik.host.tap import create_tap
@@ -70,7 +71,7 @@ def open_taps(
                 _bound(netlink, tap.index, attachment.bandwidth)
             if protect is not None:
                 protect(interface)
-            netlink.set_link(tap.index, up=True)
+            _bring_up(netlink, tap.index, attachment)
         files |= {f"net:{alias}:{number}": fd for number, fd in enumerate(tap.fds)}
     return files
 
@@ -87,7 +88,14 @@ def reconnect_tap(interface: Interface, attachment: Attachment) -> None:
         netlink.set_link(tap.index, up=False)  # nothing passes before its walls stand
         netlink.set_link(tap.index, master=bridge.index)
         _join_bridge(netlink, tap.index, attachment, interface)
-        netlink.set_link(tap.index, up=True)
+        _bring_up(netlink, tap.index, attachment)
+
+
+def _bring_up(netlink: Netlink, index: int, attachment: Attachment) -> None:
+    if attachment.kind == "bridge" and attachment.at_once:
+        bring_up_at_once(netlink, index, attachment.device)
+    else:
+        netlink.set_link(index, up=True)
 
 
 def release_taps(interfaces: Iterable[Interface]) -> None:
