@@ -1,7 +1,7 @@
 """What the host's interfaces have carried, from /proc/net/dev (proc_net(5)).
 
-One read tells of all of them, in the network namespace of the calling thread, and waits for nobody: RTM_GETLINK waits for
-whoever changes a link, 20 ms for each tap that goes; /sys/class/net shows the namespace in which it was mounted.
+One read tells of all of them, in the network namespace of the calling thread, and waits for nobody: RTM_GETLINK waits
+for whoever changes a link, 20 ms for each tap that goes; /sys/class/net shows the namespace in which it was mounted.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from manager_bench import Bench, document, until
+from manager_bench import Bench, document
 
 from kvik.errors import (
     AlreadyExists,
