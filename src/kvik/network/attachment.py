@@ -68,6 +68,7 @@ class Attachment:
     mtu: int | None = None
     owns_bridge: bool = False  # the network made it, so it may be set as this needs
     floor: int = 0  # kB/s of the network's inbound rate that it is promised
+    at_once: bool = False  # the network's document asks for no delay: its port forwards from the start, STP or not
     static_fdb: bool = False  # macTableManager='libvirt': the bridge learns nothing, the guest's MAC is entered
 
 
@@ -149,6 +150,7 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
         mtu=own.mtu or (document.mtu.size if document.mtu else None),
         owns_bridge=document.owns_bridge,
         floor=floor,
+        at_once=document.owns_bridge and not (document.bridge and document.bridge.delay),
         static_fdb=document.bridge is not None and document.bridge.mac_table_manager == "libvirt",
     )
     if document.is_macvtap:

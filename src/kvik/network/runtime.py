@@ -18,6 +18,7 @@ from kvik.conf.network import Network
 from kvik.conf.network_status import NetworkStatus, Origin
 from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvalid
 from kvik.host import nftables
+from kvik.host.bridge import set_bridge
 from kvik.host.netlink import Netlink
 from kvik.network import floors, nat
 from kvik.network.bridge import add_routes, find_bridge, is_ours, make_bridge, remove_bridge, set_forwarding
@@ -155,6 +156,8 @@ class Runtime:
             link = find_bridge(netlink, document.bridge_name or "")
             if link is None or not is_ours(link, document):
                 return False
+            if document.bridge is not None and document.bridge.stp and not only_missing:
+                set_bridge(netlink, link.index, stp=True)  # who was killed in host/edge_port.py left it off
         if nat.needs_table(document) and not (only_missing and self._has_filter()):
             self.install_filter()
         set_forwarding(document)

@@ -16,6 +16,7 @@ from kvik.errors import ConfigUnsupported, KvikError
 from kvik.host import openvswitch
 from kvik.host.bridge import NO_VLAN_FILTERING, read_bridge, set_bridge, set_port
 from kvik.host.bridge_vlan import add_vlan, delete_vlan
+from kvik.host.edge_port import bring_up_at_once
 from kvik.host.macvtap import create_macvtap, delete_macvtap
 from kvik.host.neighbour import add_fdb
 from kvik.host.netlink import Netlink
@@ -65,7 +66,7 @@ def open_taps(
                 set_bandwidth(netlink, tap.index, attachment.bandwidth, swapped=attachment.kind == "macvtap")
             if protect is not None and attachment.kind != "macvtap":
                 protect(interface)
-            netlink.set_link(tap.index, up=True)
+            _bring_up(netlink, tap.index, attachment)
         files |= {f"net:{alias}:{number}": fd for number, fd in enumerate(tap.fds)}
     return files
 
@@ -95,6 +96,31 @@ def _make(interface: Interface, attachment: Attachment, name: str, alias: str) -
     )
 
 
+<<<<<<< HEAD
+=======
+def reconnect_tap(interface: Interface, attachment: Attachment) -> None:
+    """Put a running machine's tap on a bridge that was made anew. Raises `HostError`, `ConfigUnsupported`."""
+    name = interface.target.dev if interface.target is not None else None
+    if attachment.kind != "bridge" or not name:
+        return
+    with Netlink() as netlink:
+        tap, bridge = netlink.link(name), netlink.link(attachment.device)
+        if tap.master == bridge.index:
+            return
+        netlink.set_link(tap.index, up=False)  # nothing passes before its walls stand
+        netlink.set_link(tap.index, master=bridge.index)
+        _join_bridge(netlink, tap.index, attachment, interface)
+        _bring_up(netlink, tap.index, attachment)
+
+
+def _bring_up(netlink: Netlink, index: int, attachment: Attachment) -> None:
+    if attachment.kind == "bridge" and attachment.at_once:
+        bring_up_at_once(netlink, index, attachment.device)
+    else:
+        netlink.set_link(index, up=True)
+
+
+>>>>>>> netspeed
 def release_taps(interfaces: Iterable[Interface]) -> None:
     """Take away what a machine that has ended left on the host; what is gone already does not matter. Never raises."""
     try:
