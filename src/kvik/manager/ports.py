@@ -51,7 +51,7 @@ def _say(interface: Interface, attachment: Attachment) -> None:
         if attachment.kind == "macvtap":
             source.dev, source.mode = attachment.device, attachment.mode
         else:
-            source.bridge = attachment.device
+            source.bridge = attachment.device or None  # a session's switch has none
     port = interface.virtualport = attachment.virtualport
     if attachment.kind == "openvswitch" and port is not None:
         port.parameters = port.parameters or VirtualPortParameters()
@@ -77,7 +77,12 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
             source, target = interface.source, interface.target
             if interface.type != "network" or source is None or source.network != network.name:
                 continue
-            if target is None or not target.dev or not source.portid:
+            if not source.portid:
+                continue
+            if manager.session_networks is not None:  # its switch is connected by `look_after_networks`
+                network.connect(source.portid, domain.name)
+                continue
+            if target is None or not target.dev:
                 continue
             try:
                 attachment = resolve(interface, manager.networks)

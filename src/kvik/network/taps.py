@@ -45,7 +45,7 @@ def open_taps(
     for interface in interfaces:
         alias = interface.alias.name if interface.alias else ""
         attachment = attachments.get(alias)
-        if attachment is None:
+        if attachment is None or attachment.kind == "switch":
             continue
         _refuse_unkept_promises(interface, attachment, alias, filters=protect is not None)
         target = interface.target = interface.target or InterfaceTarget()
