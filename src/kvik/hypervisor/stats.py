@@ -89,7 +89,8 @@ def _net(machine: QmpMachine) -> dict[str, int | str]:
         for key, file in _NET:
             with contextlib.suppress(OSError, ValueError):
                 side, rest = file.split("_", 1)
-                figures[f"net.{number}.{key}"] = int((directory / f"{_SWAPPED[side]}_{rest}").read_text())
+                side = side if nic.is_macvtap else _SWAPPED[side]  # what a tap receives, its machine sent
+                figures[f"net.{number}.{key}"] = int((directory / f"{side}_{rest}").read_text())
     return figures
 
 

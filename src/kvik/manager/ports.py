@@ -13,7 +13,9 @@ from uuid import uuid4
 from kvik.conf.devices.interface import Interface, InterfaceSource, InterfaceTarget, VirtualPortParameters
 from kvik.conf.enums import NetworkEventLifecycleType
 from kvik.errors import KvikError
-from kvik.network.attachment import Attachment, resolve, resolve_all
+from kvik.host.macvtap import free_name
+from kvik.host.netlink import Netlink
+from kvik.network.attachment import Attachment, resolve
 from kvik.network.taps import reconnect_tap, release_taps
 
 if TYPE_CHECKING:
@@ -29,35 +31,60 @@ logger = logging.getLogger(__name__)
 def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Attachment]:
     """Where each interface goes, by alias; said in the live document and counted on its network.
 
-    Raises as `resolve`; then nothing has changed. No await: nobody comes between the look and the count.
+    Raises as `resolve`; then nothing is counted. No await: nobody comes between the look and the count.
     """
-    interfaces = list(interfaces)
     networks = domain.manager.networks
-    attachments = resolve_all(interfaces, networks)
-    for interface in interfaces:
-        attachment = attachments.get(interface.alias.name if interface.alias else "")
-        if attachment is not None:
-            _say(interface, attachment)
-        if attachment is not None and attachment.network:
-            networks.lookup_name(attachment.network).connect(attachment.port_id, domain.name)
+    attachments: dict[str, Attachment] = {}
+    joined: list[Interface] = []
+    try:
+        for interface in interfaces:
+            attachment = resolve(interface, networks)  # one by one: of a pool the next one takes the next device
+            if attachment is None:
+                continue
+            attachments[interface.alias.name if interface.alias else ""] = attachment
+            _say(domain, interface, attachment)
+            if attachment.network:
+                device = attachment.device if attachment.kind == "macvtap" else ""
+                networks.lookup_name(attachment.network).connect(attachment.port_id, domain.name, device)
+                joined.append(interface)
+    except BaseException:
+        leave(domain, joined)
+        raise
     return attachments
 
 
-def _say(interface: Interface, attachment: Attachment) -> None:
+def _say(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:
     """Into the live document: it is on disk before anything is made, so that all of it can be found and undone."""
+    source = interface.source = interface.source or InterfaceSource()
     if attachment.network:
-        source = interface.source = interface.source or InterfaceSource()
         source.portid = attachment.port_id
-        if attachment.kind == "macvtap":
-            source.dev, source.mode = attachment.device, attachment.mode
-        else:
+        if attachment.kind != "macvtap":
             source.bridge = attachment.device or None  # a session's switch has none
+    target = interface.target or InterfaceTarget()
+    if attachment.kind == "macvtap":
+        source.dev, source.mode = attachment.device, attachment.mode
+        if not target.dev:
+            taken = {name for machine in domain.manager.domains() for name in _names(machine)}
+            with Netlink() as netlink:
+                target.dev = free_name(netlink, taken)
+        interface.target = target
     port = interface.virtualport = attachment.virtualport
     if attachment.kind == "openvswitch" and port is not None:
         port.parameters = port.parameters or VirtualPortParameters()
         port.parameters.interfaceid = port.parameters.interfaceid or str(uuid4())
-        target = interface.target = interface.target or InterfaceTarget()
         target.dev = target.dev or f"tap{port.parameters.interfaceid[:11]}"
+        interface.target = target
+
+
+def _names(domain: DomainObject) -> list[str]:
+    """Of the host's side of its interfaces, also of those that are about to be made."""
+    run = domain.run
+    if run is None:
+        return []
+    devices = [*run.live.devices.interfaces]
+    if isinstance(run.arriving, Interface):
+        devices.append(run.arriving)
+    return [device.target.dev for device in devices if device.target is not None and device.target.dev]
 
 
 def watch(manager: Manager) -> None:
@@ -85,6 +112,9 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
             if target is None or not target.dev:
                 continue
             try:
+                if interface.is_macvtap:  # it stands on an interface of the host, which is still there
+                    network.connect(source.portid, domain.name, source.dev or "")
+                    continue
                 attachment = resolve(interface, manager.networks)
                 if attachment is None:
                     continue
@@ -103,7 +133,9 @@ def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
         if interface.type != "network" or source is None or not source.network or not source.portid:
             continue
         try:
-            domain.manager.networks.lookup_name(source.network).connect(source.portid, domain.name)
+            domain.manager.networks.lookup_name(source.network).connect(
+                source.portid, domain.name, (source.dev or "") if interface.is_macvtap else ""
+            )
         except KvikError as error:
             logger.warning("machine %s: %s", domain.name, error)
 

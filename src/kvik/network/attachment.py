@@ -10,7 +10,7 @@ https://libvirt.org/formatnetwork.html#portgroups
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar, get_args
 from uuid import uuid4
@@ -27,7 +27,7 @@ from kvik.conf.network import Network
 from kvik.conf.tree import clone
 from kvik.errors import ConfigError, ConfigUnsupported, OperationInvalid
 
-__all__ = ["Attachment", "NetworkLike", "NetworkLookup", "resolve", "resolve_all", "resolve_network"]
+__all__ = ["Attachment", "NetworkLike", "NetworkLookup", "resolve", "resolve_network"]
 
 T = TypeVar("T")
 MacvtapMode = Literal["bridge", "private", "vepa", "passthrough"]
@@ -68,16 +68,6 @@ class Attachment:
     mtu: int | None = None
     owns_bridge: bool = False  # the network made it, so it may be set as this needs
     static_fdb: bool = False  # macTableManager='libvirt': the bridge learns nothing, the guest's MAC is entered
-
-
-def resolve_all(interfaces: Iterable[Interface], networks: NetworkLookup | None) -> dict[str, Attachment]:
-    """Attachments by alias, for those interfaces that have any. Raises as `resolve` does, before anything is made."""
-    found = {}
-    for interface in interfaces:
-        attachment = resolve(interface, networks)
-        if attachment is not None:
-            found[interface.alias.name if interface.alias else ""] = attachment
-    return found
 
 
 def resolve(interface: Interface, networks: NetworkLookup | None) -> Attachment | None:

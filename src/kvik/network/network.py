@@ -43,6 +43,7 @@ class NetworkObject:
         self.runtime: Runtime | SwitchRuntime | None = None
         self.warnings: list[str] = []  # what was found since the last start: a foreign rule set that drops, ...
         self.ports: dict[str, str] = {}  # of active interfaces: port id -> whose it is
+        self._devices: dict[str, str] = {}  # of those on a pool's interface: port id -> which
         self._lock = asyncio.Lock()
         self._job = ""
         self._unwatch: Callable[[], None] | None = None
@@ -99,16 +100,33 @@ class NetworkObject:
 
     # who is on it
 
-    def connect(self, port: str, owner: str) -> None:
-        """Note that an interface (a port id of the caller's choice, such as a UUID) of a machine is on it."""
+    def connect(self, port: str, owner: str, device: str = "") -> None:
+        """Note that an interface (a port id of the caller's choice, such as a UUID) of a machine is on it; of a pool
+        on this `device` of it."""
         if self.runtime is None:
             raise OperationInvalid(
                 f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
             )
         self.ports[port] = owner
+        if device:
+            self._devices[port] = device
+        self._count_devices()
 
     def disconnect(self, port: str) -> None:
         self.ports.pop(port, None)
+        self._devices.pop(port, None)
+        self._count_devices()
+
+    def _disconnect_all(self) -> None:
+        self.ports.clear()
+        self._devices.clear()
+        self._count_devices()
+
+    def _count_devices(self) -> None:
+        """Into the live document, as libvirt shows it: by this the next interface chooses."""
+        forward = self.runtime.document.forward if self.runtime is not None else None
+        for item in forward.interfaces if forward is not None and not self.document.owns_bridge else ():
+            item.connections = sum(device == item.dev for device in self._devices.values()) or None
 
     # jobs
 
@@ -146,7 +164,7 @@ class NetworkObject:
                 await self._networks.run(runtime.start)
             finally:
                 if runtime.active:  # also if whoever asked is gone by now
-                    self.ports.clear()
+                    self._disconnect_all()
                     self.warnings.clear()
                     self.adopt(runtime)
                     self._networks.emit(self, NetworkEventLifecycleType.STARTED)
@@ -182,6 +200,7 @@ class NetworkObject:
         self.runtime = runtime
         runtime.ending.clear()
         self._restarts.clear()
+        self._count_devices()  # what an earlier daemon counted is counted anew as machines are found again
         self._watch()
 
     async def destroy(self) -> None:
@@ -201,7 +220,7 @@ class NetworkObject:
                 self._watch()
             else:  # also if whoever asked is gone by now
                 self.runtime = None
-                self.ports.clear()
+                self._disconnect_all()
                 self._networks.emit(self, NetworkEventLifecycleType.STOPPED)
                 if not self.persistent:
                     self._networks.forget(self)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -49,11 +49,13 @@ def card(network: str, number: int = 0x21, inside: str = "", portgroup: str = ""
 class NetworkedKvikd(Kvikd):
     """With networks that are there before its first start; all but `idle` are started by it."""
 
+    networks: ClassVar = NETWORKS
+
     def start(self) -> None:
         directory = self.paths.networks
         if not directory.exists():
             (directory / "autostart").mkdir(parents=True)
-            for number, (name, inside) in enumerate(NETWORKS.items()):
+            for number, (name, inside) in enumerate(self.networks.items()):
                 path = directory / f"{name}.xml"
                 path.write_text(f"<network><name>{name}</name><uuid>{UUID.format(number)}</uuid>{inside}</network>\n")
                 if name != "idle":

@@ -78,7 +78,7 @@ class SwitchSession:
     ) -> None:
         self.directory = directory
         sources = directory / "src"
-        shutil.copytree(SOURCE / "src", sources, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(SOURCE / "src", sources)  # with its bytecode: nobody may write some
         image = cached_tiny(Paths.system(images().parents[3]))
         assert image is not None
         kernel = uncompressed_kernel(image.kernel, directory / "kernels")
