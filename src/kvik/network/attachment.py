@@ -32,7 +32,7 @@ __all__ = ["Attachment", "NetworkLike", "NetworkLookup", "resolve", "resolve_net
 
 T = TypeVar("T")
 MacvtapMode = Literal["bridge", "private", "vepa", "passthrough"]
-Kind = Literal["none", "bridge", "openvswitch", "macvtap"]
+Kind = Literal["none", "bridge", "openvswitch", "macvtap", "switch"]
 
 
 class NetworkLike(Protocol):
@@ -54,7 +54,8 @@ class NetworkLookup(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """`device` is the bridge, or for macvtap the interface below; empty for kind none (a tap left alone)."""
+    """`device` is the bridge, or for macvtap the interface below; empty for kind none (a tap left alone), and for a
+    session's switch, which is no device of the host."""
 
     kind: Kind
     device: str = ""
@@ -155,6 +156,8 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
     )
     if document.is_macvtap:
         return replace(made, kind="macvtap", device=_free_device(network), mode=_mode(document.mode))
+    if document.owns_bridge and document.bridge is None:
+        return replace(made, kind="switch")
     assert document.bridge_name is not None  # validation: what is not macvtap or a pool has a bridge
     return replace(made, kind=_bridge_kind(made.virtualport), device=document.bridge_name)
 

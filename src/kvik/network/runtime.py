@@ -20,9 +20,10 @@ from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvali
 from kvik.host import nftables
 from kvik.host.bridge import set_bridge
 from kvik.host.netlink import Netlink
+from kvik.host.process import ProcessHandle
 from kvik.network import floors, nat
 from kvik.network.bridge import add_routes, find_bridge, is_ours, make_bridge, remove_bridge, set_forwarding
-from kvik.network.dnsmasq import Dnsmasq, is_needed
+from kvik.network.dnsmasq import Dnsmasq, LeaseEntry, is_needed
 from kvik.network.store import Store
 from kvik.network.subnet import refuse_taken
 
@@ -47,6 +48,14 @@ class Runtime:
         self.ending = threading.Event()  # what only looks at the network is to stop
         self.status = status or NetworkStatus()
         self.dnsmasq = Dnsmasq(document.name, store.data, store.status)
+
+    @property
+    def handle(self) -> ProcessHandle | None:
+        """The process that serves the network, if one does: who wants to be told of its end asks it."""
+        return self.dnsmasq.handle
+
+    def leases(self) -> list[LeaseEntry]:
+        return self.dnsmasq.leases(self.document)
 
     # start
 

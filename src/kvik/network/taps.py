@@ -24,7 +24,7 @@ from kvik.host.tap import Tap, create_tap
 from kvik.host.traffic import Rate, set_traffic, sweep_ifbs
 from kvik.network.attachment import Attachment
 
-__all__ = ["join_bridge", "open_taps", "release_taps", "set_bandwidth"]
+__all__ = ["bring_up", "join_bridge", "open_taps", "release_taps", "set_bandwidth"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def open_taps(
     for interface in interfaces:
         alias = interface.alias.name if interface.alias else ""
         attachment = attachments.get(alias)
-        if attachment is None:
+        if attachment is None or attachment.kind == "switch":
             continue
         _refuse_unkept_promises(interface, attachment, alias, filters=protect is not None)
         target = interface.target = interface.target or InterfaceTarget()
@@ -66,7 +66,7 @@ def open_taps(
                 set_bandwidth(netlink, tap.index, attachment.bandwidth, swapped=attachment.kind == "macvtap")
             if protect is not None and attachment.kind != "macvtap":
                 protect(interface)
-            _bring_up(netlink, tap.index, attachment)
+            bring_up(netlink, tap.index, attachment)
         files |= {f"net:{alias}:{number}": fd for number, fd in enumerate(tap.fds)}
     return files
 
@@ -96,31 +96,14 @@ def _make(interface: Interface, attachment: Attachment, name: str, alias: str) -
     )
 
 
-<<<<<<< HEAD
-=======
-def reconnect_tap(interface: Interface, attachment: Attachment) -> None:
-    """Put a running machine's tap on a bridge that was made anew. Raises `HostError`, `ConfigUnsupported`."""
-    name = interface.target.dev if interface.target is not None else None
-    if attachment.kind != "bridge" or not name:
-        return
-    with Netlink() as netlink:
-        tap, bridge = netlink.link(name), netlink.link(attachment.device)
-        if tap.master == bridge.index:
-            return
-        netlink.set_link(tap.index, up=False)  # nothing passes before its walls stand
-        netlink.set_link(tap.index, master=bridge.index)
-        _join_bridge(netlink, tap.index, attachment, interface)
-        _bring_up(netlink, tap.index, attachment)
-
-
-def _bring_up(netlink: Netlink, index: int, attachment: Attachment) -> None:
+def bring_up(netlink: Netlink, index: int, attachment: Attachment) -> None:
+    """Set a machine's interface up, on a port that forwards as soon as its network wants. Raises `HostError`."""
     if attachment.kind == "bridge" and attachment.at_once:
         bring_up_at_once(netlink, index, attachment.device)
     else:
         netlink.set_link(index, up=True)
 
 
->>>>>>> netspeed
 def release_taps(interfaces: Iterable[Interface]) -> None:
     """Take away what a machine that has ended left on the host; what is gone already does not matter. Never raises."""
     try:
