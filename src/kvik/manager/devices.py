@@ -40,7 +40,7 @@ from kvik.errors import (
 )
 from kvik.hypervisor.driver import Feature
 from kvik.manager import disks, filtering, interface_changes, ports, prepare
-from kvik.manager.interfaces import on_host, open_interfaces
+from kvik.manager.interfaces import open_interfaces
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject, Run
@@ -200,7 +200,7 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
                 )
             attachments = {}
             if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
-                attachments = ports.join(domain, on_host(domain, [device]))
+                attachments = ports.join(domain, [device])
             run.arriving = device
             await domain.save_status()  # the next daemon must know what to look for, should this one be killed
             with ExitStack() as taps:

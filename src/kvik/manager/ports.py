@@ -63,7 +63,7 @@ def say(domain: DomainObject, interface: Interface, attachment: Attachment) -> N
     if attachment.network:
         source.portid = attachment.port_id
         if attachment.kind != "macvtap":
-            source.bridge = attachment.device
+            source.bridge = attachment.device or None  # a session's switch has none
     target = interface.target or InterfaceTarget()
     if attachment.kind == "macvtap":
         source.dev, source.mode = attachment.device, attachment.mode
@@ -108,7 +108,12 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
             source, target = interface.source, interface.target
             if interface.type != "network" or source is None or source.network != network.name:
                 continue
-            if target is None or not target.dev or not source.portid:
+            if not source.portid:
+                continue
+            if manager.session_networks is not None:  # its switch is connected by `look_after_networks`
+                network.connect(source.portid, domain.name)
+                continue
+            if target is None or not target.dev:
                 continue
             try:
                 if interface.is_macvtap:  # it stands on an interface of the host, which is still there

@@ -9,7 +9,7 @@ from kvik.errors import HostError, KvikError
 from kvik.host.bridge import set_port
 from kvik.host.netlink import Link, Netlink
 from kvik.network.attachment import Attachment
-from kvik.network.taps import join_bridge, set_bandwidth
+from kvik.network.taps import bring_up, join_bridge, set_bandwidth
 
 __all__ = ["change_tap", "reconnect_tap"]
 
@@ -74,9 +74,9 @@ def _move(netlink: Netlink, tap: Link, interface: Interface, attachment: Attachm
         join_bridge(netlink, tap.index, attachment, interface)
     except KvikError:
         netlink.set_link(tap.index, master=0)  # without its walls it is on no bridge
-        raise
-    finally:
         netlink.set_link(tap.index, up=True)
+        raise
+    bring_up(netlink, tap.index, attachment)
 
 
 def _name(interface: Interface) -> str:

@@ -16,6 +16,7 @@ from kvik.errors import ConfigUnsupported, KvikError
 from kvik.host import openvswitch
 from kvik.host.bridge import NO_VLAN_FILTERING, read_bridge, set_bridge, set_port
 from kvik.host.bridge_vlan import add_vlan, delete_vlan
+from kvik.host.edge_port import bring_up_at_once
 from kvik.host.macvtap import create_macvtap, delete_macvtap
 from kvik.host.neighbour import add_fdb
 from kvik.host.netlink import Netlink
@@ -23,7 +24,7 @@ from kvik.host.tap import Tap, create_tap
 from kvik.host.traffic import Rate, set_traffic, sweep_ifbs
 from kvik.network.attachment import Attachment
 
-__all__ = ["join_bridge", "open_taps", "release_taps", "set_bandwidth"]
+__all__ = ["bring_up", "join_bridge", "open_taps", "release_taps", "set_bandwidth"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def open_taps(
     for interface in interfaces:
         alias = interface.alias.name if interface.alias else ""
         attachment = attachments.get(alias)
-        if attachment is None:
+        if attachment is None or attachment.kind == "switch":
             continue
         _refuse_unkept_promises(interface, attachment, alias, filters=protect is not None)
         target = interface.target = interface.target or InterfaceTarget()
@@ -65,7 +66,7 @@ def open_taps(
                 set_bandwidth(netlink, tap.index, attachment.bandwidth, swapped=attachment.kind == "macvtap")
             if protect is not None and attachment.kind != "macvtap":
                 protect(interface)
-            netlink.set_link(tap.index, up=True)
+            bring_up(netlink, tap.index, attachment)
         files |= {f"net:{alias}:{number}": fd for number, fd in enumerate(tap.fds)}
     return files
 
@@ -93,6 +94,14 @@ def _make(interface: Interface, attachment: Attachment, name: str, alias: str) -
         mtu=attachment.mtu,
         up=False,
     )
+
+
+def bring_up(netlink: Netlink, index: int, attachment: Attachment) -> None:
+    """Set a machine's interface up, on a port that forwards as soon as its network wants. Raises `HostError`."""
+    if attachment.kind == "bridge" and attachment.at_once:
+        bring_up_at_once(netlink, index, attachment.device)
+    else:
+        netlink.set_link(index, up=True)
 
 
 def release_taps(interfaces: Iterable[Interface]) -> None:
