@@ -33,6 +33,7 @@ class Feature(enum.StrEnum):
     AGENT = "agent"
     TAPS = "taps"  # takes its interfaces' taps as descriptors
     NET_LISTEN = "net-listen"  # a stream network's VMM can listen, and be connected to again
+    PASSTHROUGH = "passthrough"  # takes PCI devices of the host
     RENAME_RUNNING = "rename-running"
 
 

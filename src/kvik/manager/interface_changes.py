@@ -49,6 +49,11 @@ async def changed(domain: DomainObject, old: object, new: object) -> AsyncIterat
         _check_same(old, new, ("source", "bandwidth", "port", "vlan"), "a session's network")
         yield
         return
+    if old.host_function:
+        _check_same(old, new, ("source", "bandwidth", "port", "vlan"), f"PCI device {old.host_function}")
+        new.source = old.source
+        yield
+        return
     networks = domain.manager.networks
     before: Attachment | None
     after: Attachment | None

@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from kvik.conf.devices.common import pci_address
 from kvik.conf.devices.interface import Interface, InterfaceSource, InterfaceTarget, VirtualPortParameters
 from kvik.conf.enums import NetworkEventLifecycleType
-from kvik.errors import KvikError
+from kvik.errors import ConfigUnsupported, KvikError
 from kvik.host.macvtap import free_name
 from kvik.host.netlink import Netlink
+from kvik.hypervisor.driver import Feature
 from kvik.network.attachment import Attachment, resolve
 from kvik.network.tap_changes import reconnect_tap
 from kvik.network.taps import release_taps
@@ -42,10 +44,17 @@ def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Att
             attachment = resolve(interface, networks)  # one by one: of a pool the next one takes the next device
             if attachment is None:
                 continue
+            if attachment.kind == "hostdev" and Feature.PASSTHROUGH not in domain.driver.features():
+                raise ConfigUnsupported(
+                    f"network {attachment.network!r} gives PCI devices of the host, and the VMM of machine "
+                    f"{domain.name!r} takes none",
+                    path="/domain/devices/interface",
+                    remedy="run it on QEMU, or use another network",
+                )
             attachments[interface.alias.name if interface.alias else ""] = attachment
             say(domain, interface, attachment)
             if attachment.network:
-                device = attachment.device if attachment.kind == "macvtap" else ""
+                device = attachment.device if attachment.kind in ("macvtap", "hostdev") else ""
                 network = networks.lookup_name(attachment.network)
                 network.connect(attachment.port_id, domain.name, device)
                 joined.append(interface)
@@ -62,7 +71,11 @@ def say(domain: DomainObject, interface: Interface, attachment: Attachment) -> N
     source = interface.source = interface.source or InterfaceSource()
     if attachment.network:
         source.portid = attachment.port_id
-        if attachment.kind != "macvtap":
+        source.host_address = None  # of a pool of PCI functions alone, and then ours to say
+        if attachment.kind == "hostdev":
+            source.host_address = pci_address(attachment.device)
+            interface.managed = attachment.managed or None
+        elif attachment.kind != "macvtap":
             source.bridge = attachment.device or None  # a session's switch has none
     target = interface.target or InterfaceTarget()
     if attachment.kind == "macvtap":
@@ -116,8 +129,10 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
             if target is None or not target.dev:
                 continue
             try:
-                if interface.is_macvtap:  # it stands on an interface of the host, which is still there
-                    network.connect(source.portid, domain.name, source.dev or "")
+                if (
+                    interface.is_macvtap or interface.host_function
+                ):  # it stands on an interface of the host, which is still there
+                    network.connect(source.portid, domain.name, _device(interface))
                     continue
                 attachment = resolve(interface, manager.networks)
                 if attachment is None:
@@ -158,6 +173,13 @@ def _networks_of(interfaces: Iterable[Interface]) -> set[str]:
     return {name for name in found if name}
 
 
+def _device(interface: Interface) -> str:
+    """Which of a pool's it has."""
+    if interface.is_macvtap and interface.source is not None:
+        return interface.source.dev or ""
+    return interface.host_function
+
+
 def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
     """Count those of a machine that was found again. A network that is not active any more is no reason to fail."""
     for interface in interfaces:
@@ -165,9 +187,7 @@ def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
         if interface.type != "network" or source is None or not source.network or not source.portid:
             continue
         try:
-            domain.manager.networks.lookup_name(source.network).connect(
-                source.portid, domain.name, (source.dev or "") if interface.is_macvtap else ""
-            )
+            domain.manager.networks.lookup_name(source.network).connect(source.portid, domain.name, _device(interface))
         except KvikError as error:
             logger.warning("machine %s: %s", domain.name, error)
 
@@ -177,7 +197,7 @@ async def release(manager: Manager, domain: DomainObject, interfaces: Iterable[I
     interfaces = list(interfaces)
     leave(domain, interfaces)
     await _keep_promises(manager, _networks_of(interfaces))
-    if any(interface.target is not None and interface.target.dev for interface in interfaces):
+    if any((nic.target is not None and nic.target.dev) or nic.host_function for nic in interfaces):
         await manager.store.run(release_taps, interfaces)
 
 

@@ -32,7 +32,7 @@ __all__ = ["Attachment", "NetworkLike", "NetworkLookup", "resolve", "resolve_net
 
 T = TypeVar("T")
 MacvtapMode = Literal["bridge", "private", "vepa", "passthrough"]
-Kind = Literal["none", "bridge", "openvswitch", "macvtap", "switch"]
+Kind = Literal["none", "bridge", "openvswitch", "macvtap", "switch", "hostdev"]
 
 
 class NetworkLike(Protocol):
@@ -46,6 +46,8 @@ class NetworkLike(Protocol):
     def document(self) -> Network: ...
     @property
     def ports(self) -> Mapping[str, str]: ...
+    @property
+    def devices(self) -> Mapping[str, str]: ...
 
 
 class NetworkLookup(Protocol):
@@ -55,7 +57,7 @@ class NetworkLookup(Protocol):
 @dataclass(frozen=True, slots=True)
 class Attachment:
     """`device` is the bridge, or for macvtap the interface below; empty for kind none (a tap left alone), and for a
-    session's switch, which is no device of the host."""
+    session's switch, which is no device of the host; for hostdev a PCI function, like 0000:01:10.0."""
 
     kind: Kind
     device: str = ""
@@ -68,6 +70,7 @@ class Attachment:
     isolated: bool = False
     mtu: int | None = None
     owns_bridge: bool = False  # the network made it, so it may be set as this needs
+    managed: bool = False  # a PCI function is taken from its driver and given back to it
     floor: int = 0  # kB/s of the network's inbound rate that it is promised
     at_once: bool = False  # the network's document asks for no delay: its port forwards from the start, STP or not
     static_fdb: bool = False  # macTableManager='libvirt': the bridge learns nothing, the guest's MAC is entered
@@ -126,8 +129,6 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
             f"network {network.name!r} is not active", remedy=f"start it: kvik net-start {network.name}"
         )
     document = network.document
-    if document.mode == "hostdev":
-        raise ConfigUnsupported(f"network {network.name!r} is a pool of host devices, which are not supported yet")
     group = document.portgroup(portgroup)
     port = document.port
     inbound = own.bandwidth.inbound if own.bandwidth is not None else None
@@ -154,12 +155,31 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
         at_once=document.owns_bridge and not (document.bridge and document.bridge.delay),
         static_fdb=document.bridge is not None and document.bridge.mac_table_manager == "libvirt",
     )
+    if document.mode == "hostdev":
+        return replace(made, kind="hostdev", device=_free_function(network), managed=_is_managed(document))
     if document.is_macvtap:
         return replace(made, kind="macvtap", device=_free_device(network), mode=_mode(document.mode))
     if document.owns_bridge and document.bridge is None:
         return replace(made, kind="switch")
     assert document.bridge_name is not None  # validation: what is not macvtap or a pool has a bridge
     return replace(made, kind=_bridge_kind(made.virtualport), device=document.bridge_name)
+
+
+def _is_managed(document: Network) -> bool:
+    return document.forward is not None and bool(document.forward.managed)
+
+
+def _free_function(network: NetworkLike) -> str:
+    """The first PCI function of the pool that no machine has."""
+    forward = network.document.forward
+    pool = [item.pci_text for item in forward.addresses] if forward is not None else []
+    free = [address for address in pool if address not in network.devices.values()]
+    if not free:
+        raise OperationInvalid(
+            f"network {network.name!r} has no free virtual function: all {len(pool)} of its pool are in use",
+            remedy="stop a machine, or have the card make more (sriov_numvfs) and start the network again",
+        )
+    return free[0]
 
 
 def _alias(interface: Interface) -> str:

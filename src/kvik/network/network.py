@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -81,6 +81,11 @@ class NetworkObject:
     def bridge_name(self) -> str | None:
         """None where no bridge is involved (macvtap, pool of host devices)."""
         return self.document.bridge_name
+
+    @property
+    def devices(self) -> Mapping[str, str]:
+        """Of a pool's interfaces or PCI functions those in use: port id -> which."""
+        return self._devices
 
     @property
     def connections(self) -> int:

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Literal
 
-from kvik.conf.network import Network
+from kvik.conf.devices.common import pci_address
+from kvik.conf.network import ForwardInterface, Network
 from kvik.conf.network_status import NetworkStatus, Origin
 from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvalid
-from kvik.host import firewalld, nftables
+from kvik.host import firewalld, nftables, sriov
 from kvik.host.bridge import set_bridge
 from kvik.host.netlink import Netlink
 from kvik.host.process import ProcessHandle
@@ -82,6 +83,7 @@ class Runtime:
                     self.dnsmasq.start()
                 add_routes(netlink, document, link.index)
             else:
+                _fill_pool(document)
                 _check_parts(netlink, document)
             self._save("active")
             undo.pop_all()
@@ -231,6 +233,23 @@ def _check_zone(document: Network) -> None:
     firewalld.require_zone(zone, f"the bridge of network {document.name!r}")
 
 
+def _fill_pool(document: Network) -> None:
+    """What a physical function has by now: PCI functions for mode hostdev, their interfaces for macvtap."""
+    forward = document.forward
+    if forward is None or not forward.pfs:
+        return
+    functions = sriov.virtual_functions(forward.pfs[0].dev)
+    if document.mode == "hostdev":
+        forward.addresses = [pci_address(function.address) for function in functions]
+        return
+    forward.interfaces = [ForwardInterface(dev=function.interface) for function in functions if function.interface]
+    if not forward.interfaces:
+        raise OperationInvalid(
+            f"no virtual function of {forward.pfs[0].dev}, which network {document.name!r} is to use, has a network "
+            "interface: their driver is missing, or machines have them"
+        )
+
+
 def _check_parts(netlink: Netlink, document: Network) -> None:
     """What the network only refers to has to exist. OperationInvalid."""
     if document.mode == "bridge" and document.bridge_name:
@@ -244,6 +263,13 @@ def _check_parts(netlink: Netlink, document: Network) -> None:
                 f"network {document.name!r} is to use bridge {document.bridge_name}: {what}",
                 remedy=f"make it: kvik bridge add {document.bridge_name}",
             )
+    if document.mode == "hostdev" and document.forward is not None:
+        for address in document.forward.addresses:
+            if not (sriov.SYSFS / "bus/pci/devices" / address.pci_text).exists():
+                raise OperationInvalid(
+                    f"network {document.name!r} is to use PCI device {address.pci_text}, which this host does not have",
+                    remedy="'lspci -D' lists them",
+                )
     if document.is_macvtap and document.forward is not None:
         for interface in document.forward.interfaces:
             link = find_bridge(netlink, interface.dev)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from kvik.conf.devices.interface import Bandwidth, Interface, InterfaceTarget, Vlan
 from kvik.conf.devices.interface import Rate as GivenRate
 from kvik.errors import ConfigUnsupported, KvikError
-from kvik.host import openvswitch
+from kvik.host import openvswitch, sriov
 from kvik.host.bridge import NO_VLAN_FILTERING, read_bridge, set_bridge, set_port
 from kvik.host.bridge_vlan import add_vlan, delete_vlan
 from kvik.host.edge_port import bring_up_at_once
@@ -51,6 +51,9 @@ def open_taps(
         if attachment is None or attachment.kind == "switch":
             continue
         _refuse_unkept_promises(interface, attachment, alias, filters=protect is not None)
+        if attachment.kind == "hostdev":
+            _take_function(interface, attachment)
+            continue
         target = interface.target = interface.target or InterfaceTarget()
         tap = _make(interface, attachment, target.dev or "", alias)
         close.callback(tap.close)
@@ -69,6 +72,18 @@ def open_taps(
             bring_up(netlink, tap.index, attachment)
         files |= {f"net:{alias}:{number}": fd for number, fd in enumerate(tap.fds)}
     return files
+
+
+def _take_function(interface: Interface, attachment: Attachment) -> None:
+    """A PCI function for the guest alone: with its address, in its VLAN, and away from the host's driver."""
+    sriov.check_assignable(attachment.device)
+    tags = attachment.vlan.tags if attachment.vlan is not None else []
+    if interface.mac is not None:
+        with Netlink() as netlink:
+            vlan = tags[0].id if tags else 0
+            sriov.set_address(netlink, attachment.device, interface.mac.address, vlan=vlan)
+    if attachment.managed:
+        sriov.take(attachment.device)
 
 
 def _make(interface: Interface, attachment: Attachment, name: str, alias: str) -> Tap:
@@ -113,6 +128,8 @@ def release_taps(interfaces: Iterable[Interface]) -> None:
                 try:
                     if name and on_openvswitch(interface):
                         openvswitch.delete_port(name)
+                    elif interface.host_function and interface.type == "network" and interface.managed:
+                        sriov.give_back(interface.host_function)
                     elif name and interface.is_macvtap and interface.mac is not None:
                         delete_macvtap(netlink, name, interface.mac.address)
                 except KvikError as error:
@@ -212,9 +229,14 @@ def _alias(interface: Interface) -> str:
 def _refuse_unkept_promises(interface: Interface, attachment: Attachment, alias: str, *, filters: bool) -> None:
     """What is not done here yet and would be missed: a wall, or a way out."""
     bandwidth, port = attachment.bandwidth, attachment.virtualport
+    on_device = attachment.kind in ("macvtap", "hostdev")
     kept = {
-        "filterref": interface.filterref if not filters or attachment.kind == "macvtap" else None,
+        "filterref": interface.filterref if not filters or on_device else None,
         "vlan": attachment.vlan is not None and attachment.kind in ("none", "macvtap"),
+        "vlan trunk='yes'": attachment.kind == "hostdev"
+        and attachment.vlan is not None
+        and len(attachment.vlan.tags) > 1,
+        "bandwidth": attachment.kind == "hostdev" and bandwidth is not None,
         "virtualport": port is not None and port.type not in (None, "none", "openvswitch"),
         "inbound floor=": not attachment.floor
         and bandwidth is not None
@@ -226,9 +248,7 @@ def _refuse_unkept_promises(interface: Interface, attachment: Attachment, alias:
         if value:
             raise ConfigUnsupported(
                 f"interface {alias}: <{name}> is not supported "
-                + (
-                    "on a device of the host: there is no bridge that could" if attachment.kind == "macvtap" else "here"
-                ),
+                + ("on a device of the host: there is no bridge that could" if on_device else "here"),
                 path=_PATH,
             )
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -32,6 +33,8 @@ class PooledKvikd(NetworkedKvikd):
         "<dhcp><range start='192.168.122.2' end='192.168.122.254'/></dhcp></ip>",
         "pool": POOL.format("bridge"),
         "alone": POOL.format("passthrough"),
+        "functions": "<forward mode='hostdev' managed='yes'>"
+        "<address type='pci' domain='0x0000' bus='0x00' slot='0x00' function='0x0'/></forward>",
     }
 
 
@@ -189,3 +192,13 @@ def test_only_a_guest_that_is_trusted_gets_frames_for_another_address(make: Any,
     for domain in kvikd.connection.domains(1):
         domain.destroy()
     until(lambda: macvtaps(kvikd) == {})
+
+
+def test_a_pci_device_that_cannot_be_given_away_is_refused_with_the_reason(make: Any, kvikd: Kvikd) -> None:
+    if not Path("/sys/bus/pci/devices/0000:00:00.0").exists() or Path("/dev/vfio/vfio").exists():
+        pytest.skip("needs a host with PCI and without VFIO")
+    domain = make("given", CONSOLE + pooled(0x71, "functions"))
+    for _ in range(2):  # the second finds it free again
+        with pytest.raises(KvikError, match="PCI device 0000:00:00.0 cannot be given to a machine: "):
+            domain.start()
+        until(lambda: connections(kvikd, "functions")[0] == "0")
