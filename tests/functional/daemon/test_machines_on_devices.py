@@ -199,6 +199,6 @@ def test_a_pci_device_that_cannot_be_given_away_is_refused_with_the_reason(make:
         pytest.skip("needs a host with PCI and without VFIO")
     domain = make("given", CONSOLE + pooled(0x71, "functions"))
     for _ in range(2):  # the second finds it free again
-        with pytest.raises(KvikError, match="PCI device 0000:00:00.0 cannot be given to a machine: "):
+        with pytest.raises(KvikError, match=r"PCI device 0000:00:00.0 cannot be given to a machine: "):
             domain.start()
         until(lambda: connections(kvikd, "functions")[0] == "0")
