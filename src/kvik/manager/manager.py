@@ -40,7 +40,6 @@ from kvik.manager.store import Store, check_name
 from kvik.network import bridges
 from kvik.network.filters.filters import Filters
 from kvik.network.interfaces.interfaces import Interfaces
-from kvik.network.switch.network import SwitchNetwork
 from kvik.network.switch.session import SessionNetworks
 from kvik.paths import Paths
 
@@ -71,11 +70,11 @@ class Manager:
         self.default_network = default_network
         self.events = EventHub()
         self.filters = Filters(paths)
-        self.networks = Networks(paths, rules_gone=self._rules_gone)
+        self.session_networks = SessionNetworks(paths) if paths.scope == "session" else None
+        self.networks = Networks(paths, rules_gone=self._rules_gone, switches=self.session_networks)
         self.store = Store(paths)
         self.interfaces = Interfaces(paths)
         self.bridges = bridges
-        self.session_networks = SessionNetworks(paths) if paths.scope == "session" else None
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.autostarting: asyncio.Task[None] | None = None
         self._names: dict[str, DomainObject] = {}
@@ -95,10 +94,9 @@ class Manager:
         await self.networks.open()
         if self.default_network:  # a slow host is not made to wait for it: clients give a daemon seconds to listen
             await asyncio.wait([self.spawn(self._make_default_network())], timeout=DEFAULT_NETWORK_WAIT)
-        if self.session_networks is not None:
-            self.networks.add(SwitchNetwork(self.networks, self.session_networks))
         self.warnings += self.networks.warnings
         await recover.recover(self)
+        await ports.settle(self)
         ports.watch(self)
         self.warnings += await self.interfaces.open()
         self.autostarting = self.spawn(recover.autostart(self))

@@ -16,14 +16,15 @@ from kvik.errors import KvikError
 from kvik.host.macvtap import free_name
 from kvik.host.netlink import Netlink
 from kvik.network.attachment import Attachment, resolve
-from kvik.network.taps import reconnect_tap, release_taps
+from kvik.network.tap_changes import reconnect_tap
+from kvik.network.taps import release_taps
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
     from kvik.network.network import NetworkObject
 
-__all__ = ["join", "leave", "rejoin", "release", "watch"]
+__all__ = ["join", "leave", "rejoin", "release", "say", "settle", "watch"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,24 +43,27 @@ def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Att
             if attachment is None:
                 continue
             attachments[interface.alias.name if interface.alias else ""] = attachment
-            _say(domain, interface, attachment)
+            say(domain, interface, attachment)
             if attachment.network:
                 device = attachment.device if attachment.kind == "macvtap" else ""
-                networks.lookup_name(attachment.network).connect(attachment.port_id, domain.name, device)
+                network = networks.lookup_name(attachment.network)
+                network.connect(attachment.port_id, domain.name, device)
                 joined.append(interface)
+                if attachment.floor:
+                    network.promise(attachment.port_id, mac_of(interface), attachment.floor)
     except BaseException:
         leave(domain, joined)
         raise
     return attachments
 
 
-def _say(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:
+def say(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:
     """Into the live document: it is on disk before anything is made, so that all of it can be found and undone."""
     source = interface.source = interface.source or InterfaceSource()
     if attachment.network:
         source.portid = attachment.port_id
         if attachment.kind != "macvtap":
-            source.bridge = attachment.device
+            source.bridge = attachment.device or None  # a session's switch has none
     target = interface.target or InterfaceTarget()
     if attachment.kind == "macvtap":
         source.dev, source.mode = attachment.device, attachment.mode
@@ -104,7 +108,12 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
             source, target = interface.source, interface.target
             if interface.type != "network" or source is None or source.network != network.name:
                 continue
-            if target is None or not target.dev or not source.portid:
+            if not source.portid:
+                continue
+            if manager.session_networks is not None:  # its switch is connected by `look_after_networks`
+                network.connect(source.portid, domain.name)
+                continue
+            if target is None or not target.dev:
                 continue
             try:
                 if interface.is_macvtap:  # it stands on an interface of the host, which is still there
@@ -116,9 +125,37 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
                 await manager.store.run(reconnect_tap, interface, attachment)
                 source.bridge = attachment.device
                 network.connect(source.portid, domain.name)
+                if attachment.floor:
+                    network.promise(source.portid, mac_of(interface), attachment.floor)
+                    await network.keep_promises()
             except KvikError as error:
                 logger.warning("machine %s is not on network %s again: %s", domain.name, network.name, error)
         domain.live_changed()
+
+
+def mac_of(interface: Interface) -> str:
+    """A definition without one is given one when it is defined."""
+    return interface.mac.address if interface.mac is not None else ""
+
+
+async def settle(manager: Manager) -> None:
+    """Once all machines are found again: what is promised to those that ended meanwhile is taken back."""
+    for network in manager.networks.list():
+        network.forget_promises()
+    await _keep_promises(manager, [network.name for network in manager.networks.list()])
+
+
+async def _keep_promises(manager: Manager, networks: Iterable[str]) -> None:
+    for name in networks:
+        try:
+            await manager.networks.lookup_name(name).keep_promises()
+        except KvikError as error:
+            logger.warning("network %s: %s", name, error)
+
+
+def _networks_of(interfaces: Iterable[Interface]) -> set[str]:
+    found = (nic.source.network for nic in interfaces if nic.type == "network" and nic.source is not None)
+    return {name for name in found if name}
 
 
 def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
@@ -139,6 +176,7 @@ async def release(manager: Manager, domain: DomainObject, interfaces: Iterable[I
     """After the machine, or a device of it, is gone: count it no more, and leave nothing of it on the host."""
     interfaces = list(interfaces)
     leave(domain, interfaces)
+    await _keep_promises(manager, _networks_of(interfaces))
     if any(interface.target is not None and interface.target.dev for interface in interfaces):
         await manager.store.run(release_taps, interfaces)
 

@@ -1,6 +1,6 @@
 """Machines that stand on an interface of the host (macvtap): by type direct, or by a network that is a pool of such.
 
-The interfaces are ends of wires in a network namespace; at the other end of `e0` there is a network that gives addresses.
+The interfaces are ends of wires in a network namespace; at the other end of `e0` a network gives addresses.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ POOL = "<forward mode='{}'><interface dev='e1'/><interface dev='e2'/></forward>"
 
 class PooledKvikd(NetworkedKvikd):
     networks: ClassVar = {
-        "default": "<forward mode='nat'/><bridge name='virbr0' stp='off'/>"
-        "<ip address='192.168.122.1' prefix='24'><dhcp><range start='192.168.122.2' end='192.168.122.254'/></dhcp></ip>",
+        "default": "<forward mode='nat'/><bridge name='virbr0' stp='off'/><ip address='192.168.122.1' prefix='24'>"
+        "<dhcp><range start='192.168.122.2' end='192.168.122.254'/></dhcp></ip>",
         "pool": POOL.format("bridge"),
         "alone": POOL.format("passthrough"),
     }
