@@ -46,6 +46,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "domhostname": ("domain_guest", "domain", "print the domain's hostname"),
     "domid": ("domain_info", "domain", "convert a domain name or UUID to domain id"),
     "domif-setlink": ("domain_devices", "domain", "set link state of a virtual interface"),
+    "domiftune": ("domain_net", "domain", "get/set parameters of a virtual interface"),
     "domjobabort": ("domain_jobs", "domain", "abort active domain job"),
     "domjobinfo": ("domain_jobs", "domain", "domain job information"),
     "domname": ("domain_info", "domain", "convert a domain id or UUID to domain name"),

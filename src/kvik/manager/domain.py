@@ -30,7 +30,7 @@ from kvik.conf.enums import (
 )
 from kvik.errors import InvalidArgument, KvikError, NoDevice, OperationFailed, OperationInvalid
 from kvik.hypervisor.driver import Driver, Machine
-from kvik.manager import addresses, devices, exec, figures, guest, lifecycle, metadata, tuning
+from kvik.manager import addresses, devices, exec, figures, guest, interface_changes, lifecycle, metadata, tuning
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.events import DomainRef
@@ -480,6 +480,11 @@ class DomainObject:
     async def set_memory(self, kib: int, flags: int = 0) -> None:
         async with self.jobs.hold("set-memory"):
             await tuning.set_memory(self, kib, flags)
+
+    async def set_interface_parameters(self, device: str, values: Mapping[str, int], flags: int = 0) -> None:
+        """Bandwidth of an interface, by libvirt's names, such as "inbound.average"."""
+        async with self.jobs.hold("set-interface-parameters"):
+            await interface_changes.set_parameters(self, device, values, flags)
 
     async def set_memory_stats_period(self, seconds: int, flags: int = 0) -> None:
         """How often the guest reports its memory figures; 0: never."""

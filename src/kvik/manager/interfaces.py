@@ -20,22 +20,16 @@ if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
 
-__all__ = ["look_after_networks", "on_host", "on_switch", "open_interfaces"]
+__all__ = ["look_after_networks", "on_switch", "open_interfaces"]
 
 logger = logging.getLogger(__name__)
 
 LOOK = 2.0  # seconds between looks at a session's networks
 
 
-def on_host(domain: DomainObject, interfaces: Sequence[Interface]) -> list[Interface]:
-    """Those that the host's own network carries, and no switch of the session."""
-    return [item for item in interfaces if not on_switch(domain.manager, item)]
-
-
 def on_switch(manager: Manager, interface: Interface) -> bool:
     """Whether a switch of the session carries it."""
-    name = interface.source.network if interface.type == "network" and interface.source else None
-    return manager.session_networks is not None and manager.session_networks.serves(name or "")
+    return manager.session_networks is not None and interface.type == "network"
 
 
 async def open_interfaces(
@@ -50,6 +44,9 @@ async def open_interfaces(
     if Feature.TAPS not in features:
         return {}
     files: dict[str, int] = {}
+    for attachment in attachments.values():
+        if attachment.floor:
+            await manager.networks.lookup_name(attachment.network).keep_promises()
     if attachments:
         files |= await manager.store.run(open_taps, interfaces, close, attachments, protector(domain))
     networks, on_switches = manager.session_networks, [item for item in interfaces if on_switch(manager, item)]

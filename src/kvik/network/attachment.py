@@ -10,7 +10,7 @@ https://libvirt.org/formatnetwork.html#portgroups
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar, get_args
 from uuid import uuid4
@@ -26,12 +26,13 @@ from kvik.conf.devices.interface import (
 from kvik.conf.network import Network
 from kvik.conf.tree import clone
 from kvik.errors import ConfigError, ConfigUnsupported, OperationInvalid
+from kvik.network.floors import check_floor
 
-__all__ = ["Attachment", "NetworkLike", "NetworkLookup", "resolve", "resolve_all", "resolve_network"]
+__all__ = ["Attachment", "NetworkLike", "NetworkLookup", "resolve", "resolve_network"]
 
 T = TypeVar("T")
 MacvtapMode = Literal["bridge", "private", "vepa", "passthrough"]
-Kind = Literal["none", "bridge", "openvswitch", "macvtap"]
+Kind = Literal["none", "bridge", "openvswitch", "macvtap", "switch"]
 
 
 class NetworkLike(Protocol):
@@ -53,7 +54,8 @@ class NetworkLookup(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """`device` is the bridge, or for macvtap the interface below; empty for kind none (a tap left alone)."""
+    """`device` is the bridge, or for macvtap the interface below; empty for kind none (a tap left alone), and for a
+    session's switch, which is no device of the host."""
 
     kind: Kind
     device: str = ""
@@ -66,17 +68,9 @@ class Attachment:
     isolated: bool = False
     mtu: int | None = None
     owns_bridge: bool = False  # the network made it, so it may be set as this needs
+    floor: int = 0  # kB/s of the network's inbound rate that it is promised
+    at_once: bool = False  # the network's document asks for no delay: its port forwards from the start, STP or not
     static_fdb: bool = False  # macTableManager='libvirt': the bridge learns nothing, the guest's MAC is entered
-
-
-def resolve_all(interfaces: Iterable[Interface], networks: NetworkLookup | None) -> dict[str, Attachment]:
-    """Attachments by alias, for those interfaces that have any. Raises as `resolve` does, before anything is made."""
-    found = {}
-    for interface in interfaces:
-        attachment = resolve(interface, networks)
-        if attachment is not None:
-            found[interface.alias.name if interface.alias else ""] = attachment
-    return found
 
 
 def resolve(interface: Interface, networks: NetworkLookup | None) -> Attachment | None:
@@ -136,6 +130,10 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
         raise ConfigUnsupported(f"network {network.name!r} is a pool of host devices, which are not supported yet")
     group = document.portgroup(portgroup)
     port = document.port
+    inbound = own.bandwidth.inbound if own.bandwidth is not None else None
+    floor = (inbound.floor if inbound is not None else None) or 0
+    if floor:
+        check_floor(document, floor, "an interface")
     if own.mtu is not None and document.mtu is not None and own.mtu > document.mtu.size:
         raise ConfigUnsupported(
             f"an interface with an MTU of {own.mtu} on network {network.name!r}, which has {document.mtu.size}: longer "
@@ -152,10 +150,14 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
         isolated=own.isolated or bool(port and port.isolated),
         mtu=own.mtu or (document.mtu.size if document.mtu else None),
         owns_bridge=document.owns_bridge,
+        floor=floor,
+        at_once=document.owns_bridge and not (document.bridge and document.bridge.delay),
         static_fdb=document.bridge is not None and document.bridge.mac_table_manager == "libvirt",
     )
     if document.is_macvtap:
         return replace(made, kind="macvtap", device=_free_device(network), mode=_mode(document.mode))
+    if document.owns_bridge and document.bridge is None:
+        return replace(made, kind="switch")
     assert document.bridge_name is not None  # validation: what is not macvtap or a pool has a bridge
     return replace(made, kind=_bridge_kind(made.virtualport), device=document.bridge_name)
 

@@ -83,7 +83,7 @@ def _bound(netlink: Netlink, document: Network, index: int) -> None:
     """The network's <bandwidth>: of what passes between the guests together and the host or the world."""
     if document.bandwidth is not None:
         inbound, outbound = (_rate(each) for each in (document.bandwidth.inbound, document.bandwidth.outbound))
-        set_traffic(netlink, index, inbound=inbound, outbound=outbound)
+        set_traffic(netlink, index, inbound=inbound, outbound=outbound, floors=inbound is not None)
 
 
 def _rate(rate: DocumentRate | None) -> Rate | None:

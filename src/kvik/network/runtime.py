@@ -18,10 +18,12 @@ from kvik.conf.network import Network
 from kvik.conf.network_status import NetworkStatus, Origin
 from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvalid
 from kvik.host import nftables
+from kvik.host.bridge import set_bridge
 from kvik.host.netlink import Netlink
-from kvik.network import nat
+from kvik.host.process import ProcessHandle
+from kvik.network import floors, nat
 from kvik.network.bridge import add_routes, find_bridge, is_ours, make_bridge, remove_bridge, set_forwarding
-from kvik.network.dnsmasq import Dnsmasq, is_needed
+from kvik.network.dnsmasq import Dnsmasq, LeaseEntry, is_needed
 from kvik.network.store import Store
 from kvik.network.subnet import refuse_taken
 
@@ -46,6 +48,14 @@ class Runtime:
         self.ending = threading.Event()  # what only looks at the network is to stop
         self.status = status or NetworkStatus()
         self.dnsmasq = Dnsmasq(document.name, store.data, store.status)
+
+    @property
+    def handle(self) -> ProcessHandle | None:
+        """The process that serves the network, if one does: who wants to be told of its end asks it."""
+        return self.dnsmasq.handle
+
+    def leases(self) -> list[LeaseEntry]:
+        return self.dnsmasq.leases(self.document)
 
     # start
 
@@ -83,6 +93,14 @@ class Runtime:
     def note(self) -> None:
         """Write the status anew: something that it says has changed."""
         self._save("active")
+
+    def keep_floors(self) -> None:
+        """The bridge's traffic classes as the status has them, and that on disk first: what is made can be found."""
+        self.note()
+        with Netlink() as netlink:
+            link = find_bridge(netlink, self.document.bridge_name or "")
+            if link is not None and is_ours(link, self.document):
+                floors.keep(netlink, link.index, self.status)
 
     def install_filter(self) -> None:
         """The packet filter as the document has it, whatever is there of it."""
@@ -147,6 +165,8 @@ class Runtime:
             link = find_bridge(netlink, document.bridge_name or "")
             if link is None or not is_ours(link, document):
                 return False
+            if document.bridge is not None and document.bridge.stp and not only_missing:
+                set_bridge(netlink, link.index, stp=True)  # who was killed in host/edge_port.py left it off
         if nat.needs_table(document) and not (only_missing and self._has_filter()):
             self.install_filter()
         set_forwarding(document)

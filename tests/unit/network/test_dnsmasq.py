@@ -40,6 +40,8 @@ def test_a_nat_network_is_told_its_bridge_range_and_leases() -> None:
         "except-interface=lo",
         "bind-dynamic",
         "local-service",
+        "domain-needed",
+        "local=//",
         "dhcp-leasefile=/var/n.leases",
         "dhcp-no-override",
         "dhcp-authoritative",
@@ -76,6 +78,18 @@ def test_hosts_names_texts_and_services() -> None:
         "host-record=gateway,gateway.lan,192.168.122.1", "dhcp-host=52:54:00:00:00:02,192.168.122.80,web,infinite",
     ):  # fmt: skip
         assert line in told
+
+
+def test_what_is_the_networks_own_is_asked_nowhere_else_unless_the_document_says_so() -> None:
+    own = lines("<forward mode='nat'/><domain name='lan'/>" + IP.format(""))
+    assert {"local=/lan/", "domain-needed", "local=//"} <= set(own)
+    shared = lines(
+        "<forward mode='nat'/><domain name='lan' localOnly='no'/><dns forwardPlainNames='yes'/>" + IP.format("")
+    )
+    assert not {"local=/lan/", "domain-needed", "local=//"} & set(shared)
+    hosts = "<dns><host ip='192.168.122.9'><hostname>web.example</hostname><hostname>web</hostname></host></dns>"
+    assert "local=/web.example/" in lines(hosts + IP.format("")), "isolated: there is nobody else to ask"
+    assert "local=/web.example/" not in lines("<forward mode='nat'/>" + hosts + IP.format(""))
 
 
 def test_ipv6_is_advertised_with_or_without_dhcp() -> None:

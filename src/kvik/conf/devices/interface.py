@@ -261,6 +261,14 @@ class Interface(BootableDevice):
     bandwidth: Bandwidth | None = None
     port: Port | None = None
 
+    @property
+    def is_macvtap(self) -> bool:
+        """Whether it stands on an interface of the host: type direct, or in a live document of a network whose pool
+        has that interface."""
+        source = self.source
+        pooled = self.type == "network" and source is not None and None not in (source.dev, source.mode)
+        return self.type == "direct" or pooled
+
 
 class BackendDomain(Element):
     name: str
