@@ -237,8 +237,8 @@ class HostError(KvikError):
 class DBusError(HostError):
     """A service on the system's D-Bus refused; `name` is the error's, as the service has it."""
 
-    def __init__(self, message: str, *, name: str = "", remedy: str = "") -> None:
-        super().__init__(message, remedy=remedy)
+    def __init__(self, message: str, *, name: str = "", errno: int = 0, remedy: str = "") -> None:
+        super().__init__(message, errno=errno, remedy=remedy)
         self.name = name
 
 
