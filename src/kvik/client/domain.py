@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from kvik.client.connection import Connection
 
 SCREENSHOT_MAX = 256 * 1024 * 1024
-STATE_RUNNING = 1
 _REPLY_SLACK = 10.0  # seconds beyond a deadline that the daemon keeps itself
 
 

@@ -40,7 +40,7 @@ from kvik.errors import (
 )
 from kvik.hypervisor.driver import Feature
 from kvik.manager import disks, filtering, interface_changes, ports, prepare
-from kvik.manager.interfaces import open_interfaces
+from kvik.manager.interfaces import open_interfaces, plugged
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject, Run
@@ -208,6 +208,8 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
                 if isinstance(device, Interface):
                     files = await open_interfaces(domain, run.directory, [device], taps, attachments)
                 await machine.attach_device(device, files)
+                if isinstance(device, Interface):
+                    await plugged(domain, run.directory, device)
             _arrived(domain, run, device)
             run.arriving = None
     except BaseException:

@@ -8,7 +8,6 @@ that holds the machine's one job; the work is in the modules named like it: `lif
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid as uuids
@@ -572,10 +571,3 @@ class DomainObject:
     async def wait_ready(self, timeout: float) -> list[Stage]:
         """The stages when the machine is ready, has ended, or `timeout` seconds are over; a stalled one says why."""
         return await guest.wait_ready(self, timeout)
-
-    def forget_tasks(self) -> None:
-        if self.run:
-            for task in list(self.run.tasks):
-                with contextlib.suppress(RuntimeError):
-                    if task is not asyncio.current_task():
-                        task.cancel()

@@ -157,9 +157,6 @@ class Manager:
     def domains(self) -> list[DomainObject]:
         return list(self._names.values())
 
-    def active_ids(self) -> list[int]:
-        return list(self._ids)
-
     @property
     def running(self) -> int:
         return len(self._ids)

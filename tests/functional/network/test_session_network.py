@@ -128,6 +128,59 @@ def test_it_is_a_network_like_others(machines: Session) -> None:
     assert "Active:         yes" in machines("net-info", "default").stdout
 
 
+LAB = """<network>
+  <name>lab</name>
+  <domain name='lab.example'/>
+  <dns><host ip='10.9.0.77'><hostname>printer</hostname></host></dns>
+  <ip address='10.9.0.1' netmask='255.255.255.0'>
+    <dhcp>
+      <range start='10.9.0.10' end='10.9.0.20'/>
+      <host mac='52:54:00:00:09:01' name='left' ip='10.9.0.90'/>
+    </dhcp>
+  </ip>
+</network>"""
+
+
+def test_running_machines_are_plugged_into_a_network_of_ones_own(machines: Session) -> None:
+    path = machines.home / "lab.xml"
+    path.write_text(LAB)
+    for verb in (("net-define", str(path)), ("net-start", "lab"), ("net-autostart", "lab")):
+        done = machines(*verb)
+        assert done.returncode == 0, done.stderr
+    for number, name in enumerate(("left", "right"), 1):
+        card = f"52:54:00:00:09:0{number}"
+        done = machines("attach-interface", name, "network", "lab", "--mac", card, "--model", "virtio", "--live")
+        assert done.returncode == 0, done.stderr
+        machines.eventually(
+            name,
+            "ip link set eth1 up; udhcpc -i eth1 -s /etc/udhcpc.script -n -q; ip -4 addr show eth1",
+            "inet 10.9.0.",
+        )
+    assert "10.9.0.90/24" in machines("domifaddr", "left", "--source", "lease").stdout
+    machines.eventually("right", "ping -c 2 -W 1 10.9.0.90", "2 packets received")
+    assert "10.9.0.77" in machines.shell("right", "nslookup printer.lab.example 10.9.0.1")
+    done = machines("net-update", "lab", "add", "dns-host", "<host ip='10.9.0.78'><hostname>late</hostname></host>")
+    assert done.returncode == 0, done.stderr
+    assert "10.9.0.78" in machines.shell("right", "nslookup late.lab.example 10.9.0.1")
+    # Isolated: no way out, and the other network is not reached through it.
+    assert machines.world.ADDRESS not in machines.shell("right", "nslookup anything.example.org 10.9.0.1")
+    refused = machines("net-update", "lab", "add", "dns-txt", "<txt name='a' value='b'/>")
+    assert "not supported on a session's network" in refused.stderr
+    # Stopped and started under its machines: they are on it again.
+    for verb in ("net-destroy", "net-start"):
+        done = machines(verb, "lab")
+        assert done.returncode == 0, done.stderr
+    machines.eventually("right", "ping -c 2 -W 1 10.9.0.90", "2 packets received")
+    assert re.search(r"10\.9\.0\.90/24 +left", machines("net-dhcp-leases", "lab").stdout)
+    for number, name in enumerate(("left", "right"), 1):
+        done = machines("detach-interface", name, "network", "--mac", f"52:54:00:00:09:0{number}", "--live")
+        assert done.returncode == 0, done.stderr
+    for verb in ("net-destroy", "net-undefine"):
+        done = machines(verb, "lab")
+        assert done.returncode == 0, done.stderr
+    assert not (machines.runtime / "network/lab.switch").exists()
+
+
 def fetch(host: str, port: int = 8000) -> str:
     """A page by hand: the tiny image's wget has a libc that cannot."""
     return f"(printf 'GET / HTTP/1.0\\r\\n\\r\\n'; sleep 1) | nc -w 5 {host} {port}"

@@ -535,6 +535,7 @@ CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
     ("completion bash", None, "complete -F _kvik_complete kvik"),
     ("completion --shell zsh", None, "#compdef kvik"),
     ("pwd", None, "/"),
+    ("img create -q @out 1M", None, ""),
     ("echo --shell a b", None, "a b\n"),
     ("echo --xml --string <a>", None, "&lt;a&gt;\n"),
     ("echo --split a,b", None, "a b\n"),

@@ -3,8 +3,7 @@
 What there should be follows from the machines that run; `look_after` compares it with what there is. One path serves
 a switch that was killed, a passt that ended, a host that got its network back, and a daemon that was restarted.
 
-A VMM that can listen (QEMU) waits at a socket in its machine's directory, so that a new switch finds it again. One
-that cannot is handed a connection; if that is lost, the machine must be told to plug its card anew.
+A VMM waits at a socket in its machine's directory, so that a new switch finds it again.
 """
 
 from __future__ import annotations
@@ -47,11 +46,16 @@ RETRY_FIRST, RETRY_LAST = 2.0, 60.0  # seconds until a way out that ended is tri
 
 
 class Card(NamedTuple):
-    """An interface of a machine that runs, and the directory where its VMM may listen."""
+    """An interface of a machine that runs, and the directory where its VMM listens."""
 
     machine: str
     directory: Path
     interface: Interface
+
+    @property
+    def label(self) -> str:
+        """The machine's name as the switch has it: names do not tell capitals from small letters (RFC 4343)."""
+        return self.machine.lower()
 
     @property
     def alias(self) -> str:
@@ -146,10 +150,10 @@ class SessionNetworks:
     # machines
 
     def open_ports(
-        self, machine: str, directory: Path, interfaces: Iterable[Interface], close: ExitStack, *, listen: bool
+        self, machine: str, directory: Path, interfaces: Iterable[Interface], close: ExitStack
     ) -> dict[str, int]:
-        """ "switch:ALIAS" -> a socket for the VMM of each interface of type network: one that listens, or one that is
-        connected. `close` closes ours. Raises `ConfigUnsupported`, `OperationInvalid`, `HostError`,
+        """ "switch:ALIAS" -> a socket that listens, for the VMM of each interface of type network; the switch waits on
+        it already. `close` closes ours. Raises `ConfigUnsupported`, `OperationInvalid`, `HostError`,
         `MissingPackages`."""
         files: dict[str, int] = {}
         with self._lock:
@@ -162,14 +166,23 @@ class SessionNetworks:
                 listener, ours = _listen(card)
                 with listener, ours:
                     self._connect(switch, card, ours, must_forward=True)
-                    if listen:
-                        theirs = listener.detach()
-                    else:
-                        theirs = listener.accept()[0].detach()
-                        card.socket.unlink(missing_ok=True)
+                    theirs = listener.detach()
                 files[f"switch:{card.alias}"] = theirs
                 close.callback(os.close, theirs)
         return files
+
+    def plug_by_path(self, machine: str, directory: Path, interface: Interface) -> None:
+        """A VMM that was given a socket listens at its path by one of its own: the port goes there. Raises `HostError`,
+        `OperationFailed`."""
+        card = Card(machine, directory, interface)
+        with self._lock:
+            switch = self._switch(card.network)
+            number = next(
+                (port["port"] for port in switch.ports() if (port["name"], port["alias"]) == (card.label, card.alias)),
+                0,
+            )
+            with _client(card.socket) as ours:
+                switch.call("replace", (ours.fileno(),), port=number)
 
     def look_after(self, cards: Sequence[Card]) -> list[str]:
         """Make what there is what there should be, as far as it can be; what was put right, or is wrong, in words."""
@@ -194,7 +207,7 @@ class SessionNetworks:
             said.append(f"network {name}: its switch had ended and was started again")
         ports = {(port["name"], port["alias"]): port for port in switch.ports()}
         for card in cards:
-            port = ports.get((card.machine.lower(), card.alias))
+            port = ports.get((card.label, card.alias))
             if port is None:
                 with contextlib.suppress(HostError), _client(card.socket) as ours:  # a VMM that ends does not listen
                     self._connect(switch, card, ours, must_forward=False)

@@ -74,7 +74,7 @@ class Session:
         directory.mkdir(exist_ok=True)
         card = interface(network, mac, alias, more)
         with ExitStack() as close:
-            files = switches.open_ports(machine, directory, [card], close, listen=True)
+            files = switches.open_ports(machine, directory, [card], close)
             guest = Guest(socket.socket(fileno=os.dup(files[f"switch:{alias}"])), mac)
         self.guests.callback(guest.close)
         self.cards.append(Card(machine, directory, card))
