@@ -32,7 +32,6 @@ class Feature(enum.StrEnum):
     NMI = "nmi"
     AGENT = "agent"
     TAPS = "taps"  # takes its interfaces' taps as descriptors
-    NET_LISTEN = "net-listen"  # a stream network's VMM can listen, and be connected to again
     PASSTHROUGH = "passthrough"  # takes PCI devices of the host
     NET_PLUG_BY_PATH = "net-plug-by-path"  # plugged while it runs, a stream network's socket is made by the VMM
     RENAME_RUNNING = "rename-running"
