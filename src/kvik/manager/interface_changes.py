@@ -19,7 +19,7 @@ from kvik.hypervisor.changes import check_interface, complete_change
 from kvik.hypervisor.driver import Feature
 from kvik.manager import ports
 from kvik.manager.interfaces import on_switch
-from kvik.network.attachment import Attachment, resolve
+from kvik.network.attachment import Attachment, macvtap_mode, resolve
 from kvik.network.tap_changes import change_tap
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def _on_device(domain: DomainObject, interface: Interface) -> Attachment:
     return Attachment(
         "macvtap",
         device=(source.dev if source is not None else None) or "",
+        mode=macvtap_mode(source.mode if source is not None else None),
         network=network,
         port_id=_port_id(interface),
         virtualport=interface.virtualport,

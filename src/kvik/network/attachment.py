@@ -28,7 +28,7 @@ from kvik.conf.tree import clone
 from kvik.errors import ConfigError, ConfigUnsupported, OperationInvalid
 from kvik.network.floors import check_floor
 
-__all__ = ["Attachment", "NetworkLike", "NetworkLookup", "resolve", "resolve_network"]
+__all__ = ["Attachment", "NetworkLike", "NetworkLookup", "macvtap_mode", "resolve", "resolve_network"]
 
 T = TypeVar("T")
 MacvtapMode = Literal["bridge", "private", "vepa", "passthrough"]
@@ -106,7 +106,7 @@ def resolve(interface: Interface, networks: NetworkLookup | None) -> Attachment 
                 f"interface {_alias(interface)} of type direct names no device of the host",
                 path="/domain/devices/interface/source/@dev",
             )
-        return replace(own, kind="macvtap", device=source.dev, mode=_mode(source.mode))
+        return replace(own, kind="macvtap", device=source.dev, mode=macvtap_mode(source.mode))
     if interface.type != "network":
         return None
     if networks is None:
@@ -158,7 +158,7 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
     if document.mode == "hostdev":
         return replace(made, kind="hostdev", device=_free_function(network), managed=_is_managed(document))
     if document.is_macvtap:
-        return replace(made, kind="macvtap", device=_free_device(network), mode=_mode(document.mode))
+        return replace(made, kind="macvtap", device=_free_device(network), mode=macvtap_mode(document.mode))
     if document.owns_bridge and document.bridge is None:
         return replace(made, kind="switch")
     assert document.bridge_name is not None  # validation: what is not macvtap or a pool has a bridge
@@ -186,7 +186,8 @@ def _alias(interface: Interface) -> str:
     return interface.alias.name if interface.alias else "(without an alias)"
 
 
-def _mode(mode: str | None) -> MacvtapMode:
+def macvtap_mode(mode: str | None) -> MacvtapMode:
+    """A document's word for it; vepa where there is none."""
     for known in get_args(MacvtapMode):
         if mode == known:
             return known  # type: ignore[no-any-return]  # one of the words of that type

@@ -135,6 +135,10 @@ def test_a_pool_is_shared_evenly_and_counted_and_passthrough_takes_one_alone(mak
     assert macvtaps(kvikd) == {f"52:54:00:00:00:{at}": dev for at, dev in (("43", "e1"), ("44", "e2"), ("45", "e1"))}
     assert connections(kvikd, "pool") == ["3", "2", "1"]
     assert "dev='e2' mode='bridge'" in spread.xml() and "e2" not in spread.xml(2)
+    live = spread.xml()
+    spread.set_interface_parameters("52:54:00:00:00:44", {"outbound.average": 100}, 1)
+    bounded = "      <bandwidth>\n        <outbound average='100'/>\n      </bandwidth>\n"
+    assert spread.xml() != live and spread.xml().replace(bounded, "") == live  # nothing else has changed
     refused = kvikd.virsh("net-update", "pool", "delete", "forward-interface", "<interface dev='e1'/>", "--live")
     assert refused.returncode == 1 and "2" in refused.stderr
     enter = ("nsenter", "-t", str(qemu_of("spread")), "-m", "-n")
