@@ -281,7 +281,9 @@ def failure(name: str, words: Sequence[str], error: BaseException) -> int:
 
 
 # Verbs whose output is not followed by virsh's blank line: it would be part of somebody else's data.
-PLAIN = frozenset({"run", "exec", "ip", "ssh", "ps", "top", "doctor", "completion", "proxy", "quit", "exit", "help"})
+PLAIN = frozenset(
+    {"run", "exec", "ip", "ssh", "ps", "top", "doctor", "img", "completion", "proxy", "quit", "exit", "help"}
+)
 
 
 def _now() -> float:
