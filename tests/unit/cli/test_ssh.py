@@ -66,7 +66,8 @@ def test_the_command_has_the_machines_own_key_and_file(
     told(kvik.connection, lease=[("ipv4", "192.168.77.5")])
     monkeypatch.setattr("kvik.cli.ssh.banner", lambda address, port: "")
     (tmp_path / "key").touch()
-    words = ["ssh", "tiny-1", "-l", "admin", "-p", "2022", "-i", str(tmp_path / "key"), "--print", "--", "ls", "-l"]
+    key = str(tmp_path / "key")
+    words = ["ssh", "tiny-1", "--login", "admin", "--port", "2022", "--identity", key, "--print", "--", "ls", "-l"]
     assert kvik(*words) == 0, kvik.err
     assert shlex.split(kvik.out) == [
         "ssh", f"-oHostKeyAlias=kvik-{UUID}", f'-oUserKnownHostsFile="{state}"', "-oStrictHostKeyChecking=accept-new",
@@ -74,6 +75,8 @@ def test_the_command_has_the_machines_own_key_and_file(
         "192.168.77.5", "ls", "-l",
     ]  # fmt: skip
     assert state.parent.stat().st_mode & 0o777 == 0o700
+    assert kvik("ssh", "tiny-1", "--print", "--command", "uptime") == 0, kvik.err
+    assert shlex.split(kvik.out)[-2:] == ["192.168.77.5", "uptime"]
 
 
 def test_a_machine_of_another_host_is_reached_through_that_host(kvik: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -550,6 +550,7 @@ CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
 # Verbs and options that need more than a line: each has its own tests in the file named.
 ELSEWHERE = {
     "run": "test_run.py",
+    "ssh": "test_ssh.py",
     "doctor": "test_doctor_verb.py",
     "edit": "test_edit.py",
     "net-edit": "test_edit.py",
