@@ -166,7 +166,8 @@ pool-destroy p
 """
 WORDS = """\
 pool-define-as p dir --target @pool --print-xml
-pool-define-as p netfs --source-host h --source-path /x --source-format nfs --source-protocol-ver 4 --target /p --print-xml
+pool-define-as p netfs --source-host h --source-path /x --source-format nfs --source-protocol-ver 4 \
+--target /p --print-xml
 pool-define-as p iscsi --source-host h --source-dev iqn.x --source-initiator iqn.y --auth-type chap --auth-username u \
 --secret-usage s --target /dev/disk/by-path --print-xml
 pool-define-as p scsi --adapter-name scsi_host2 --adapter-wwnn 20000000c9831b4b --adapter-wwpn 10000000c9831b4b \
@@ -297,5 +298,5 @@ def test_a_sparse_download_keeps_its_holes(kvikd: str, tmp_path: Path) -> None:
         "pool-destroy s",
     ):
         subprocess.run([*virsh, *line.split()], check=True, capture_output=True, env=ENVIRON)
-    info = os.stat(image)  # noqa: PTH116
+    info = os.stat(image)
     assert (info.st_size, info.st_blocks) == (4 << 30, 0)

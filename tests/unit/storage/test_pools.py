@@ -10,7 +10,6 @@ import pytest
 from world import opened, pool_xml, volume_xml
 
 from kvik.conf.storage_pool import parse_pool
-from kvik.conf.storage_state import parse_state
 from kvik.errors import AlreadyExists, ConfigError, HostError, NoStoragePool, OperationInvalid, ResourceBusy
 from kvik.paths import Paths
 from kvik.storage import volumes

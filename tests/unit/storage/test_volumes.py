@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import itertools
 import os
 import resource
 import signal
@@ -331,7 +332,7 @@ def test_extents_of_a_file_cover_it_without_gaps(tmp_path: Path) -> None:
         file.truncate(12 * MIB)
         found = [*sparse.extents(file.fileno(), 1000, 12 * MIB)]
     assert found[0][0] == 1000
-    for (start, length, data), (following, _, other) in zip(found, found[1:], strict=False):
+    for (start, length, data), (following, _, other) in itertools.pairwise(found):
         assert start + length == following and data != other
     assert sum(length for _, length, _ in found) == 12 * MIB - 1000
     assert [data for _, _, data in found] == [True, False, True, False, True, False]

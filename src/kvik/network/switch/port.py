@@ -35,8 +35,7 @@ class Port:
     def __init__(
         self, number: int, sock: socket.socket, name: str = "", mac: bytes | None = None, *, isolated: bool = False
     ) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)  # as much as an ordinary user may
+        _prepare(sock)
         self.number = number
         self.sock = sock
         self.name = name
@@ -136,8 +135,20 @@ class Port:
 
     def close(self) -> None:
         self._out.clear()
-        self._queued = 0
+        self._queued = self._end = 0
+        self.waiting = False
         self.sock.close()
+
+    def replace(self, sock: socket.socket) -> None:
+        """Another socket of the same card; nothing of the old one's stream goes into it."""
+        self.close()
+        _prepare(sock)
+        self.sock = sock
+
+
+def _prepare(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)  # as much as an ordinary user may
 
 
 def frames(run: memoryview) -> Iterator[tuple[int, int, memoryview]]:

@@ -4,6 +4,7 @@ Control is a Unix seqpacket socket of the user's own: a JSON object a message, a
 
     {"do": "add", "name": ..., "alias": ..., "mac": ..., "isolated": false}   with the card's socket
     {"do": "uplink", "port": N}                                               with the socket of the port's way out
+    {"do": "replace", "port": N}                                              with another socket of the card
     {"do": "hello"}      {"do": "remove", "port": N}      {"do": "ports", "after": N}
     {"do": "leases", "after": N}
     {"do": "configure", "settings": {...}}      {"do": "stop"}
@@ -212,6 +213,8 @@ class Server:
             return self._command_add(given, fds)
         if what == "uplink":
             return self._command_uplink(given, fds)
+        if what == "replace":
+            return self._command_replace(given, fds)
         if what == "hello":
             return {"pid": os.getpid(), "network": self.gateway.settings.name}
         if what == "remove":
@@ -289,6 +292,17 @@ class Server:
         uplink.serves = port
         self._watch(uplink)
         self.gateway.introduce(port)
+        return True
+
+    def _command_replace(self, given: dict[str, Any], fds: list[int]) -> bool:
+        """The port stays what it is; what was on its way by the old socket is lost."""
+        port = self.plane.ports.get(given["port"])
+        if port is None:
+            raise InvalidArgument("that port is gone")
+        _check_stream(fds)
+        self._unwatch(port)
+        port.replace(socket.socket(fileno=fds.pop(0)))
+        self._watch(port)
         return True
 
 

@@ -1,0 +1,184 @@
+"""What is written for the four kinds of configuration, read by the programs that read them at boot.
+
+The one that brings up eth0 from the host's files brings up the bridge, after `kvik iface-bridge` and a reboot, with the
+same addresses and routes; and eth0 again after `kvik iface-unbridge`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from functional.network.bridged_host import MAC, Host, until
+from functional.network.real_tools import RealTools
+from functional.network.test_public_bridge import LONG
+from kvik.host.process import find_program
+
+pytestmark = [
+    pytest.mark.functional,
+    pytest.mark.root,
+    pytest.mark.interop,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(find_program("ip") is None, reason="needs iproute2"),
+]
+FILES = {
+    "ifupdown": {
+        "/etc/network/interfaces": """\
+source /etc/network/interfaces.d/*
+
+auto lo
+iface lo inet loopback
+
+auto eth0
+iface eth0 inet static
+    address 192.0.2.2
+    netmask 255.255.255.0
+    gateway 192.0.2.1
+    mtu 1400
+    up ip route add 203.0.113.0/24 via 192.0.2.1 dev eth0 table 77
+iface eth0 inet6 static
+    address 2001:db8::2/64
+    gateway 2001:db8::1
+""",
+    },
+    "systemd-networkd": {
+        "/etc/systemd/network/20-wired.network": """\
+[Match]
+Name=eth0
+
+[Link]
+MTUBytes=1400
+
+[Network]
+Address=192.0.2.2/24
+Gateway=192.0.2.1
+IPv6AcceptRA=no
+
+[Address]
+Address=2001:db8::2/64
+
+[Route]
+Gateway=2001:db8::1
+
+[Route]
+Destination=203.0.113.0/24
+Gateway=192.0.2.1
+Table=77
+""",
+    },
+    "NetworkManager": {
+        "/etc/NetworkManager/system-connections/Wired.nmconnection": """\
+[connection]
+id=Wired connection 1
+uuid=6c1b8e1e-60d6-4fe0-9c1f-0a7a6c6a1b11
+type=ethernet
+interface-name=eth0
+
+[ethernet]
+mtu=1400
+
+[ipv4]
+address1=192.0.2.2/24,192.0.2.1
+method=manual
+route1=203.0.113.0/24,192.0.2.1
+route1_options=table=77
+
+[ipv6]
+addr-gen-mode=eui64
+address1=2001:db8::2/64
+gateway=2001:db8::1
+method=manual
+""",
+    },
+    "netplan": {
+        "/etc/netplan/50-cloud-init.yaml": """\
+network:
+  version: 2
+  renderer: networkd
+  ethernets:
+    eth0:
+      mtu: 1400
+      accept-ra: false
+      addresses:
+      - 192.0.2.2/24
+      - "2001:db8::2/64"
+      routes:
+      - to: default
+        via: 192.0.2.1
+      - to: "::/0"
+        via: "2001:db8::1"
+      - to: 203.0.113.0/24
+        via: 192.0.2.1
+        table: 77
+""",
+    },
+}
+
+
+@pytest.fixture(params=list(FILES))
+def tools(request: pytest.FixtureRequest) -> Iterator[RealTools]:
+    kind = request.param
+    host = Host(FILES[kind])
+    try:
+        made = RealTools(host, kind)
+        try:
+            made.shut_down()
+            for path in FILES[kind]:
+                (host.root / path.lstrip("/")).chmod(0o600 if kind in ("NetworkManager", "netplan") else 0o644)
+            yield made
+        finally:
+            made.close()
+    finally:
+        host.end()
+
+
+def has(host: Host, name: str) -> dict[str, list[str]]:
+    """What an interface has, but for the metrics that NetworkManager gives by the kind of device."""
+    until(lambda: "tentative" not in host.run(f"ip -6 addr show dev {name}"), "duplicate address detection is through")
+    found = host.network(name)
+    found["mtu"] = [host.run(f"cat /sys/class/net/{name}/mtu").strip()]
+    return {key: sorted(re.sub(r" metric (100|425)\b", "", row) for row in rows) for key, rows in found.items()}
+
+
+def bridge_settings(host: Host) -> list[str]:
+    return [host.run(f"cat /sys/class/net/br0/bridge/{name}").strip() for name in ("stp_state", "forward_delay")]
+
+
+def test_the_bridge_comes_up_at_boot_with_all_that_the_interface_had(tools: RealTools) -> None:
+    host = tools.host
+    tools.boot("eth0")
+    before = has(host, "eth0")
+    assert any("192.0.2.2/24" in row for row in before["addresses"]), tools.messages()
+    assert any("2001:db8::2/64" in row for row in before["addresses"])
+    assert any(row.startswith("default via 192.0.2.1") for row in before["routes"])
+    assert any("table 77" in row for row in before["routes"])
+    assert any(row.startswith("default via 2001:db8::1") for row in before["routes6"])
+    assert (before["mac"], before["mtu"]) == ([MAC], ["1400"])
+    tools.end_service()
+
+    assert host.interfaces.bridge("eth0", "br0", seconds=LONG) == [f"the configuration is {tools.kind}'s"]
+    host.interfaces.commit()
+    assert has(host, "br0") == before
+    settings = bridge_settings(host)
+
+    tools.shut_down("br0")
+    tools.boot("br0")
+    assert has(host, "br0") == before, tools.messages()
+    # NetworkManager leaves the delay alone where STP is off, for then it is of no effect.
+    assert bridge_settings(host) == ["0", "1500" if tools.kind == "NetworkManager" else settings[1]]
+    assert "state forwarding" in host.run("ip -d link show eth0")
+    assert "master br0" in host.run("ip link show eth0")
+    left = has(host, "eth0")
+    assert (left["addresses"], left["routes"], left["routes6"]) == ([], [], [])
+    tools.end_service()
+
+    host.interfaces.unbridge("br0", seconds=LONG)
+    host.interfaces.commit()
+    assert has(host, "eth0") == before
+    tools.shut_down("br0")
+    tools.boot("eth0")
+    assert has(host, "eth0") == before
+    assert not host.exists("br0")
