@@ -55,12 +55,15 @@ async def copy(
     source_pool: PoolObject,
     source_name: str,
     *,
+    preallocate_metadata: bool = False,
     reflink: bool = False,
     strict: bool = False,
 ) -> StorageVolume:
     """A new volume with the contents of another, at least as large as that one."""
     backend = pool.active()
     document = _load(xml, backend, strict, copies=True)
+    if preallocate_metadata:
+        raise InvalidArgument(f"metadata preallocation is not supported for copies of {document.format} volumes")
     source = source_pool.volume(source_name)
     if document.target is not None and document.target.format is None and source.target is not None:
         document.target.format = source.target.format

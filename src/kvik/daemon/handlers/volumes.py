@@ -153,6 +153,7 @@ async def create_xml_from(connection: Connection, args: Any) -> tuple[Reference]
         pool,
         xml,
         *_source(connection, original),
+        preallocate_metadata=bool(flags & CreateFlags.PREALLOC_METADATA),
         reflink=bool(flags & CreateFlags.REFLINK),
         strict=bool(flags & CreateFlags.VALIDATE),
     )
