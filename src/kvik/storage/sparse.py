@@ -88,7 +88,8 @@ def punch(fd: int, offset: int, length: int, growing: bool) -> None:
         return
     size = size_of(fd)
     if growing and offset + length > size:
-        os.ftruncate(fd, offset + length)
+        size = offset + length
+        os.ftruncate(fd, size)  # first: the block that the old end lies in can then go as a whole
     inside = min(offset + length, size) - offset
     if inside <= 0:
         return
