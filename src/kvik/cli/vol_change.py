@@ -126,9 +126,9 @@ def vol_clone(ctx: Context, options: Options) -> int:
 
 def vol_delete(ctx: Context, options: Options) -> int:
     volume = volume_of(ctx, options)
-    ctx.doing = f"Failed to delete vol {volume.name}"
+    ctx.doing = f"Failed to delete vol {options.data('vol')}"
     volume.delete(_bits(options, delete_snapshots=WITH_SNAPSHOTS))
-    ctx.say(f"Vol {volume.name} deleted")
+    ctx.say(f"Vol {options.data('vol')} deleted")
     return 0
 
 
@@ -153,9 +153,9 @@ def vol_wipe(ctx: Context, options: Options) -> int:
     algorithm = options.text("algorithm")
     if algorithm is not None and algorithm not in ALGORITHMS:
         raise UsageError(f"Unsupported algorithm '{algorithm}'", remedy=f"there are {', '.join(ALGORITHMS)}")
-    ctx.doing = f"Failed to wipe vol {volume.name}"
+    ctx.doing = f"Failed to wipe vol {options.data('vol')}"
     volume.wipe(ALGORITHMS.index(algorithm) if algorithm is not None else None)
-    ctx.say(f"Vol {volume.name} wiped")
+    ctx.say(f"Vol {options.data('vol')} wiped")
     return 0
 
 

@@ -279,14 +279,16 @@ async def free(client: Any, volume: Any) -> None:
 
 async def test_a_client_that_goes_amid_a_stream_leaves_the_volume_free(tmp_path: Path) -> None:
     async with serving(tmp_path) as (daemon, client, path):
-        volume = await volume_of(client, path, 64 * MIB)
-        for procedure in ("STORAGE_VOL_UPLOAD", "STORAGE_VOL_DOWNLOAD"):
+        first = await volume_of(client, path, 64 * MIB)
+        pool = (await client.call("STORAGE_POOL_LOOKUP_BY_VOLUME", first))[0]
+        (second,) = await client.call("STORAGE_VOL_CREATE_XML", pool, VOLUME.format(name="w", size=64 * MIB), 0)
+        for procedure, volume in (("STORAGE_VOL_UPLOAD", first), ("STORAGE_VOL_DOWNLOAD", second)):
             other = await daemon.client()
             key = await stream_of(other, procedure, volume, 0, 0, 0)
             if procedure == "STORAGE_VOL_UPLOAD":
                 other.send(m.stream_data(key, b"x" * 1000))
             await other.close()
-        await free(client, volume)
+            await free(client, volume)
 
 
 async def test_a_disk_that_fails_ends_the_upload_with_its_reason(
