@@ -30,7 +30,7 @@ from kvik.conf.storage_volume import (
 from kvik.errors import ConfigUnsupported, HostError, InvalidArgument, OperationInvalid, StorageVolumeExists
 from kvik.host.beneath import Beneath, kind_of
 from kvik.host.files import host_error
-from kvik.storage import sparse
+from kvik.storage import qcow2, sparse
 from kvik.storage.backend import VOLUMES_MAX, Backend, Contents
 from kvik.storage.formats import read_header
 
@@ -149,24 +149,30 @@ class DirectoryBackend(Backend):
             raise InvalidArgument(f"it is {kind_of(info.st_mode)}")
         fd = directory.open_file(name)
         try:
-            header = read_header(fd, info.st_size)
+            self._read(fd, info, volume)
         except OSError as error:
             raise directory.error("read", name, error) from error
         finally:
             os.close(fd)
+        return volume
+
+    def _read(self, fd: int, info: os.stat_result, volume: StorageVolume) -> None:
+        """What a regular file holds, and what it takes."""
+        target, header = volume.target, read_header(fd, info.st_size)
+        assert target is not None
         target.format = VolumeFormat(type=header.format)
         if header.encryption:
             target.encryption = Encryption(format="luks" if header.encryption == "luks" else "qcow")
         if header.backing:
             where = header.backing if header.backing.startswith("/") else str(Path(self.document.path, header.backing))
             volume.backing_store = BackingStore(path=where)
+        volume.capacity = bytes_of(header.capacity)
+        if header.format == "qcow2":
+            qcow2.describe(fd, volume)
         allocated = info.st_blocks * 512
-        capacity = header.capacity
         if self.document.refresh is not None and self.document.refresh.volume.allocation == "capacity":
-            allocated = capacity
-        volume.capacity, volume.allocation = bytes_of(capacity), bytes_of(allocated)
-        volume.physical = bytes_of(info.st_size)
-        return volume
+            allocated = volume.size
+        volume.allocation, volume.physical = bytes_of(allocated), bytes_of(info.st_size)
 
     # volumes
 
@@ -176,11 +182,14 @@ class DirectoryBackend(Backend):
 
     def create_volume(self, document: StorageVolume, *, preallocate_metadata: bool = False) -> StorageVolume:
         self._creatable(document)
-        if preallocate_metadata:
+        if preallocate_metadata and document.format == "raw":
             raise InvalidArgument("metadata preallocation is not supported for raw volumes")
         with Beneath(self.document.path) as directory:
             with self._making(directory, document) as fd:
-                allocate(fd, document.size, document.allocated)
+                if document.format == "raw":
+                    allocate(fd, document.size, document.allocated)
+                else:
+                    qcow2.create(fd, document, preallocate_metadata=preallocate_metadata)
             return self._examine(directory, document.name)
 
     def copy_volume(self, document: StorageVolume, source: int, *, reflink: bool = False) -> StorageVolume:
@@ -188,22 +197,24 @@ class DirectoryBackend(Backend):
         with Beneath(self.document.path) as directory:
             with self._making(directory, document) as fd:
                 size = sparse.size_of(source)
+                length = max(size, document.size) if document.format == "raw" else size
                 if reflink:
                     sparse.clone(source, fd)
                 else:
                     # First all that it will take: a pool that is too small says so before anything is copied.
-                    allocate(fd, max(size, document.size), document.allocated)
+                    allocate(fd, length, document.allocated)
                     sparse.copy_data(source, fd, size)
-                os.ftruncate(fd, max(size, document.size))
+                os.ftruncate(fd, length)
             return self._examine(directory, document.name)
 
     def _creatable(self, document: StorageVolume) -> None:
-        if document.format != "raw":
+        if document.format not in ("raw", "qcow2"):
             raise ConfigUnsupported(
                 f"volumes of format {document.format} cannot be created in pool {self.name!r}",
                 path="/volume/target/format/@type",
+                remedy="raw or qcow2",
             )
-        if document.backing_store is not None:
+        if document.backing_store is not None and document.format == "raw":
             raise ConfigUnsupported("a raw volume has no backing store", path="/volume/backingStore")
         if document.target is not None and document.target.encryption is not None:
             raise ConfigUnsupported("encrypted volumes cannot be created", path="/volume/target/encryption")

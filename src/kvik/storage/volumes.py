@@ -74,6 +74,7 @@ async def copy(
             document.capacity = bytes_of(source.size)
         if document.format != "raw" and document.size != source.size:
             raise ConfigUnsupported("a copy in this format has the capacity of its source", path="/volume/capacity")
+        _same_form(document, source)
     if document.allocation is None or document.format != "raw":
         document.allocation = bytes_of(0)
     await _check_users(pools, source, "copied")
@@ -187,6 +188,19 @@ def _load(xml: str, backend: Backend, strict: bool, *, copies: bool = False) -> 
     if strict and (warnings := document.warnings()):
         raise ConfigUnsupported("; ".join(warnings[:5]))
     return document
+
+
+def _same_form(document: StorageVolume, source: StorageVolume) -> None:
+    """A copy is made byte by byte: what its document says of an image's form must be what the source's has."""
+    below = document.backing_store
+    if below is not None and (source.backing_store is None or source.backing_store.path != below.path):
+        raise ConfigUnsupported("a copy has the backing store of its source", path="/volume/backingStore")
+    if document.format == "raw" or document.target is None or source.target is None:
+        return
+    for name, tag in (("compat", "compat"), ("cluster_size", "clusterSize"), ("features", "features")):
+        wanted = getattr(document.target, name)
+        if wanted is not None and wanted != getattr(source.target, name):
+            raise ConfigUnsupported(f"a copy has the <{tag}> of its source", path=f"/volume/target/{tag}")
 
 
 def _free(pool: PoolObject, name: str) -> str:
