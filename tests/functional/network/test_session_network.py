@@ -151,7 +151,11 @@ def test_running_machines_are_plugged_into_a_network_of_ones_own(machines: Sessi
         card = f"52:54:00:00:09:0{number}"
         done = machines("attach-interface", name, "network", "lab", "--mac", card, "--model", "virtio", "--live")
         assert done.returncode == 0, done.stderr
-        machines.eventually(name, "ip link set eth1 up; udhcpc -i eth1 -s /etc/udhcpc.script -n -q; ip -4 addr show eth1", "inet 10.9.0.")
+        machines.eventually(
+            name,
+            "ip link set eth1 up; udhcpc -i eth1 -s /etc/udhcpc.script -n -q; ip -4 addr show eth1",
+            "inet 10.9.0.",
+        )
     assert "10.9.0.90/24" in machines("domifaddr", "left", "--source", "lease").stdout
     machines.eventually("right", "ping -c 2 -W 1 10.9.0.90", "2 packets received")
     assert "10.9.0.77" in machines.shell("right", "nslookup printer.lab.example 10.9.0.1")
