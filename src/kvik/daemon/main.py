@@ -119,7 +119,8 @@ def detach(serve: Callable[[Callable[[], None]], int], paths: Paths) -> int:
         os.close(null)
 
         def ready() -> None:
-            os.write(writer, b"ready")
+            with contextlib.suppress(BrokenPipeError):  # who waited had no more patience; the next one finds us
+                os.write(writer, b"ready")
             os.close(writer)
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the life of the process
 

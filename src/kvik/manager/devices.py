@@ -39,7 +39,7 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Feature
-from kvik.manager import disks, filtering, ports, prepare
+from kvik.manager import disks, filtering, interface_changes, ports, prepare
 from kvik.manager.interfaces import open_interfaces, plugged
 
 if TYPE_CHECKING:
@@ -377,9 +377,7 @@ async def _update_live(domain: DomainObject, kind: str, given: Element) -> None:
     if isinstance(given, Device) and isinstance(old, Device):
         given.alias = old.alias
         given.address = given.address or old.address
-    if isinstance(given, Interface) and isinstance(old, Interface) and (given.target is None or not given.target.dev):
-        given.target = old.target  # the tap's name, which only the live document knows
-    async with filtering.changed(domain, old, given):
+    async with interface_changes.changed(domain, old, given), filtering.changed(domain, old, given):
         await machine.update_device(old, given)
     if domain.run is run:
         _replace(run.live, kind, old, given)

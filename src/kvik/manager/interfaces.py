@@ -45,6 +45,9 @@ async def open_interfaces(
     if Feature.TAPS not in features:
         return {}
     files: dict[str, int] = {}
+    for attachment in attachments.values():
+        if attachment.floor:
+            await manager.networks.lookup_name(attachment.network).keep_promises()
     if attachments:
         files |= await manager.store.run(open_taps, interfaces, close, attachments, protector(domain))
     networks, on_switches = manager.session_networks, [item for item in interfaces if on_switch(manager, item)]

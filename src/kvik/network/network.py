@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -14,6 +14,7 @@ from kvik.conf.enums import NetworkEventLifecycleType, NetworkUpdateFlags
 from kvik.conf.network import Network, format_network
 from kvik.conf.network_update import update_network
 from kvik.errors import KvikError, OperationInvalid, OperationTimeout, OperationUnsupported
+from kvik.network import floors
 from kvik.network.dnsmasq import LeaseEntry
 from kvik.network.probe import Finding, probe
 from kvik.network.runtime import Runtime
@@ -44,6 +45,7 @@ class NetworkObject:
         self.warnings: list[str] = []  # what was found since the last start: a foreign rule set that drops, ...
         self.ports: dict[str, str] = {}  # of active interfaces: port id -> whose it is
         self._devices: dict[str, str] = {}  # of those on a pool's interface: port id -> which
+        self._promised = False  # floors have changed since the kernel was told
         self._lock = asyncio.Lock()
         self._job = ""
         self._unwatch: Callable[[], None] | None = None
@@ -81,6 +83,11 @@ class NetworkObject:
         return self.document.bridge_name
 
     @property
+    def devices(self) -> Mapping[str, str]:
+        """Of a pool's interfaces or PCI functions those in use: port id -> which."""
+        return self._devices
+
+    @property
     def connections(self) -> int:
         return len(self.ports)
 
@@ -112,8 +119,32 @@ class NetworkObject:
             self._devices[port] = device
         self._count_devices()
 
+    def promise(self, port: str, mac: str, floor: int) -> None:
+        """Guarantee an interface a part of the network's inbound rate, in kB/s; 0: no more. `keep_promises` makes it
+        so. Raises as `floors.promise`."""
+        if self.runtime is not None and floors.promise(self.runtime.status, port, mac, floor):
+            self._promised = True
+
+    async def keep_promises(self) -> None:
+        """After `promise` and `disconnect`: the kernel does as was promised. `HostError` if it refuses."""
+        if not self._promised:
+            return
+        async with self.job("promise bandwidth of"):
+            if self.runtime is not None:
+                self._promised = False
+                await self._networks.run(self.runtime.keep_floors)
+
+    def forget_promises(self) -> None:
+        """Those to interfaces that nobody counts here: their machines ended while the daemon was away."""
+        for each in list(self.runtime.status.port_floors) if self.runtime is not None else ():
+            self._promised = True  # the others' are looked at, too
+            if each.port not in self.ports:
+                self.disconnect(each.port)
+
     def disconnect(self, port: str) -> None:
         self.ports.pop(port, None)
+        if self.runtime is not None and floors.break_promise(self.runtime.status, port):
+            self._promised = True
         self._devices.pop(port, None)
         self._count_devices()
 

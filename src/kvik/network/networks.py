@@ -47,8 +47,16 @@ CLOSE_WAIT = 5.0  # seconds for what runs beside to end
 class Networks:
     """`open` it once, in the loop that it is used from; its threads work in the network namespace of that thread."""
 
-    def __init__(self, paths: Paths, *, probing: bool = True, switches: SessionNetworks | None = None) -> None:
-        """`probing`: each network is walked through after its start, and what is in the way is warned of. `switches`:
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        probing: bool = True,
+        rules_gone: Callable[[], None] = lambda: None,
+        switches: SessionNetworks | None = None,
+    ) -> None:
+        """`probing`: each network is walked through after its start, and what is in the way is warned of. `rules_gone`
+        is called too when a table of the packet filter was deleted: somebody else's rules may be in it. `switches`:
         networks are switches in user space, as in a session."""
         self.paths = paths
         self.switches = switches
@@ -63,6 +71,7 @@ class Networks:
         self._changing = asyncio.Lock()  # of the set of networks
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: Watch | None = None
+        self._rules_gone = rules_gone
         self._checking = False
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="kvik-network")
 
@@ -276,6 +285,7 @@ class Networks:
             self._check_soon()
 
     def _table_gone(self) -> None:
+        self._rules_gone()
         if any(network.is_active for network in self.list()):
             self._check_soon()
 

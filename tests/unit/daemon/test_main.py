@@ -125,6 +125,41 @@ def test_detached_it_answers_when_the_command_returns_and_ends_on_sigterm(root: 
     assert logs[0].stat().st_mode & 0o777 == 0o600
 
 
+IMPATIENT = """
+import pathlib, sys, time
+from kvik.daemon.main import detach
+from kvik.paths import Paths
+root = pathlib.Path(sys.argv[1])
+
+def serve(ready):
+    (root / "forked").touch()
+    while not (root / "go").exists():
+        time.sleep(0.01)
+    ready()
+    (root / "serving").touch()
+    return 0
+
+detach(serve, Paths.system(root))
+"""
+
+
+def test_a_daemon_that_is_late_serves_though_its_starter_has_gone(root: Path) -> None:
+    """The next client finds it; else each would start one that ends as soon as it is ready."""
+    starter = subprocess.Popen([sys.executable, "-c", IMPATIENT, str(root)], env=ENVIRON)
+    wait_for(root / "forked")
+    starter.kill()
+    starter.wait()
+    (root / "go").touch()
+    wait_for(root / "serving")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.01)
+
+
 def test_killed_it_leaves_nothing_that_stops_the_next(root: Path) -> None:
     options = ["--system", "--root", str(root), "--driver", "test", "--detach"]
     path = root / "run/kvik/kvikd.sock"

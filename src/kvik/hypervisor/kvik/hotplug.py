@@ -237,7 +237,7 @@ async def _attach_interface(steps: _Steps, nic: Interface, opened: Opened) -> No
             remedy="bridge, network, direct, ethernet, or user with <backend type='passt'/>",
         )
     await steps.do("netdev_add", netdev, "netdev_del", {"id": netdev_name(alias)})
-    bandwidth = nic.bandwidth
+    bandwidth = nic.bandwidth if not netdev.get("fds") else None  # a tap's is the host's traffic control
     card = {
         "driver": "virtio-net-pci",
         "id": alias,

@@ -82,6 +82,9 @@ class SwitchRuntime:
     def serve(self) -> None:
         pass
 
+    def keep_floors(self) -> None:
+        """A switch keeps no rates, so none of a part of one: documents with `<bandwidth>` are refused."""
+
     def change(self, document: Network) -> None:
         """Make the live network what `document` says; on an error it is what it was."""
         before = self.document
