@@ -114,6 +114,9 @@ class Gateway:
     def tick(self) -> None:
         self.dhcp.expire(self.plane.now)
         self.resolver.expire(self.plane.now)
+        for port in self.plane.ports.values():
+            if port.flows is not None:
+                port.flows.expire(self.plane.now)
 
     def removed(self, port: Port) -> None:
         self.dhcp.removed(port.number)
@@ -218,7 +221,7 @@ class Gateway:
             self._dhcp(port, bytes(data))
         elif target == 53 and self.settings.dns and packet.target == self.ip:
             self._dns(port, client, (packet.source, source), bytes(data))
-        else:
+        elif port.flows is None or not port.flows.answer(source, target, bytes(data), self.plane.now):
             self._unreachable(port, frame, packet, _PORT)
 
     def _dhcp(self, port: Port, data: bytes) -> None:

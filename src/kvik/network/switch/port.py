@@ -17,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvik.network.switch.udp import Flows
+
 LENGTH = struct.Struct(">I")
 MAX_FRAME = 65536 + 14 + 4  # 64 KiB of IP behind Ethernet's header and a VLAN tag
 ROOM = 1 << 18  # bytes read at once
@@ -43,6 +45,7 @@ class Port:
         self.isolated = isolated
         self.alias = ""
         self.uplink: Port | None = None  # where this machine's way out is
+        self.flows: Flows | None = None  # of UDP from the host's loopback
         self.serves: Port | None = None  # of an uplink: the machine it is for
         self.macs: set[bytes] = set()  # learned here
         self.flood_credit = 0.0

@@ -34,7 +34,7 @@ from kvik.errors import (
 from kvik.host.process import ProcessHandle
 from kvik.network.subnet import free_subnet
 from kvik.network.switch.control import Switch, short_path
-from kvik.network.switch.uplink import forward_arguments, start_uplink
+from kvik.network.switch.uplink import bind_udp, forward_arguments, loopback_udp, start_uplink
 from kvik.paths import Paths
 
 __all__ = ["Card", "SessionNetworks"]
@@ -161,7 +161,7 @@ class SessionNetworks:
                 if interface.type != "network":
                     continue
                 card = Card(machine, directory, interface)
-                _refuse_unkept_promises(card)
+                _refuse_unkept_promises(card, self._settings.get(card.network))
                 switch = self._switch(card.network)
                 listener, ours = _listen(card)
                 with listener, ours:
@@ -277,6 +277,9 @@ class SessionNetworks:
         port = {"port": answer[0], "ip": answer[1]}
         forwards = bool(card.interface.port_forwards)
         try:
+            for address, number, to in loopback_udp(card.interface.port_forwards):
+                with bind_udp(address, number) as sock:
+                    switch.call("udp", (sock.fileno(),), port=answer[0], to=to)
             self._give_uplink(card.network, switch, card, port, wait=must_forward and forwards)
         except KvikError:
             if must_forward and forwards:
@@ -324,9 +327,15 @@ def _found(path: Path, settings: dict[str, Any]) -> Switch | None:
     return switch
 
 
-def _refuse_unkept_promises(card: Card) -> None:
+def _refuse_unkept_promises(card: Card, settings: dict[str, Any] | None) -> None:
     """What a session's network cannot do and would be missed."""
     interface = card.interface
+    if interface.port_forwards and settings is not None and not settings["router"]:
+        raise ConfigUnsupported(
+            f"interface {card.alias}: network {card.network!r} is isolated, so no port of the host leads into it",
+            path="/domain/devices/interface/portForward",
+            remedy="leave <portForward> out, or give the network <forward mode='nat'/>",
+        )
     kept = {
         "filterref": interface.filterref,
         "vlan": interface.vlan,
