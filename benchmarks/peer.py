@@ -30,7 +30,8 @@ for node in null zero full random urandom tty; do
     touch "$base/dev/$node"
     mount --bind "/dev/$node" "$base/dev/$node"
 done
-mkdir "$base/dev/pts" "$base/dev/shm"
+mkdir "$base/dev/pts" "$base/dev/shm" "$base/dev/net"
+if [ -e /dev/net/tun ]; then touch "$base/dev/net/tun"; mount --bind /dev/net/tun "$base/dev/net/tun"; fi
 mount --bind /dev/pts "$base/dev/pts"; mount --bind /dev/shm "$base/dev/shm"
 ln -s pts/ptmx "$base/dev/ptmx"; ln -s /proc/self/fd "$base/dev/fd"
 mount --rbind "$base/dev" /dev

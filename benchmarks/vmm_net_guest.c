@@ -2,11 +2,13 @@
  *
  *     vmm_net_guest serve                       TCP 7001 sends, TCP 7002 discards, UDP 7003 echoes
  *     vmm_net_guest tx|rx|rr ADDRESS SECONDS    against those; rr sends again what is lost for a second
+ *     vmm_net_guest small ADDRESS SECONDS       as tx, 64 bytes a packet
  *     vmm_net_guest count ADDRESS TRIPS         round trips by number
  *
- * prints "RESULT tx|rx bytes/s" or "RESULT rr trips/s longest-ms lost". Build: gcc -O2 -static.
+ * prints "RESULT tx|rx|small bytes/s" or "RESULT rr trips/s longest-ms lost". Build: gcc -O2 -static.
  */
 #include <arpa/inet.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdint.h>
@@ -21,6 +23,7 @@
 #define SEND_PORT 7001
 #define DISCARD_PORT 7002
 #define ECHO_PORT 7003
+#define SMALL 64
 
 static char block[1 << 17];
 
@@ -94,12 +97,14 @@ static void serve(void)
 
 static void stream(const char *mode, const char *address, double seconds)
 {
-	int out = !strcmp(mode, "tx");
+	int small = !strcmp(mode, "small"), out = small || !strcmp(mode, "tx");
 	int fd = open_socket(SOCK_STREAM, address, out ? DISCARD_PORT : SEND_PORT, 0);
+	size_t size = small ? SMALL : sizeof(block);
 	double start = now(), at = start, bytes = 0;
 
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &small, sizeof(small));
 	for (; at < start + seconds; at = now()) {
-		ssize_t count = out ? write(fd, block, sizeof(block)) : read(fd, block, sizeof(block));
+		ssize_t count = out ? write(fd, block, size) : read(fd, block, size);
 
 		if (count <= 0) {
 			perror(mode);

@@ -1,4 +1,4 @@
-"""For all tests: quick ones first, and `from lab.harness import ...` works anywhere below tests/."""
+"""For all tests: their order, repetitions and `pytest -n`; `from lab.harness import ...` works anywhere below tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -18,38 +19,35 @@ HERE = Path(__file__).parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from repeats import REPEATED, run_repeated  # noqa: E402  the path to it was just made
+from interrupted import interrupt_on_signals  # noqa: E402  the path to these was just made
+from order import directory, place  # noqa: E402
+from repeats import Repeats, run_repeated  # noqa: E402
 
-ORDER = ("unit", "functional", "interop", "security", "lab")  # the directories below tests/
+
+def pytest_configure(config: pytest.Config) -> None:
+    interrupt_on_signals(config)
+    if not hasattr(config, "workerinput"):  # a worker of `-n` has nobody to tell
+        config.pluginmanager.register(Repeats(config))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Any:
+    from schedule import Schedule
+
+    return Schedule(config, log)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A mistake shows in the first seconds if it can; the lab boots only when all else is through."""
-
-    def place(item: pytest.Item) -> int:
-        try:
-            directory = item.path.relative_to(HERE).parts[0]
-        except ValueError:
-            return 0
-        return ORDER.index(directory) if directory in ORDER else len(ORDER) - 1
-
-    items.sort(key=place)  # stable: the order within a directory stays
+    items.sort(key=lambda item: place(item.path))  # stable: the order within a directory stays
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """What boots machines or waits for other people's programs is repeated once if it fails."""
-    if not item.path.is_relative_to(HERE) or item.path.relative_to(HERE).parts[0] not in ("functional", "interop"):
+    if directory(item.path) not in ("functional", "interop"):
         return None
     run_repeated(item, nextitem, {"it failed": 1}, lambda report: "it failed")
     return True
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if repeated := config.stash.get(REPEATED, []):
-        terminalreporter.section("repeated")
-        for line in repeated:
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ KvikError
 ├── AccessDenied              the caller may not
 ├── AuthenticationFailed      the caller is not who it says
 ├── HostError                 the host refused (errno kept)
+│   ├── DBusError             a service on the system's D-Bus refused (knows the error's name)
 │   └── MissingPackages       software of the distribution is missing (knows the command that installs it)
 ├── HypervisorError           the VMM failed or answered nonsense
 │   ├── MonitorError          QMP returned an error
@@ -40,6 +41,7 @@ __all__ = [
     "ConfigError",
     "ConfigUnsupported",
     "ConnectError",
+    "DBusError",
     "HostError",
     "HypervisorError",
     "ImageError",
@@ -192,7 +194,17 @@ class OperationFailed(KvikError):
 
 
 class ImageError(OperationFailed):
-    """A kernel, disk or package file is damaged, hostile, or of a kind that is not read here."""
+    """A kernel, disk or package file is damaged, hostile, or of a kind that is not read here.
+
+    `file` is the path it was opened by, `offset` the byte at which the fault lies (None: no one place).
+    """
+
+    def __init__(self, message: str, *, file: str = "", offset: int | None = None, remedy: str = "") -> None:
+        where = f"{file}: " if file else ""
+        at = f" (at byte {offset:#x})" if offset is not None else ""
+        super().__init__(f"{where}{message}{at}", remedy=remedy)
+        self.file = file
+        self.offset = offset
 
 
 class OperationTimeout(KvikError):
@@ -220,6 +232,14 @@ class HostError(KvikError):
     def __init__(self, message: str, *, errno: int = 0, remedy: str = "") -> None:
         super().__init__(message, remedy=remedy)
         self.errno = errno
+
+
+class DBusError(HostError):
+    """A service on the system's D-Bus refused; `name` is the error's, as the service has it."""
+
+    def __init__(self, message: str, *, name: str = "", errno: int = 0, remedy: str = "") -> None:
+        super().__init__(message, errno=errno, remedy=remedy)
+        self.name = name
 
 
 class MissingPackages(HostError):

@@ -36,7 +36,7 @@ class Session:
             source, target = SOURCE / name, self.clone / name
             target.parent.mkdir(exist_ok=True)
             if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, target)  # with its bytecode: who runs it here may write none
             else:
                 shutil.copy(source, target)
         subprocess.run(["chmod", "-R", "a+rX,go-w", self.clone], check=True)

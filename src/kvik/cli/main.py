@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvik.cli.options import Verb
 
 # Verbs that may go on for hours: for them the garbage collector is switched on again.
-LASTING = frozenset(("console", "create", "event", "exec", "net-event", "proxy", "run", "start", "top"))
+LASTING = frozenset(("console", "create", "event", "exec", "net-event", "proxy", "run", "ssh", "start", "top"))
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 # global option: (short, takes a value, help)
@@ -281,7 +281,9 @@ def failure(name: str, words: Sequence[str], error: BaseException) -> int:
 
 
 # Verbs whose output is not followed by virsh's blank line: it would be part of somebody else's data.
-PLAIN = frozenset({"run", "exec", "ip", "ps", "top", "doctor", "completion", "proxy", "quit", "exit", "help"})
+PLAIN = frozenset(
+    {"run", "exec", "ip", "ssh", "ps", "top", "doctor", "img", "completion", "proxy", "quit", "exit", "help"}
+)
 
 
 def _now() -> float:

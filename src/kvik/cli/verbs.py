@@ -15,6 +15,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "filter": ("Network Filter", "filter"),
     "host": ("Host and Hypervisor", "host"),
     "interface": ("Interfaces", "interface"),
+    "image": ("Disk Images", "image"),
     "kvik": ("kvik itself", "kvik"),
 }
 
@@ -24,6 +25,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "exec": ("guest_exec", "machine", "run a command in a machine"),
     "ps": ("overview", "machine", "machines at a glance: acceleration, memory, address, uptime"),
     "ip": ("domain_net", "machine", "print the address of a machine"),
+    "ssh": ("ssh", "machine", "log in to a machine, or run a command there, by ssh"),
     "top": ("overview", "machine", "machines by their use of the host, refreshed"),
     "doctor": ("doctor_verb", "machine", "check this host and name the fix for what is missing"),
     "attach-device": ("domain_devices", "domain", "attach device from an XML file"),
@@ -45,6 +47,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "domhostname": ("domain_guest", "domain", "print the domain's hostname"),
     "domid": ("domain_info", "domain", "convert a domain name or UUID to domain id"),
     "domif-setlink": ("domain_devices", "domain", "set link state of a virtual interface"),
+    "domiftune": ("domain_net", "domain", "get/set parameters of a virtual interface"),
     "domjobabort": ("domain_jobs", "domain", "abort active domain job"),
     "domjobinfo": ("domain_jobs", "domain", "domain job information"),
     "domname": ("domain_info", "domain", "convert a domain id or UUID to domain name"),
@@ -158,6 +161,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "iface-start": ("iface", "interface", 'start a physical host interface (enable it / "if-up")'),
     "iface-unbridge": ("iface", "interface", "undefine a bridge device after detaching its device(s)"),
     "iface-undefine": ("iface", "interface", "undefine a physical host interface (remove it from configuration)"),
+    "img": ("img", "image", "disk images: qemu-img's commands"),
     "cd": ("shell_verbs", "kvik", "change the current directory"),
     "completion": ("completion", "kvik", "print the completion script of a shell"),
     "connect": ("shell_verbs", "kvik", "(re)connect to hypervisor"),

@@ -24,7 +24,6 @@ __all__ = ["Connection", "NodeInfo", "OverviewRow", "connect"]
 
 CONNECT_READONLY = 1
 AUTH_NONE = 0
-FEATURE_EVENT_CALLBACK = 14
 
 
 class NodeInfo(NamedTuple):

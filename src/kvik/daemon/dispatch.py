@@ -203,6 +203,8 @@ def _remote() -> Rows:
         "DOMAIN_SET_MAX_MEMORY": (WRITE, domain_config.set_max_memory),
         "DOMAIN_SET_MEMORY_FLAGS": (WRITE, domain_config.set_memory_flags),
         "DOMAIN_SET_MEMORY_STATS_PERIOD": (WRITE, domain_config.set_memory_stats_period),
+        "DOMAIN_GET_INTERFACE_PARAMETERS": (READ, domain_config.get_interface_parameters),
+        "DOMAIN_SET_INTERFACE_PARAMETERS": (WRITE, domain_config.set_interface_parameters),
         "DOMAIN_SET_VCPUS": (WRITE, domain_config.set_vcpus),
         "DOMAIN_SET_VCPUS_FLAGS": (WRITE, domain_config.set_vcpus_flags),
         "DOMAIN_GET_VCPUS_FLAGS": (READ, domain_config.get_vcpus_flags),

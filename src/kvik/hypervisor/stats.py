@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvik.conf.enums import DomainDiskErrorCode
 from kvik.errors import HypervisorError, KvikError, MonitorError
+from kvik.host.interface_counters import interface_counters
 from kvik.hypervisor import cpus
 
 if TYPE_CHECKING:
@@ -18,11 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["balloon", "collect", "disk_errors"]
 
 _DEADLINE = 2.0
-_NET = (
-    ("rx.bytes", "rx_bytes"), ("rx.pkts", "rx_packets"), ("rx.errs", "rx_errors"), ("rx.drop", "rx_dropped"),
-    ("tx.bytes", "tx_bytes"), ("tx.pkts", "tx_packets"), ("tx.errs", "tx_errors"), ("tx.drop", "tx_dropped"),
-)  # fmt: skip
-_SWAPPED = {"rx": "tx", "tx": "rx"}  # the host's end of a tap receives what the guest sends
+_NET = tuple(f"{side}.{what}" for side in ("rx", "tx") for what in ("bytes", "pkts", "errs", "drop"))
 _BLOCK = (
     ("rd.reqs", "rd_operations"), ("rd.bytes", "rd_bytes"), ("rd.times", "rd_total_time_ns"),
     ("wr.reqs", "wr_operations"), ("wr.bytes", "wr_bytes"), ("wr.times", "wr_total_time_ns"),
@@ -82,14 +79,14 @@ def _net(machine: QmpMachine) -> dict[str, int | str]:
     figures: dict[str, int | str] = {"net.count": len(machine.domain.devices.interfaces)}
     for number, nic in enumerate(machine.domain.devices.interfaces):
         name = nic.target.dev if nic.target else None
-        if not name or "/" in name or name.startswith("."):
+        if not name:
             continue  # user networking: QEMU counts nothing
         figures[f"net.{number}.name"] = name
-        directory = Path("/sys/class/net") / name / "statistics"
-        for key, file in _NET:
-            with contextlib.suppress(OSError, ValueError):
-                side, rest = file.split("_", 1)
-                figures[f"net.{number}.{key}"] = int((directory / f"{_SWAPPED[side]}_{rest}").read_text())
+        found = interface_counters(name)
+        if found is not None:
+            # What a tap receives, its machine sent.
+            numbers = found if nic.is_macvtap else (*found[4:], *found[:4])
+            figures |= {f"net.{number}.{key}": value for key, value in zip(_NET, numbers, strict=True)}
     return figures
 
 

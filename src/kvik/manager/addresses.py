@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvik.conf.devices.interface import Interface
     from kvik.manager.domain import DomainObject
     from kvik.manager.networks import NetworkObject, Networks
+    from kvik.network.dnsmasq import LeaseEntry
 
 __all__ = ["from_leases", "from_neighbours"]
 
@@ -26,17 +27,18 @@ async def from_leases(domain: DomainObject) -> list[InterfaceAddress]:
     """What the networks that the machine's interfaces are on have lent to their MACs."""
     networks = domain.manager.networks
     found = []
+    lent_by: dict[str, list[LeaseEntry]] = {}  # each network's leases are read once, however many cards are on it
     for interface, mac in _interfaces(domain):
         if on_switch(domain.manager, interface):
             lent = await _from_switch(domain, interface, mac)
-            if lent:
-                found.append(InterfaceAddress(_name(interface), mac, lent[:ADDRESSES_MAX]))
-            continue
-        network = network_of(networks, interface)
-        if network is None or not network.is_active:
-            continue
-        leases = await networks.run(network.leases, mac)
-        lent = [(IPV4 if lease.version == 4 else IPV6, lease.address, lease.prefix) for lease in leases]
+        else:
+            network = network_of(networks, interface)
+            if network is None or not network.is_active:
+                continue
+            if network.name not in lent_by:
+                lent_by[network.name] = await networks.run(network.leases)
+            leases = [lease for lease in lent_by[network.name] if lease.mac == mac]
+            lent = [(IPV4 if lease.version == 4 else IPV6, lease.address, lease.prefix) for lease in leases]
         if lent:
             found.append(InterfaceAddress(_name(interface), mac, lent[:ADDRESSES_MAX]))
     return found

@@ -10,18 +10,23 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from kvik.conf.devices.common import pci_address
 from kvik.conf.devices.interface import Interface, InterfaceSource, InterfaceTarget, VirtualPortParameters
 from kvik.conf.enums import NetworkEventLifecycleType
-from kvik.errors import KvikError
-from kvik.network.attachment import Attachment, resolve, resolve_all
-from kvik.network.taps import reconnect_tap, release_taps
+from kvik.errors import ConfigUnsupported, KvikError
+from kvik.host.macvtap import free_name
+from kvik.host.netlink import Netlink
+from kvik.hypervisor.driver import Feature
+from kvik.network.attachment import Attachment, resolve
+from kvik.network.tap_changes import reconnect_tap
+from kvik.network.taps import release_taps
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
     from kvik.network.network import NetworkObject
 
-__all__ = ["join", "leave", "rejoin", "release", "watch"]
+__all__ = ["join", "leave", "rejoin", "release", "say", "settle", "watch"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,35 +34,74 @@ logger = logging.getLogger(__name__)
 def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Attachment]:
     """Where each interface goes, by alias; said in the live document and counted on its network.
 
-    Raises as `resolve`; then nothing has changed. No await: nobody comes between the look and the count.
+    Raises as `resolve`; then nothing is counted. No await: nobody comes between the look and the count.
     """
-    interfaces = list(interfaces)
     networks = domain.manager.networks
-    attachments = resolve_all(interfaces, networks)
-    for interface in interfaces:
-        attachment = attachments.get(interface.alias.name if interface.alias else "")
-        if attachment is not None:
-            _say(interface, attachment)
-        if attachment is not None and attachment.network:
-            networks.lookup_name(attachment.network).connect(attachment.port_id, domain.name)
+    attachments: dict[str, Attachment] = {}
+    joined: list[Interface] = []
+    try:
+        for interface in interfaces:
+            attachment = resolve(interface, networks)  # one by one: of a pool the next one takes the next device
+            if attachment is None:
+                continue
+            if attachment.kind == "hostdev" and Feature.PASSTHROUGH not in domain.driver.features():
+                raise ConfigUnsupported(
+                    f"network {attachment.network!r} gives PCI devices of the host, and the VMM of machine "
+                    f"{domain.name!r} takes none",
+                    path="/domain/devices/interface",
+                    remedy="run it on QEMU, or use another network",
+                )
+            attachments[interface.alias.name if interface.alias else ""] = attachment
+            say(domain, interface, attachment)
+            if attachment.network:
+                device = attachment.device if attachment.kind in ("macvtap", "hostdev") else ""
+                network = networks.lookup_name(attachment.network)
+                network.connect(attachment.port_id, domain.name, device)
+                joined.append(interface)
+                if attachment.floor:
+                    network.promise(attachment.port_id, mac_of(interface), attachment.floor)
+    except BaseException:
+        leave(domain, joined)
+        raise
     return attachments
 
 
-def _say(interface: Interface, attachment: Attachment) -> None:
+def say(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:
     """Into the live document: it is on disk before anything is made, so that all of it can be found and undone."""
+    source = interface.source = interface.source or InterfaceSource()
     if attachment.network:
-        source = interface.source = interface.source or InterfaceSource()
         source.portid = attachment.port_id
-        if attachment.kind == "macvtap":
-            source.dev, source.mode = attachment.device, attachment.mode
-        else:
-            source.bridge = attachment.device
+        source.host_address = None  # of a pool of PCI functions alone, and then ours to say
+        if attachment.kind == "hostdev":
+            source.host_address = pci_address(attachment.device)
+            interface.managed = attachment.managed or None
+        elif attachment.kind != "macvtap":
+            source.bridge = attachment.device or None  # a session's switch has none
+    target = interface.target or InterfaceTarget()
+    if attachment.kind == "macvtap":
+        source.dev, source.mode = attachment.device, attachment.mode
+        if not target.dev:
+            taken = {name for machine in domain.manager.domains() for name in _names(machine)}
+            with Netlink() as netlink:
+                target.dev = free_name(netlink, taken)
+        interface.target = target
     port = interface.virtualport = attachment.virtualport
     if attachment.kind == "openvswitch" and port is not None:
         port.parameters = port.parameters or VirtualPortParameters()
         port.parameters.interfaceid = port.parameters.interfaceid or str(uuid4())
-        target = interface.target = interface.target or InterfaceTarget()
         target.dev = target.dev or f"tap{port.parameters.interfaceid[:11]}"
+        interface.target = target
+
+
+def _names(domain: DomainObject) -> list[str]:
+    """Of the host's side of its interfaces, also of those that are about to be made."""
+    run = domain.run
+    if run is None:
+        return []
+    devices = [*run.live.devices.interfaces]
+    if isinstance(run.arriving, Interface):
+        devices.append(run.arriving)
+    return [device.target.dev for device in devices if device.target is not None and device.target.dev]
 
 
 def watch(manager: Manager) -> None:
@@ -77,18 +121,63 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
             source, target = interface.source, interface.target
             if interface.type != "network" or source is None or source.network != network.name:
                 continue
-            if target is None or not target.dev or not source.portid:
+            if not source.portid:
+                continue
+            if manager.session_networks is not None:  # its switch is connected by `look_after_networks`
+                network.connect(source.portid, domain.name)
+                continue
+            if target is None or not target.dev:
                 continue
             try:
+                if (
+                    interface.is_macvtap or interface.host_function
+                ):  # it stands on an interface of the host, which is still there
+                    network.connect(source.portid, domain.name, _device(interface))
+                    continue
                 attachment = resolve(interface, manager.networks)
                 if attachment is None:
                     continue
                 await manager.store.run(reconnect_tap, interface, attachment)
                 source.bridge = attachment.device
                 network.connect(source.portid, domain.name)
+                if attachment.floor:
+                    network.promise(source.portid, mac_of(interface), attachment.floor)
+                    await network.keep_promises()
             except KvikError as error:
                 logger.warning("machine %s is not on network %s again: %s", domain.name, network.name, error)
         domain.live_changed()
+
+
+def mac_of(interface: Interface) -> str:
+    """A definition without one is given one when it is defined."""
+    return interface.mac.address if interface.mac is not None else ""
+
+
+async def settle(manager: Manager) -> None:
+    """Once all machines are found again: what is promised to those that ended meanwhile is taken back."""
+    for network in manager.networks.list():
+        network.forget_promises()
+    await _keep_promises(manager, [network.name for network in manager.networks.list()])
+
+
+async def _keep_promises(manager: Manager, networks: Iterable[str]) -> None:
+    for name in networks:
+        try:
+            await manager.networks.lookup_name(name).keep_promises()
+        except KvikError as error:
+            logger.warning("network %s: %s", name, error)
+
+
+def _networks_of(interfaces: Iterable[Interface]) -> set[str]:
+    found = (nic.source.network for nic in interfaces if nic.type == "network" and nic.source is not None)
+    return {name for name in found if name}
+
+
+def _device(interface: Interface) -> str:
+    """Which of a pool's it has."""
+    if interface.is_macvtap and interface.source is not None:
+        return interface.source.dev or ""
+    return interface.host_function
 
 
 def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
@@ -98,7 +187,7 @@ def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
         if interface.type != "network" or source is None or not source.network or not source.portid:
             continue
         try:
-            domain.manager.networks.lookup_name(source.network).connect(source.portid, domain.name)
+            domain.manager.networks.lookup_name(source.network).connect(source.portid, domain.name, _device(interface))
         except KvikError as error:
             logger.warning("machine %s: %s", domain.name, error)
 
@@ -107,7 +196,8 @@ async def release(manager: Manager, domain: DomainObject, interfaces: Iterable[I
     """After the machine, or a device of it, is gone: count it no more, and leave nothing of it on the host."""
     interfaces = list(interfaces)
     leave(domain, interfaces)
-    if any(interface.target is not None and interface.target.dev for interface in interfaces):
+    await _keep_promises(manager, _networks_of(interfaces))
+    if any((nic.target is not None and nic.target.dev) or nic.host_function for nic in interfaces):
         await manager.store.run(release_taps, interfaces)
 
 

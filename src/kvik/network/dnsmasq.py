@@ -118,10 +118,12 @@ def _dns(document: Network) -> Iterator[str]:
     if not _serves_dns(document):
         yield "port=0"
         return
-    if domain is not None and domain.local_only:
+    # What is the network's own is answered by the network, whatever is asked about it. Else a question for a machine's
+    # AAAA, of which there is none, goes outside, and is lost or REFUSED there: then `nslookup web` fails.
+    if domain is not None and domain.local_only is not False:
         yield f"local=/{domain.name}/"
-    if dns.forward_plain_names is False:
-        yield "domain-needed"
+    if dns.forward_plain_names is not True:
+        yield "domain-needed"  # for addresses; it holds without name servers too, which local=// does not
         yield "local=//"
     if dns.forwarders:
         if any(forwarder.domain is None for forwarder in dns.forwarders):
@@ -131,6 +133,8 @@ def _dns(document: Network) -> Iterator[str]:
             yield f"server={place}{_address(forwarder.addr) if forwarder.addr else '#'}"
     elif document.forward is None:
         yield "no-resolv"  # a network that reaches nothing outside asks nobody outside either
+        for name in sorted({name for host in dns.hosts for name in host.hostnames if "." in name}):
+            yield f"local=/{_word(name, 'name')}/"
     for ip in document.ips:
         if ip.local_ptr and ip.address is not None:
             yield from (f"local=/{zone}/" for zone in _reverse_zones(ip_interface(ip).network))
@@ -201,7 +205,8 @@ def _dhcp(document: Network, lease_file: Path) -> Iterator[str]:
             yield "ra-param=*,0,0"  # advertised, but as no way out (RFC 4861, 4.2: router lifetime 0)
         for ip, subnet in v6:
             if ip.dhcp is None or not (ip.dhcp.ranges or ip.dhcp.hosts):
-                yield f"dhcp-range={subnet.network_address},ra-only,{subnet.prefixlen}"
+                # ra-names: machines that make their address of their MAC have an AAAA record beside their lease's name.
+                yield f"dhcp-range={subnet.network_address},ra-names,{subnet.prefixlen}"
 
 
 def _size(subnet: Subnet) -> str:

@@ -4,16 +4,25 @@
                                                                      | answers A, AAAA
                                                                      v
                                               the sets allow4-TAP, allow6-TAP that its filter looks up
+                                                                     | `lapse`, every KEEP seconds
+                                                                     v
+                                              the sets kept4-TAP, kept6-TAP, whose elements end by themselves
 
 The dnsmasq has no servers but for the allowed names (and what is below them), so every other question is refused:
 names cannot carry data out. The filter `allow-names` (filters/builtin.py) lets DNS go to the gateway only, and so
-through this redirection. The process outlives the daemon; it is found again by its configuration file.
+through this redirection. The process outlives the daemon; it is found again by its configuration file, and watched
+(egress_keeper.py).
+
+dnsmasq cannot give an element a time to live, and adding one that is there changes nothing. So a name's addresses are
+moved to a second set every KEEP seconds, where they stay for as long; the machine is told no TTL above KEEP. An answer
+then holds at least as long as its TTL, and at most 2 * KEEP seconds and a little.
 """
 
 from __future__ import annotations
 
 import errno
 import ipaddress
+import math
 import os
 import pwd
 import re
@@ -25,12 +34,15 @@ from pathlib import Path
 from kvik.errors import ConfigError, HostError, MissingPackages, OperationFailed
 from kvik.host import files, nftables, process, tools
 from kvik.host.packages import how_to_install
+from kvik.network.filters import table
 from kvik.network.filters.table import FAMILY, TABLE
-from kvik.network.filters.variables import set_name
+from kvik.network.filters.variables import ALLOWED, KEPT, set_name
 
-__all__ = ["NAMES_MAX", "Resolver", "check_name", "name_servers"]
+__all__ = ["KEEP", "NAMES_MAX", "Resolver", "check_name", "lapse", "name_servers", "redirects"]
 
 NAMES_MAX = 256
+KEEP = 60  # seconds
+SLACK = 5  # seconds between an answer and the machine's first packet
 PORT_TRIES = 3
 _NAT_TABLE = {"family": "inet", "name": "kvik_names"}
 _NAT = {"family": "inet", "table": "kvik_names"}
@@ -60,10 +72,16 @@ def name_servers(path: Path = Path("/etc/resolv.conf")) -> list[str]:
 
 
 def configuration(
-    device: str, listen: tuple[str, int], names: Sequence[str], servers: Sequence[str], pid_file: Path
+    device: str,
+    listen: tuple[str, int],
+    names: Sequence[str],
+    servers: Sequence[str],
+    pid_file: Path,
+    *,
+    keep: float,
 ) -> str:
     """dnsmasq(8), at this address and port. Nothing is cached, so that every answer passes through the sets."""
-    sets = ",".join(f"{family}#{FAMILY}#{TABLE}#{set_name(f'@allowed{family}', device)}" for family in (4, 6))
+    sets = ",".join(f"{family}#{FAMILY}#{TABLE}#{set_name(value, device)}" for family, value in ALLOWED.items())
     lines = [
         "# made by kvik; changes are lost",
         f"listen-address={listen[0]}",
@@ -72,6 +90,7 @@ def configuration(
         "no-resolv",
         "no-hosts",
         "cache-size=0",
+        f"max-ttl={math.ceil(keep)}",
         f"user={_user()}",
         f"pid-file={pid_file}",
     ]
@@ -88,17 +107,50 @@ def _user() -> str:
     return "root"
 
 
+def lapse(devices: Sequence[str], keep: float = KEEP) -> None:
+    """What the names of these interfaces' machines resolved to is from now on kept, for `keep` seconds. HostError.
+
+    Element by element: what dnsmasq adds meanwhile stays where it is.
+    """
+    commands: list[nftables.Command] = []
+    for device in devices:
+        for family, value in ALLOWED.items():
+            allowed, kept = set_name(value, device), set_name(KEPT[family], device)
+            found = nftables.run([{"list": {"set": {"family": FAMILY, "table": TABLE, "name": allowed}}}])
+            for address in found[0]["set"].get("elem", []):
+                again = {"elem": {"val": address, "timeout": math.ceil(keep + min(keep, SLACK))}}
+                # An element keeps the timeout it was made with: out and in again.
+                commands += [table.add("element", name=kept, elem=[address])]
+                commands += [table.delete("element", name=kept, elem=[address])]
+                commands += [table.add("element", name=kept, elem=[again])]
+                commands += [table.delete("element", name=allowed, elem=[address])]
+    nftables.run(commands)
+
+
+def redirects() -> set[str]:
+    """The MAC addresses whose DNS the kernel leads to a resolver of their own. HostError."""
+    try:
+        found = nftables.run([{"list": {"map": {**_NAT, "name": "resolvers"}}}])
+    except HostError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return set()
+    return {mac for mac, _ in found[0]["map"].get("elem", [])}
+
+
 class Resolver:
     """The one of an interface's machine. Methods block."""
 
-    def __init__(self, directory: Path, device: str, mac: str) -> None:
+    def __init__(self, directory: Path, device: str, mac: str, keep: float = KEEP) -> None:
         self.device = device
         self.mac = mac
+        self.keep = keep
         self.config_file = directory / f"{device}.names.conf"
         self.pid_file = directory / f"{device}.names.pid"
 
     def start(self, gateway: str, names: Sequence[str], servers: Sequence[str]) -> None:
-        """Answer for these names, in place of what answered before. HostError, ConfigError, OperationFailed."""
+        """Answer for these names, in place of what answered before; the same one goes on if it would be told the same.
+        HostError, ConfigError, OperationFailed."""
         if not servers:
             raise ConfigError(
                 "no name server is known for the allowed names",
@@ -111,11 +163,33 @@ class Resolver:
                 packages=("dnsmasq-base",),
                 command=how_to_install("dnsmasq-base"),
             )
+        port = self._running(gateway, names, servers)
+        if port is None:
+            port = self._launch(program, gateway, names, servers)
+        try:
+            nftables.run(self._redirect(port))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _running(self, gateway: str, names: Sequence[str], servers: Sequence[str]) -> int | None:
+        """The port of one that was told the same, and runs."""
+        text = (files.try_read_file(self.config_file, limit=1 << 20) or b"").decode(errors="replace")
+        said = re.search(r"^port=(\d{1,5})$", text, re.MULTILINE)
+        handle = self.find() if said else None
+        if said is None or handle is None:
+            return None
+        handle.close()
+        port = int(said[1])
+        told = configuration(self.device, (gateway, port), names, servers, self.pid_file, keep=self.keep)
+        return port if text == told else None
+
+    def _launch(self, program: str, gateway: str, names: Sequence[str], servers: Sequence[str]) -> int:
         self._end()
         files.ensure_directory(self.config_file.parent)
         for attempt in range(PORT_TRIES):
             port = _free_port(gateway)
-            text = configuration(self.device, (gateway, port), names, servers, self.pid_file)
+            text = configuration(self.device, (gateway, port), names, servers, self.pid_file, keep=self.keep)
             files.atomic_write(self.config_file, text.encode(), durable=False)
             result = tools.run([program, f"--conf-file={self.config_file}"], timeout=10)
             if result.code == 0:
@@ -123,11 +197,7 @@ class Resolver:
             if attempt == PORT_TRIES - 1:  # else somebody else may have taken the port meanwhile
                 self._forget()
                 raise OperationFailed(f"the resolver of {self.device} did not start: {result.message[-300:]}")
-        try:
-            nftables.run(self._redirect(port))
-        except BaseException:
-            self.stop()
-            raise
+        return port
 
     def stop(self) -> None:
         """Harmless if there is none."""
@@ -160,17 +230,25 @@ class Resolver:
             {"add": {"element": {**_NAT, "name": "resolvers", "elem": [[self.mac, port]]}}},
         ]
 
-    def _end(self) -> None:
+    def find(self) -> process.ProcessHandle | None:
         """The process with our file, if the pid file still tells of it."""
         with suppress(HostError, ValueError):
             pid = int(files.try_read_file(self.pid_file, limit=64) or b"0")
             stat = process.read_stat(pid) if pid > 0 else None
             found = process.find(pid, stat.start_time) if stat is not None else None
             if found is not None:
-                with found, suppress(OSError):
+                with suppress(OSError):
                     argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                     if os.fsencode(f"--conf-file={self.config_file}") in argv:
-                        found.terminate(2.0)
+                        return found
+                found.close()
+        return None
+
+    def _end(self) -> None:
+        found = self.find()
+        if found is not None:
+            with found:
+                found.terminate(2.0)
 
     def _forget(self) -> None:
         for path in (self.config_file, self.pid_file):

@@ -13,20 +13,23 @@ from contextlib import ExitStack
 from kvik.conf.devices.interface import Bandwidth, Interface, InterfaceTarget, Vlan
 from kvik.conf.devices.interface import Rate as GivenRate
 from kvik.errors import ConfigUnsupported, KvikError
-from kvik.host import openvswitch
+from kvik.host import openvswitch, sriov
 from kvik.host.bridge import NO_VLAN_FILTERING, read_bridge, set_bridge, set_port
 from kvik.host.bridge_vlan import add_vlan, delete_vlan
+from kvik.host.edge_port import bring_up_at_once
+from kvik.host.macvtap import create_macvtap, delete_macvtap
 from kvik.host.neighbour import add_fdb
 from kvik.host.netlink import Netlink
-from kvik.host.tap import create_tap
+from kvik.host.tap import Tap, create_tap
 from kvik.host.traffic import Rate, set_traffic, sweep_ifbs
 from kvik.network.attachment import Attachment
 
-__all__ = ["open_taps", "reconnect_tap", "release_taps"]
+__all__ = ["bring_up", "join_bridge", "open_taps", "release_taps", "set_bandwidth"]
 
 logger = logging.getLogger(__name__)
 
 QUEUES_MAX = 256
+_PATH = "/domain/devices/interface"
 
 
 def open_taps(
@@ -37,7 +40,7 @@ def open_taps(
 ) -> dict[str, int]:
     """ "net:ALIAS:N" -> descriptor of queue N; `close` closes ours. Writes each tap's name into the live document.
 
-    `attachments` are those of `resolve_all`, by alias; `protect` puts an interface whose tap is there, and still down,
+    `attachments` are those of `resolve`, by alias; `protect` puts an interface whose tap is there, and still down,
     under its network filter. Raises `ConfigUnsupported`, `HostError`, `NoNetwork`, and as `protect` does; then `close`
     still takes back what was made. Blocks for about a millisecond each.
     """
@@ -45,69 +48,104 @@ def open_taps(
     for interface in interfaces:
         alias = interface.alias.name if interface.alias else ""
         attachment = attachments.get(alias)
-        if attachment is None:
+        if attachment is None or attachment.kind == "switch":
             continue
         _refuse_unkept_promises(interface, attachment, alias, filters=protect is not None)
+        if attachment.kind == "hostdev":
+            _take_function(interface, attachment)
+            continue
         target = interface.target = interface.target or InterfaceTarget()
-        tap = create_tap(
-            target.dev or "",
-            bridge=attachment.device if attachment.kind == "bridge" else None,
-            queues=_queues(interface, alias),
-            mac=_host_side(interface.mac.address) if interface.mac else None,
-            mtu=attachment.mtu,
-            up=False,  # nothing passes before its walls stand
-        )
+        tap = _make(interface, attachment, target.dev or "", alias)
         close.callback(tap.close)
         target.dev = tap.name  # whatever fails from here on, `release_taps` finds what was made
         with Netlink() as netlink:
             if attachment.kind == "bridge":
-                _join_bridge(netlink, tap.index, attachment, interface)
+                join_bridge(netlink, tap.index, attachment, interface)
             elif attachment.kind == "openvswitch":
                 _join_openvswitch(tap.name, attachment, interface)
                 if attachment.mtu is not None:
                     netlink.set_link(tap.index, mtu=attachment.mtu)  # the switch gives a port that of its bridge
             if attachment.bandwidth is not None:
-                _bound(netlink, tap.index, attachment.bandwidth)
-            if protect is not None:
+                set_bandwidth(netlink, tap.index, attachment.bandwidth, swapped=attachment.kind == "macvtap")
+            if protect is not None and attachment.kind != "macvtap":
                 protect(interface)
-            netlink.set_link(tap.index, up=True)
+            bring_up(netlink, tap.index, attachment)
         files |= {f"net:{alias}:{number}": fd for number, fd in enumerate(tap.fds)}
     return files
 
 
-def reconnect_tap(interface: Interface, attachment: Attachment) -> None:
-    """Put a running machine's tap on a bridge that was made anew. Raises `HostError`, `ConfigUnsupported`."""
-    name = interface.target.dev if interface.target is not None else None
-    if attachment.kind != "bridge" or not name:
-        return
-    with Netlink() as netlink:
-        tap, bridge = netlink.link(name), netlink.link(attachment.device)
-        if tap.master == bridge.index:
-            return
-        netlink.set_link(tap.index, up=False)  # nothing passes before its walls stand
-        netlink.set_link(tap.index, master=bridge.index)
-        _join_bridge(netlink, tap.index, attachment, interface)
-        netlink.set_link(tap.index, up=True)
+def _take_function(interface: Interface, attachment: Attachment) -> None:
+    """A PCI function for the guest alone: with its address, in its VLAN, and away from the host's driver."""
+    sriov.check_assignable(attachment.device)
+    tags = attachment.vlan.tags if attachment.vlan is not None else []
+    if interface.mac is not None:
+        with Netlink() as netlink:
+            vlan = tags[0].id if tags else 0
+            sriov.set_address(netlink, attachment.device, interface.mac.address, vlan=vlan)
+    if attachment.managed:
+        sriov.take(attachment.device)
+
+
+def _make(interface: Interface, attachment: Attachment, name: str, alias: str) -> Tap:
+    """The tap, down: nothing passes before its walls stand."""
+    queues = _queues(interface, alias)
+    if attachment.kind == "macvtap":
+        if interface.mac is None:
+            raise ConfigUnsupported(f"interface {alias} of type direct has no MAC address", path=f"{_PATH}/mac")
+        return create_macvtap(
+            attachment.device,
+            attachment.mode or "vepa",
+            name=name,
+            mac=interface.mac.address,
+            queues=queues,
+            mtu=attachment.mtu,
+            up=False,
+        )
+    return create_tap(
+        name,
+        bridge=attachment.device if attachment.kind == "bridge" else None,
+        queues=queues,
+        mac=_host_side(interface.mac.address) if interface.mac else None,
+        mtu=attachment.mtu,
+        up=False,
+    )
+
+
+def bring_up(netlink: Netlink, index: int, attachment: Attachment) -> None:
+    """Set a machine's interface up, on a port that forwards as soon as its network wants. Raises `HostError`."""
+    if attachment.kind == "bridge" and attachment.at_once:
+        bring_up_at_once(netlink, index, attachment.device)
+    else:
+        netlink.set_link(index, up=True)
 
 
 def release_taps(interfaces: Iterable[Interface]) -> None:
     """Take away what a machine that has ended left on the host; what is gone already does not matter. Never raises."""
-    for interface in interfaces:
-        name = interface.target.dev if interface.target is not None else None
-        try:
-            if name and on_openvswitch(interface):
-                openvswitch.delete_port(name)
-        except KvikError as error:
-            logger.warning("interface %s: %s", name, error)
     try:
         with Netlink() as netlink:
+            for interface in interfaces:
+                name = interface.target.dev if interface.target is not None else None
+                try:
+                    if name and on_openvswitch(interface):
+                        openvswitch.delete_port(name)
+                    elif interface.host_function and interface.type == "network" and interface.managed:
+                        sriov.give_back(interface.host_function)
+                    elif name and interface.is_macvtap and interface.mac is not None:
+                        delete_macvtap(netlink, name, interface.mac.address)
+                except KvikError as error:
+                    logger.warning("interface %s: %s", name, error)
             sweep_ifbs(netlink)  # the kernel removes a tap with its machine, but not the IFB of its bandwidth
     except KvikError as error:
         logger.warning("%s", error)
 
 
-def _bound(netlink: Netlink, index: int, bandwidth: Bandwidth) -> None:
-    set_traffic(netlink, index, inbound=_rate(bandwidth.inbound), outbound=_rate(bandwidth.outbound))
+def set_bandwidth(netlink: Netlink, index: int, bandwidth: Bandwidth, *, swapped: bool = False) -> None:
+    """Bound a tap's bandwidth. `swapped` for a macvtap: what the host receives on it, the machine does; of a tap it is
+    what the machine sends."""
+    inbound, outbound = _rate(bandwidth.inbound), _rate(bandwidth.outbound)
+    if swapped:
+        inbound, outbound = outbound, inbound
+    set_traffic(netlink, index, inbound=inbound, outbound=outbound)
 
 
 def _rate(given: GivenRate | None) -> Rate | None:
@@ -142,7 +180,7 @@ def openvswitch_vlans(vlan: Vlan | None) -> tuple[openvswitch.VlanMode | None, i
     return ("native-tagged" if native.native_mode == "tagged" else "native-untagged"), native.id, trunks
 
 
-def _join_bridge(netlink: Netlink, index: int, attachment: Attachment, interface: Interface) -> None:
+def join_bridge(netlink: Netlink, index: int, attachment: Attachment, interface: Interface) -> None:
     alias = _alias(interface)
     if attachment.isolated:
         set_port(netlink, index, isolated=True)
@@ -190,24 +228,28 @@ def _alias(interface: Interface) -> str:
 
 def _refuse_unkept_promises(interface: Interface, attachment: Attachment, alias: str, *, filters: bool) -> None:
     """What is not done here yet and would be missed: a wall, or a way out."""
-    if attachment.kind == "macvtap":
-        raise ConfigUnsupported(
-            f"interface {alias}: direct attachment (macvtap) is not supported yet",
-            path="/domain/devices/interface/@type",
-            remedy="use <interface type='user'>, or type='bridge' with a bridge of this host",
-        )
     bandwidth, port = attachment.bandwidth, attachment.virtualport
+    on_device = attachment.kind in ("macvtap", "hostdev")
     kept = {
-        "filterref": interface.filterref if not filters else None,
-        "vlan": attachment.vlan is not None and attachment.kind == "none",
+        "filterref": interface.filterref if not filters or on_device else None,
+        "vlan": attachment.vlan is not None and attachment.kind in ("none", "macvtap"),
+        "vlan trunk='yes'": attachment.kind == "hostdev"
+        and attachment.vlan is not None
+        and len(attachment.vlan.tags) > 1,
+        "bandwidth": attachment.kind == "hostdev" and bandwidth is not None,
         "virtualport": port is not None and port.type not in (None, "none", "openvswitch"),
-        "inbound floor=": bandwidth is not None and bandwidth.inbound is not None and bandwidth.inbound.floor,
+        "inbound floor=": not attachment.floor
+        and bandwidth is not None
+        and bandwidth.inbound is not None
+        and bandwidth.inbound.floor,
         "port isolated='yes'": attachment.isolated and attachment.kind != "bridge",
     }
     for name, value in kept.items():
         if value:
             raise ConfigUnsupported(
-                f"interface {alias}: <{name}> is not supported yet", path="/domain/devices/interface"
+                f"interface {alias}: <{name}> is not supported "
+                + ("on a device of the host: there is no bridge that could" if on_device else "here"),
+                path=_PATH,
             )
 
 

@@ -167,14 +167,30 @@ class Host:
     def uri(self) -> str:
         return f"kvik+unix:///{self.paths.scope}?socket={self.paths.socket}"
 
-    def daemon_command(self, *options: str) -> list[str]:
+    def daemon_command(self, *options: str, start_deadline: float = 0) -> list[str]:
         scope = ["--session"] if self.session else ["--system", "--root", str(self.root)]
-        return [sys.executable, "-P", "-m", "kvik.daemon.main", *scope, *options]
+        program = ["-m", "kvik.daemon.main"]
+        if start_deadline:
+            lines = (
+                "from kvik.daemon.main import main",
+                "from kvik.hypervisor import launch",
+                f"launch.START_DEADLINE = {start_deadline}",
+                "raise SystemExit(main())",
+            )
+            program = ["-c", "\n".join(lines)]
+        return [sys.executable, "-P", *program, *scope, *options]
 
-    def start(self, *options: str, wrapper: tuple[str, ...] = (), environ: dict[str, str] | None = None) -> Connection:
-        """Start the daemon and wait until it answers."""
+    def start(
+        self,
+        *options: str,
+        wrapper: tuple[str, ...] = (),
+        environ: dict[str, str] | None = None,
+        start_deadline: float = 0,
+    ) -> Connection:
+        """Start the daemon and wait until it answers. `start_deadline`: seconds a VMM has for it, if not the usual."""
         self.close_connection()
-        self.daemon = self.spawn(*wrapper, *self.daemon_command(*options), environ=environ)
+        command = self.daemon_command(*options, start_deadline=start_deadline)
+        self.daemon = self.spawn(*wrapper, *command, environ=environ)
         connection = self.connected()
         self.daemon_fds = self.fd_count()
         return connection

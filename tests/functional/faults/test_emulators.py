@@ -345,6 +345,8 @@ def test_a_monitor_that_talks_nonsense(host: Host, body: str, pattern: str, seco
 
 def test_a_monitor_that_is_silent(host: Host) -> None:
     """The deadline of a start ends it; nobody else waits meanwhile, and a destroy does not wait for it."""
+    host.kill_daemon(signal.SIGTERM)
+    host.start(start_deadline=8)
     host.define("web", emulator=fake(host, "sock = monitor(); time.sleep(600)"))
     host.define("db", emulator=fake(host, "sock = monitor(); time.sleep(600)", "other"))
     host.define("good")
@@ -359,16 +361,14 @@ def test_a_monitor_that_is_silent(host: Host) -> None:
         )
         for name in ("web", "db")
     ]
-    begun = time.monotonic()
     eventually(lambda: len(host.processes()) == 3, "both emulators run")
     host.kvik("start", "good")
     assert "good" in host.kvik("list")
-    assert time.monotonic() - begun < 10
     host.kvik("destroy", "db")
+    assert silent[0].poll() is None, "the others did not wait for this one's deadline"
     _, error = silent[1].communicate(timeout=10)
     assert "destroyed while it was starting" in error
     _, error = silent[0].communicate(timeout=60)
-    assert time.monotonic() - begun < 45
     assert silent[0].returncode == 1 and ("in time" in error or " s" in error), error
     host.kvik("destroy", "good")
     nothing_started(host, "web", before)

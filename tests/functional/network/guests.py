@@ -74,16 +74,23 @@ class SwitchSession:
     """`switch_session.py` in a network namespace; as nobody where this is root."""
 
     def __init__(
-        self, directory: Path, settings: dict[str, Any], machines: list[dict[str, Any]], *, within: str = ""
+        self,
+        directory: Path,
+        settings: dict[str, Any],
+        machines: list[dict[str, Any]],
+        *,
+        within: str = "",
+        initrd: Path | None = None,
     ) -> None:
+        """`initrd`: instead of the tiny image's own."""
         self.directory = directory
         sources = directory / "src"
-        shutil.copytree(SOURCE / "src", sources, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(SOURCE / "src", sources)  # with its bytecode: nobody may write some
         image = cached_tiny(Paths.system(images().parents[3]))
         assert image is not None
         kernel = uncompressed_kernel(image.kernel, directory / "kernels")
         assert kernel is not None
-        shutil.copy(image.initrd, directory / "initrd")
+        shutil.copy(initrd or image.initrd, directory / "initrd")
         shutil.copy(SCRIPT, directory / SCRIPT.name)
         given = {
             "settings": settings,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,28 +12,29 @@ from pathlib import Path
 
 import pytest
 
+from functional.network.questions import NOERROR, REFUSED, ask
 from kvik.conf.nwfilter import FilterBinding, FilterReference, Parameter
 from kvik.errors import ConfigError
 from kvik.host import nftables
 from kvik.host.bridge import bridge_ports, create_bridge
 from kvik.host.netlink import Netlink
-from kvik.network.egress import check_name, name_servers
+from kvik.host.process import ProcessHandle
+from kvik.network.egress import Resolver, check_name, name_servers
 from kvik.network.filters.filters import Filters
 from kvik.paths import Paths
-from netns import in_namespace, new_namespace
+from netns import in_namespace, new_namespace, until
 
 GATEWAY, GUEST = "10.0.0.254", "10.0.0.1"
 GOOD, BAD = "192.0.2.10", "192.0.2.11"
 MAC = "52:54:00:00:00:01"
 UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
-NOERROR, REFUSED = 0, 5
 
 
 class Host:
     """A bridge with the gateway's address, name servers and two hosts of the world; `guest` is a namespace on it."""
 
-    def __init__(self, directory: Path, close: ExitStack) -> None:
-        self.filters = Filters(Paths.system(directory))
+    def __init__(self, directory: Path, close: ExitStack, keep: float) -> None:
+        self.filters = Filters(Paths.system(directory), keep=keep)
         self.filters.open()
         close.callback(self.filters.close)
         self.guest = close.enter_context(new_namespace())
@@ -62,9 +62,9 @@ class Host:
             )
             close.callback(started.wait)
             close.callback(started.terminate)
+        self.listeners = {}
         for address in (GOOD, BAD):
-            listener = close.enter_context(socket.create_server((address, 80)))
-            listener.listen()
+            self.listeners[address] = close.enter_context(socket.create_server((address, 80)))
 
     @staticmethod
     def _inside() -> None:
@@ -87,23 +87,12 @@ class Host:
         )
 
     def ask(self, name: str, server: str = GATEWAY) -> tuple[int, str] | None:
-        """(result code, the last address of the answer or ""); None if nobody answers."""
-        question = b"".join(bytes([len(part)]) + part.encode() for part in name.split(".")) + b"\0\0\1\0\1"
+        return self.guest.run(lambda: ask(name, server))
 
-        def query() -> tuple[int, str] | None:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-                made.settimeout(0.5)
-                for _ in range(4):
-                    made.sendto(struct.pack(">HHHHHH", 7, 0x0100, 1, 0, 0, 0) + question, (server, 53))
-                    try:
-                        answer = made.recv(2048)
-                    except TimeoutError:
-                        continue
-                    count = struct.unpack_from(">H", answer, 6)[0]
-                    return answer[3] & 0xF, socket.inet_ntoa(answer[-4:]) if count else ""
-            return None
-
-        return self.guest.run(query)
+    def resolver(self) -> ProcessHandle:
+        found = Resolver(self.filters.store.bindings, "tap0", MAC).find()
+        assert found is not None
+        return found
 
     def reaches(self, address: str) -> bool:
         def connect() -> bool:
@@ -113,15 +102,26 @@ class Host:
             except OSError:
                 return False
 
-        return self.guest.run(connect)
+        reached = self.guest.run(connect)
+        if reached and address in self.listeners:
+            self.listeners[address].accept()[0].close()
+        return reached
+
+    def connect(self, address: str) -> tuple[socket.socket, socket.socket]:
+        """A connection from the guest: the world's end, and the guest's."""
+        listener = self.listeners[address]
+        client = self.guest.run(lambda: socket.create_connection((address, 80), timeout=5))
+        peer, _ = listener.accept()
+        peer.settimeout(5)
+        return peer, client
 
 
 @contextmanager
-def host(directory: Path) -> Iterator[Host]:
+def host(directory: Path, keep: float = 60) -> Iterator[Host]:
     if shutil.which("dnsmasq", path="/usr/sbin:/usr/bin:/sbin:/bin") is None:
         pytest.skip("dnsmasq is not installed")
     with ExitStack() as close:
-        yield Host(directory, close)
+        yield Host(directory, close, keep)
 
 
 @in_namespace
@@ -149,13 +149,17 @@ def test_a_list_that_changes_takes_effect_and_nothing_is_left_at_the_end(tmp_pat
         here.bind("other.org")
         assert here.ask("example.org") == (REFUSED, "") and not here.reaches(GOOD)
         assert here.ask("other.org") == (NOERROR, BAD) and here.reaches(BAD)
-        # The next daemon finds the binding, and the machine its names.
+        # The next daemon finds the binding, and the machine its names: its resolver has gone on.
+        before = here.resolver().pid
+        here.filters.close()
         again = Filters(Paths.system(tmp_path))
         again.open()
         assert again.warnings == []
         assert here.reaches(BAD) and not here.reaches(GOOD)
         assert here.ask("other.org") == (NOERROR, BAD)
+        assert here.resolver().pid == before
         again.unbind("tap0")
+        again.close()
         assert not list((tmp_path / "run/kvik/nwfilter-binding").iterdir())
         left = str(nftables.run([{"list": {"ruleset": None}}]))
         assert "tap0" not in left and MAC not in left
@@ -165,6 +169,57 @@ def test_a_list_that_changes_takes_effect_and_nothing_is_left_at_the_end(tmp_pat
                     assert os.fsencode(tmp_path) not in (entry / "cmdline").read_bytes()
                 except OSError:
                     continue
+
+
+@in_namespace
+def test_what_a_name_resolved_to_lapses_but_its_connections_go_on(tmp_path: Path) -> None:
+    with host(tmp_path, keep=1) as here:
+        here.bind("example.org")
+        assert here.ask("example.org") == (NOERROR, GOOD)
+        peer, client = here.connect(GOOD)
+        with peer, client:
+            here.bind("example.org", "more.example")  # only added to: nothing is forgotten
+            assert here.reaches(GOOD)
+            until(lambda: not here.reaches(GOOD))
+            client.sendall(b"still")
+            assert peer.recv(5) == b"still"
+            peer.sendall(b"there")
+            assert client.recv(5) == b"there"
+            assert here.ask("example.org") == (NOERROR, GOOD) and here.reaches(GOOD), "who asks again may again"
+            here.bind("more.example")
+            client.sendall(b"gone")
+            peer.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                peer.recv(4)
+
+
+@in_namespace
+def test_a_resolver_that_dies_is_started_again(tmp_path: Path) -> None:
+    with host(tmp_path) as here:
+        here.bind("example.org")
+        here.resolver().kill()
+        until(lambda: here.ask("example.org") == (NOERROR, GOOD))
+        # Somebody flushed our redirection: the machine asks nobody else meanwhile, and has its own back.
+        nftables.run([{"delete": {"table": {"family": "inet", "name": "kvik_names"}}}])
+        assert here.filters.repair()
+        assert here.ask("other.org") == (REFUSED, "")
+        # It dies with nobody to see it; the next daemon starts it.
+        here.filters.close()
+        here.resolver().kill()
+        assert here.ask("example.org") is None
+        here.filters.open()
+        assert here.ask("example.org") == (NOERROR, GOOD)
+        # The machine ends with nobody to see it: nothing of it stays.
+        here.filters.close()
+        with Netlink() as netlink:
+            netlink.delete_link(netlink.link("tap0").index)
+        last = here.resolver()
+        again = Filters(Paths.system(tmp_path))
+        again.open()
+        assert not again.bindings() and not last.alive
+        assert not list((tmp_path / "run/kvik/nwfilter-binding").iterdir())
+        left = str(nftables.run([{"list": {"ruleset": None}}]))
+        assert "tap0" not in left and MAC not in left
 
 
 @in_namespace

@@ -88,7 +88,7 @@ def test_machines_are_on_it_reach_each_other_by_name_and_outlive_the_daemon(host
     assert f": {row[0]}:" in host.inside("ip", "-o", "link", "show", "master", "virbr0")
     told = json.loads(host.out("--json", "net-dhcp-leases", "default"))
     assert {row.get("hostname"): row["address"] for row in told} == addresses, told
-    assert addresses["two"] in host("exec", "one", "--", "nslookup", "two").stdout
+    assert addresses["two"] in host.out("exec", "one", "--", "nslookup", "two")
     host.out("exec", "one", "--", "ping", "-c", "1", "two")
     host.out("exec", "one", "--", "ping", "-c", "1", "192.168.122.1")
 

@@ -41,14 +41,17 @@ def root() -> Iterator[Path]:
     [
         ("--system", {}, True),
         ("", {}, True),
-        ("--session", {"HOME": "/nonexistent"}, False),
+        ("--session", {"HOME": "/nonexistent"}, True),
+        ("--session --default-network off", {"HOME": "/nonexistent"}, False),
         ("--system --root /srv/other", {}, False),
         ("--system", {"KVIK_ROOT": "/srv/other"}, False),
         ("--system --default-network off", {}, False),
         ("--system --root /srv/other --default-network on", {}, True),
     ],
 )
-def test_the_default_network_is_the_hosts_own_daemons(words: str, environ: dict[str, str], wanted: bool) -> None:
+def test_the_default_network_is_the_hosts_own_daemons_and_each_sessions(
+    words: str, environ: dict[str, str], wanted: bool
+) -> None:
     options = parser().parse_args(words.split())
     assert wants_default_network(options, scope_paths(options, environ), environ) is wanted
 

@@ -187,7 +187,7 @@ def test_the_table_is_aligned_and_plain_off_a_terminal(root: Path, monkeypatch: 
     cli.write(report, out, width=100)
     text = out.getvalue()
     assert "\033" not in text
-    assert all(len(line) <= 120 for line in text.splitlines())
+    assert all(len(line) <= 120 for line in text.replace(str(root), "").splitlines())
     assert "modprobe kvm_amd" in text and BAD.reason in text
     assert text.splitlines()[-1] == "Machines can run here, with tcg (software emulation)."
 

@@ -22,9 +22,13 @@ INTERFACES = "".join(
 
 
 class Network(SimpleNamespace):
-    def leases(self, mac: str) -> list[LeaseEntry]:
+    read = 0
+
+    def leases(self) -> list[LeaseEntry]:
+        self.read += 1
         entry = LeaseEntry("virbr9", 0, "10.0.0.5", 24, MAC)
-        return [entry, LeaseEntry("virbr9", 0, "fd00::5", 64, MAC)] if mac == MAC else []
+        other = LeaseEntry("virbr9", 0, "10.0.0.6", 24, "52:54:00:00:00:01")
+        return [entry, other, LeaseEntry("virbr9", 0, "fd00::5", 64, MAC)]
 
 
 class Networks:
@@ -70,6 +74,7 @@ async def test_leases_are_found_by_the_machines_own_macs(tmp_path: Path, monkeyp
         monkeypatch.setattr(addresses, "network_of", lambda networks, interface: known.on)
         (found,) = await domain.interface_addresses(0)
         assert (found.hwaddr, found.addresses) == (MAC, [(0, "10.0.0.5", 24), (1, "fd00::5", 64)])
+        assert known.on.read == 1  # for both cards
         known.on.is_active = False
         assert await domain.interface_addresses(0) == []
         with pytest.raises(InvalidArgument):

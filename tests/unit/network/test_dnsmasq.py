@@ -40,6 +40,8 @@ def test_a_nat_network_is_told_its_bridge_range_and_leases() -> None:
         "except-interface=lo",
         "bind-dynamic",
         "local-service",
+        "domain-needed",
+        "local=//",
         "dhcp-leasefile=/var/n.leases",
         "dhcp-no-override",
         "dhcp-authoritative",
@@ -78,10 +80,22 @@ def test_hosts_names_texts_and_services() -> None:
         assert line in told
 
 
+def test_what_is_the_networks_own_is_asked_nowhere_else_unless_the_document_says_so() -> None:
+    own = lines("<forward mode='nat'/><domain name='lan'/>" + IP.format(""))
+    assert {"local=/lan/", "domain-needed", "local=//"} <= set(own)
+    shared = lines(
+        "<forward mode='nat'/><domain name='lan' localOnly='no'/><dns forwardPlainNames='yes'/>" + IP.format("")
+    )
+    assert not {"local=/lan/", "domain-needed", "local=//"} & set(shared)
+    hosts = "<dns><host ip='192.168.122.9'><hostname>web.example</hostname><hostname>web</hostname></host></dns>"
+    assert "local=/web.example/" in lines(hosts + IP.format("")), "isolated: there is nobody else to ask"
+    assert "local=/web.example/" not in lines("<forward mode='nat'/>" + hosts + IP.format(""))
+
+
 def test_ipv6_is_advertised_with_or_without_dhcp() -> None:
     v6 = "<ip family='ipv6' address='fd00:1::1' prefix='64'>{}</ip>"
     bare = lines("<forward mode='nat'/>" + v6.format(""))
-    assert "enable-ra" in bare and "dhcp-range=fd00:1::,ra-only,64" in bare
+    assert "enable-ra" in bare and "dhcp-range=fd00:1::,ra-names,64" in bare
     served = lines("<forward mode='nat'/>" + v6.format("<dhcp><range start='fd00:1::10' end='fd00:1::1f'/></dhcp>"))
     assert "dhcp-range=fd00:1::10,fd00:1::1f,64" in served and "dhcp-lease-max=16" in served
 

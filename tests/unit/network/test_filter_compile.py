@@ -203,9 +203,24 @@ def test_without_statematch_answers_are_what_looks_like_them() -> None:
 def test_a_rule_about_every_protocol_tells_ports_apart_where_there_are_any() -> None:
     made = compiled("<rule action='accept' direction='out'><all-ipv6/></rule>")
     assert [line.split(" ", 1)[1] for line in chain(made, "vnet0/out_ip")] == [
-        'l4proto={"set": [6, 17, 132, 136]} update:@vnet0/flows6 accept',
+        "l4proto=6 update:@vnet0/flows6 accept",
+        'l4proto={"set": [17, 132, 136]} update:@vnet0/flows6 accept',
         'l4proto!=={"set": [6, 17, 132, 136]} update:@vnet0/peers6 accept',
     ]
+
+
+def test_connections_to_what_a_name_resolved_to_go_on_when_that_has_lapsed() -> None:
+    rule = "<rule action='accept' direction='out'><tcp dstipaddr='$ALLOWED' dstportstart='443'/></rule>"
+    values = {"ALLOWED": ["@allowed4", "@kept4"]}
+    placed = rules_of("f", f"<filter name='f' chain='root'>{rule}</filter>", values=values)
+    made = compile_rules("vnet0", MAC, placed, Features())
+    gate = "ether.type=2048 l4proto=6"
+    flow = "ip.daddr,ip.saddr,l4proto,th.dport,th.sport=@vnet0/flows4"
+    out = chain(made, "vnet0/out_ip")
+    assert len(out) == 3 and [line.count("@allow4-vnet0") + line.count("@kept4-vnet0") for line in out] == [1, 0, 1]
+    assert flow in out[1] and "!==syn" in out[1] and "th.dport=443" in out[1], "but none begins"
+    (answer,) = chain(made, "vnet0/in_ip")
+    assert "@allow4-vnet0" not in answer and "=@vnet0/flows4" in answer and answer.startswith(gate)
 
 
 def test_icmp_with_a_type_is_about_its_own_direction() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvik.conf.nwfilter import Rule
+from kvik.conf.nwfilter import Condition, Rule
 from kvik.conf.nwfilter_fields import ETHER_TYPES
 from kvik.errors import ConfigUnsupported
 from kvik.network.filters.match import (
@@ -34,14 +34,15 @@ from kvik.network.filters.match import (
 )
 from kvik.network.filters.table import STAGES, Command, add, dispatch
 from kvik.network.filters.tree import Placed
-from kvik.network.filters.variables import ALLOWED, LEARNED, set_name
+from kvik.network.filters.variables import ALLOWED, KEPT, LEARNED, set_name
 
 __all__ = ["Features", "Ruleset", "address_set", "compile_rules"]
 
 ALLOWED_MAX = 4096  # addresses that names on an allow-list resolved to
 FLOWS_MAX = 65536  # remembered for one interface and family
 _SECONDS = {"tcp": 3600, "": 180, "icmp": 30, "icmpv6": 30}  # that an answer may take; the next packet starts anew
-_PORTED = [6, 17, 132, 136]  # TCP, UDP, SCTP, UDP-Lite: two 16-bit ports first
+_TCP, _OTHERS = 6, [17, 132, 136]  # UDP, SCTP, UDP-Lite; all four begin with two 16-bit ports
+_OPENS = {"&": [payload("tcp", "flags"), {"|": ["syn", "ack"]}]}  # == syn: a packet that begins a connection
 # A rule with one of these is about the direction it names alone: there is no answer that looks like it.
 _ONE_WAY = {"type", "state", "connlimit-above", "flags"}
 # What enters a chain, by the prefix of its name (section "Filtering chains").
@@ -87,6 +88,32 @@ def address_set(device: str) -> str:
     return set_name(LEARNED, device)
 
 
+def _update(name: str, key: Expression, seconds: int) -> Expression:
+    return {"set": {"op": "update", "elem": {"elem": {"val": key, "timeout": seconds}}, "set": f"@{name}"}}
+
+
+def _without_names(rule: Rule) -> Rule | None:
+    """The rule less its conditions on what names resolve to; None if it has none of those."""
+    names = {*ALLOWED.values(), *KEPT.values()}
+    if not any(text in names for one in rule.conditions for text in one.values.values()):
+        return None
+    rest = [
+        Condition(
+            protocol=one.protocol,
+            match=one.match,
+            values={key: text for key, text in one.values.items() if text not in names},
+        )
+        for one in rule.conditions
+    ]
+    return Rule(
+        action=rule.action,
+        direction=rule.direction,
+        priority=rule.priority,
+        statematch=rule.statematch,
+        conditions=rest,
+    )
+
+
 def compile_rules(device: str, mac: str, rules: Sequence[Placed], features: Features, *, learn: str = "") -> Ruleset:
     """`learn`: "" for no learning of addresses, "any" from the first packet that shows one, "dhcp" by the caller.
 
@@ -103,6 +130,7 @@ class _Compiler:
         self.features = features
         self.learn = learn
         self.rules: list[Command] = []
+        self.live: set[tuple[str, str]] = set()  # chain and conditions of what goes on there when its name has lapsed
 
     def compile(self, rules: Sequence[Placed]) -> Ruleset:
         layer_2 = [placed for placed in rules if not is_transport(placed.rule.protocol)]
@@ -115,6 +143,9 @@ class _Compiler:
         for family, value in ALLOWED.items():
             if value in named:
                 self._allow_set(set_name(value, self.device), f"ipv{family}_addr")
+        for family, value in KEPT.items():
+            if value in named:
+                self._set(set_name(value, self.device), f"ipv{family}_addr", ALLOWED_MAX)
         roots = {}
         for direction in ("out", "in"):
             roots[f"{direction}_l2"] = self._layer_2(direction, layer_2)
@@ -196,7 +227,9 @@ class _Compiler:
             matches = self._matches(rule, swap=swap)
             if matches is None or (not forward and self._only_hardware(rule)):
                 continue
-            if stateful:
+            if stateful and (live := _without_names(rule)) is not None:
+                self._named(chain, rule, live, matches, forward=forward)
+            elif stateful:
                 self._stateful(chain, rule, matches, forward=forward)
             else:
                 self._rule(chain, [*matches, self._verdict(rule, direction)])
@@ -224,23 +257,49 @@ class _Compiler:
             self._note("rejected packets are dropped without an answer: this kernel has no nft_reject_bridge")
         return {"drop": None}
 
+    def _named(self, chain: str, rule: Rule, live: Rule, matches: list[Expression], *, forward: bool) -> None:
+        """Of a name's addresses: they may lapse before a connection ends, which goes on, in both directions."""
+        if forward:
+            self._stateful(chain, rule, matches, forward=True)
+        if (chain, key := repr(live.conditions)) in self.live:
+            return  # for another of the rule's sets
+        self.live.add((chain, key))
+        gate = self._matches(live, swap=not forward)
+        if gate is not None and forward:
+            self._go_on(chain, rule, gate)
+        elif gate is not None:
+            self._stateful(chain, rule, gate, forward=False)
+
     def _stateful(self, chain: str, rule: Rule, matches: list[Expression], *, forward: bool) -> None:
         """The packets themselves with their answer noted; or the answers, if noted."""
-        family = family_of(rule.protocol)
-        name = rule.protocol.removesuffix("-ipv6")
-        l4proto = {"meta": {"key": "l4proto"}}
-        ported = {"tcp": True, "udp": True, "sctp": True, "udplite": True, "all": None}.get(name, False)
-        for with_ports in (True, False) if ported is None else (ported,):
-            only = [] if ported is not None else [match(l4proto, {"set": _PORTED}, with_ports)]
-            key = self._flow(family, with_ports, forward)
-            noted = self._flow_set(family, with_ports)
-            if forward:
-                seconds = _SECONDS.get(name, _SECONDS[""])
-                element = {"elem": {"val": key, "timeout": seconds}}
-                note: Expression = {"set": {"op": "update", "elem": element, "set": f"@{noted}"}}
-            else:
-                note = match(key, f"@{noted}")
+        for only, ports, seconds in self._kinds(rule):
+            key, noted = self._flow(family_of(rule.protocol), ports, forward), self._flow_set(rule, ports)
+            note = _update(noted, key, seconds) if forward else match(key, f"@{noted}")
             self._rule(chain, [*matches, *only, note, {rule.action: None}])
+
+    def _go_on(self, chain: str, rule: Rule, gate: list[Expression]) -> None:
+        """The machine's packets of what is noted; those that would begin a TCP connection are none of them."""
+        for only, ports, seconds in self._kinds(rule):
+            if not ports:
+                continue  # an echo request is as good as the next one: nothing that goes on
+            key, noted = self._flow(family_of(rule.protocol), ports, True), self._flow_set(rule, ports)
+            old = [match(_OPENS, "syn", False)] if seconds == _SECONDS["tcp"] else []
+            known = match(key, f"@{noted}")
+            self._rule(chain, [*gate, *only, *old, known, _update(noted, key, seconds), {rule.action: None}])
+
+    @staticmethod
+    def _kinds(rule: Rule) -> list[tuple[list[Expression], bool, int]]:
+        """(what tells these packets from others that the rule matches, whether they have ports, seconds)"""
+        name = rule.protocol.removesuffix("-ipv6")
+        if name != "all":
+            ports = name in ("tcp", "udp", "sctp", "udplite")
+            return [([], ports, _SECONDS.get(name, _SECONDS[""]))]
+        l4proto = {"meta": {"key": "l4proto"}}
+        return [
+            ([match(l4proto, _TCP)], True, _SECONDS["tcp"]),
+            ([match(l4proto, {"set": _OTHERS})], True, _SECONDS[""]),
+            ([match(l4proto, {"set": [_TCP, *_OTHERS]}, False)], False, _SECONDS[""]),
+        ]
 
     @staticmethod
     def _flow(family: int, ports: bool, turned: bool) -> Expression:
@@ -253,7 +312,8 @@ class _Compiler:
             parts += [payload("th", f"{end}port") for end in ends]
         return {"concat": parts}
 
-    def _flow_set(self, family: int, ports: bool) -> str:
+    def _flow_set(self, rule: Rule, ports: bool) -> str:
+        family = family_of(rule.protocol)
         name = f"{self.device}/{'flows' if ports else 'peers'}{family}"
         if name not in self.made.sets:
             address = f"ipv{family}_addr"

@@ -26,16 +26,17 @@ from kvik.errors import (
     NoFilterBinding,
     OperationInvalid,
 )
-from kvik.host import nftables
+from kvik.host import nft_probe, nftables
 from kvik.host.netlink import Netlink
-from kvik.network.egress import NAMES_MAX, Resolver, check_name, name_servers
+from kvik.network.egress import KEEP, NAMES_MAX, Resolver, check_name, lapse, name_servers, redirects
+from kvik.network.egress_keeper import Keeper
 from kvik.network.filters import table, tree
 from kvik.network.filters.builtin import builtin_filters
 from kvik.network.filters.compile import Features, Ruleset, address_set, compile_rules
 from kvik.network.filters.dhcp import DhcpSnooper
 from kvik.network.filters.store import FilterStore
 from kvik.network.filters.table import Command
-from kvik.network.filters.variables import ALLOWED, LEARNED, collect, set_name
+from kvik.network.filters.variables import ALLOWED, KEPT, LEARNED, collect, set_name
 from kvik.paths import Paths
 
 __all__ = ["Filters"]
@@ -65,15 +66,17 @@ class _Bound:
 class Filters:
     """`open` before anything else. `warnings` holds what could not be put right then."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, *, keep: float = KEEP) -> None:
+        """`keep`: seconds, as in network/egress.py."""
         self.store = FilterStore(paths)
+        self._keep = keep
         self.warnings: list[str] = []
         self._defined: dict[str, NetworkFilter] = {}
         self._bound: dict[str, _Bound] = {}
         self._lock = threading.RLock()
-        self._features: Features | None = None
         self._based = False  # the shared part of the table is there
         self._snooper: DhcpSnooper | None = None  # once an interface wants it
+        self._keeper: Keeper | None = None  # likewise
 
     def open(self) -> None:
         """Read what is defined; put interfaces that still exist under their rules again, and forget the others."""
@@ -90,7 +93,7 @@ class Filters:
                 bound = _Bound(binding)
                 mine = f"{binding.portdev}/"
                 bound.chains = [name for name in chains if name.startswith(mine)]
-                named = {set_name(value, binding.portdev) for value in ALLOWED.values()}
+                named = {set_name(value, binding.portdev) for value in (*ALLOWED.values(), *KEPT.values())}
                 bound.sets = [name for name in sets if name.startswith(mine) or name in named]
                 bound.guarded = bool(bound.chains)  # perhaps: taking away what is not there does no harm
                 self._bound[binding.portdev] = bound
@@ -104,10 +107,11 @@ class Filters:
                     logger.warning("%s", self.warnings[-1])
 
     def close(self) -> None:
-        """Let go. Rules stay."""
-        snooper, self._snooper = self._snooper, None
-        if snooper is not None:
-            snooper.close()
+        """Let go. Rules stay, and so do resolvers."""
+        for one in (self._snooper, self._keeper):
+            if one is not None:
+                one.close()
+        self._snooper = self._keeper = None
 
     # looking up
 
@@ -220,13 +224,21 @@ class Filters:
             self.store.save_binding(binding)
             self._bound[binding.portdev] = bound
             try:
-                self._apply([bound], anew=True)
+                self._apply([bound], anew=before is None or not self._extends(bound, before))
             except BaseException:
                 self._take_back(bound, before)
                 raise
             for note in bound.notes:
                 logger.warning("filter %s on %s: %s", binding.reference.filter, binding.portdev, note)
             return bound.notes
+
+    def _extends(self, bound: _Bound, before: _Bound) -> bool:
+        """Whether a machine may go on with what its allow-list let it find: when the list was only added to."""
+        new, old = bound.binding, before.binding
+        names = {one.value.lower() for one in new.reference.parameters if one.name == "ALLOW"}
+        same = (new.owner_uuid, new.mac, new.reference.filter) == (old.owner_uuid, old.mac, old.reference.filter)
+        rest = [[one for one in binding.reference.parameters if one.name != "ALLOW"] for binding in (new, old)]
+        return same and bool(before.allow) and names.issuperset(before.allow) and rest[0] == rest[1]
 
     def _take_back(self, bound: _Bound, before: _Bound | None) -> None:
         """The interface as it was, after `bound` could not be had, or not all of it."""
@@ -262,7 +274,9 @@ class Filters:
                     # Somebody flushed the host's rules: what is left of ours, if anything, goes with the next binding.
             del self._bound[device]
             self.store.remove_binding(device)
-            resolver = Resolver(self.store.bindings, device, bound.binding.mac)
+            if self._keeper is not None:
+                self._keeper.forget(device)
+            resolver = self._resolver(bound)
             if resolver.config_file.exists():
                 resolver.stop()
             if self._snooper is not None:
@@ -279,7 +293,9 @@ class Filters:
         """Put back what somebody flushed (`nft flush ruleset`); whether there was anything to put back."""
         with self._lock:
             chains = self._in_kernel()[0] if self._bound else set()
-            if all(chains.issuperset(bound.chains) for bound in self._bound.values()):
+            listed = {bound.binding.mac for bound in self._bound.values() if bound.allow}
+            whole = all(chains.issuperset(bound.chains) for bound in self._bound.values())
+            if whole and (not listed or redirects() >= listed):
                 return False
             self.reapply()
             return True
@@ -333,13 +349,48 @@ class Filters:
             self._listen(bound)
             self._resolve(bound)
 
+    def _resolver(self, bound: _Bound) -> Resolver:
+        return Resolver(self.store.bindings, bound.binding.portdev, bound.binding.mac, self._keep)
+
     def _resolve(self, bound: _Bound) -> None:
-        resolver = Resolver(self.store.bindings, bound.binding.portdev, bound.binding.mac)
+        resolver = self._resolver(bound)
+        device = bound.binding.portdev
+        if self._keeper is not None:  # its resolver may be replaced: that is not a death
+            self._keeper.let_go(device)
         if bound.allow:
             given = collect(bound.binding.reference.parameters, {})
             resolver.start(bound.gateway, bound.allow, given.get("DNSSERVER") or name_servers())
+            handle = resolver.find()
+            if handle is not None:
+                self._keeper = self._keeper or Keeper(self._keep, self._resolver_ended, self._period_over)
+                self._keeper.watch(device, handle)
         elif resolver.config_file.exists():
             resolver.stop()
+
+    def _resolver_ended(self, device: str) -> None:
+        with self._lock:
+            bound = self._bound.get(device)
+            if bound is None or not bound.allow:
+                return
+            logger.warning("the resolver of %s ended by itself; it is started again", device)
+            try:
+                self._resolve(bound)
+            except KvikError as error:  # tried again when the period is over
+                logger.error("the resolver of %s cannot be started: %s", device, error)
+
+    def _period_over(self) -> None:
+        with self._lock:
+            listed = [bound for bound in self._bound.values() if bound.allow]
+            for bound in listed:
+                handle = self._resolver(bound).find()
+                if handle is None:
+                    self._resolver_ended(bound.binding.portdev)
+                else:
+                    handle.close()
+            try:
+                lapse([bound.binding.portdev for bound in listed], self._keep)
+            except KvikError as error:  # somebody flushed the host's rules: `repair` comes
+                logger.info("what allowed names resolved to did not lapse: %s", error)
 
     def _listen(self, bound: _Bound) -> None:
         if bound.learn == "dhcp":
@@ -367,11 +418,11 @@ class Filters:
                 learn = _LEARNING[mode]
                 values["IP"] = [LEARNED]
         if bound.allow:
-            values |= {"ALLOWED": [ALLOWED[4]], "ALLOWED6": [ALLOWED[6]], "GATEWAY": given["GATEWAY"]}
+            values |= {"ALLOWED": [ALLOWED[4], KEPT[4]], "ALLOWED6": [ALLOWED[6], KEPT[6]], "GATEWAY": given["GATEWAY"]}
         rules = tree.flatten(binding.reference, values, self.lookup_name)
         bound.filters = tree.names(binding.reference, self.lookup_name)
         bound.learn = learn
-        return compile_rules(binding.portdev, binding.mac, rules, self._kernel_features(), learn=learn)
+        return compile_rules(binding.portdev, binding.mac, rules, _kernel_features(), learn=learn)
 
     @staticmethod
     def _replacement(bound: _Bound, ruleset: Ruleset, *, anew: bool) -> Iterable[Command]:
@@ -409,18 +460,6 @@ class Filters:
         chains = {item["chain"]["name"] for item in found if "chain" in item}
         return chains, {item["set"]["name"] for item in found if "set" in item}
 
-    def _kernel_features(self) -> Features:
-        if self._features is None:
-            state = {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["established"]}}
-            reject = {"reject": {"type": "icmpx", "expr": "port-unreachable"}}
-            bridge = {"family": "bridge", "hook": "prerouting"}
-            self._features = Features(
-                connection_tracking=_accepts(bridge, state),
-                reject=_accepts(bridge, reject),
-                ingress=_accepts({"family": "netdev", "hook": "ingress", "dev": "lo"}, {"drop": None}),
-            )
-        return self._features
-
 
 def _gateways(device: str) -> list[str]:
     """The host's IPv4 addresses on the bridge that an interface is a port of."""
@@ -436,19 +475,10 @@ def _gateways(device: str) -> list[str]:
     return four
 
 
-def _accepts(chain: Command, expression: Command) -> bool:
-    """Whether this kernel takes a rule with `expression` in such a chain; checked, not done."""
-    where = {"family": chain["family"], "table": "kvik_probe"}
-    try:
-        nftables.check(
-            [
-                {"add": {"table": {"family": chain["family"], "name": "kvik_probe"}}},
-                {"add": {"chain": {**chain, **where, "name": "probe", "type": "filter", "prio": 0}}},
-                {"add": {"rule": {**where, "chain": "probe", "expr": [expression]}}},
-            ]
-        )
-    except HostError as error:
-        if error.errno == errno.EPERM:
-            raise
-        return False
-    return True
+def _kernel_features() -> Features:
+    lacking = nft_probe.missing("bridge-ct", "bridge-reject", "ingress")
+    return Features(
+        connection_tracking="bridge-ct" not in lacking,
+        reject="bridge-reject" not in lacking,
+        ingress="ingress" not in lacking,
+    )

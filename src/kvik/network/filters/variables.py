@@ -13,15 +13,20 @@ from kvik.conf.nwfilter import Condition, Parameter, Rule
 from kvik.conf.nwfilter_fields import VARIABLE, check_value
 from kvik.errors import ConfigError
 
-__all__ = ["ALLOWED", "COMBINATIONS_MAX", "LEARNED", "Values", "collect", "expand", "set_name"]
+__all__ = ["ALLOWED", "COMBINATIONS_MAX", "KEPT", "LEARNED", "Values", "collect", "expand", "set_name"]
 
 Values = Mapping[str, Sequence[str]]
 
 # Values that stand for a set of the interface, which changes while the machine runs.
 LEARNED = "@learned"  # its own addresses
 ALLOWED = {4: "@allowed4", 6: "@allowed6"}  # what the names on its allow-list resolve to
-# dnsmasq writes into the latter: it knows no "/" in their names.
-_SETS = {LEARNED: "{}/ip", ALLOWED[4]: "allow4-{}", ALLOWED[6]: "allow6-{}"}
+KEPT = {4: "@kept4", 6: "@kept6"}  # what they resolved to a while ago
+# dnsmasq writes into ALLOWED: it knows no "/" in their names.
+_SETS = {
+    LEARNED: "{}/ip",
+    **{ALLOWED[family]: f"allow{family}-{{}}" for family in ALLOWED},
+    **{KEPT[family]: f"kept{family}-{{}}" for family in KEPT},
+}
 COMBINATIONS_MAX = 4096  # of one rule
 _MAY_BE_SETS = {"srcipaddr": "srcipmask", "dstipaddr": "dstipmask", "arpsrcipaddr": "arpsrcipmask",
                    "arpdstipaddr": "arpdstipmask"}  # fmt: skip

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -70,14 +72,15 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    made = World(tmp_path)
+async def world() -> AsyncIterator[World]:
+    made = World(Path(tempfile.mkdtemp(prefix="kv-")))  # not tmp_path: a socket's path has few bytes
     yield made
     last = made.managers[-1]
     for domain in last.domains():
         if domain.is_active:
             await domain.destroy()
     await last.close()
+    shutil.rmtree(made.root)
 
 
 async def soon(condition: Any) -> None:
