@@ -216,7 +216,7 @@ def arguments(
     return [*argv, "--", address, *command]
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: list[str]) -> int:
     """Its exit code, 128 + N for signal N. An interrupt from the terminal is ssh's business, which has it too."""
     import shutil
 
