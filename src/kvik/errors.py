@@ -8,6 +8,7 @@ KvikError
 │   ├── NoDomain, NoNetwork, NoNetworkPort, NoFilter, NoFilterBinding, NoInterface,
 │   └── NoStoragePool, NoStorageVolume, NoSnapshot, NoMetadata, NoDevice
 ├── AlreadyExists             a name, UUID or address is taken
+│   └── StorageVolumeExists
 ├── OperationInvalid          the object is not in a state that allows this
 ├── OperationUnsupported      nobody could do this here
 │   └── NoSupport             the procedure itself is unknown
@@ -68,6 +69,7 @@ __all__ = [
     "OperationUnsupported",
     "ResourceBusy",
     "RpcError",
+    "StorageVolumeExists",
 ]
 
 
@@ -175,6 +177,11 @@ class NoDevice(NotFound):
 
 class AlreadyExists(KvikError):
     code = 9
+
+
+class StorageVolumeExists(AlreadyExists):
+    code = 90
+    domain = 18
 
 
 class OperationInvalid(KvikError):

@@ -216,17 +216,16 @@ def arguments(
     return [*argv, "--", address, *command]
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: list[str]) -> int:
     """Its exit code, 128 + N for signal N. An interrupt from the terminal is ssh's business, which has it too."""
-    import subprocess
+    import shutil
 
-    try:
-        process = subprocess.Popen(argv)
-    except FileNotFoundError:
-        raise MissingPackages("ssh is not installed", packages=("openssh-client",), remedy=INSTALL) from None
+    if shutil.which(argv[0]) is None:
+        raise MissingPackages("ssh is not installed", packages=("openssh-client",), remedy=INSTALL)
+    pid = os.spawnvp(os.P_NOWAIT, argv[0], argv)
     while True:
         try:
-            code = process.wait()
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             return code if code >= 0 else 128 - code
         except KeyboardInterrupt:
             continue

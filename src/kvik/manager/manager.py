@@ -36,6 +36,7 @@ from kvik.manager.interfaces import look_after_networks
 from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
 from kvik.manager.states import needs_daemon
+from kvik.manager.storage import Pools, users
 from kvik.manager.store import Store, check_name
 from kvik.network import bridges
 from kvik.network.filters.filters import Filters
@@ -72,6 +73,8 @@ class Manager:
         self.filters = Filters(paths)
         self.session_networks = SessionNetworks(paths) if paths.scope == "session" else None
         self.networks = Networks(paths, rules_gone=self._rules_gone, switches=self.session_networks)
+        self.pools = Pools(paths)
+        self.pools.users = lambda: users(self)
         self.store = Store(paths)
         self.interfaces = Interfaces(paths)
         self.bridges = bridges
@@ -95,6 +98,8 @@ class Manager:
         if self.default_network:  # a slow host is not made to wait for it: clients give a daemon seconds to listen
             await asyncio.wait([self.spawn(self._make_default_network())], timeout=DEFAULT_NETWORK_WAIT)
         self.warnings += self.networks.warnings
+        await self.pools.open()
+        self.warnings += self.pools.warnings
         await recover.recover(self)
         await ports.settle(self)
         ports.watch(self)
@@ -124,6 +129,7 @@ class Manager:
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
         await self.networks.close()
+        self.pools.close()
         self.interfaces.close()
         self.filters.close()
         self.store.close()

@@ -562,6 +562,9 @@ ELSEWHERE = {
     "quit": "test_shell.py",
     "exit": "test_shell.py",
 }
+ELSEWHERE |= {
+    name: "test_storage.py" for name in VERBS if name.startswith(("pool-", "vol-", "find-storage-pool-sources"))
+}
 ELSEWHERE_OPTIONS = {
     ("desc", "edit"): "test_edit.py",
     ("metadata", "edit"): "test_edit.py",

@@ -427,7 +427,7 @@ def test_descriptors_go_both_ways(daemon: Make) -> None:
 def test_events_that_arrive_during_a_call_are_kept(daemon: Make) -> None:
     def interrupted(fake: FakeDaemon, call: m.Call) -> None:
         fake.event("DOMAIN_EVENT_CALLBACK_LIFECYCLE", 4, (DOM, 2, 0))
-        fake.event("STORAGE_POOL_EVENT_LIFECYCLE", 1, ("default", bytes(16)), 0, 0)  # nobody here asks for these
+        fake.event("SECRET_EVENT_LIFECYCLE", 1, (bytes(16), 0, ""), 0, 0)  # nobody here asks for these
         fake.event("DOMAIN_EVENT_CALLBACK_TRAY_CHANGE", 4, (DOM, "cdrom0", 1))
         fake.event("CONNECT_EVENT_CONNECTION_CLOSED", 1)
         fake.send(m.reply(call, ("QEMU",)))
