@@ -315,6 +315,8 @@ class Host:
         assert not extra, f"processes nobody owns: {[command_of(pid) for pid in extra]}"
         assert all(alive(pid) for pid in pids)
         known = {f"{self.paths.domains}/autostart", f"{self.paths.networks}", f"{self.paths.networks}/autostart"}
+        if self.session:  # its network is made at the first start
+            known |= {f"{self.paths.networks}/{place}default.xml" for place in ("", "autostart/")}
         known |= {f"{self.paths.domains}/{domain.name}.xml" for domain in domains if domain.is_persistent()}
         known |= {
             f"{self.paths.domains}/autostart/{d.name}.xml" for d in domains if d.is_persistent() and d.autostart()

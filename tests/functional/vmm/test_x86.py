@@ -46,7 +46,7 @@ SERVER = bytes.fromhex(
     "b001 e6f4"  # report READY
     "fb f4 fa"  # wait: sti; hlt; cli
     "e4f5 3c01 740a 3c02 7423 3c03 743e ebed"  # in PROBE + 1: je one_shot, deadline, self; jmp wait
-    "66c706e0030b000000 66c706200340000000 66c706800300001000 ebd0"  # divide by 1, vector 0x40, count 1 Mi
+    "66c706e0030b000000 66c706200340000000 66c706800300000008 ebd0"  # divide by 1, vector 0x40, count 128 Mi: 134 ms
     "66c706200341000400 0f31 660500000008 6683d200 66b9e0060000 0f30 ebb1"  # vector 0x41, TSC + 128 Mi
     "66c706100300000000 66c706000342000000 eb9d"  # ICR: vector 0x42 to APIC 0
 )
