@@ -37,6 +37,7 @@ class Host:
         self.filters = Filters(Paths.system(directory), keep=keep)
         self.filters.open()
         close.callback(self.filters.close)
+        close.callback(self._release)
         self.guest = close.enter_context(new_namespace())
         with Netlink() as netlink:
             lo = netlink.link("lo")
@@ -65,6 +66,11 @@ class Host:
         self.listeners = {}
         for address in (GOOD, BAD):
             self.listeners[address] = close.enter_context(socket.create_server((address, 80)))
+
+    def _release(self) -> None:
+        """A resolver outlives a daemon, and would outlive the test and its namespace."""
+        for binding in self.filters.bindings():
+            self.filters.unbind(binding.portdev)
 
     @staticmethod
     def _inside() -> None:
