@@ -153,7 +153,9 @@ def test_running_machines_are_plugged_into_a_network_of_ones_own(machines: Sessi
         assert done.returncode == 0, done.stderr
         machines.eventually(
             name,
-            "ip link set eth1 up; udhcpc -i eth1 -s /etc/udhcpc.script -n -q; ip -4 addr show eth1",
+            # The names that the later tests ask for are not known by this network.
+            "cp /etc/resolv.conf /tmp; ip link set eth1 up; udhcpc -i eth1 -s /etc/udhcpc.script -n -q;"
+            "cp /tmp/resolv.conf /etc; ip -4 addr show eth1",
             "inet 10.9.0.",
         )
     assert "10.9.0.90/24" in machines("domifaddr", "left", "--source", "lease").stdout
