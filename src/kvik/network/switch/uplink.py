@@ -52,6 +52,7 @@ def start_uplink(
         )
     ours, theirs = socket.socketpair()
     with theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         argv = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno()), "--address", address]
         argv += ["--netmask", str(settings["prefix"]), "--gateway", settings["ip"], "--mac-addr", settings["mac"]]
         # Addresses and names are the switch's business. The gateway's address is no way to the host's own loopback.
