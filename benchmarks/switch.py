@@ -39,7 +39,7 @@ from kvik.network.switch.uplink import start_uplink  # noqa: E402
 
 SETTINGS = {
     "name": "bench", "mac": "52:54:00:00:00:01", "ip": "192.168.122.1", "prefix": 24,
-    "range": ["192.168.122.2", "192.168.122.254"], "router": True,
+    "ranges": [["192.168.122.2", "192.168.122.254"]], "router": True,
 }  # fmt: skip
 MACHINES = [
     {"name": "left", "mac": "52:54:00:aa:00:01"},

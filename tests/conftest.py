@@ -19,13 +19,13 @@ HERE = Path(__file__).parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
-from interrupted import interrupt_on_sigterm  # noqa: E402  the path to these was just made
+from interrupted import interrupt_on_signals  # noqa: E402  the path to these was just made
 from order import directory, place  # noqa: E402
 from repeats import Repeats, run_repeated  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    interrupt_on_sigterm(config)
+    interrupt_on_signals(config)
     if not hasattr(config, "workerinput"):  # a worker of `-n` has nobody to tell
         config.pluginmanager.register(Repeats(config))
 

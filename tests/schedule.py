@@ -14,6 +14,7 @@ from xdist.workermanage import WorkerController
 from order import is_alone
 
 LAST = "alone"  # the scope of all tests that run by themselves
+IN_HAND = 2  # tests that a worker has left when it gets the next file
 
 
 class Schedule(LoadScopeScheduling):
@@ -26,6 +27,17 @@ class Schedule(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         return LAST if is_alone(nodeid) else nodeid.partition("::")[0]
 
+    def remove_node(self, node: WorkerController) -> str | None:
+        """As the base class does it, but a test that its worker crashed with is not run again."""
+        work = self.assigned_work.pop(node)
+        crashed = next((test for unit in work.values() for test, done in unit.items() if not done), None)
+        if crashed is not None:
+            work[self._split_scope(crashed)][crashed] = True
+            self.workqueue.update({scope: unit for scope, unit in work.items() if not all(unit.values())})
+            for other in self.nodes:
+                self._reschedule(other)
+        return crashed
+
     def _assign_work_unit(self, node: WorkerController) -> None:
         """Keep `LAST` for the last: what a worker that crashed leaves undone comes back behind it."""
         if LAST in self.workqueue:
@@ -35,10 +47,15 @@ class Schedule(LoadScopeScheduling):
         super()._assign_work_unit(node)
 
     def _reschedule(self, node: WorkerController) -> None:
-        if list(self.workqueue) == [LAST]:
+        """Give it files until it has tests in hand: a worker runs one only when it knows the next, or that none is."""
+        while not node.shutting_down and self.workqueue.keys() - {LAST}:
+            if self._pending_of(self.assigned_work[node]) > IN_HAND:
+                return
+            self._assign_work_unit(node)
+        if self.workqueue.keys() == {LAST}:
             self._wind_down()
-        else:
-            super()._reschedule(node)
+        elif not self.workqueue and not node.shutting_down:
+            node.shutdown()
 
     def _wind_down(self) -> None:
         """Only `LAST` is left: one worker waits for it, the others finish what they have and end."""

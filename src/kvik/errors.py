@@ -8,6 +8,7 @@ KvikError
 │   ├── NoDomain, NoNetwork, NoNetworkPort, NoFilter, NoFilterBinding, NoInterface,
 │   └── NoStoragePool, NoStorageVolume, NoSnapshot, NoMetadata, NoDevice
 ├── AlreadyExists             a name, UUID or address is taken
+│   └── StorageVolumeExists
 ├── OperationInvalid          the object is not in a state that allows this
 ├── OperationUnsupported      nobody could do this here
 │   └── NoSupport             the procedure itself is unknown
@@ -18,6 +19,7 @@ KvikError
 ├── AccessDenied              the caller may not
 ├── AuthenticationFailed      the caller is not who it says
 ├── HostError                 the host refused (errno kept)
+│   ├── DBusError             a service on the system's D-Bus refused (knows the error's name)
 │   └── MissingPackages       software of the distribution is missing (knows the command that installs it)
 ├── HypervisorError           the VMM failed or answered nonsense
 │   ├── MonitorError          QMP returned an error
@@ -40,6 +42,7 @@ __all__ = [
     "ConfigError",
     "ConfigUnsupported",
     "ConnectError",
+    "DBusError",
     "HostError",
     "HypervisorError",
     "ImageError",
@@ -66,6 +69,7 @@ __all__ = [
     "OperationUnsupported",
     "ResourceBusy",
     "RpcError",
+    "StorageVolumeExists",
 ]
 
 
@@ -175,6 +179,11 @@ class AlreadyExists(KvikError):
     code = 9
 
 
+class StorageVolumeExists(AlreadyExists):
+    code = 90
+    domain = 18
+
+
 class OperationInvalid(KvikError):
     code = 55
 
@@ -192,7 +201,17 @@ class OperationFailed(KvikError):
 
 
 class ImageError(OperationFailed):
-    """A kernel, disk or package file is damaged, hostile, or of a kind that is not read here."""
+    """A kernel, disk or package file is damaged, hostile, or of a kind that is not read here.
+
+    `file` is the path it was opened by, `offset` the byte at which the fault lies (None: no one place).
+    """
+
+    def __init__(self, message: str, *, file: str = "", offset: int | None = None, remedy: str = "") -> None:
+        where = f"{file}: " if file else ""
+        at = f" (at byte {offset:#x})" if offset is not None else ""
+        super().__init__(f"{where}{message}{at}", remedy=remedy)
+        self.file = file
+        self.offset = offset
 
 
 class OperationTimeout(KvikError):
@@ -220,6 +239,14 @@ class HostError(KvikError):
     def __init__(self, message: str, *, errno: int = 0, remedy: str = "") -> None:
         super().__init__(message, remedy=remedy)
         self.errno = errno
+
+
+class DBusError(HostError):
+    """A service on the system's D-Bus refused; `name` is the error's, as the service has it."""
+
+    def __init__(self, message: str, *, name: str = "", errno: int = 0, remedy: str = "") -> None:
+        super().__init__(message, errno=errno, remedy=remedy)
+        self.name = name
 
 
 class MissingPackages(HostError):

@@ -93,6 +93,16 @@ class Paths(NamedTuple):
         return self.data / "network"
 
     @property
+    def pools(self) -> Path:
+        """Persistent storage pool documents, `NAME.xml`; links in `autostart/` below it."""
+        return self.config / "storage"
+
+    @property
+    def pool_status(self) -> Path:
+        """Live status of active storage pools, `NAME.xml`."""
+        return self.run / "storage"
+
+    @property
     def domain_logs(self) -> Path:
         return self.log / "qemu"
 

@@ -64,6 +64,9 @@ cpu-models x86_64
 capabilities
 domif-getlink test testnet0
 domif-getlink test foo
+domiftune test testnet0
+domiftune test foo
+domiftune test testnet0 --inbound 100,x
 domif-setlink test testnet0 foo
 domif-setlink test testnet0 down --print-xml
 domhostname test

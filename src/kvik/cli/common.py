@@ -17,7 +17,6 @@ CONFIG = Option("config", FLAG, "affect next boot")
 LIVE = Option("live", FLAG, "affect running domain")
 CURRENT = Option("current", FLAG, "affect current domain")
 PRINT_XML = Option("print-xml", FLAG, "print XML document rather than do it")
-IMPACT = (CONFIG, LIVE, CURRENT)
 
 
 def exclusive(options: Options, *pairs: tuple[str, str]) -> None:

@@ -207,6 +207,36 @@ class Source:
         except Exception:
             return []
 
+    def pools(self, active: bool | None) -> list[str]:
+        """Names of storage pools: all, or the active or inactive ones."""
+        from kvik.client import connect, storage
+
+        bits = {None: 0, False: 1, True: 2}[active]  # virConnectListAllStoragePoolsFlags
+        try:
+            if self.context is not None:
+                return [pool.name for pool in storage.pools(self.context.connection, bits)]
+            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
+                return [pool.name for pool in storage.pools(connection, bits)]
+        except Exception:
+            return []
+
+    def volumes(self, pool: str) -> list[str]:
+        """Names of the volumes of a pool, or their paths in all of them."""
+        from kvik.client import connect, storage
+
+        def ask(connection: Connection) -> list[str]:
+            if pool:
+                return [volume.name for volume in storage.pool(connection, pool).volumes()]
+            return [volume.path() for one in storage.pools(connection, 2) for volume in one.volumes()]
+
+        try:
+            if self.context is not None:
+                return ask(self.context.connection)
+            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
+                return ask(connection)
+        except Exception:
+            return []
+
     def ports(self, name: str) -> list[str]:
         """UUIDs of the ports of a network."""
         try:
@@ -310,6 +340,10 @@ COMPLETERS: dict[str, Callable[[Source, dict[str, str]], list[tuple[str, str]]]]
     "network-event": _network_events,
     "nwfilter": lambda source, used: [(name, "") for name in source.filters(False)],
     "nwfilter-binding": lambda source, used: [(name, "") for name in source.filters(True)],
+    "pool": lambda source, used: [(name, "") for name in source.pools(None)],
+    "pool-active": lambda source, used: [(name, "") for name in source.pools(True)],
+    "pool-inactive": lambda source, used: [(name, "") for name in source.pools(False)],
+    "volume": lambda source, used: [(name, "") for name in source.volumes(used.get("pool", ""))],
     "verb": _verbs,
     "key": _keys,
     "event": _events,

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 # virDomainQemuAgentCommandTimeoutValues
 AGENT_BLOCK = -2
-AGENT_DEFAULT = -1
 AGENT_NOWAIT = 0
 
 

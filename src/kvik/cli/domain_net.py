@@ -1,10 +1,10 @@
-"""domiflist, domifstat, domifaddr, ip, domif-getlink."""
+"""domiflist, domifstat, domifaddr, ip, domif-getlink, domiftune."""
 
 from __future__ import annotations
 
 from kvik.cli import document, flags
-from kvik.cli.common import ACTIVE, DOMAIN, choice
-from kvik.cli.options import DATA, FLAG, TEXT, Option, Verb
+from kvik.cli.common import ACTIVE, CONFIG, CURRENT, DOMAIN, LIVE, choice, impact
+from kvik.cli.options import DATA, FLAG, TEXT, Option, UsageError, Verb
 from kvik.cli.table import Table
 from kvik.errors import KvikError, NoDevice, OperationFailed
 from kvik.named import NamedTuple
@@ -148,6 +148,50 @@ def ip(ctx: Context, options: Options) -> int:
     return 0
 
 
+RATES = ("average", "peak", "burst", "floor")
+
+
+def rates(direction: str, text: str) -> dict[str, int]:
+    """AVERAGE[,PEAK[,BURST[,FLOOR]]] as parameters; what is left out is not said."""
+    parts = text.split(",")
+    if len(parts) > len(RATES):
+        raise UsageError(f"Rate string '{text}' has too many fields")
+    given: dict[str, int] = {}
+    for name, part in zip(RATES, parts, strict=False):
+        if part and not (part.isascii() and part.isdigit() and int(part) < 1 << 32):
+            raise UsageError(f"field '{name}' is malformed", remedy="AVERAGE[,PEAK[,BURST[,FLOOR]]], in kB/s and KiB")
+        given[name] = int(part or 0)
+    if direction == "outbound" and given.get("floor"):
+        raise UsageError("outbound floor is unsupported yet")
+    if not given["average"] and not given.get("floor") and any(given.values()):
+        raise UsageError(
+            "either inbound average or floor is mandatory"
+            if direction == "inbound"
+            else "outbound average is mandatory"
+        )
+    return {f"{direction}.{name}": value for name, value in given.items() if value or name == "average"}
+
+
+def domiftune(ctx: Context, options: Options) -> int:
+    key, bits = options.data("interface"), impact(options)
+    values: dict[str, int] = {}
+    for direction in ("inbound", "outbound"):
+        text = options.text(direction)
+        if text is not None:
+            values |= rates(direction, text)
+    domain = ctx.domain(options.data("domain"))
+    if values:
+        ctx.doing = "Unable to set interface parameters"
+        domain.set_interface_parameters(key, values, bits)
+        return 0
+    ctx.doing = "Unable to get interface parameters"
+    found = domain.interface_parameters(key, bits)
+    if not ctx.put({"interface": key, **found}):
+        for name, value in found.items():
+            ctx.line(f"{name:<15}: {value}")
+    return 0
+
+
 INTERFACE = Option("interface", DATA, "interface device (MAC Address)", complete="interface")
 
 COMMANDS = {
@@ -177,6 +221,17 @@ COMMANDS = {
         ACTIVE,
         Option("all", FLAG, "print every address, the best first"),
         Option("source", TEXT, "address source: 'lease', 'agent', or 'arp'", complete=tuple(flags.ADDRESSES)),
+    ),
+    "domiftune": Verb(
+        domiftune,
+        "Get/set parameters of a domain's virtual interface.",
+        DOMAIN,
+        INTERFACE,
+        Option("inbound", TEXT, "control domain's incoming traffics"),
+        Option("outbound", TEXT, "control domain's outgoing traffics"),
+        CONFIG,
+        LIVE,
+        CURRENT,
     ),
     "domif-getlink": Verb(
         domif_getlink,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvik.cli.options import Verb
 
 # Verbs that may go on for hours: for them the garbage collector is switched on again.
-LASTING = frozenset(("console", "create", "event", "exec", "net-event", "proxy", "run", "start", "top"))
+LASTING = frozenset(("console", "create", "event", "exec", "net-event", "proxy", "run", "ssh", "start", "top"))
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 # global option: (short, takes a value, help)
@@ -190,12 +190,9 @@ def _apply_global(context: Context, name: str, value: str | None) -> int | None:
 ABSENT = frozenset(
     """
     blockcommit blockcopy blockjob blockpull blockresize checkpoint-create checkpoint-list domjobinfo-all dump
-    managedsave managedsave-remove migrate migrate-setspeed nodedev-list
-    pool-autostart pool-build pool-create pool-define pool-define-as pool-delete pool-destroy pool-dumpxml pool-edit
-    pool-info pool-list pool-refresh pool-start pool-undefine restore save save-image-dumpxml save-image-edit
+    managedsave managedsave-remove migrate migrate-setspeed nodedev-list restore save save-image-dumpxml save-image-edit
     secret-define secret-list snapshot-create snapshot-create-as snapshot-current snapshot-delete snapshot-dumpxml
-    snapshot-info snapshot-list snapshot-parent snapshot-revert vol-clone vol-create vol-create-as vol-delete
-    vol-download vol-dumpxml vol-info vol-list vol-path vol-resize vol-upload vol-wipe
+    snapshot-info snapshot-list snapshot-parent snapshot-revert
     """.split()  # noqa: SIM905 - a list of a hundred lines is harder to read
 )
 
@@ -281,7 +278,9 @@ def failure(name: str, words: Sequence[str], error: BaseException) -> int:
 
 
 # Verbs whose output is not followed by virsh's blank line: it would be part of somebody else's data.
-PLAIN = frozenset({"run", "exec", "ip", "ps", "top", "doctor", "completion", "proxy", "quit", "exit", "help"})
+PLAIN = frozenset(
+    {"run", "exec", "ip", "ssh", "ps", "top", "doctor", "img", "completion", "proxy", "quit", "exit", "help"}
+)
 
 
 def _now() -> float:

@@ -26,6 +26,7 @@ COUNT = "count"  # one whole number, required
 WORDS = "words"  # any number of values; the last option that takes values by position
 SOME = "some"  # one value at least
 REST = "rest"  # all that follows a lone `--`, never by name
+ALL = "all"  # every word as it stands, options too: the verb has a grammar of its own
 VALUED = (TEXT, DATA, NUMBER, COUNT, WORDS, SOME)
 
 HELP_WIDTH = 80
@@ -79,6 +80,8 @@ class Option:
             return f"{{{inner}}}..." if self.kind == SOME else f"[{inner}]..."
         if self.kind == REST:
             return f"[-- <{self.metavar}>...]"
+        if self.kind == ALL:
+            return f"<{self.metavar}>..."
         return f"[--{self.name} <{self.metavar}>]" + ("..." if self.repeat else "")
 
     def left(self) -> str:
@@ -89,6 +92,8 @@ class Option:
             return f"[--{self.name}] <{self.metavar}>"
         if self.kind == REST:
             return f"-- <{self.metavar}>..."
+        if self.kind == ALL:
+            return f"<{self.metavar}>..."
         return (f"-{self.short} | " if self.short else "") + f"--{self.name} <{self.metavar}>"
 
 
@@ -155,7 +160,7 @@ class Options:
         return value
 
     def words(self, name: str) -> list[str]:
-        value = self._get(name, (WORDS, SOME, REST, TEXT))
+        value = self._get(name, (WORDS, SOME, REST, ALL, TEXT))
         return list(value) if isinstance(value, list) else [value] if isinstance(value, str) else []
 
     def given(self) -> frozenset[str]:
@@ -177,6 +182,8 @@ COMMON = (
 def parse(name: str, verb: Verb, words: Sequence[str]) -> Options:
     """Values of `words` for `verb`; `UsageError` with a suggestion on anything that does not fit."""
     values: dict[str, str | bool | list[str]] = {}
+    if verb.options and verb.options[0].kind == ALL:
+        return Options(verb, {verb.options[0].name: list(words)})
     positions = [option for option in verb.options if option.kind in VALUED and not option.named_only]
     rest = next((option for option in verb.options if option.kind == REST), None)
     data_only = False
@@ -268,7 +275,7 @@ def describe(name: str, summary: str, verb: Verb) -> str:
     if verb.description:
         lines += ["", "  DESCRIPTION", *(f"    {line}" for line in verb.description.splitlines())]
     lines += ["", "  OPTIONS"]
-    options = (*verb.options, *COMMON)
+    options = verb.options if any(o.kind == ALL for o in verb.options) else (*verb.options, *COMMON)
     column = min(28, max(15, *(len(option.left()) for option in options)))
     for option in options:
         left = f"    {option.left():<{column}}  "
@@ -287,5 +294,5 @@ def describe(name: str, summary: str, verb: Verb) -> str:
 
 def _synopsis_order(verb: Verb) -> list[Option]:
     required = [option for option in verb.options if option.kind in (DATA, COUNT)]
-    words = [option for option in verb.options if option.kind in (WORDS, SOME, REST)]
+    words = [option for option in verb.options if option.kind in (WORDS, SOME, REST, ALL)]
     return [*required, *(o for o in verb.options if o not in required and o not in words), *words]

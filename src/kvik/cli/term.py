@@ -7,7 +7,6 @@ move the cursor, recolour the screen or set the window's title; so every such st
 from __future__ import annotations
 
 import os
-import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,7 +102,3 @@ def wants_colour(stream: TextIO, environ: Mapping[str, str] | None = None) -> bo
 
 def paint(text: str, colour: str | None) -> str:
     return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if colour and text else text
-
-
-def error_stream() -> TextIO:
-    return sys.stderr

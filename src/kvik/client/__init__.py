@@ -13,9 +13,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.client.domain import Domain
     from kvik.client.network import Network
+    from kvik.client.storage import StoragePool, StorageVolume
     from kvik.client.stream import Stream
 
-__all__ = ["Connection", "Domain", "Network", "Stream", "connect"]
+__all__ = ["Connection", "Domain", "Network", "StoragePool", "StorageVolume", "Stream", "connect"]
 
 
 def __getattr__(name: str) -> object:
@@ -28,6 +29,10 @@ def __getattr__(name: str) -> object:
         from kvik.client.network import Network
 
         return Network
+    if name in ("StoragePool", "StorageVolume"):
+        from kvik.client import storage
+
+        return getattr(storage, name)
     if name == "Stream":
         from kvik.client.stream import Stream
 

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvik.client.domain import Domain
-    from kvik.client.events import ConnectionClosed, DomainEvent, NetworkEvent
+    from kvik.client.events import AnyEvent
     from kvik.client.network import Network, NetworkFacts
+    from kvik.client.storage import StoragePool
     from kvik.rpc.xdr import Record
 
 __all__ = ["Connection", "NodeInfo", "OverviewRow", "connect"]
 
 CONNECT_READONLY = 1
 AUTH_NONE = 0
-FEATURE_EVENT_CALLBACK = 14
 
 
 class NodeInfo(NamedTuple):
@@ -371,6 +371,19 @@ class Connection:
         ref = domain.ref if domain is not None else None
         return int(self.call("CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY", EVENT_IDS[kind], ref)[0])
 
+    def register_pool(self, kind: str = "lifecycle", pool: StoragePool | None = None) -> int:
+        """Ask for events of storage pools (`kvik.client.events.POOL_EVENT_IDS`), of one or all."""
+        from kvik.client.events import POOL_EVENT_IDS
+        from kvik.errors import InvalidArgument
+
+        if kind not in POOL_EVENT_IDS:
+            raise InvalidArgument(f"unknown kind of event {kind!r}", remedy=f"there are {', '.join(POOL_EVENT_IDS)}")
+        ref = pool.ref if pool is not None else None
+        return int(self.call("CONNECT_STORAGE_POOL_EVENT_REGISTER_ANY", POOL_EVENT_IDS[kind], ref)[0])
+
+    def deregister_pool(self, callback: int) -> None:
+        self.call("CONNECT_STORAGE_POOL_EVENT_DEREGISTER_ANY", callback)
+
     def register_network(self, kind: str = "lifecycle", network: Network | None = None) -> int:
         """Ask for events of networks (`kvik.client.events.NETWORK_EVENT_IDS`), of one or all."""
         from kvik.client.events import NETWORK_EVENT_IDS
@@ -387,7 +400,7 @@ class Connection:
     def deregister(self, callback: int) -> None:
         self.call("CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY", callback)
 
-    def next_event(self, timeout: float | None = None) -> DomainEvent | NetworkEvent | ConnectionClosed | None:
+    def next_event(self, timeout: float | None = None) -> AnyEvent | None:
         """The next event of any registered kind; None after `timeout` seconds without one."""
         import time
 
@@ -407,7 +420,7 @@ class Connection:
 
     def events(
         self, kinds: Sequence[str] = ("lifecycle",), domain: Domain | None = None, timeout: float | None = None
-    ) -> Iterator[DomainEvent | NetworkEvent | ConnectionClosed]:
+    ) -> Iterator[AnyEvent]:
         """Register `kinds` and yield their events; ends when `timeout` seconds passed without one."""
         callbacks = [self.register(kind, domain) for kind in kinds]
         try:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from kvik.client.connection import Connection
 
 SCREENSHOT_MAX = 256 * 1024 * 1024
-STATE_RUNNING = 1
 _REPLY_SLACK = 10.0  # seconds beyond a deadline that the daemon keeps itself
 
 
@@ -303,6 +302,21 @@ class Domain:
         # libvirt's own types: shares and periods unsigned, quotas signed.
         params = [TypedParam(name, LLONG if name.endswith("quota") else ULLONG, n) for name, n in values.items()]
         self._call("DOMAIN_SET_SCHEDULER_PARAMETERS_FLAGS", params, flags)
+
+    def interface_parameters(self, interface: str, flags: int = 0) -> dict[str, Any]:
+        """Its bandwidth by libvirt's names, such as "inbound.average": kilobytes a second, burst KiB, 0 no bound.
+        `interface` is a MAC address or the name of the host's side."""
+        from kvik.rpc.typed_params import to_dict
+
+        count = self._call("DOMAIN_GET_INTERFACE_PARAMETERS", interface, 0, flags)[1]
+        return to_dict(self._call("DOMAIN_GET_INTERFACE_PARAMETERS", interface, count, flags)[0])
+
+    def set_interface_parameters(self, interface: str, values: Mapping[str, int], flags: int = 0) -> None:
+        from kvik.rpc.typed_params import UINT
+        from kvik.rpc.xdr import TypedParam
+
+        params = [TypedParam(name, UINT, number) for name, number in values.items()]
+        self._call("DOMAIN_SET_INTERFACE_PARAMETERS", interface, params, flags)
 
     # --- devices ---
 

@@ -52,6 +52,15 @@ NETWORK_EVENT_IDS: Final = {kind: number for number, (kind, _) in NETWORK_EVENTS
 _NETWORK_KINDS: Final = {procedure: kind for kind, procedure in NETWORK_EVENTS.values()}
 NETWORK_LIFECYCLE: Final = ("Defined", "Undefined", "Started", "Stopped")  # virNetworkEventLifecycleType
 
+# virStoragePoolEventID -> (kind, procedure)
+POOL_EVENTS: Final[dict[int, tuple[str, str]]] = {
+    0: ("lifecycle", "STORAGE_POOL_EVENT_LIFECYCLE"),
+    1: ("refresh", "STORAGE_POOL_EVENT_REFRESH"),
+}
+POOL_EVENT_IDS: Final = {kind: number for number, (kind, _) in POOL_EVENTS.items()}
+_POOL_KINDS: Final = {procedure: kind for kind, procedure in POOL_EVENTS.values()}
+POOL_LIFECYCLE: Final = ("Defined", "Undefined", "Started", "Stopped", "Created", "Deleted")
+
 # virDomainEventType -> (name, names of its details). Source: libvirt-domain.h, the names virsh prints.
 LIFECYCLE: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Defined", ("Added", "Updated", "Renamed", "Snapshot")),
@@ -116,14 +125,35 @@ class NetworkEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolEvent:
+    """`kind` as in POOL_EVENTS; `fields` are the procedure's, without the pool."""
+
+    kind: str
+    name: str
+    uuid: bytes
+    callback: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """virStoragePoolEventLifecycleType in words; a refresh says nothing more."""
+        if self.kind != "lifecycle":
+            return ""
+        number = self.fields["event"]
+        return POOL_LIFECYCLE[number] if 0 <= number < len(POOL_LIFECYCLE) else f"event {number}"
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectionClosed:
     """The daemon says goodbye; `reason` is virConnectCloseReason."""
 
     reason: int
 
 
-def decode_event(message: Event) -> DomainEvent | NetworkEvent | ConnectionClosed | None:
-    """An event message -> typed; None for what this client has no use for (pools, devices, ...)."""
+AnyEvent = DomainEvent | NetworkEvent | PoolEvent | ConnectionClosed
+
+
+def decode_event(message: Event) -> AnyEvent | None:
+    """An event message -> typed; None for what this client has no use for (devices, secrets)."""
     procedure = message.lookup()
     record = message.decode()
     if procedure.name == "CONNECT_EVENT_CONNECTION_CLOSED":
@@ -132,6 +162,10 @@ def decode_event(message: Event) -> DomainEvent | NetworkEvent | ConnectionClose
         values = record.asdict()
         network, callback = values.pop("net"), values.pop("callbackID")
         return NetworkEvent(_NETWORK_KINDS[procedure.name], network[0], network[1], callback, values)
+    if message.program == REMOTE_NUMBER and procedure.name in _POOL_KINDS:
+        values = record.asdict()
+        pool, callback = values.pop("pool"), values.pop("callbackID")
+        return PoolEvent(_POOL_KINDS[procedure.name], pool[0], pool[1], callback, values)
     if message.program == KVIK_NUMBER:
         kind = "stage"
     elif message.program == QEMU_NUMBER:

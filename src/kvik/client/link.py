@@ -84,10 +84,6 @@ class Link:
         assert isinstance(reply, m.Reply)
         return reply
 
-    def reply_with_fds(self, procedure: Procedure, values: Sequence[Any], timeout: float | None = None) -> m.Reply:
-        """For procedures that answer with descriptors: `.fds` of the result belong to the caller."""
-        return self.wait(self.send(procedure, values), timeout)
-
     def open_stream(
         self, procedure: Procedure, values: Sequence[Any], timeout: float | None = None
     ) -> tuple[Key, Record]:

@@ -57,6 +57,32 @@ class Stream:
         for start in range(0, len(data), m.STREAM_DATA_MAX):
             self._link.send_bytes(m.stream_data(self._key, data[start : start + m.STREAM_DATA_MAX]))
 
+    def send_hole(self, length: int) -> None:
+        """So many zero bytes, told instead of sent: to a stream that was opened as sparse."""
+        self._link.send_bytes(m.stream_hole(self._key, length))
+
+    def check(self) -> None:
+        """Raise if the peer has given the stream up meanwhile: what is sent from then on is lost."""
+        with suppress(OperationTimeout):
+            self._link.receive(0.0)
+        for message in self._link.streams.get(self._key, ()):
+            if isinstance(message, m.StreamAbort):
+                self._forget()
+                raise message.error()
+
+    def recv_piece(self, timeout: float | None = None) -> bytes | int:
+        """As `recv`, but a hole comes as its length."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            queue = self._link.streams.get(self._key)
+            if queue and isinstance(first := queue[0], m.StreamHole):
+                queue.popleft()
+                return first.length
+            data = self._take()
+            if data is not None:
+                return data
+            self._link.receive(deadline)
+
     def recv(self, timeout: float | None = None) -> bytes:
         """The next piece, b"" at the end. The peer's abort is raised; OperationTimeout after `timeout` s."""
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -9,10 +9,9 @@ from kvik.conf.addresses import target_index
 from kvik.conf.devices.common import Address, Alias, Device
 from kvik.conf.devices.controller import Controller
 from kvik.conf.devices.disk import Disk
-from kvik.conf.devices_xml import FIELDS, device_list, kind_of
+from kvik.conf.devices_xml import FIELDS, device_list
 from kvik.conf.domain import Devices, Domain
 from kvik.conf.machine import I440FX, Q35, family
-from kvik.errors import ConfigError
 
 USER_PREFIX = "ua-"
 _PREFIX = {
@@ -74,20 +73,6 @@ def assign_aliases(domain: Domain) -> None:
         for item in device_list(domain.devices, kind):
             if isinstance(item, Device):
                 _assign(domain, kind, item, taken)
-
-
-def assign_alias(domain: Domain, device: Device) -> str:
-    """For one device that is being attached: a name nobody in `domain` has."""
-    taken = {
-        item.alias.name
-        for kind in FIELDS
-        for item in device_list(domain.devices, kind)
-        if isinstance(item, Device) and item is not device and item.alias is not None
-    }
-    if device.alias is not None and device.alias.name in taken:
-        raise ConfigError(f"alias {device.alias.name!r} is taken by another device")
-    _assign(domain, kind_of(device), device, taken)
-    return device.alias.name if device.alias is not None else ""
 
 
 def _assign(domain: Domain, kind: str, device: Device, taken: set[str]) -> None:

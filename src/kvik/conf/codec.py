@@ -111,8 +111,10 @@ Writer = Callable[[Any], str]
 
 QEMU_NS = "http://libvirt.org/schemas/domain/qemu/1.0"
 DNSMASQ_NS = "http://libvirt.org/schemas/network/dnsmasq/1.0"
+FS_NS = "http://libvirt.org/schemas/storagepool/fs/1.0"
+RBD_NS = "http://libvirt.org/schemas/storagepool/rbd/1.0"
 KVIK_NS = "urn:kvik:1"  # elements of our own in libvirt's documents, which libvirt ignores
-_PREFIXES = {QEMU_NS: "qemu", DNSMASQ_NS: "dnsmasq", KVIK_NS: "kvik"}
+_PREFIXES = {QEMU_NS: "qemu", DNSMASQ_NS: "dnsmasq", FS_NS: "fs", RBD_NS: "rbd", KVIK_NS: "kvik"}
 
 # Kinds of child
 STRUCT, TEXT, EMPTY, SIZE, RAW_LIST = range(5)

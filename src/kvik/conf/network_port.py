@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from kvik.conf.codec import CHILD, UUID, YES_NO, Element, Text
+from kvik.conf.codec import CHILD, UUID, YES_NO, Element, Text, YesNo
+from kvik.conf.devices.common import Address
 from kvik.conf.devices.interface import Bandwidth, Port, VirtualPort, Vlan
 from kvik.conf.network import NetworkMac
 from kvik.conf.xmlformat import format_element
@@ -27,12 +28,15 @@ class RxFilters(Element):
 
 
 class Plug(Element):
-    """network: a bridge of the network's own; bridge: one of the host; direct: macvtap on the device `dev`."""
+    """network: a bridge of the network's own; bridge: one of the host; direct: macvtap on the device `dev`;
+    hostdev-pci: a PCI function of the host."""
 
-    type: Literal["network", "bridge", "direct"]
+    type: Literal["network", "bridge", "direct", "hostdev-pci"]
+    managed: YesNo = None
     bridge: str | None = None
     dev: str | None = None
     mode: str | None = None
+    address: Address | None = None
 
 
 class NetworkPort(Element):

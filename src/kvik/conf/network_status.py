@@ -17,7 +17,7 @@ from kvik.conf.xmlformat import format_element
 from kvik.conf.xmlparse import parse_element
 from kvik.errors import ConfigError, ResourceBusy
 
-__all__ = ["Helper", "NetworkStatus", "Origin", "format_status", "parse_status"]
+__all__ = ["Helper", "NetworkStatus", "Origin", "PortFloor", "format_status", "parse_status"]
 
 RESERVED_CLASSES = "0-2"  # of tc's HTB: none, the root, and the class of those without a guaranteed rate
 MAX_CLASS = cpuset.MAX - 1  # fits the 16 bits of a minor number of tc
@@ -45,6 +45,16 @@ class Helper(Element):
     started: int
 
 
+class PortFloor(Element):
+    """A guaranteed rate, `floor` in kilobytes a second, of the interface with this port id and MAC address; frames for
+    it are in traffic class `number`."""
+
+    port: str
+    mac: str
+    number: Annotated[int, "class"]
+    floor: int
+
+
 class Origin(Element):
     """`state`: what is under way; what another `boot` (its id, random(4)) made is gone."""
 
@@ -60,6 +70,7 @@ class NetworkStatus(Element):
     network: Network | None = None
     origin: Annotated[Origin | None, f"{{{KVIK_NS}}}origin"] = None
     helpers: Annotated[list[Helper], f"{{{KVIK_NS}}}helper"] = []
+    port_floors: Annotated[list[PortFloor], f"{{{KVIK_NS}}}floor"] = []
 
     @property
     def document(self) -> Network:

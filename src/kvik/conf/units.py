@@ -36,11 +36,3 @@ def parse_bytes(text: str) -> int:
     if value >> 63:
         raise ValueError(f"{text!r} is more than 2^63 bytes")
     return value
-
-
-def format_size(size: int) -> str:
-    """Bytes for people, exact: '2 GiB', '1536 MiB', '1000 b'."""
-    for power, name in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size and size % 1024**power == 0:
-            return f"{size // 1024**power} {name}"
-    return f"{size} b"

@@ -60,8 +60,9 @@ def _source(cls: type[Element], mode: Mode, names: dict[str, Any]) -> list[str]:
             f"    value = element.{field}",
             f'    if value is not None: head += {prefix!r} + a{number}(value) + "\'"',
         ]
-    for field, text in plan.namespaces:
-        lines.append(f"    if element.{field} and ':' not in tag: head += {text!r}")
+    for text in dict.fromkeys(text for _, text in plan.namespaces):  # declared once, however many fields are in it
+        fields = " or ".join(f"element.{field}" for field, other in plan.namespaces if other == text)
+        lines.append(f"    if ({fields}) and ':' not in tag: head += {text!r}")
     if plan.size is not None:
         lines.append(f"    if element.{plan.size[0]} is not None: head += \" unit='KiB'\"")
     lines.append("    if unknown is not None: head += unknown_attributes(unknown)")

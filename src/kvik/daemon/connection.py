@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvik.daemon.streams import Stream
     from kvik.manager.domain import DomainObject
     from kvik.manager.networks import NetworkObject
+    from kvik.manager.storage import PoolObject
 
 __all__ = ["Connection"]
 
@@ -88,6 +89,10 @@ class Connection:
     def network(self, reference: Sequence[Any]) -> NetworkObject:
         """The network that a wire reference (name, uuid) means: by UUID, as libvirt does."""
         return self.manager.networks.lookup_uuid(reference[1])
+
+    def pool(self, reference: Sequence[Any]) -> PoolObject:
+        """The storage pool that a wire reference (name, uuid) means: by UUID, as libvirt does."""
+        return self.manager.pools.lookup_uuid(reference[1])
 
     def open(self, uri: str, access: Access) -> None:
         """CONNECT_OPEN succeeded."""
@@ -279,9 +284,11 @@ class Connection:
                         case m.StreamData():
                             stream.received(message.payload)
                         case m.StreamHole():
-                            self.abort_stream(message.key, RpcError("this stream takes no holes"))
+                            stream.hole(message.length)
                         case m.StreamEnd():
                             stream.ended()
+                        case m.StreamFinish() if stream.finish():
+                            pass  # it confirms when it is done
                         case _:  # finished or aborted by the client: either is confirmed
                             self.drop_stream(message.key)
                             self.transport.write(m.stream_finish(message.key))
@@ -294,6 +301,12 @@ class Connection:
         stream = self.streams.pop(key, None)
         if stream is not None:
             stream.close()
+
+    def finish_stream(self, key: Key) -> None:
+        """Confirm to the client that all it sent was taken, and forget the stream."""
+        if key in self.streams:
+            self.drop_stream(key)
+            self.transport.write(m.stream_finish(key))
 
     def abort_stream(self, key: Key, error: BaseException) -> None:
         """Tell the client that the stream failed and forget it."""
@@ -352,6 +365,7 @@ class Connection:
         self.associated.clear()
         self.server.events.drop(self)
         self.server.network_events.drop(self)
+        self.server.pool_events.drop(self)
         # Whoever asked is gone: calls that only look or wait are given up, those that change something finish.
         for task in list(self._abandonable):
             task.cancel()

@@ -119,7 +119,8 @@ def detach(serve: Callable[[Callable[[], None]], int], paths: Paths) -> int:
         os.close(null)
 
         def ready() -> None:
-            os.write(writer, b"ready")
+            with contextlib.suppress(BrokenPipeError):  # who waited had no more patience; the next one finds us
+                os.write(writer, b"ready")
             os.close(writer)
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the life of the process
 
@@ -217,10 +218,13 @@ async def serve(options: argparse.Namespace, paths: Paths, ready: Callable[[], N
 
 
 def wants_default_network(options: argparse.Namespace, paths: Paths, environ: Mapping[str, str] = os.environ) -> bool:
-    """Only the host's own daemon takes an address range unasked; one that is kept elsewhere is a guest here."""
+    """Of the system's, only the host's own daemon takes an address range unasked; one that is kept elsewhere is a guest
+    here. A session's network takes nothing of the host's."""
     if options.default_network is not None:
         return bool(options.default_network == "on")
-    return paths.scope == "system" and os.geteuid() == 0 and not options.root and not environ.get("KVIK_ROOT")
+    if paths.scope == "session":
+        return True
+    return os.geteuid() == 0 and not options.root and not environ.get("KVIK_ROOT")
 
 
 def start_logging(options: argparse.Namespace, paths: Paths) -> None:

@@ -28,6 +28,7 @@ from kvik.daemon.connection import Connection
 from kvik.daemon.eventing import EventRouter
 from kvik.daemon.instance import InstanceLock, bind_socket, private_directory
 from kvik.daemon.network_events import NetworkEvents
+from kvik.daemon.pool_events import PoolEvents
 from kvik.daemon.streams import Stream
 from kvik.paths import Paths
 
@@ -93,6 +94,7 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.events = EventRouter(manager.events)
         self.network_events = NetworkEvents(manager.networks)
+        self.pool_events = PoolEvents(manager.pools)
         self.connections: set[Connection] = set()
         self.consoles: dict[tuple[bytes, str], Stream] = {}  # (machine's UUID, device) -> who has it
         self.served = 0  # connections since the start
@@ -174,6 +176,7 @@ class Server:
             await asyncio.wait(self._tasks, timeout=self.limits.grace)
         self.events.close()
         self.network_events.close()
+        self.pool_events.close()
         await self.manager.close()
         self._lock.release()
 

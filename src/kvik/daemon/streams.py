@@ -39,8 +39,16 @@ class Stream:
     def received(self, data: bytes) -> None:
         raise RpcError("this stream takes no data")
 
+    def hole(self, length: int) -> None:
+        """So many zero bytes, not sent."""
+        raise RpcError("this stream takes no holes")
+
     def ended(self) -> None:
         """The client will send no more."""
+
+    def finish(self) -> bool:
+        """The client wants to hear that all was taken. True: it hears so later, by `Connection.finish_stream`."""
+        return False
 
     def drained(self) -> None:
         """The client takes output again."""

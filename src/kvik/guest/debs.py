@@ -153,10 +153,6 @@ class Apt:
     def has_lists(self) -> bool:
         return _filled(self._lists)
 
-    @property
-    def uses_system_lists(self) -> bool:
-        return self._lists == self._system
-
     def update(self) -> None:
         """Fetch the package lists into the private directory, and use them from now on."""
         self._lists = self._private

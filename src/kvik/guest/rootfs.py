@@ -54,7 +54,6 @@ MODULES = [
 
 # The applets scripts call by path; the rest are found by the shell, which is the same program.
 SBIN = {"init", "getty", "poweroff", "reboot", "halt", "modprobe", "insmod", "acpid", "mdev"}
-LIBRARY_DIRECTORIES = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
 AGENT = "usr/sbin/qemu-ga"
 BUSYBOX = re.compile(r"(usr/)?bin/busybox")
 KERNEL_IMAGE = re.compile(r"boot/vmlinuz-(.+)")

@@ -21,10 +21,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kvik.errors import HostError
-from kvik.host.netlink import Netlink, check_name
+from kvik.host.netlink import Link, Netlink, check_name
 from kvik.host.tap import Tap
 
-__all__ = ["TEMPLATE", "create_macvtap", "delete_macvtap", "free_name"]
+__all__ = ["TEMPLATE", "create_macvtap", "delete_macvtap", "follow_guest", "free_name"]
 
 TEMPLATE = "macvtap"  # libvirt's: macvtap0, macvtap1, ...
 _NAMES_MAX = 65536
@@ -71,6 +71,7 @@ def create_macvtap(
         except HostError as error:
             raise _explained(error, lower, mode) from error
         undo.callback(netlink.delete_link, made.index)
+        netlink.set_link(made.index, alias=_mark(mac))
         if made.mac != mac.lower():  # passthrough takes the address below, and hands ours down
             netlink.set_link(made.index, mac=mac)
         if mtu is not None:
@@ -93,10 +94,28 @@ def delete_macvtap(netlink: Netlink, name: str, mac: str) -> bool:
         if error.errno == errno.ENODEV:
             return False
         raise
-    if link.kind != "macvtap" or link.mac != mac.lower():
+    if not _is_of(link, mac):
         return False
     netlink.delete_link(link.index)
     return True
+
+
+def follow_guest(netlink: Netlink, name: str, mac: str, *, now: str, multicast: bool) -> None:
+    """Let in what a guest that was made with the address `mac` listens to now: another address, and all multicast
+    frames. `HostError` if it is gone, or is not ours."""
+    link = netlink.link(name)
+    if not _is_of(link, mac):
+        raise HostError(f"{name} is not the macvtap that was made with the address {mac}", errno=errno.ESTALE)
+    netlink.set_link(link.index, mac=now if now != link.mac else None, all_multicast=multicast)
+
+
+def _mark(mac: str) -> str:
+    return f"kvik {mac.lower()}"
+
+
+def _is_of(link: Link, mac: str) -> bool:
+    """A guest that is trusted to change its address leaves the mark to know it by; one that is being made has none."""
+    return link.kind == "macvtap" and (link.mac == mac.lower() or link.alias == _mark(mac))
 
 
 def free_name(netlink: Netlink, taken: set[str]) -> str:

@@ -143,33 +143,6 @@ def neighbours(netlink: Netlink, *, index: int = 0, family: int = socket.AF_UNSP
     return [entry for entry in found if index in (0, entry.index)]
 
 
-def add_neighbour(netlink: Netlink, index: int, address: str, mac: str) -> None:
-    """A permanent entry; an existing one is replaced."""
-    action = f"add neighbour {address}"
-    ip = _ip(action, address)
-    request = _NEIGH.pack(_family(ip), index, _PERMANENT, 0, 0)
-    request += attribute(_DST, ip.packed) + attribute(_LLADDR, parse_mac(mac))
-    netlink.change(action, NEWNEIGH, CREATE | REPLACE, request)
-
-
-def delete_neighbour(netlink: Netlink, index: int, address: str) -> None:
-    action = f"delete neighbour {address}"
-    ip = _ip(action, address)
-    request = _NEIGH.pack(_family(ip), index, 0, 0, 0) + attribute(_DST, ip.packed)
-    netlink.change(action, DELNEIGH, 0, request)
-
-
-def _ip(action: str, address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    try:
-        return ipaddress.ip_address(address)
-    except ValueError as error:
-        raise HostError(f"cannot {action}: {error}", errno=errno.EINVAL) from error
-
-
-def _family(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
-    return socket.AF_INET if ip.version == 4 else socket.AF_INET6
-
-
 def _ages(cache: bytes) -> tuple[float, float, float]:
     confirmed, used, updated, _ = _CACHE.unpack_from(cache) if len(cache) >= _CACHE.size else (0, 0, 0, 0)
     return confirmed / _HZ, used / _HZ, updated / _HZ

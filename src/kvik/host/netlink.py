@@ -35,7 +35,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER, _IFLA_LINKINFO
 _IFLA_OPERSTATE, _IFLA_IFALIAS, _IFLA_STATS64, _IFLA_NET_NS_FD, _IFLA_CARRIER = 16, 20, 23, 28, 33
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _IFLA_INFO_SLAVE_KIND = 1, 2, 4
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_LABEL, _IFA_BROADCAST, _IFA_CACHEINFO, _IFA_FLAGS = 1, 2, 3, 4, 6, 8
-_IFF_UP, _IFF_PROMISC = 0x1, 0x100
+_IFF_UP, _IFF_PROMISC, _IFF_ALLMULTI = 0x1, 0x100, 0x200
 _IFA_F_SECONDARY, _IFA_F_NODAD, _IFA_F_DADFAILED, _IFA_F_DEPRECATED = 0x01, 0x02, 0x08, 0x20
 _IFA_F_TENTATIVE, _IFA_F_PERMANENT, _IFA_F_NOPREFIXROUTE = 0x40, 0x80, 0x200
 _FOREVER = 0xFFFFFFFF
@@ -238,12 +238,15 @@ class Netlink:
         name: str | None = None,
         alias: str | None = None,
         promiscuous: bool | None = None,
+        all_multicast: bool | None = None,
         namespace: int | None = None,
     ) -> None:
         """Change what is given, in one request. `master` 0 takes it out of its bridge; `namespace` is the descriptor
         of a network namespace, into which it moves."""
-        flags = (_IFF_UP if up else 0) | (_IFF_PROMISC if promiscuous else 0)
-        mask = (_IFF_UP if up is not None else 0) | (_IFF_PROMISC if promiscuous is not None else 0)
+        flags = mask = 0
+        for bit, wanted in ((_IFF_UP, up), (_IFF_PROMISC, promiscuous), (_IFF_ALLMULTI, all_multicast)):
+            flags |= bit if wanted else 0
+            mask |= bit if wanted is not None else 0
         request = _LINK.pack(socket.AF_UNSPEC, 0, index, flags, mask)
         if mac is not None:
             request += attribute(_IFLA_ADDRESS, parse_mac(mac))

@@ -1,7 +1,7 @@
-"""What changes in a network namespace, as the kernel tells it: links, addresses, neighbours, bridge tables, routes.
+"""What changes in a network namespace, as the kernel tells it: links, and tables of nftables.
 
-    with NetlinkMonitor({"link", "neighbour"}) as monitor:
-        async for change in monitor:
+    with NetlinkMonitor("link") as monitor:
+        while (changes := monitor.read()) is not None:     # without waiting; `fileno` says when there is something
             ...
 
 The kernel drops what a slow reader leaves lying (ENOBUFS) and says so: an "overrun" asks for a new list of everything.
@@ -9,53 +9,52 @@ The kernel drops what a slow reader leaves lying (ENOBUFS) and says so: an "over
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import socket
 import struct
-from collections import deque
-from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 
 from kvik.errors import HostError
-from kvik.host.neighbour import DELNEIGH, NEWNEIGH, FdbEntry, Neighbour, parse_fdb, parse_neighbour
-from kvik.host.netlink import DELADDR, DELLINK, NEWADDR, NEWLINK, Address, Link, parse_address, parse_link
-from kvik.host.route import DELROUTE, NEWROUTE, Route, parse_route
+from kvik.host.netlink import DELLINK, NEWLINK, Link, parse_link
 
-_HEADER = struct.Struct("=IHHII")
+_HEADER = struct.Struct("=IHHII")  # nlmsghdr
 _SO_RCVBUFFORCE = 33
 _BUFFER = 1 << 17
 _KERNEL_BUFFER = 1 << 20  # what the kernel keeps for us, in bytes, before it drops
-# What can be watched -> its multicast groups (RTNLGRP_*, numbered from 1).
-_GROUPS = {"link": (1,), "address": (5, 9), "neighbour": (3,), "fdb": (3,), "route": (7, 11)}
-Item = Link | Address | Neighbour | FdbEntry | Route
+_NETLINK_NETFILTER = 12  # linux/netlink.h
+_NFNL_SUBSYS_NFTABLES = 10  # linux/netfilter/nfnetlink.h
+_NEWTABLE, _DELTABLE = (_NFNL_SUBSYS_NFTABLES << 8 | kind for kind in (0, 2))  # linux/netfilter/nf_tables.h
+# What can be watched -> its protocol and multicast group (RTNLGRP_LINK, NFNLGRP_NFTABLES; numbered from 1).
+_SOURCES = {"link": (socket.NETLINK_ROUTE, 1), "table": (_NETLINK_NETFILTER, 7)}
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`what` is now as `item` says, or is `gone`."""
+    """`what` is new or different, or is `gone`."""
 
-    what: str  # "link", "port" (a link's part in its bridge), "address", "neighbour", "fdb", "route"; "overrun"
+    what: str  # "link", also for its part in its bridge; "table"; "overrun"
     gone: bool
-    item: Item | None  # None: of an overrun
+    link: Link | None = None  # the link
 
 
 class NetlinkMonitor:
-    """Tells the changes in the network namespace of the thread that made it."""
+    """Tells the changes in the network namespace of the thread that made it. `HostError` if it cannot: not all kernels
+    have nftables, and its changes are root's to hear."""
 
-    def __init__(self, what: Collection[str] = ("link", "address")) -> None:
-        if unknown := set(what) - set(_GROUPS):
-            raise HostError(f"cannot watch {', '.join(sorted(unknown))} by netlink", errno=errno.EINVAL)
-        self._what = {*what, *(("port",) if "link" in what else ())}
-        groups = {group for each in what for group in _GROUPS[each]}
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        self._socket = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
+    def __init__(self, what: str) -> None:
+        if what not in _SOURCES:
+            raise HostError(f"cannot watch {what} by netlink", errno=errno.EINVAL)
+        protocol, group = _SOURCES[what]
         try:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _KERNEL_BUFFER)
-        except PermissionError:  # not root: no more than net.core.rmem_max
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _KERNEL_BUFFER)
-        self._socket.bind((0, sum(1 << group - 1 for group in groups)))
-        self._waiting: deque[Change] = deque()
+            kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            self._socket = socket.socket(socket.AF_NETLINK, kind, protocol)
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _KERNEL_BUFFER)
+            except PermissionError:  # not root: no more than net.core.rmem_max
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _KERNEL_BUFFER)
+            self._socket.bind((0, 1 << group - 1))
+        except OSError as error:
+            raise HostError(f"cannot watch {what}s by netlink: {error.strerror}", errno=error.errno or 0) from error
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -69,41 +68,15 @@ class NetlinkMonitor:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def read(self) -> list[Change]:
-        """What has come so far, without waiting."""
+    def read(self) -> list[Change] | None:
+        """The next that has come, which may be of no interest; None if nothing has."""
         try:
             data, (sender, _) = self._socket.recvfrom(_BUFFER)
         except BlockingIOError:
-            return []
-        except OSError as error:
-            if error.errno == errno.ENOBUFS:
-                return [Change("overrun", False, None)]
-            raise HostError(f"cannot watch the network: {error.strerror}", errno=error.errno or 0) from error
-        return [change for change in parse_changes(data) if change.what in self._what] if sender == 0 else []
-
-    def __aiter__(self) -> AsyncIterator[Change]:
-        return self
-
-    async def __anext__(self) -> Change:
-        while not self._waiting:
-            self._waiting.extend(self.read())
-            if not self._waiting:
-                await self._readable()
-        return self._waiting.popleft()
-
-    async def _readable(self) -> None:
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Future[None] = loop.create_future()
-
-        def wake() -> None:
-            if not ready.done():
-                ready.set_result(None)
-
-        loop.add_reader(self.fileno(), wake)
-        try:
-            await ready
-        finally:
-            loop.remove_reader(self.fileno())
+            return None
+        except OSError:  # ENOBUFS: some were lost
+            return [Change("overrun", False)]
+        return parse_changes(data) if sender == 0 else []  # any process may send to us; the kernel is 0
 
 
 def parse_changes(data: bytes) -> list[Change]:
@@ -116,30 +89,11 @@ def parse_changes(data: bytes) -> list[Change]:
             break
         payload = data[start + _HEADER.size : start + length]
         start += (length + 3) & ~3
-        try:
-            change = _parse(kind, payload)
-        except HostError:
-            continue
-        if change is not None:
-            found.append(change)
+        if kind in (_NEWTABLE, _DELTABLE):
+            found.append(Change("table", kind == _DELTABLE))
+        elif kind in (NEWLINK, DELLINK):
+            try:
+                found.append(Change("link", kind == DELLINK, parse_link(payload)))
+            except HostError:
+                continue
     return found
-
-
-def _parse(kind: int, payload: bytes) -> Change | None:
-    what: str
-    item: Item | None
-    family = payload[0] if payload else 0
-    if kind in (NEWLINK, DELLINK):
-        what, item = "port" if family == socket.AF_BRIDGE else "link", parse_link(payload)
-    elif kind in (NEWADDR, DELADDR):
-        what, item = "address", parse_address(payload)
-    elif kind in (NEWNEIGH, DELNEIGH) and family == socket.AF_BRIDGE:
-        what, item = "fdb", parse_fdb(payload)
-    elif kind in (NEWNEIGH, DELNEIGH):
-        what, item = "neighbour", parse_neighbour(payload)
-    elif kind in (NEWROUTE, DELROUTE):
-        what, item = "route", parse_route(payload)
-    else:
-        return None
-    gone = kind in (DELLINK, DELADDR, DELNEIGH, DELROUTE)
-    return Change(what, gone, item) if item is not None else None

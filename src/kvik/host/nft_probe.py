@@ -33,7 +33,9 @@ def _ct(right: object) -> dict[str, Any]:
 _FILTER = {"type": "filter", "hook": "forward", "prio": 0}
 _SOURCE_NAT = {"type": "nat", "hook": "postrouting", "prio": 100}
 _DESTINATION_NAT = {"type": "nat", "hook": "prerouting", "prio": -100}
-_BRIDGE_INPUT = {"type": "filter", "hook": "input", "prio": 0}
+_BRIDGE_PREROUTING = {"type": "filter", "hook": "prerouting", "prio": 0}
+_INGRESS = {"type": "filter", "hook": "ingress", "dev": "lo", "prio": 0}
+_REJECT = {"reject": {"type": "icmpx", "expr": "port-unreachable"}}
 _ADDRESSES = {"type": "ipv4_addr"}
 _FIB = {"match": {"op": "==", "left": {"fib": {"result": "type", "flags": ["daddr"]}}, "right": "local"}}
 _ADD_SOURCE = {
@@ -56,10 +58,7 @@ _PROBES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, Expression,
         "inet", _DESTINATION_NAT, None,
         [_payload("tcp", "dport", 80), {"redirect": {"port": 8080}}], "CONFIG_NFT_REDIR",
     ),
-    "reject": (
-        "inet", _FILTER, None,
-        [{"reject": {"type": "icmpx", "expr": "port-unreachable"}}], "CONFIG_NFT_REJECT_INET",
-    ),
+    "reject": ("inet", _FILTER, None, [_REJECT], "CONFIG_NFT_REJECT_INET"),
     "log": ("inet", _FILTER, None, [{"log": {"prefix": "kvik"}}], "CONFIG_NFT_LOG"),
     "limit": ("inet", _FILTER, None, [{"limit": {"rate": 10, "per": "second"}}], "CONFIG_NFT_LIMIT"),
     "quota": ("inet", _FILTER, None, [{"quota": {"val": 1, "val_unit": "mbytes"}}], "CONFIG_NFT_QUOTA"),
@@ -81,7 +80,8 @@ _PROBES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, Expression,
     "bridge-ct": ("bridge", _FILTER, None, [_ct(["established"])], "CONFIG_NF_CONNTRACK_BRIDGE"),
     "bridge-log": ("bridge", _FILTER, None, [{"log": None}], "CONFIG_NFT_LOG"),
     "bridge-limit": ("bridge", _FILTER, None, [{"limit": {"rate": 10, "per": "second"}}], "CONFIG_NFT_LIMIT"),
-    "bridge-reject": ("bridge", _BRIDGE_INPUT, None, [{"reject": None}], "CONFIG_NFT_BRIDGE_REJECT"),
+    "bridge-reject": ("bridge", _BRIDGE_PREROUTING, None, [_REJECT], "CONFIG_NFT_BRIDGE_REJECT"),
+    "ingress": ("netdev", _INGRESS, None, [{"drop": None}], "CONFIG_NETFILTER_INGRESS"),
 }  # fmt: skip
 NAMES = tuple(_PROBES)
 

@@ -73,13 +73,6 @@ def check(commands: Sequence[Command]) -> None:
         raise _refusal_of(commands, failure)
 
 
-class Nftables:
-    """`run` and `check` as an object that can be handed on, or in a test be replaced."""
-
-    run = staticmethod(run)
-    check = staticmethod(check)
-
-
 def parse_output(output: bytes) -> list[dict[str, Any]]:
     """The objects of an answer, less the "metainfo" that it begins with."""
     if len(output) > _MAX_OUTPUT:

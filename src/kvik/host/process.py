@@ -142,10 +142,6 @@ class ProcessHandle:
         return self._pidfd
 
     @property
-    def is_child(self) -> bool:
-        return self._child is not None
-
-    @property
     def alive(self) -> bool:
         """False once it has ended (a zombie counts as ended). Reaps our own child."""
         return not self._poll()

@@ -24,7 +24,7 @@ from kvik.host.netlink import (
 )
 
 # linux/rtnetlink.h
-NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
+NEWROUTE, GETROUTE = 24, 26
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _NEXTHOP = struct.Struct("=HBBi")  # rtnexthop: length, flags, hops, index
 _DST, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _MULTIPATH, _TABLE, _VIA = 1, 4, 5, 6, 7, 9, 15, 18
@@ -80,20 +80,6 @@ def routes(netlink: Netlink, *, family: int = socket.AF_UNSPEC, table: int | Non
     return [route for route in found if table in (None, route.table)]
 
 
-def route_to(netlink: Netlink, address: str) -> Route:
-    """The route that a packet to `address` takes now; `HostError` with ENETUNREACH if there is none."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError as error:
-        raise HostError(f"cannot look up the route to {address}: {error}", errno=errno.EINVAL) from error
-    request = _ROUTE.pack(_family(ip), ip.max_prefixlen, 0, 0, 0, 0, 0, 0, 0) + attribute(_DST, ip.packed)
-    answers = netlink.request(f"look up the route to {address}", GETROUTE, 0, request)
-    route = parse_route(answers[0], cached=True) if answers else None
-    if route is None:
-        raise HostError(f"there is no route to {address}", errno=errno.ENETUNREACH)
-    return route
-
-
 def add_route(
     netlink: Netlink,
     network: str,
@@ -116,21 +102,6 @@ def add_route(
     netlink.change(action, NEWROUTE, how, request)
 
 
-def delete_route(
-    netlink: Netlink,
-    network: str,
-    *,
-    gateway: str | None = None,
-    index: int = 0,
-    metric: int = 0,
-    table: int = MAIN,
-) -> None:
-    """Delete the first route that matches what is given; `HostError` with ESRCH if there is none."""
-    action = f"delete the route to {network}"
-    request = _encode(action, network, gateway, index, metric, None, table, "unspec", "", False, any_scope=True)
-    netlink.change(action, DELROUTE, 0, request)
-
-
 def _family(ip: IPAddress | IPNetwork) -> int:
     return socket.AF_INET if ip.version == 4 else socket.AF_INET6
 
@@ -146,8 +117,6 @@ def _encode(  # noqa: PLR0917  the columns of a route
     protocol: str,
     kind: str,
     onlink: bool,
-    *,
-    any_scope: bool = False,
 ) -> bytes:
     try:
         way = ipaddress.ip_address(gateway) if gateway is not None else None
@@ -161,8 +130,8 @@ def _encode(  # noqa: PLR0917  the columns of a route
         raise HostError(f"cannot {action}: {error}", errno=errno.EINVAL) from error
     if {ip.version for ip in (way, own) if ip is not None} - {target.version}:
         raise HostError(f"cannot {action}: addresses of IPv4 and IPv6 do not mix", errno=errno.EINVAL)
-    # What has no gateway ends on the link (fib_check_nh); in a deletion "nowhere" means any scope.
-    scope = 255 if any_scope else _LINK if way is None and kind == "unicast" and target.version == 4 else _UNIVERSE
+    # What has no gateway ends on the link (fib_check_nh).
+    scope = _LINK if way is None and kind == "unicast" and target.version == 4 else _UNIVERSE
     short = table if table < 256 else 0
     flags = _ONLINK if onlink else 0
     data = _ROUTE.pack(_family(target), target.prefixlen, 0, 0, short, by, scope, number, flags)
@@ -198,11 +167,11 @@ def _ways(data: bytes) -> tuple[NextHop, ...]:
     return tuple(found)
 
 
-def parse_route(data: bytes, *, cached: bool = False) -> Route | None:
-    """Decode an RTM_NEWROUTE or RTM_DELROUTE; None for other families and for copies in a cache."""
+def parse_route(data: bytes) -> Route | None:
+    """Decode an RTM_NEWROUTE; None for other families and for copies in a cache."""
     family, prefix, _, _, table, protocol, scope, kind, flags = unpack_head(_ROUTE, data)
     size = {socket.AF_INET: 4, socket.AF_INET6: 16}.get(family)
-    if size is None or prefix > size * 8 or (flags & _CLONED and not cached):
+    if size is None or prefix > size * 8 or flags & _CLONED:
         return None
     found = attributes(data, _ROUTE.size)
     target = found.get(_DST) or bytes(size)

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -106,8 +105,3 @@ def create_tap(
                 netlink.set_link(index, up=True)
         undo.pop_all()
     return Tap(real, index, fds)
-
-
-def close_all(taps: Sequence[Tap]) -> None:
-    for tap in taps:
-        tap.close()

@@ -40,9 +40,10 @@ FIRST, LAST = REST + 1, 0xFFFE
 
 def add_floor(netlink: Netlink, bridge: int, number: int, mac: str, *, floor: int, whole: Rate) -> None:
     """Promise `floor` kilobytes a second of the network's `whole` to a machine; on an error nothing is promised."""
-    if not FIRST <= number <= LAST or not 0 < floor <= whole.average:
+    most = max(whole.peak, whole.average)
+    if not FIRST <= number <= LAST or not 0 < floor <= most:
         raise HostError(
-            f"cannot promise {floor} kB/s as class {number}: it is 1 to {whole.average} kB/s, {FIRST} to {LAST}",
+            f"cannot promise {floor} kB/s as class {number}: it is 1 to {most} kB/s, {FIRST} to {LAST}",
             errno=errno.EINVAL,
         )
     target = parse_mac(mac)

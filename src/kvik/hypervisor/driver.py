@@ -32,7 +32,8 @@ class Feature(enum.StrEnum):
     NMI = "nmi"
     AGENT = "agent"
     TAPS = "taps"  # takes its interfaces' taps as descriptors
-    NET_LISTEN = "net-listen"  # a stream network's VMM can listen, and be connected to again
+    PASSTHROUGH = "passthrough"  # takes PCI devices of the host
+    NET_PLUG_BY_PATH = "net-plug-by-path"  # plugged while it runs, a stream network's socket is made by the VMM
     RENAME_RUNNING = "rename-running"
 
 
@@ -59,6 +60,7 @@ class EventKind(enum.StrEnum):
     GRAPHICS = "graphics"  # detail: "connect", "initialize" or "disconnect"
     TRAY_CHANGE = "tray-change"  # detail: alias; data["open"]
     SIDECAR_ENDED = "sidecar-ended"  # a side process (TPM, shared directory, network) is gone; detail: which and how
+    RX_FILTER = "rx-filter"  # detail: alias; the guest listens to other addresses; told once until they are asked for
     GUEST_OUTPUT = "guest-output"  # first byte on the first serial line or console
     MONITOR = "monitor"  # any raw VMM event; detail: its name, data: its payload
 

@@ -113,6 +113,7 @@ TABLE: Mapping[str, Translator] = {
     ),
     "GUEST_CRASHLOADED": _panicked,
     "GUEST_PANICKED": _panicked,
+    "NIC_RX_FILTER_CHANGED": lambda data: (EventKind.RX_FILTER, _alias(data, "name", "path"), {}),
     "POWERDOWN": lambda data: None,
     "RESET": _reset,
     "RESUME": _plain(EventKind.RESUMED),

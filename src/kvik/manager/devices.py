@@ -39,8 +39,8 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Feature
-from kvik.manager import disks, filtering, ports, prepare
-from kvik.manager.interfaces import on_host, open_interfaces
+from kvik.manager import disks, filtering, interface_changes, ports, prepare
+from kvik.manager.interfaces import open_interfaces, plugged
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject, Run
@@ -200,7 +200,7 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
                 )
             attachments = {}
             if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
-                attachments = ports.join(domain, on_host(domain, [device]))
+                attachments = ports.join(domain, [device])
             run.arriving = device
             await domain.save_status()  # the next daemon must know what to look for, should this one be killed
             with ExitStack() as taps:
@@ -208,6 +208,8 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
                 if isinstance(device, Interface):
                     files = await open_interfaces(domain, run.directory, [device], taps, attachments)
                 await machine.attach_device(device, files)
+                if isinstance(device, Interface):
+                    await plugged(domain, run.directory, device)
             _arrived(domain, run, device)
             run.arriving = None
     except BaseException:
@@ -375,9 +377,7 @@ async def _update_live(domain: DomainObject, kind: str, given: Element) -> None:
     if isinstance(given, Device) and isinstance(old, Device):
         given.alias = old.alias
         given.address = given.address or old.address
-    if isinstance(given, Interface) and isinstance(old, Interface) and (given.target is None or not given.target.dev):
-        given.target = old.target  # the tap's name, which only the live document knows
-    async with filtering.changed(domain, old, given):
+    async with interface_changes.changed(domain, old, given), filtering.changed(domain, old, given):
         await machine.update_device(old, given)
     if domain.run is run:
         _replace(run.live, kind, old, given)

@@ -8,7 +8,6 @@ that holds the machine's one job; the work is in the modules named like it: `lif
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid as uuids
@@ -30,7 +29,7 @@ from kvik.conf.enums import (
 )
 from kvik.errors import InvalidArgument, KvikError, NoDevice, OperationFailed, OperationInvalid
 from kvik.hypervisor.driver import Driver, Machine
-from kvik.manager import addresses, devices, exec, figures, guest, lifecycle, metadata, tuning
+from kvik.manager import addresses, devices, exec, figures, guest, interface_changes, lifecycle, metadata, tuning
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.events import DomainRef
@@ -481,6 +480,11 @@ class DomainObject:
         async with self.jobs.hold("set-memory"):
             await tuning.set_memory(self, kib, flags)
 
+    async def set_interface_parameters(self, device: str, values: Mapping[str, int], flags: int = 0) -> None:
+        """Bandwidth of an interface, by libvirt's names, such as "inbound.average"."""
+        async with self.jobs.hold("set-interface-parameters"):
+            await interface_changes.set_parameters(self, device, values, flags)
+
     async def set_memory_stats_period(self, seconds: int, flags: int = 0) -> None:
         """How often the guest reports its memory figures; 0: never."""
         async with self.jobs.hold("set-memory-stats-period"):
@@ -567,10 +571,3 @@ class DomainObject:
     async def wait_ready(self, timeout: float) -> list[Stage]:
         """The stages when the machine is ready, has ended, or `timeout` seconds are over; a stalled one says why."""
         return await guest.wait_ready(self, timeout)
-
-    def forget_tasks(self) -> None:
-        if self.run:
-            for task in list(self.run.tasks):
-                with contextlib.suppress(RuntimeError):
-                    if task is not asyncio.current_task():
-                        task.cancel()

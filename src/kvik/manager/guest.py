@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvik.errors import AgentError, InvalidArgument, KvikError, MonitorError, OperationTimeout
+from kvik.errors import AgentError, InvalidArgument, KvikError, MonitorError
 from kvik.manager.stages import AGENT_CHANNEL, Stage
 
 if TYPE_CHECKING:
@@ -187,10 +187,3 @@ async def wait_ready(domain: DomainObject, timeout: float) -> list[Stage]:
         return run.stages.table()
     console = await domain.manager.store.run(console_tail, run)
     return run.stages.table(stalled=run.stages.hint(console, run.agent_error) or "not reached in time")
-
-
-def require_ready(stages: list[Stage], name: str) -> None:
-    """`OperationTimeout` naming the stage that stalled, for callers that want an error."""
-    for stage in stages:
-        if stage.state == "stalled":
-            raise OperationTimeout(f"machine {name!r} is not ready: {stage.name} stalled: {stage.hint}")

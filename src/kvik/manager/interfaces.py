@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvik.conf.devices.interface import Interface
+from kvik.errors import KvikError
 from kvik.hypervisor.driver import Feature
 from kvik.manager.filtering import protector
 from kvik.network.attachment import Attachment
@@ -20,22 +21,16 @@ if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
 
-__all__ = ["look_after_networks", "on_host", "on_switch", "open_interfaces"]
+__all__ = ["look_after_networks", "on_switch", "open_interfaces", "plugged"]
 
 logger = logging.getLogger(__name__)
 
 LOOK = 2.0  # seconds between looks at a session's networks
 
 
-def on_host(domain: DomainObject, interfaces: Sequence[Interface]) -> list[Interface]:
-    """Those that the host's own network carries, and no switch of the session."""
-    return [item for item in interfaces if not on_switch(domain.manager, item)]
-
-
 def on_switch(manager: Manager, interface: Interface) -> bool:
     """Whether a switch of the session carries it."""
-    name = interface.source.network if interface.type == "network" and interface.source else None
-    return manager.session_networks is not None and manager.session_networks.serves(name or "")
+    return manager.session_networks is not None and interface.type == "network"
 
 
 async def open_interfaces(
@@ -50,13 +45,26 @@ async def open_interfaces(
     if Feature.TAPS not in features:
         return {}
     files: dict[str, int] = {}
+    for attachment in attachments.values():
+        if attachment.floor:
+            await manager.networks.lookup_name(attachment.network).keep_promises()
     if attachments:
         files |= await manager.store.run(open_taps, interfaces, close, attachments, protector(domain))
     networks, on_switches = manager.session_networks, [item for item in interfaces if on_switch(manager, item)]
     if networks is not None and on_switches:
-        listen = Feature.NET_LISTEN in features
-        files |= await manager.store.run(networks.open_ports, domain.name, directory, on_switches, close, listen=listen)
+        files |= await manager.store.run(networks.open_ports, domain.name, directory, on_switches, close)
     return files
+
+
+async def plugged(domain: DomainObject, directory: Path, interface: Interface) -> None:
+    """After the VMM has a card of a machine that runs, and before our end of it is closed."""
+    networks, by_path = domain.manager.session_networks, Feature.NET_PLUG_BY_PATH in domain.driver.features()
+    if networks is None or not by_path or not on_switch(domain.manager, interface):
+        return
+    try:
+        await domain.manager.store.run(networks.plug_by_path, domain.name, directory, interface)
+    except KvikError as error:  # the machine has its card: `look_after_networks` connects it
+        logger.warning("machine %s: %s", domain.name, error)
 
 
 async def look_after_networks(manager: Manager) -> None:

@@ -33,7 +33,7 @@ from kvik.host import process
 from kvik.hypervisor.driver import Feature, Machine, MachineEvent, StartRequest
 from kvik.manager import disks, filtering, ports, reports
 from kvik.manager.definition import Definition
-from kvik.manager.interfaces import on_host, open_interfaces
+from kvik.manager.interfaces import open_interfaces
 from kvik.manager.stages import BootStages
 from kvik.manager.states import (
     RESTART_LIMIT,
@@ -165,7 +165,7 @@ async def _spawn(domain: DomainObject, run: Run, number: int, paused: bool, file
     attachments = {}
     if Feature.TAPS in domain.driver.features():
         # Before the intent, which names the ports.
-        attachments = ports.join(domain, on_host(domain, run.live.devices.interfaces))
+        attachments = ports.join(domain, run.live.devices.interfaces)
     intent = Status(
         name=domain.name,
         id=number,

@@ -36,13 +36,12 @@ from kvik.manager.interfaces import look_after_networks
 from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
 from kvik.manager.states import needs_daemon
+from kvik.manager.storage import Pools, users
 from kvik.manager.store import Store, check_name
 from kvik.network import bridges
 from kvik.network.filters.filters import Filters
 from kvik.network.interfaces.interfaces import Interfaces
-from kvik.network.switch.network import SwitchNetwork
 from kvik.network.switch.session import SessionNetworks
-from kvik.network.watch import Watch
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
@@ -72,12 +71,13 @@ class Manager:
         self.default_network = default_network
         self.events = EventHub()
         self.filters = Filters(paths)
-        self._watch: Watch | None = None  # of the host's packet filter
-        self.networks = Networks(paths)
+        self.session_networks = SessionNetworks(paths) if paths.scope == "session" else None
+        self.networks = Networks(paths, rules_gone=self._rules_gone, switches=self.session_networks)
+        self.pools = Pools(paths)
+        self.pools.users = lambda: users(self)
         self.store = Store(paths)
         self.interfaces = Interfaces(paths)
         self.bridges = bridges
-        self.session_networks = SessionNetworks(paths) if paths.scope == "session" else None
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.autostarting: asyncio.Task[None] | None = None
         self._names: dict[str, DomainObject] = {}
@@ -94,14 +94,14 @@ class Manager:
         """
         await self.store.run(self.filters.open)
         self.warnings += self.filters.warnings
-        self._watch = Watch(lambda bridge: None, self._rules_gone)
         await self.networks.open()
         if self.default_network:  # a slow host is not made to wait for it: clients give a daemon seconds to listen
             await asyncio.wait([self.spawn(self._make_default_network())], timeout=DEFAULT_NETWORK_WAIT)
-        if self.session_networks is not None:
-            self.networks.add(SwitchNetwork(self.networks, self.session_networks))
         self.warnings += self.networks.warnings
+        await self.pools.open()
+        self.warnings += self.pools.warnings
         await recover.recover(self)
+        await ports.settle(self)
         ports.watch(self)
         self.warnings += await self.interfaces.open()
         self.autostarting = self.spawn(recover.autostart(self))
@@ -129,9 +129,8 @@ class Manager:
         for driver in {id(driver): driver for driver in self.drivers.values()}.values():
             await driver.close()
         await self.networks.close()
+        self.pools.close()
         self.interfaces.close()
-        if self._watch is not None:
-            self._watch.close()
         self.filters.close()
         self.store.close()
         if self.session_networks is not None:
@@ -163,9 +162,6 @@ class Manager:
 
     def domains(self) -> list[DomainObject]:
         return list(self._names.values())
-
-    def active_ids(self) -> list[int]:
-        return list(self._ids)
 
     @property
     def running(self) -> int:

@@ -76,6 +76,8 @@ def _port(interface: Interface, document: Network) -> Port | None:
 def _plug(interface: Interface, document: Network) -> Plug:
     source = interface.source
     assert source is not None
+    if interface.host_function:
+        return Plug(type="hostdev-pci", managed=bool(interface.managed), address=source.host_address)
     if document.is_macvtap:
         return Plug(type="direct", dev=source.dev, mode=source.mode)
     return Plug(type="network" if document.owns_bridge else "bridge", bridge=source.bridge or document.bridge_name)

@@ -10,20 +10,23 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from kvik.conf.devices.common import pci_address
 from kvik.conf.devices.interface import Interface, InterfaceSource, InterfaceTarget, VirtualPortParameters
 from kvik.conf.enums import NetworkEventLifecycleType
-from kvik.errors import KvikError
+from kvik.errors import ConfigUnsupported, KvikError
 from kvik.host.macvtap import free_name
 from kvik.host.netlink import Netlink
+from kvik.hypervisor.driver import Feature
 from kvik.network.attachment import Attachment, resolve
-from kvik.network.taps import reconnect_tap, release_taps
+from kvik.network.tap_changes import reconnect_tap
+from kvik.network.taps import release_taps
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
     from kvik.network.network import NetworkObject
 
-__all__ = ["join", "leave", "rejoin", "release", "watch"]
+__all__ = ["join", "leave", "rejoin", "release", "say", "settle", "watch"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,25 +44,39 @@ def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Att
             attachment = resolve(interface, networks)  # one by one: of a pool the next one takes the next device
             if attachment is None:
                 continue
+            if attachment.kind == "hostdev" and Feature.PASSTHROUGH not in domain.driver.features():
+                raise ConfigUnsupported(
+                    f"network {attachment.network!r} gives PCI devices of the host, and the VMM of machine "
+                    f"{domain.name!r} takes none",
+                    path="/domain/devices/interface",
+                    remedy="run it on QEMU, or use another network",
+                )
             attachments[interface.alias.name if interface.alias else ""] = attachment
-            _say(domain, interface, attachment)
+            say(domain, interface, attachment)
             if attachment.network:
-                device = attachment.device if attachment.kind == "macvtap" else ""
-                networks.lookup_name(attachment.network).connect(attachment.port_id, domain.name, device)
+                device = attachment.device if attachment.kind in ("macvtap", "hostdev") else ""
+                network = networks.lookup_name(attachment.network)
+                network.connect(attachment.port_id, domain.name, device)
                 joined.append(interface)
+                if attachment.floor:
+                    network.promise(attachment.port_id, mac_of(interface), attachment.floor)
     except BaseException:
         leave(domain, joined)
         raise
     return attachments
 
 
-def _say(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:
+def say(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:
     """Into the live document: it is on disk before anything is made, so that all of it can be found and undone."""
     source = interface.source = interface.source or InterfaceSource()
     if attachment.network:
         source.portid = attachment.port_id
-        if attachment.kind != "macvtap":
-            source.bridge = attachment.device
+        source.host_address = None  # of a pool of PCI functions alone, and then ours to say
+        if attachment.kind == "hostdev":
+            source.host_address = pci_address(attachment.device)
+            interface.managed = attachment.managed or None
+        elif attachment.kind != "macvtap":
+            source.bridge = attachment.device or None  # a session's switch has none
     target = interface.target or InterfaceTarget()
     if attachment.kind == "macvtap":
         source.dev, source.mode = attachment.device, attachment.mode
@@ -104,11 +121,18 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
             source, target = interface.source, interface.target
             if interface.type != "network" or source is None or source.network != network.name:
                 continue
-            if target is None or not target.dev or not source.portid:
+            if not source.portid:
+                continue
+            if manager.session_networks is not None:  # its switch is connected by `look_after_networks`
+                network.connect(source.portid, domain.name)
+                continue
+            if target is None or not target.dev:
                 continue
             try:
-                if interface.is_macvtap:  # it stands on an interface of the host, which is still there
-                    network.connect(source.portid, domain.name, source.dev or "")
+                if (
+                    interface.is_macvtap or interface.host_function
+                ):  # it stands on an interface of the host, which is still there
+                    network.connect(source.portid, domain.name, _device(interface))
                     continue
                 attachment = resolve(interface, manager.networks)
                 if attachment is None:
@@ -116,9 +140,44 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
                 await manager.store.run(reconnect_tap, interface, attachment)
                 source.bridge = attachment.device
                 network.connect(source.portid, domain.name)
+                if attachment.floor:
+                    network.promise(source.portid, mac_of(interface), attachment.floor)
+                    await network.keep_promises()
             except KvikError as error:
                 logger.warning("machine %s is not on network %s again: %s", domain.name, network.name, error)
         domain.live_changed()
+
+
+def mac_of(interface: Interface) -> str:
+    """A definition without one is given one when it is defined."""
+    return interface.mac.address if interface.mac is not None else ""
+
+
+async def settle(manager: Manager) -> None:
+    """Once all machines are found again: what is promised to those that ended meanwhile is taken back."""
+    for network in manager.networks.list():
+        network.forget_promises()
+    await _keep_promises(manager, [network.name for network in manager.networks.list()])
+
+
+async def _keep_promises(manager: Manager, networks: Iterable[str]) -> None:
+    for name in networks:
+        try:
+            await manager.networks.lookup_name(name).keep_promises()
+        except KvikError as error:
+            logger.warning("network %s: %s", name, error)
+
+
+def _networks_of(interfaces: Iterable[Interface]) -> set[str]:
+    found = (nic.source.network for nic in interfaces if nic.type == "network" and nic.source is not None)
+    return {name for name in found if name}
+
+
+def _device(interface: Interface) -> str:
+    """Which of a pool's it has."""
+    if interface.is_macvtap and interface.source is not None:
+        return interface.source.dev or ""
+    return interface.host_function
 
 
 def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
@@ -128,9 +187,7 @@ def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
         if interface.type != "network" or source is None or not source.network or not source.portid:
             continue
         try:
-            domain.manager.networks.lookup_name(source.network).connect(
-                source.portid, domain.name, (source.dev or "") if interface.is_macvtap else ""
-            )
+            domain.manager.networks.lookup_name(source.network).connect(source.portid, domain.name, _device(interface))
         except KvikError as error:
             logger.warning("machine %s: %s", domain.name, error)
 
@@ -139,7 +196,8 @@ async def release(manager: Manager, domain: DomainObject, interfaces: Iterable[I
     """After the machine, or a device of it, is gone: count it no more, and leave nothing of it on the host."""
     interfaces = list(interfaces)
     leave(domain, interfaces)
-    if any(interface.target is not None and interface.target.dev for interface in interfaces):
+    await _keep_promises(manager, _networks_of(interfaces))
+    if any((nic.target is not None and nic.target.dev) or nic.host_function for nic in interfaces):
         await manager.store.run(release_taps, interfaces)
 
 

@@ -22,7 +22,7 @@ from kvik.errors import ConfigError, InvalidArgument, KvikError
 from kvik.host import process
 from kvik.host.documents import SUFFIX, set_aside
 from kvik.hypervisor.driver import EventKind, MachineEvent
-from kvik.manager import devices, disks, guest, lifecycle, ports, prepare
+from kvik.manager import devices, disks, guest, lifecycle, ports, prepare, rx_filters
 from kvik.manager.definition import Definition
 from kvik.manager.domain import DomainObject, Run
 from kvik.manager.stages import BootStages
@@ -256,6 +256,7 @@ async def _catch_up(domain: DomainObject, run: Run) -> None:
         missed = _MISSED.get(state)
         if missed is not None and domain.run is run:
             lifecycle.heard(domain, run, MachineEvent(EventKind(missed), "guest" if missed == "shutdown" else ""))
+    await rx_filters.follow_all(domain, run)
     if domain.run is run and run.machine is not None and not run.stages.has("agent"):
         with contextlib.suppress(KvikError, TimeoutError):
             await run.machine.agent("guest-ping", None, timeout=CURIOSITY)

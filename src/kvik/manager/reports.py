@@ -16,7 +16,7 @@ from kvik.conf.enums import (
     DomainEventWatchdogAction,
 )
 from kvik.hypervisor.driver import MachineEvent
-from kvik.manager import devices, guest
+from kvik.manager import devices, guest, rx_filters
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject, Run
@@ -63,6 +63,10 @@ def _watchdog(domain: DomainObject, run: Run, event: MachineEvent) -> None:
 
 def _sidecar(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     domain.log.note(event.detail)
+
+
+def _rx_filter(domain: DomainObject, run: Run, event: MachineEvent) -> None:
+    domain.spawn(rx_filters.follow(domain, run, event.detail))
 
 
 def _io_error(domain: DomainObject, run: Run, event: MachineEvent) -> None:
@@ -184,5 +188,6 @@ _HANDLERS: Mapping[str, Callable[[DomainObject, Run, MachineEvent], None]] = {
     "tray-change": _tray,
     "graphics": _graphics,
     "guest-output": _output,
+    "rx-filter": _rx_filter,
     "monitor": _monitor,
 }

@@ -314,13 +314,6 @@ class Store:
 
         await self.run(remove)
 
-    async def rename_status(self, old: str, status: Status) -> None:
-        def rename() -> None:
-            self._status(old).rename(self._status(status.name))
-            files.atomic_write(self._status(status.name), status.to_xml(), durable=False)
-
-        await self.run(rename)
-
     # runtime directories
 
     def runtime_directory(self, id_: int, name: str) -> Path:

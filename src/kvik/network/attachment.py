@@ -26,12 +26,13 @@ from kvik.conf.devices.interface import (
 from kvik.conf.network import Network
 from kvik.conf.tree import clone
 from kvik.errors import ConfigError, ConfigUnsupported, OperationInvalid
+from kvik.network.floors import check_floor
 
-__all__ = ["Attachment", "NetworkLike", "NetworkLookup", "resolve", "resolve_network"]
+__all__ = ["Attachment", "NetworkLike", "NetworkLookup", "macvtap_mode", "resolve", "resolve_network"]
 
 T = TypeVar("T")
 MacvtapMode = Literal["bridge", "private", "vepa", "passthrough"]
-Kind = Literal["none", "bridge", "openvswitch", "macvtap"]
+Kind = Literal["none", "bridge", "openvswitch", "macvtap", "switch", "hostdev"]
 
 
 class NetworkLike(Protocol):
@@ -45,6 +46,8 @@ class NetworkLike(Protocol):
     def document(self) -> Network: ...
     @property
     def ports(self) -> Mapping[str, str]: ...
+    @property
+    def devices(self) -> Mapping[str, str]: ...
 
 
 class NetworkLookup(Protocol):
@@ -53,7 +56,8 @@ class NetworkLookup(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """`device` is the bridge, or for macvtap the interface below; empty for kind none (a tap left alone)."""
+    """`device` is the bridge, or for macvtap the interface below; empty for kind none (a tap left alone), and for a
+    session's switch, which is no device of the host; for hostdev a PCI function, like 0000:01:10.0."""
 
     kind: Kind
     device: str = ""
@@ -66,6 +70,8 @@ class Attachment:
     isolated: bool = False
     mtu: int | None = None
     owns_bridge: bool = False  # the network made it, so it may be set as this needs
+    managed: bool = False  # a PCI function is taken from its driver and given back to it
+    floor: int = 0  # kB/s of the network's inbound rate that it is promised
     at_once: bool = False  # the network's document asks for no delay: its port forwards from the start, STP or not
     static_fdb: bool = False  # macTableManager='libvirt': the bridge learns nothing, the guest's MAC is entered
 
@@ -100,7 +106,7 @@ def resolve(interface: Interface, networks: NetworkLookup | None) -> Attachment 
                 f"interface {_alias(interface)} of type direct names no device of the host",
                 path="/domain/devices/interface/source/@dev",
             )
-        return replace(own, kind="macvtap", device=source.dev, mode=_mode(source.mode))
+        return replace(own, kind="macvtap", device=source.dev, mode=macvtap_mode(source.mode))
     if interface.type != "network":
         return None
     if networks is None:
@@ -123,10 +129,12 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
             f"network {network.name!r} is not active", remedy=f"start it: kvik net-start {network.name}"
         )
     document = network.document
-    if document.mode == "hostdev":
-        raise ConfigUnsupported(f"network {network.name!r} is a pool of host devices, which are not supported yet")
     group = document.portgroup(portgroup)
     port = document.port
+    inbound = own.bandwidth.inbound if own.bandwidth is not None else None
+    floor = (inbound.floor if inbound is not None else None) or 0
+    if floor:
+        check_floor(document, floor, "an interface")
     if own.mtu is not None and document.mtu is not None and own.mtu > document.mtu.size:
         raise ConfigUnsupported(
             f"an interface with an MTU of {own.mtu} on network {network.name!r}, which has {document.mtu.size}: longer "
@@ -143,20 +151,43 @@ def resolve_network(own: Attachment, network: NetworkLike, portgroup: str | None
         isolated=own.isolated or bool(port and port.isolated),
         mtu=own.mtu or (document.mtu.size if document.mtu else None),
         owns_bridge=document.owns_bridge,
+        floor=floor,
         at_once=document.owns_bridge and not (document.bridge and document.bridge.delay),
         static_fdb=document.bridge is not None and document.bridge.mac_table_manager == "libvirt",
     )
+    if document.mode == "hostdev":
+        return replace(made, kind="hostdev", device=_free_function(network), managed=_is_managed(document))
     if document.is_macvtap:
-        return replace(made, kind="macvtap", device=_free_device(network), mode=_mode(document.mode))
+        return replace(made, kind="macvtap", device=_free_device(network), mode=macvtap_mode(document.mode))
+    if document.owns_bridge and document.bridge is None:
+        return replace(made, kind="switch")
     assert document.bridge_name is not None  # validation: what is not macvtap or a pool has a bridge
     return replace(made, kind=_bridge_kind(made.virtualport), device=document.bridge_name)
+
+
+def _is_managed(document: Network) -> bool:
+    return document.forward is not None and bool(document.forward.managed)
+
+
+def _free_function(network: NetworkLike) -> str:
+    """The first PCI function of the pool that no machine has."""
+    forward = network.document.forward
+    pool = [item.pci_text for item in forward.addresses] if forward is not None else []
+    free = [address for address in pool if address not in network.devices.values()]
+    if not free:
+        raise OperationInvalid(
+            f"network {network.name!r} has no free virtual function: all {len(pool)} of its pool are in use",
+            remedy="stop a machine, or have the card make more (sriov_numvfs) and start the network again",
+        )
+    return free[0]
 
 
 def _alias(interface: Interface) -> str:
     return interface.alias.name if interface.alias else "(without an alias)"
 
 
-def _mode(mode: str | None) -> MacvtapMode:
+def macvtap_mode(mode: str | None) -> MacvtapMode:
+    """A document's word for it; vepa where there is none."""
     for known in get_args(MacvtapMode):
         if mode == known:
             return known  # type: ignore[no-any-return]  # one of the words of that type

@@ -15,7 +15,7 @@ from kvik.conf.devices.interface import Rate as DocumentRate
 from kvik.conf.network import Network
 from kvik.conf.network_addresses import ip_interface, route_destination
 from kvik.errors import AlreadyExists, HostError
-from kvik.host.bridge import create_bridge
+from kvik.host.bridge import NO_VLAN_FILTERING, BridgeSettings, create_bridge
 from kvik.host.netlink import Link, Netlink, check_name
 from kvik.host.route import add_route
 from kvik.host.traffic import Rate, set_traffic, sweep_ifbs
@@ -56,14 +56,7 @@ def make_bridge(netlink: Netlink, document: Network, undo: ExitStack) -> Link:
             f"({there.kind or 'hardware'}, {there.mac or 'no MAC'})",
             remedy="give the network's <bridge> another name, or delete that interface if nobody needs it",
         )
-    link = create_bridge(
-        netlink,
-        name,
-        mac=document.mac.address if document.mac else None,
-        mtu=document.mtu.size if document.mtu else None,
-        stp=bool(document.bridge.stp),
-        forward_delay=document.bridge.delay or 0,
-    ).link
+    link = _create(netlink, name, document)
     undo.callback(_quietly_remove, netlink, document)
     _set_up_ipv6(name, document)
     for ip in document.ips:
@@ -79,11 +72,28 @@ def make_bridge(netlink: Netlink, document: Network, undo: ExitStack) -> Link:
     return link
 
 
+def _create(netlink: Netlink, name: str, document: Network) -> Link:
+    assert document.bridge is not None
+    settings: BridgeSettings = {"stp": bool(document.bridge.stp), "forward_delay": document.bridge.delay or 0}
+    mac = document.mac.address if document.mac else None
+    mtu = document.mtu.size if document.mtu else None
+    if document.bridge.mac_table_manager == "libvirt":
+        # With the kernel's VLAN filter a port takes no frame of a VLAN that it was not put into, as libvirt has it.
+        filtering: BridgeSettings = {**settings, "vlan_filtering": True}
+        try:
+            return create_bridge(netlink, name, mac=mac, mtu=mtu, **filtering).link
+        except HostError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            logger.warning("network %s: %s; its bridge does without", document.name, NO_VLAN_FILTERING)
+    return create_bridge(netlink, name, mac=mac, mtu=mtu, **settings).link
+
+
 def _bound(netlink: Netlink, document: Network, index: int) -> None:
     """The network's <bandwidth>: of what passes between the guests together and the host or the world."""
     if document.bandwidth is not None:
         inbound, outbound = (_rate(each) for each in (document.bandwidth.inbound, document.bandwidth.outbound))
-        set_traffic(netlink, index, inbound=inbound, outbound=outbound)
+        set_traffic(netlink, index, inbound=inbound, outbound=outbound, floors=inbound is not None)
 
 
 def _rate(rate: DocumentRate | None) -> Rate | None:

@@ -1,4 +1,4 @@
-"""The network `default`: NAT, on the first use of the system's daemon, on a subnet that nobody on this host has.
+"""The network `default`: NAT, on the first use of a daemon, on a subnet that nobody on this host has.
 
 It is made once. Who undefines it does not want it, and does not get it again.
 """
@@ -62,7 +62,8 @@ async def ensure_default(networks: Networks) -> NetworkObject | None:
         )
     try:
         await network.set_autostart(True)
-        await network.start()
+        if not networks.lacks(network.definition):
+            await network.start()
     except KvikError as error:
         networks.warn(f"network {NAME!r} was defined but could not be started: {error}")
     # Last: a daemon that is killed before this finds the network defined, or makes it.

@@ -205,7 +205,8 @@ def _dhcp(document: Network, lease_file: Path) -> Iterator[str]:
             yield "ra-param=*,0,0"  # advertised, but as no way out (RFC 4861, 4.2: router lifetime 0)
         for ip, subnet in v6:
             if ip.dhcp is None or not (ip.dhcp.ranges or ip.dhcp.hosts):
-                yield f"dhcp-range={subnet.network_address},ra-only,{subnet.prefixlen}"
+                # ra-names: machines that make their address of their MAC have an AAAA record beside their lease's name.
+                yield f"dhcp-range={subnet.network_address},ra-names,{subnet.prefixlen}"
 
 
 def _size(subnet: Subnet) -> str:

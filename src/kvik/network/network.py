@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -13,11 +13,12 @@ from uuid import UUID
 from kvik.conf.enums import NetworkEventLifecycleType, NetworkUpdateFlags
 from kvik.conf.network import Network, format_network
 from kvik.conf.network_update import update_network
-from kvik.conf.network_validate import validate_network
-from kvik.errors import KvikError, OperationInvalid, OperationTimeout
+from kvik.errors import KvikError, OperationInvalid, OperationTimeout, OperationUnsupported
+from kvik.network import floors
 from kvik.network.dnsmasq import LeaseEntry
 from kvik.network.probe import Finding, probe
 from kvik.network.runtime import Runtime
+from kvik.network.switch.runtime import SwitchRuntime
 
 if TYPE_CHECKING:
     from kvik.network.networks import Networks
@@ -35,17 +36,16 @@ RESTARTS, RESTARTS_WITHIN = 5, 60.0  # of a dnsmasq that ends by itself: so many
 class NetworkObject:
     """Made by `Networks`. Reads are answered from memory; what changes it is a coroutine and holds its job."""
 
-    built_in = False  # it cannot be defined anew
-
     def __init__(self, networks: Networks, definition: Network, *, persistent: bool) -> None:
         self._networks = networks
         self.definition = definition
         self.persistent = persistent
         self.autostart = False
-        self.runtime: Runtime | None = None
+        self.runtime: Runtime | SwitchRuntime | None = None
         self.warnings: list[str] = []  # what was found since the last start: a foreign rule set that drops, ...
         self.ports: dict[str, str] = {}  # of active interfaces: port id -> whose it is
         self._devices: dict[str, str] = {}  # of those on a pool's interface: port id -> which
+        self._promised = False  # floors have changed since the kernel was told
         self._lock = asyncio.Lock()
         self._job = ""
         self._unwatch: Callable[[], None] | None = None
@@ -83,6 +83,11 @@ class NetworkObject:
         return self.document.bridge_name
 
     @property
+    def devices(self) -> Mapping[str, str]:
+        """Of a pool's interfaces or PCI functions those in use: port id -> which."""
+        return self._devices
+
+    @property
     def connections(self) -> int:
         return len(self.ports)
 
@@ -98,8 +103,7 @@ class NetworkObject:
             raise OperationInvalid(
                 f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
             )
-        found = self.runtime.dnsmasq.leases(self.runtime.document)
-        return [lease for lease in found if mac is None or lease.mac == mac.lower()]
+        return [lease for lease in self.runtime.leases() if mac is None or lease.mac == mac.lower()]
 
     # who is on it
 
@@ -115,8 +119,32 @@ class NetworkObject:
             self._devices[port] = device
         self._count_devices()
 
+    def promise(self, port: str, mac: str, floor: int) -> None:
+        """Guarantee an interface a part of the network's inbound rate, in kB/s; 0: no more. `keep_promises` makes it
+        so. Raises as `floors.promise`."""
+        if self.runtime is not None and floors.promise(self.runtime.status, port, mac, floor):
+            self._promised = True
+
+    async def keep_promises(self) -> None:
+        """After `promise` and `disconnect`: the kernel does as was promised. `HostError` if it refuses."""
+        if not self._promised:
+            return
+        async with self.job("promise bandwidth of"):
+            if self.runtime is not None:
+                self._promised = False
+                await self._networks.run(self.runtime.keep_floors)
+
+    def forget_promises(self) -> None:
+        """Those to interfaces that nobody counts here: their machines ended while the daemon was away."""
+        for each in list(self.runtime.status.port_floors) if self.runtime is not None else ():
+            self._promised = True  # the others' are looked at, too
+            if each.port not in self.ports:
+                self.disconnect(each.port)
+
     def disconnect(self, port: str) -> None:
         self.ports.pop(port, None)
+        if self.runtime is not None and floors.break_promise(self.runtime.status, port):
+            self._promised = True
         self._devices.pop(port, None)
         self._count_devices()
 
@@ -162,7 +190,7 @@ class NetworkObject:
         async with self.job("start"):
             if self.runtime is not None:
                 return False
-            runtime = Runtime(self._networks.store, self.definition.copy(), persistent=self.persistent)
+            runtime = self._networks.runtime(self.definition.copy(), persistent=self.persistent)
             try:
                 await self._networks.run(runtime.start)
             finally:
@@ -171,7 +199,7 @@ class NetworkObject:
                     self.warnings.clear()
                     self.adopt(runtime)
                     self._networks.emit(self, NetworkEventLifecycleType.STARTED)
-        if self._networks.probing:
+        if self._networks.probing and isinstance(runtime, Runtime):
             self._networks.spawn(self._prove(runtime))
         return True
 
@@ -181,6 +209,8 @@ class NetworkObject:
             raise OperationInvalid(
                 f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
             )
+        if not isinstance(self.runtime, Runtime):
+            raise OperationUnsupported(f"network {self.name!r} is a switch of this session: no rule set is in its way")
         async with self._networks.probes:
             runtime = self.runtime
             return await self._networks.run(probe, runtime.document, runtime.ending) if runtime is not None else []
@@ -196,7 +226,7 @@ class NetworkObject:
         except KvikError as error:
             logger.info("network %s could not be probed: %s", self.name, error)
 
-    def adopt(self, runtime: Runtime) -> None:
+    def adopt(self, runtime: Runtime | SwitchRuntime) -> None:
         """Be active with what `runtime` made or found."""
         self.runtime = runtime
         runtime.ending.clear()
@@ -211,7 +241,7 @@ class NetworkObject:
                 raise OperationInvalid(f"network {self.name!r} is not active")
             await self._stop(self.runtime)
 
-    async def _stop(self, runtime: Runtime) -> None:
+    async def _stop(self, runtime: Runtime | SwitchRuntime) -> None:
         self.let_go()
         try:
             await self._networks.run(runtime.stop)
@@ -244,7 +274,7 @@ class NetworkObject:
 
         def change(document: Network) -> None:
             update_network(document, command, section, index, xml)
-            validate_network(document)
+            self._networks.validate(document)
 
         await self.modify(change, live=live, config=config)
 
@@ -293,7 +323,7 @@ class NetworkObject:
     # what happens to it while nobody asks
 
     def _watch(self) -> None:
-        handle = self.runtime.dnsmasq.handle if self.runtime is not None else None
+        handle = self.runtime.handle if self.runtime is not None else None
         if handle is not None and handle.fileno() >= 0:
             self._unwatch = handle.on_exit(self._dnsmasq_ended)
 

@@ -6,21 +6,28 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 from kvik.conf.enums import NetworkEventLifecycleType
 from kvik.conf.network import Network, complete_network, format_network, parse_network
+from kvik.conf.network_status import NetworkStatus
 from kvik.conf.network_validate import validate_network
 from kvik.conf.prepare import located
 from kvik.errors import AlreadyExists, HostError, KvikError, NoNetwork, OperationInvalid
 from kvik.host.netlink import Netlink
+from kvik.host.packages import how_to_install
+from kvik.host.process import find_program
 from kvik.network import recover
 from kvik.network.dnsmasq import Dnsmasq
 from kvik.network.network import NetworkObject
+from kvik.network.runtime import Runtime
 from kvik.network.store import Store, check_name
+from kvik.network.switch.document import switch_settings
+from kvik.network.switch.runtime import SwitchRuntime
+from kvik.network.switch.session import SessionNetworks
 from kvik.network.watch import Watch
 from kvik.paths import Paths
 
@@ -40,9 +47,19 @@ CLOSE_WAIT = 5.0  # seconds for what runs beside to end
 class Networks:
     """`open` it once, in the loop that it is used from; its threads work in the network namespace of that thread."""
 
-    def __init__(self, paths: Paths, *, probing: bool = True) -> None:
-        """`probing`: each network is walked through after its start, and what is in the way is warned of."""
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        probing: bool = True,
+        rules_gone: Callable[[], None] = lambda: None,
+        switches: SessionNetworks | None = None,
+    ) -> None:
+        """`probing`: each network is walked through after its start, and what is in the way is warned of. `rules_gone`
+        is called too when a table of the packet filter was deleted: somebody else's rules may be in it. `switches`:
+        networks are switches in user space, as in a session."""
         self.paths = paths
+        self.switches = switches
         self.store = Store(paths)
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self._names: dict[str, NetworkObject] = {}
@@ -54,6 +71,7 @@ class Networks:
         self._changing = asyncio.Lock()  # of the set of networks
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: Watch | None = None
+        self._rules_gone = rules_gone
         self._checking = False
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="kvik-network")
 
@@ -61,6 +79,8 @@ class Networks:
         """Load definitions, find active networks again, take away what a killed daemon left, start what starts with
         the host. `HostError` if the directories cannot be had; anything smaller is put right and warned of."""
         await recover.recover(self)
+        if self.switches is not None:
+            await self.run(self.switches.sweep)
         self._watch = Watch(self._bridge_gone, self._table_gone)
         await recover.autostart(self)
 
@@ -75,6 +95,33 @@ class Networks:
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=CLOSE_WAIT)
         self._executor.shutdown(wait=True)
+
+    def runtime(
+        self, document: Network, *, persistent: bool, status: NetworkStatus | None = None
+    ) -> Runtime | SwitchRuntime:
+        """What makes the network of this document active."""
+        if self.switches is not None:
+            return SwitchRuntime(self.store, self.switches, document, persistent=persistent, status=status)
+        return Runtime(self.store, document, persistent=persistent, status=status)
+
+    def complete(self, document: Network, taken_bridges: Collection[str] = ()) -> None:
+        """Fill in what was left out, and refuse what makes no sense or cannot be here. Raises ConfigError."""
+        complete_network(document, taken_bridges)
+        self.validate(document)
+        if self.switches is not None:
+            document.bridge = None
+
+    def validate(self, document: Network) -> None:
+        """Raises ConfigError for a complete document that makes no sense or cannot be here."""
+        validate_network(document)
+        if self.switches is not None:
+            switch_settings(document)
+
+    def lacks(self, document: Network) -> str:
+        """What keeps a network from being of use to machines that did not ask for it; "": nothing."""
+        if self.switches is not None and document.mode is not None and find_program("passt") is None:
+            return f"passt is not installed: machines could not leave it ({how_to_install('passt')})"
+        return ""
 
     # looking up
 
@@ -161,23 +208,20 @@ class Networks:
         with located(xml):
             check_name(document.name)
             same = self._names.get(document.name)
-            if same is not None and same.built_in:
-                raise AlreadyExists(f"network {document.name!r} is built in", remedy="give yours another name")
             if same is not None and document.uuid is None:
                 document.uuid = same.uuid_text
             if same is not None and document.mac is None:
                 document.mac = same.definition.copy().mac
             if same is not None and document.bridge is None and document.owns_bridge and same.definition.owns_bridge:
                 document.bridge = same.definition.copy().bridge
-            complete_network(document, await self._taken_bridges(same))
-            validate_network(document)
+            self.complete(document, await self._taken_bridges(same) if self.switches is None else ())
         known = self._uuids.get(UUID(document.uuid).bytes)
         if same is not None and known is not same:
             raise AlreadyExists(f"network {document.name!r} already exists with uuid {same.uuid_text}")
         if known is not None and known is not same:
             raise AlreadyExists(f"network {known.name!r} is already defined with uuid {known.uuid_text}")
         for other in self._names.values():
-            if other is not same and document.owns_bridge:
+            if other is not same and document.owns_bridge and document.bridge_name:
                 for theirs in (other.definition, other.document):
                     if theirs.owns_bridge and theirs.bridge_name == document.bridge_name:
                         raise AlreadyExists(
@@ -241,6 +285,7 @@ class Networks:
             self._check_soon()
 
     def _table_gone(self) -> None:
+        self._rules_gone()
         if any(network.is_active for network in self.list()):
             self._check_soon()
 

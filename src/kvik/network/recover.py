@@ -15,13 +15,11 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from kvik.conf.network import Network, complete_network, format_network, parse_network
+from kvik.conf.network import Network, format_network, parse_network
 from kvik.conf.network_status import NetworkStatus
-from kvik.conf.network_validate import validate_network
 from kvik.errors import HostError, KvikError
 from kvik.host import files
 from kvik.network.network import NetworkObject
-from kvik.network.runtime import Runtime
 from kvik.network.store import Loaded
 
 if TYPE_CHECKING:
@@ -54,8 +52,7 @@ async def _load(networks: Networks, name: str, text: str, loaded: Loaded) -> Non
             raise KvikError(f"its file is named {name!r} but its <name> is {document.name!r}")
         written = format_network(document, inactive=True)
         taken = {other.bridge_name for other in networks.list() if other.bridge_name}
-        complete_network(document, taken)
-        validate_network(document)
+        networks.complete(document, taken)
         if format_network(document, inactive=True) != written:  # written by hand: what was left out is fixed from now
             await networks.run(networks.store.save, name, format_network(document, inactive=True))
         network = NetworkObject(networks, document, persistent=True)
@@ -75,7 +72,7 @@ async def _recover_one(networks: Networks, status: NetworkStatus) -> None:
     if origin is None or origin.boot != networks.store.boot:
         await networks.run(networks.store.remove_status, name)
         return
-    runtime = Runtime(networks.store, document, persistent=origin.persistent is not False, status=status)
+    runtime = networks.runtime(document, persistent=origin.persistent is not False, status=status)
     if origin.state != "active":
         await networks.run(runtime.clean)
         networks.warn(f"network {name!r} was {origin.state} when the daemon was stopped: what was left is taken away")
@@ -111,6 +108,9 @@ async def autostart(networks: Networks) -> None:
             return
     for network in networks.list():
         if network.autostart and not network.is_active:
+            if lack := networks.lacks(network.definition):
+                logger.info("network %s is not started automatically: %s", network.name, lack)
+                continue
             try:
                 await network.start()
             except KvikError as error:

@@ -14,15 +14,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Literal
 
-from kvik.conf.network import Network
+from kvik.conf.devices.common import pci_address
+from kvik.conf.network import ForwardInterface, Network
 from kvik.conf.network_status import NetworkStatus, Origin
 from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvalid
-from kvik.host import nftables
+from kvik.host import firewalld, nftables, sriov
 from kvik.host.bridge import set_bridge
 from kvik.host.netlink import Netlink
-from kvik.network import nat
+from kvik.host.process import ProcessHandle
+from kvik.network import floors, nat
 from kvik.network.bridge import add_routes, find_bridge, is_ours, make_bridge, remove_bridge, set_forwarding
-from kvik.network.dnsmasq import Dnsmasq, is_needed
+from kvik.network.dnsmasq import Dnsmasq, LeaseEntry, is_needed
 from kvik.network.store import Store
 from kvik.network.subnet import refuse_taken
 
@@ -48,12 +50,20 @@ class Runtime:
         self.status = status or NetworkStatus()
         self.dnsmasq = Dnsmasq(document.name, store.data, store.status)
 
+    @property
+    def handle(self) -> ProcessHandle | None:
+        """The process that serves the network, if one does: who wants to be told of its end asks it."""
+        return self.dnsmasq.handle
+
+    def leases(self) -> list[LeaseEntry]:
+        return self.dnsmasq.leases(self.document)
+
     # start
 
     def start(self) -> None:
         """Make it. On an error nothing of it stays."""
         document = self.document
-        _refuse_unkept_promises(document)
+        _check_zone(document)
         with Netlink() as netlink, ExitStack() as undo:  # the undo steps talk over this netlink
             if document.owns_bridge:
                 refuse_taken(netlink, document)
@@ -61,6 +71,8 @@ class Runtime:
             undo.callback(_quietly, self.store.remove_status, document.name)
             if document.owns_bridge:
                 link = make_bridge(netlink, document, undo)
+                undo.callback(_quietly, self._leave_zone)
+                self._join_zone()
                 if nat.needs_table(document):
                     undo.callback(_quietly, self._remove_filter)
                     self.install_filter()
@@ -71,6 +83,7 @@ class Runtime:
                     self.dnsmasq.start()
                 add_routes(netlink, document, link.index)
             else:
+                _fill_pool(document)
                 _check_parts(netlink, document)
             self._save("active")
             undo.pop_all()
@@ -84,6 +97,24 @@ class Runtime:
     def note(self) -> None:
         """Write the status anew: something that it says has changed."""
         self._save("active")
+
+    def _join_zone(self) -> None:
+        """firewalld's rules for the bridge are those of its zone."""
+        if self.document.bridge is not None and self.document.bridge.zone is not None:
+            firewalld.set_zone(self.document.bridge.zone, self.document.bridge_name or "")
+
+    def _leave_zone(self) -> None:
+        """firewalld remembers an interface that is gone: the next one by that name would be in the zone."""
+        if self.document.bridge is not None and self.document.bridge.zone is not None:
+            firewalld.unset_zone(self.document.bridge.zone, self.document.bridge_name or "")
+
+    def keep_floors(self) -> None:
+        """The bridge's traffic classes as the status has them, and that on disk first: what is made can be found."""
+        self.note()
+        with Netlink() as netlink:
+            link = find_bridge(netlink, self.document.bridge_name or "")
+            if link is not None and is_ours(link, self.document):
+                floors.keep(netlink, link.index, self.status)
 
     def install_filter(self) -> None:
         """The packet filter as the document has it, whatever is there of it."""
@@ -128,6 +159,8 @@ class Runtime:
         with Netlink() as netlink:
             there = find_bridge(netlink, self.document.bridge_name or "")
             mine = there is None or is_ours(there, self.document)
+            if mine:
+                _collect(errors, self._leave_zone)
             _collect(errors, lambda: remove_bridge(netlink, self.document))
         if mine and nat.needs_table(self.document):  # the table bears the bridge's name: another's is not touched
             _collect(errors, self._remove_filter)
@@ -153,6 +186,8 @@ class Runtime:
         if nat.needs_table(document) and not (only_missing and self._has_filter()):
             self.install_filter()
         set_forwarding(document)
+        if document.bridge is not None and document.bridge.zone is not None and firewalld.is_running():
+            _quietly(self._join_zone)  # of one that was started anew it has to be asked for again
         self.serve()
         return True
 
@@ -186,16 +221,33 @@ class Runtime:
             raise
 
 
-def _refuse_unkept_promises(document: Network) -> None:
-    """What is not done here and would be missed."""
-    kept = {
-        "bridge zone": (document.bridge.zone if document.bridge else None, "kvik has a packet filter of its own"),
-    }
-    for name, (value, remedy) in kept.items():
-        if value is not None:
-            raise ConfigUnsupported(
-                f"network {document.name!r}: <{name}> is not supported yet", path="/network", remedy=remedy
-            )
+def _check_zone(document: Network) -> None:
+    """OperationInvalid, NotFound or ConfigUnsupported, before anything is made."""
+    zone = document.bridge.zone if document.bridge is not None else None
+    if zone is None:
+        return
+    if not document.owns_bridge:
+        raise ConfigUnsupported(
+            f"network {document.name!r}: a zone is for a bridge that the network makes", path="/network/bridge/@zone"
+        )
+    firewalld.require_zone(zone, f"the bridge of network {document.name!r}")
+
+
+def _fill_pool(document: Network) -> None:
+    """What a physical function has by now: PCI functions for mode hostdev, their interfaces for macvtap."""
+    forward = document.forward
+    if forward is None or not forward.pfs:
+        return
+    functions = sriov.virtual_functions(forward.pfs[0].dev)
+    if document.mode == "hostdev":
+        forward.addresses = [pci_address(function.address) for function in functions]
+        return
+    forward.interfaces = [ForwardInterface(dev=function.interface) for function in functions if function.interface]
+    if not forward.interfaces:
+        raise OperationInvalid(
+            f"no virtual function of {forward.pfs[0].dev}, which network {document.name!r} is to use, has a network "
+            "interface: their driver is missing, or machines have them"
+        )
 
 
 def _check_parts(netlink: Netlink, document: Network) -> None:
@@ -211,6 +263,13 @@ def _check_parts(netlink: Netlink, document: Network) -> None:
                 f"network {document.name!r} is to use bridge {document.bridge_name}: {what}",
                 remedy=f"make it: kvik bridge add {document.bridge_name}",
             )
+    if document.mode == "hostdev" and document.forward is not None:
+        for address in document.forward.addresses:
+            if not (sriov.SYSFS / "bus/pci/devices" / address.pci_text).exists():
+                raise OperationInvalid(
+                    f"network {document.name!r} is to use PCI device {address.pci_text}, which this host does not have",
+                    remedy="'lspci -D' lists them",
+                )
     if document.is_macvtap and document.forward is not None:
         for interface in document.forward.interfaces:
             link = find_bridge(netlink, interface.dev)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from kvik.conf.devices.interface import Bandwidth, Interface, InterfaceTarget, Vlan
 from kvik.conf.devices.interface import Rate as GivenRate
 from kvik.errors import ConfigUnsupported, KvikError
-from kvik.host import openvswitch
+from kvik.host import openvswitch, sriov
 from kvik.host.bridge import NO_VLAN_FILTERING, read_bridge, set_bridge, set_port
 from kvik.host.bridge_vlan import add_vlan, delete_vlan
 from kvik.host.edge_port import bring_up_at_once
@@ -24,7 +24,7 @@ from kvik.host.tap import Tap, create_tap
 from kvik.host.traffic import Rate, set_traffic, sweep_ifbs
 from kvik.network.attachment import Attachment
 
-__all__ = ["open_taps", "reconnect_tap", "release_taps"]
+__all__ = ["bring_up", "join_bridge", "open_taps", "release_taps", "set_bandwidth"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +48,19 @@ def open_taps(
     for interface in interfaces:
         alias = interface.alias.name if interface.alias else ""
         attachment = attachments.get(alias)
-        if attachment is None:
+        if attachment is None or attachment.kind == "switch":
             continue
         _refuse_unkept_promises(interface, attachment, alias, filters=protect is not None)
+        if attachment.kind == "hostdev":
+            _take_function(interface, attachment)
+            continue
         target = interface.target = interface.target or InterfaceTarget()
         tap = _make(interface, attachment, target.dev or "", alias)
         close.callback(tap.close)
         target.dev = tap.name  # whatever fails from here on, `release_taps` finds what was made
         with Netlink() as netlink:
             if attachment.kind == "bridge":
-                _join_bridge(netlink, tap.index, attachment, interface)
+                join_bridge(netlink, tap.index, attachment, interface)
             elif attachment.kind == "openvswitch":
                 _join_openvswitch(tap.name, attachment, interface)
                 if attachment.mtu is not None:
@@ -66,9 +69,21 @@ def open_taps(
                 set_bandwidth(netlink, tap.index, attachment.bandwidth, swapped=attachment.kind == "macvtap")
             if protect is not None and attachment.kind != "macvtap":
                 protect(interface)
-            _bring_up(netlink, tap.index, attachment)
+            bring_up(netlink, tap.index, attachment)
         files |= {f"net:{alias}:{number}": fd for number, fd in enumerate(tap.fds)}
     return files
+
+
+def _take_function(interface: Interface, attachment: Attachment) -> None:
+    """A PCI function for the guest alone: with its address, in its VLAN, and away from the host's driver."""
+    sriov.check_assignable(attachment.device)
+    tags = attachment.vlan.tags if attachment.vlan is not None else []
+    if interface.mac is not None:
+        with Netlink() as netlink:
+            vlan = tags[0].id if tags else 0
+            sriov.set_address(netlink, attachment.device, interface.mac.address, vlan=vlan)
+    if attachment.managed:
+        sriov.take(attachment.device)
 
 
 def _make(interface: Interface, attachment: Attachment, name: str, alias: str) -> Tap:
@@ -96,22 +111,8 @@ def _make(interface: Interface, attachment: Attachment, name: str, alias: str) -
     )
 
 
-def reconnect_tap(interface: Interface, attachment: Attachment) -> None:
-    """Put a running machine's tap on a bridge that was made anew. Raises `HostError`, `ConfigUnsupported`."""
-    name = interface.target.dev if interface.target is not None else None
-    if attachment.kind != "bridge" or not name:
-        return
-    with Netlink() as netlink:
-        tap, bridge = netlink.link(name), netlink.link(attachment.device)
-        if tap.master == bridge.index:
-            return
-        netlink.set_link(tap.index, up=False)  # nothing passes before its walls stand
-        netlink.set_link(tap.index, master=bridge.index)
-        _join_bridge(netlink, tap.index, attachment, interface)
-        _bring_up(netlink, tap.index, attachment)
-
-
-def _bring_up(netlink: Netlink, index: int, attachment: Attachment) -> None:
+def bring_up(netlink: Netlink, index: int, attachment: Attachment) -> None:
+    """Set a machine's interface up, on a port that forwards as soon as its network wants. Raises `HostError`."""
     if attachment.kind == "bridge" and attachment.at_once:
         bring_up_at_once(netlink, index, attachment.device)
     else:
@@ -127,6 +128,8 @@ def release_taps(interfaces: Iterable[Interface]) -> None:
                 try:
                     if name and on_openvswitch(interface):
                         openvswitch.delete_port(name)
+                    elif interface.host_function and interface.type == "network" and interface.managed:
+                        sriov.give_back(interface.host_function)
                     elif name and interface.is_macvtap and interface.mac is not None:
                         delete_macvtap(netlink, name, interface.mac.address)
                 except KvikError as error:
@@ -177,7 +180,7 @@ def openvswitch_vlans(vlan: Vlan | None) -> tuple[openvswitch.VlanMode | None, i
     return ("native-tagged" if native.native_mode == "tagged" else "native-untagged"), native.id, trunks
 
 
-def _join_bridge(netlink: Netlink, index: int, attachment: Attachment, interface: Interface) -> None:
+def join_bridge(netlink: Netlink, index: int, attachment: Attachment, interface: Interface) -> None:
     alias = _alias(interface)
     if attachment.isolated:
         set_port(netlink, index, isolated=True)
@@ -226,18 +229,26 @@ def _alias(interface: Interface) -> str:
 def _refuse_unkept_promises(interface: Interface, attachment: Attachment, alias: str, *, filters: bool) -> None:
     """What is not done here yet and would be missed: a wall, or a way out."""
     bandwidth, port = attachment.bandwidth, attachment.virtualport
+    on_device = attachment.kind in ("macvtap", "hostdev")
     kept = {
-        "filterref": interface.filterref if not filters or attachment.kind == "macvtap" else None,
+        "filterref": interface.filterref if not filters or on_device else None,
         "vlan": attachment.vlan is not None and attachment.kind in ("none", "macvtap"),
+        "vlan trunk='yes'": attachment.kind == "hostdev"
+        and attachment.vlan is not None
+        and len(attachment.vlan.tags) > 1,
+        "bandwidth": attachment.kind == "hostdev" and bandwidth is not None,
         "virtualport": port is not None and port.type not in (None, "none", "openvswitch"),
-        "inbound floor=": bandwidth is not None and bandwidth.inbound is not None and bandwidth.inbound.floor,
+        "inbound floor=": not attachment.floor
+        and bandwidth is not None
+        and bandwidth.inbound is not None
+        and bandwidth.inbound.floor,
         "port isolated='yes'": attachment.isolated and attachment.kind != "bridge",
     }
     for name, value in kept.items():
         if value:
             raise ConfigUnsupported(
                 f"interface {alias}: <{name}> is not supported "
-                + ("on a device of the host: there is no bridge that could" if attachment.kind == "macvtap" else "yet"),
+                + ("on a device of the host: there is no bridge that could" if on_device else "here"),
                 path=_PATH,
             )
 

@@ -33,6 +33,7 @@ VERSION: Final = 1
 STRUCTS: dict[str, str] = {
     "domain": "name:string uuid:opaque[16] id:int",
     "network": "name:string uuid:opaque[16]",
+    "storage_pool": "name:string uuid:opaque[16]",
     "stage": "name:string seconds:double state:int detail:string",
     "overview_row": (
         "name:string uuid:opaque[16] id:int state:int reason:int accelerator:string vcpus:uint mem_kib:uhyper "
@@ -103,5 +104,6 @@ PROCEDURES: dict[int, tuple[str, str, str, str]] = {
     42: ("INTERFACE_BEGIN", "seconds:uint", "", ""),
     43: ("INTERFACE_PENDING", "", "state:string what:string seconds:double outcome:string", ""),
     50: ("NETWORK_MESSAGES", "net:network", "messages:string<256>", "h"),
+    60: ("STORAGE_POOL_MESSAGES", "pool:storage_pool", "messages:string<256>", "h"),
     100: ("DOMAIN_EVENT_STAGE", "dom:domain stage:stage", "", "e"),
 }

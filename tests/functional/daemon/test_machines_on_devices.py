@@ -1,6 +1,6 @@
 """Machines that stand on an interface of the host (macvtap): by type direct, or by a network that is a pool of such.
 
-The interfaces are ends of wires in a network namespace; at the other end of `e0` there is a network that gives addresses.
+The interfaces are ends of wires in a network namespace; at the other end of `e0` a network gives addresses.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -28,10 +29,12 @@ POOL = "<forward mode='{}'><interface dev='e1'/><interface dev='e2'/></forward>"
 
 class PooledKvikd(NetworkedKvikd):
     networks: ClassVar = {
-        "default": "<forward mode='nat'/><bridge name='virbr0' stp='off'/>"
-        "<ip address='192.168.122.1' prefix='24'><dhcp><range start='192.168.122.2' end='192.168.122.254'/></dhcp></ip>",
+        "default": "<forward mode='nat'/><bridge name='virbr0' stp='off'/><ip address='192.168.122.1' prefix='24'>"
+        "<dhcp><range start='192.168.122.2' end='192.168.122.254'/></dhcp></ip>",
         "pool": POOL.format("bridge"),
         "alone": POOL.format("passthrough"),
+        "functions": "<forward mode='hostdev' managed='yes'>"
+        "<address type='pci' domain='0x0000' bus='0x00' slot='0x00' function='0x0'/></forward>",
     }
 
 
@@ -81,7 +84,8 @@ def connections(kvikd: Kvikd, network: str) -> list[str]:
 
 
 def test_machines_on_one_interface_get_addresses_through_it_and_reach_each_other(make: Any, kvikd: Kvikd) -> None:
-    one = make("one", CONSOLE + AGENT + direct(0x31, more="<driver queues='2'/>"), vcpus="<vcpu>2</vcpu>")
+    trusted = direct(0x31, more="<driver queues='2'/>").replace("direct'>", "direct' trustGuestRxFilters='yes'>")
+    one = make("one", CONSOLE + AGENT + trusted, vcpus="<vcpu>2</vcpu>")
     two = make("two", CONSOLE + AGENT + direct(0x32))
     for domain in (one, two):
         domain.start()
@@ -101,15 +105,27 @@ def test_machines_on_one_interface_get_addresses_through_it_and_reach_each_other
     after = two.interface_stats("macvtap1")
     assert after.tx_bytes - before.tx_bytes >= 3000 and after.rx_bytes - before.rx_bytes >= 3000
 
+    # Who is trusted gets frames for the address that it takes, and nobody else.
+    def take(domain: Any, number: int) -> None:
+        assert domain.exec(["/bin/ip", "link", "set", "eth0", "address", f"52:54:00:00:00:{number}"]).exitcode == 0
+
+    take(two, 71)
+    take(one, 72)
+    until(lambda: "52:54:00:00:00:72" in macvtaps(kvikd))
+    assert set(macvtaps(kvikd)) == {"52:54:00:00:00:72", "52:54:00:00:00:32"}
+    assert one.exec(["/bin/ping", "-c", "1", "-W", "5", "192.168.122.1"]).exitcode == 0
+
     # The daemon is killed, then a machine: the next daemon takes away what that one had, and finds the other again.
     enter = ("nsenter", "-t", str(qemu_of("one")), "-m", "-n")
     assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
     os.kill(qemu_of("two"), signal.SIGKILL)
     kvikd.prefix = enter
     kvikd.start()
-    until(lambda: macvtaps(kvikd) == {"52:54:00:00:00:31": "e0"})
+    until(lambda: macvtaps(kvikd) == {"52:54:00:00:00:72": "e0"})
     one = kvikd.connection.lookup_name("one")
     assert one.exec(["/bin/ping", "-c", "1", "-W", "5", "192.168.122.1"]).exitcode == 0
+    take(one, 73)
+    until(lambda: macvtaps(kvikd) == {"52:54:00:00:00:73": "e0"})
     # It is plugged and unplugged, and goes with its machine when that is killed under the daemon's eyes.
     one.attach_device(direct(0x33), 1)
     assert macvtaps(kvikd)["52:54:00:00:00:33"] == "e0"
@@ -132,6 +148,10 @@ def test_a_pool_is_shared_evenly_and_counted_and_passthrough_takes_one_alone(mak
     assert macvtaps(kvikd) == {f"52:54:00:00:00:{at}": dev for at, dev in (("43", "e1"), ("44", "e2"), ("45", "e1"))}
     assert connections(kvikd, "pool") == ["3", "2", "1"]
     assert "dev='e2' mode='bridge'" in spread.xml() and "e2" not in spread.xml(2)
+    live = spread.xml()
+    spread.set_interface_parameters("52:54:00:00:00:44", {"outbound.average": 100}, 1)
+    bounded = "      <bandwidth>\n        <outbound average='100'/>\n      </bandwidth>\n"
+    assert spread.xml() != live and spread.xml().replace(bounded, "") == live  # nothing else has changed
     refused = kvikd.virsh("net-update", "pool", "delete", "forward-interface", "<interface dev='e1'/>", "--live")
     assert refused.returncode == 1 and "2" in refused.stderr
     enter = ("nsenter", "-t", str(qemu_of("spread")), "-m", "-n")
@@ -164,3 +184,13 @@ def test_what_a_device_of_the_host_cannot_do_is_refused(make: Any, kvikd: Kvikd)
         with pytest.raises(KvikError, match=words):
             domain.start()
         until(lambda: "52:54:00:00:00:51" not in macvtaps(kvikd))
+
+
+def test_a_pci_device_that_cannot_be_given_away_is_refused_with_the_reason(make: Any, kvikd: Kvikd) -> None:
+    if not Path("/sys/bus/pci/devices/0000:00:00.0").exists() or Path("/dev/vfio/vfio").exists():
+        pytest.skip("needs a host with PCI and without VFIO")
+    domain = make("given", CONSOLE + pooled(0x71, "functions"))
+    for _ in range(2):  # the second finds it free again
+        with pytest.raises(KvikError, match=r"PCI device 0000:00:00.0 cannot be given to a machine: "):
+            domain.start()
+        until(lambda: connections(kvikd, "functions")[0] == "0")

@@ -31,7 +31,7 @@ pytestmark = [
 UUID = "7e0c5b4a-0000-4000-8000-00000000000a"
 LIVE, CONFIG = 1, 2
 WHOLE = os.environ.get("KVIK_SWEEP") == "full"
-BACK = 5.0  # seconds until the next daemon has everything again
+BACK = 15.0  # seconds until the next daemon has everything again: a third of one, but other tests run beside
 
 
 @dataclass

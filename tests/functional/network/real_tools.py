@@ -6,6 +6,7 @@ unpacked into a cache, and laid over /usr in a mount namespace, in the network n
     tools.boot()                # the program reads the host's configuration and brings up what it says
     host.network("br0")         # what came of it
     tools.shut_down()           # as a host that is switched off: nothing of it is left
+    tools.serve()               # the program as the service that it is, and a kvikd whose host this is
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from functional.network.bridged_host import Host, until
+from kvik.client import Connection, connect
 from kvik.errors import HostError, NotFound
 from kvik.guest.debs import Apt, deb_members
 from lab.kernel import cache_directory
@@ -28,10 +31,25 @@ from lab.kernel import cache_directory
 # What each needs that a system without it has not; libraries of the distribution's base are the machine's own.
 PACKAGES = {
     "ifupdown": ("ifupdown", "bridge-utils"),
-    "NetworkManager": ("network-manager", "libnm0", "libndp0", "libteamdctl0", "libmm-glib0", "libbluetooth3"),
+    "NetworkManager": (
+        "network-manager",
+        "libnm0",
+        "libndp0",
+        "libteamdctl0",
+        "libmm-glib0",
+        "libbluetooth3",
+        "dbus-daemon",
+    ),
     "netplan": ("netplan.io", "libnetplan0"),
-    "systemd-networkd": ("systemd",),
+    "systemd-networkd": ("systemd", "libsystemd-shared", "dbus-daemon", "dbus-bin"),
 }
+# A system bus where root may all, and nobody else is.
+BUS = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig><type>system</type><listen>unix:path=/run/dbus/system_bus_socket</listen><auth>EXTERNAL</auth>
+<policy context="default"><allow user="*"/><allow own="*"/><allow send_destination="*"/><allow receive_sender="*"/>
+<allow send_type="method_call"/></policy></busconfig>"""
+DHCP = "dnsmasq -d -C /dev/null --port=0 --interface=lan0 --dhcp-range=192.0.2.100,192.0.2.200 --user=root"
 NETWORKD = "/lib/systemd/systemd-networkd"
 # Where each has its files; they are the host's own there, and nothing of this machine's.
 PLACES = {
@@ -47,6 +65,9 @@ set -e
 mount -t tmpfs tmpfs /mnt
 mkdir /mnt/etc /mnt/var
 cp -a /etc/passwd /etc/group /etc/nsswitch.conf /etc/alternatives /etc/ld.so.cache /mnt/etc/
+mount -t tmpfs tmpfs /var/log
+mount -t tmpfs tmpfs /var/cache
+echo 0123456789abcdef0123456789abcdef > /mnt/etc/machine-id
 cp -a "$1"/etc/. /mnt/etc/
 mkdir -p "/mnt/$3" "$2/$3"
 cp -a "/mnt/$3/." "$2/$3/"
@@ -56,7 +77,7 @@ mount -t overlay -o ro,lowerdir="$1/usr:/usr" overlay /usr
 mount -t tmpfs tmpfs /var/lib
 mkdir -p /var/lib/NetworkManager /run/network /run/NetworkManager /run/systemd/network /run/systemd/netif/links \
     /run/systemd/netif/leases /run/systemd/netif/lldp
-chown -R systemd-network /run/systemd/netif
+chown -R systemd-network: /run/systemd/netif
 mkdir -p /mnt/sys
 mount -t sysfs sysfs /mnt/sys
 mount -o remount,bind,ro /sys
@@ -115,6 +136,7 @@ class RealTools:
         assert self.holder.stdout is not None
         assert self.holder.stdout.readline() == b"ready\n"
         self.service: subprocess.Popen[bytes] | None = None
+        self.others: list[subprocess.Popen[bytes]] = []
 
     def run(self, line: str) -> str:
         done = subprocess.run(self._inside(*shlex.split(line)), capture_output=True, text=True, check=False)
@@ -150,9 +172,28 @@ class RealTools:
 
         until(configured, f"networkd has configured {waited}")
 
+    def serve(self) -> Connection:
+        """A DHCP server on the LAN, a bus, the service, and a daemon of ours, for which / is the host's root."""
+        bus, socket = self.host.root / "bus.conf", self.host.root / "real"
+        bus.write_text(BUS)
+        self.run("sh -c 'mkdir -p /run/dbus /etc/NetworkManager/conf.d'")
+        self.run("sh -c 'echo \"[main]\nauth-polkit=root-only\" > /etc/NetworkManager/conf.d/test.conf'")
+        self._start("ip netns exec lan " + DHCP + " --dhcp-option=3,192.0.2.1 --no-ping --dhcp-leasefile=/run/leases")
+        self._start(f"dbus-daemon --config-file={bus} --nofork --nopidfile")
+        until(lambda: "system_bus" in self.run("ls /run/dbus"), "the bus is there")
+        self._start("NetworkManager --no-daemon" if self.kind == "NetworkManager" else NETWORKD)
+        self._start(f"{sys.executable} -m kvik.daemon --system --driver test --default-network off --socket {socket}")
+        until(socket.exists, "kvikd is there")
+        return connect(f"qemu+unix:///system?socket={socket}")
+
+    def _start(self, line: str) -> None:
+        with (self.host.root / "services.log").open("ab") as log:
+            command = self._inside(*shlex.split(line))
+            self.others.append(subprocess.Popen(command, env=self.host.environ, stdout=log, stderr=log))
+
     def messages(self) -> str:
-        file = self.host.root / "networkd.log"
-        return file.read_text() if file.exists() else ""
+        files = (self.host.root / name for name in ("networkd.log", "services.log"))
+        return "".join(file.read_text() for file in files if file.exists())
 
     def end_service(self) -> None:
         if self.service is not None:
@@ -174,6 +215,9 @@ class RealTools:
 
     def close(self) -> None:
         self.end_service()
+        for process in reversed(self.others):
+            process.kill()
+            process.wait()
         self.holder.kill()
         self.holder.wait()
         if self.holder.stdout is not None:

@@ -13,9 +13,7 @@ from kvik.host.bridge import Bridge, create_bridge, flush_fdb, read_bridge, set_
 from kvik.host.neighbour import (
     FdbEntry,
     add_fdb,
-    add_neighbour,
     delete_fdb,
-    delete_neighbour,
     fdb,
     neighbours,
 )
@@ -193,11 +191,3 @@ def test_neighbours_are_found_by_arp_and_nd_and_told_by_hand() -> None:
         found = {each.address: each for each in neighbours(netlink, index=near.index)}
         assert all(found[address].mac == mac for address in addresses)
         assert {each.address.version for each in neighbours(netlink, family=socket.AF_INET)} == {4}
-        add_neighbour(netlink, near.index, "192.0.2.9", GUEST)
-        told = {each.address: each for each in neighbours(netlink)}[ip_address("192.0.2.9")]
-        assert (told.mac, told.state, told.usable) == (GUEST, "permanent", True)
-        delete_neighbour(netlink, near.index, "192.0.2.9")
-        left = {each.address: each.usable for each in neighbours(netlink)}
-        assert not left.get(ip_address("192.0.2.9"), False)
-        with pytest.raises(HostError, match="add neighbour"):
-            add_neighbour(netlink, near.index, "x", GUEST)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from functional.network.bridged_host import MAC, Host, until
 from functional.network.real_tools import RealTools
 from functional.network.test_public_bridge import LONG
+from kvik.client.interface import Interfaces
+from kvik.errors import OperationUnsupported
 from kvik.host.process import find_program
 
 pytestmark = [
@@ -118,21 +121,48 @@ network:
 }
 
 
-@pytest.fixture(params=list(FILES))
-def tools(request: pytest.FixtureRequest) -> Iterator[RealTools]:
-    kind = request.param
-    host = Host(FILES[kind])
+DYNAMIC = {
+    "systemd-networkd": {
+        "/etc/systemd/network/20-wired.network": "[Match]\nName=eth0\n\n[Network]\nDHCP=ipv4\nIPv6AcceptRA=no\n"
+    },
+    "NetworkManager": {
+        "/etc/NetworkManager/system-connections/Wired.nmconnection": """\
+[connection]
+id=Wired
+uuid=6c1b8e1e-60d6-4fe0-9c1f-0a7a6c6a1b11
+type=ethernet
+interface-name=eth0
+
+[ipv4]
+method=auto
+
+[ipv6]
+method=link-local
+""",
+    },
+}
+
+
+@contextmanager
+def real_tools(kind: str, files: dict[str, str]) -> Iterator[RealTools]:
+    host = Host(files)
     try:
         made = RealTools(host, kind)
         try:
             made.shut_down()
-            for path in FILES[kind]:
+            for path in files:
                 (host.root / path.lstrip("/")).chmod(0o600 if kind in ("NetworkManager", "netplan") else 0o644)
             yield made
         finally:
             made.close()
     finally:
         host.end()
+
+
+@pytest.fixture(params=list(FILES))
+def tools(request: pytest.FixtureRequest) -> Iterator[RealTools]:
+    with real_tools(request.param, FILES[request.param]) as made:
+        yield made
 
 
 def has(host: Host, name: str) -> dict[str, list[str]]:
@@ -182,3 +212,52 @@ def test_the_bridge_comes_up_at_boot_with_all_that_the_interface_had(tools: Real
     tools.boot("eth0")
     assert has(host, "eth0") == before
     assert not host.exists("br0")
+
+
+def dynamic(host: Host, name: str) -> str:
+    """The interface's address by DHCP, or ""."""
+    if not host.exists(name):
+        return ""
+    found = re.search(r"inet (192\.0\.2\.1\d\d)/24 .*dynamic", host.run(f"ip -4 -o addr show dev {name}"))
+    return found[1] if found else ""
+
+
+def networkd_says(tools: RealTools, name: str) -> str:
+    rows = (row.split() for row in tools.run("networkctl --no-legend").splitlines())
+    return next((row[4] for row in rows if row[1] == name), "")
+
+
+def test_networkd_goes_on_with_the_lease_at_the_bridge_and_back_at_the_port() -> None:
+    """It runs all the while. What it does not take over has its address only until the lease ends."""
+    with real_tools("systemd-networkd", DYNAMIC["systemd-networkd"]) as tools:
+        host, interfaces = tools.host, Interfaces(tools.serve())
+        until(lambda: dynamic(host, "eth0"), "an address by DHCP")
+        until(lambda: networkd_says(tools, "eth0") == "configured", "eth0 is configured")
+        address = dynamic(host, "eth0")
+        interfaces.bridge("eth0", "br0", seconds=LONG)
+        interfaces.commit()
+        until(lambda: networkd_says(tools, "br0") == "configured", "br0 is configured")
+        assert (dynamic(host, "br0"), dynamic(host, "eth0")) == (address, "")
+        interfaces.unbridge("br0", seconds=LONG)
+        interfaces.commit()
+        until(lambda: networkd_says(tools, "eth0") == "configured", "eth0 is configured again")
+        assert (dynamic(host, "br0"), dynamic(host, "eth0")) == ("", address), tools.messages()
+
+
+def test_networkmanager_goes_on_with_the_lease_at_the_bridge() -> None:
+    with real_tools("NetworkManager", DYNAMIC["NetworkManager"]) as tools:
+        host, interfaces = tools.host, Interfaces(tools.serve())
+        until(lambda: dynamic(host, "eth0"), "an address by DHCP")
+        address = dynamic(host, "eth0")
+        interfaces.bridge("eth0", "br0", seconds=LONG)
+        interfaces.commit()
+        shown = tools.run("nmcli -t -f DEVICE,STATE,CONNECTION device").splitlines()
+        assert {"br0:connected:kvik-br0", "eth0:connected:kvik-eth0"} <= set(shown), tools.messages()
+        until(lambda: dynamic(host, "br0") == address, "the bridge has the address")
+        assert dynamic(host, "eth0") == ""
+        # It would put the port back at once.
+        with pytest.raises(OperationUnsupported, match="would put eth0 back"):
+            interfaces.unbridge("br0", seconds=LONG)
+        assert dynamic(host, "br0") == address
+        interfaces.unbridge("br0", start=False)
+        assert dynamic(host, "br0") == address

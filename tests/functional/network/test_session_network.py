@@ -71,7 +71,7 @@ class Session(PlainSession):
         return found
 
     def switch(self) -> int:
-        """The pid of the switch."""
+        """The pid of the switch of `default`."""
         (pid,) = self.processes(str(self.clone / "src/kvik/network/switch/__main__.py").encode())
         return pid
 
@@ -119,14 +119,66 @@ def test_the_address_is_known_without_the_guests_help(machines: Session) -> None
     assert re.search(rf"{re.escape(address)}/24 +left", leases), leases
 
 
-def test_it_is_a_network_like_others_but_cannot_be_changed(machines: Session) -> None:
+def test_it_is_a_network_like_others(machines: Session) -> None:
     assert re.search(r"default +active +yes +yes", machines("net-list").stdout)
-    assert "<forward mode='nat'" in machines("net-dumpxml", "default").stdout
+    xml = machines("net-dumpxml", "default").stdout
+    assert "<network connections='2'>" in xml
+    assert "<forward mode='nat'" in xml
+    assert "<bridge" not in xml
     assert "Active:         yes" in machines("net-info", "default").stdout
+
+
+LAB = """<network>
+  <name>lab</name>
+  <domain name='lab.example'/>
+  <dns><host ip='10.9.0.77'><hostname>printer</hostname></host></dns>
+  <ip address='10.9.0.1' netmask='255.255.255.0'>
+    <dhcp>
+      <range start='10.9.0.10' end='10.9.0.20'/>
+      <host mac='52:54:00:00:09:01' name='left' ip='10.9.0.90'/>
+    </dhcp>
+  </ip>
+</network>"""
+
+
+def test_running_machines_are_plugged_into_a_network_of_ones_own(machines: Session) -> None:
+    path = machines.home / "lab.xml"
+    path.write_text(LAB)
+    for verb in (("net-define", str(path)), ("net-start", "lab"), ("net-autostart", "lab")):
+        done = machines(*verb)
+        assert done.returncode == 0, done.stderr
+    for number, name in enumerate(("left", "right"), 1):
+        card = f"52:54:00:00:09:0{number}"
+        done = machines("attach-interface", name, "network", "lab", "--mac", card, "--model", "virtio", "--live")
+        assert done.returncode == 0, done.stderr
+        machines.eventually(
+            name,
+            "ip link set eth1 up; udhcpc -i eth1 -s /etc/udhcpc.script -n -q; ip -4 addr show eth1",
+            "inet 10.9.0.",
+        )
+    assert "10.9.0.90/24" in machines("domifaddr", "left", "--source", "lease").stdout
+    machines.eventually("right", "ping -c 2 -W 1 10.9.0.90", "2 packets received")
+    assert "10.9.0.77" in machines.shell("right", "nslookup printer.lab.example 10.9.0.1")
+    done = machines("net-update", "lab", "add", "dns-host", "<host ip='10.9.0.78'><hostname>late</hostname></host>")
+    assert done.returncode == 0, done.stderr
+    assert "10.9.0.78" in machines.shell("right", "nslookup late.lab.example 10.9.0.1")
+    # Isolated: no way out, and the other network is not reached through it.
+    assert machines.world.ADDRESS not in machines.shell("right", "nslookup anything.example.org 10.9.0.1")
+    refused = machines("net-update", "lab", "add", "dns-txt", "<txt name='a' value='b'/>")
+    assert "not supported on a session's network" in refused.stderr
+    # Stopped and started under its machines: they are on it again.
+    for verb in ("net-destroy", "net-start"):
+        done = machines(verb, "lab")
+        assert done.returncode == 0, done.stderr
+    machines.eventually("right", "ping -c 2 -W 1 10.9.0.90", "2 packets received")
+    assert re.search(r"10\.9\.0\.90/24 +left", machines("net-dhcp-leases", "lab").stdout)
+    for number, name in enumerate(("left", "right"), 1):
+        done = machines("detach-interface", name, "network", "--mac", f"52:54:00:00:09:0{number}", "--live")
+        assert done.returncode == 0, done.stderr
     for verb in ("net-destroy", "net-undefine"):
-        refused = machines(verb, "default")
-        assert refused.returncode != 0
-        assert "as long as its machines" in refused.stderr
+        done = machines(verb, "lab")
+        assert done.returncode == 0, done.stderr
+    assert not (machines.runtime / "network/lab.switch").exists()
 
 
 def fetch(host: str, port: int = 8000) -> str:

@@ -104,7 +104,8 @@ class Boot:
         text = ""
         while asyncio.get_running_loop().time() < end:
             text = self.serial.read_text("latin-1")
-            found = [word for word in words if word in text]
+            # SeaBIOS' own last dots come late now and then, amid what the disk says.
+            found = [word for word in words if word in text or word in text.replace(".", "").replace("\n", "")]
             if found:
                 return found[0]
             await asyncio.sleep(0.05)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvik.conf.addresses import assign_addresses
-from kvik.conf.aliases import assign_alias
+from kvik.conf.aliases import assign_aliases
 from kvik.conf.devices_xml import add_device, parse_device
 from kvik.errors import (
     ConfigUnsupported,
@@ -65,7 +65,7 @@ def placed(machine: QemuMachine, xml: str) -> Any:
     _, device = parse_device(xml)
     add_device(machine.domain.devices, device)
     assign_addresses(machine.domain, grow=False)
-    assign_alias(machine.domain, device)
+    assign_aliases(machine.domain)
     return device
 
 

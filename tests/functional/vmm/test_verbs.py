@@ -77,6 +77,9 @@ DEVICES = {
     "</disk>",
     "bridge-other": "<interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='br1'/>"
     "<model type='virtio'/></interface>",
+    "bridge-none": "<interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='br9'/></interface>",
+    "direct": "<interface type='direct'><mac address='52:54:00:00:00:0a'/><source dev='br1' mode='bridge'/>"
+    "</interface>",
     "balloon": "<memballoon model='virtio'><stats period='3'/></memballoon>",
     "channel": "<channel type='unix'><target type='virtio' name='org.x'/></channel>",
     "panic": "<panic model='isa'/>",
@@ -163,8 +166,16 @@ STEPS: list[tuple[str, str, str]] = [
     ("domif-setlink m 52:54:00:00:00:09 down", WORKS, "updated"),
     ("domif-getlink m 52:54:00:00:00:09", WORKS, "down"),
     ("domifstat m vnet0", WORKS, "rx_bytes"),
-    ("update-device m @bridge-other --live", "an interface cannot move to another bridge", ""),
+    ("domiftune m vnet0 --inbound 500 --live", WORKS, ""),
+    ("domiftune m vnet0", WORKS, "inbound.average: 500"),
+    ("update-device m @bridge-other --live", WORKS, "updated"),
+    ("update-device m @bridge-none --live", "network interface br9: No such device", ""),
     ("detach-interface m bridge --mac 52:54:00:00:00:09 --live", WORKS, "detached"),
+    ("attach-device m @direct --live", WORKS, "attached"),
+    ("domiflist m", WORKS, "macvtap0"),
+    ("domiftune m macvtap0 --outbound 300 --live", WORKS, ""),
+    ("dumpxml m", WORKS, "<outbound average='300'/>"),
+    ("detach-device m @direct --live", WORKS, "detached"),
     ("domifaddr m --source agent", AGENT, ""),
     ("ip m --source agent", AGENT, ""),
     # other devices

@@ -169,6 +169,7 @@ class FakeConnection:
             "vcpu_info": [VcpuInfo(0, 1, 2_000_000_000, 1, b"\x03"), VcpuInfo(1, 1, 0, -1, b"\x01")],
             "memory_stats": lambda *args: {"total": 100, "free": 50} if args else {"actual": 1048576, "rss": 4096},
             "interface_stats": InterfaceStats(1, 2, 3, 4, 5, 6, 7, 8),
+            "interface_parameters": {"inbound.average": 100, "inbound.peak": 0, "outbound.average": 50},
             "interface_addresses": [
                 InterfaceAddress("eth0", "52:54:00:aa:bb:cc", "ipv4", "10.0.2.15", 24),
                 InterfaceAddress("eth0", "52:54:00:aa:bb:cc", "ipv6", "fe80::1", 64),

@@ -206,6 +206,28 @@ CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
     ("domifstat tiny-1 vnet0", ("interface_stats", "tiny-1", "vnet0"), "vnet0 rx_bytes 1\nvnet0 rx_packets 2\n"),
     ("domifstat --domain tiny-1 --interface vnet0", ("interface_stats", "tiny-1", "vnet0"), "tx_drop 8\n"),
     (
+        "domiftune tiny-1 vnet0",
+        ("interface_parameters", "tiny-1", "vnet0", 0),
+        "inbound.average: 100\ninbound.peak   : 0\noutbound.average: 50\n",
+    ),
+    ("domiftune --domain tiny-1 --interface vnet0 --current", ("interface_parameters", A, "vnet0", 0), ""),
+    ("domiftune tiny-1 vnet0 --config", ("interface_parameters", A, "vnet0", 2), ""),
+    (
+        "domiftune tiny-1 vnet0 --inbound 100,200,300,50 --outbound 0 --live",
+        (
+            "set_interface_parameters",
+            A,
+            "vnet0",
+            {
+                f"inbound.{name}": value
+                for name, value in zip(("average", "peak", "burst", "floor"), (100, 200, 300, 50))
+            }
+            | {"outbound.average": 0},
+            1,
+        ),
+        "",
+    ),
+    (
         "domifaddr tiny-1",
         ("interface_addresses", "tiny-1", 0),
         " eth0       52:54:00:aa:bb:cc    ipv4         10.0.2.15/24\n"
@@ -513,6 +535,7 @@ CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
     ("completion bash", None, "complete -F _kvik_complete kvik"),
     ("completion --shell zsh", None, "#compdef kvik"),
     ("pwd", None, "/"),
+    ("img create -q @out 1M", None, ""),
     ("echo --shell a b", None, "a b\n"),
     ("echo --xml --string <a>", None, "&lt;a&gt;\n"),
     ("echo --split a,b", None, "a b\n"),
@@ -527,6 +550,7 @@ CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
 # Verbs and options that need more than a line: each has its own tests in the file named.
 ELSEWHERE = {
     "run": "test_run.py",
+    "ssh": "test_ssh.py",
     "doctor": "test_doctor_verb.py",
     "edit": "test_edit.py",
     "net-edit": "test_edit.py",
@@ -537,6 +561,9 @@ ELSEWHERE = {
     "cd": "test_shell.py",
     "quit": "test_shell.py",
     "exit": "test_shell.py",
+}
+ELSEWHERE |= {
+    name: "test_storage.py" for name in VERBS if name.startswith(("pool-", "vol-", "find-storage-pool-sources"))
 }
 ELSEWHERE_OPTIONS = {
     ("desc", "edit"): "test_edit.py",

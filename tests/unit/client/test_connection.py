@@ -341,6 +341,7 @@ def test_every_public_method_of_a_domain_is_exercised() -> None:
     names = {name for name in vars(Domain) if not name.startswith("_")} - {"connection", "id", "name", "uuid_bytes"}
     used = {name for method, *_ in SIMPLE for name in method.__code__.co_names}
     elsewhere = {"uuid", "ref", "stats", "screenshot", "console", "channel", "vcpu_info", "scheduler_parameters"}
+    elsewhere |= {"interface_parameters", "set_interface_parameters"}
     assert names - used - elsewhere == set()
 
 
@@ -367,6 +368,20 @@ def test_vcpus_with_their_affinity(daemon: Make) -> None:
         domain = Domain(connection, *DOM)
         assert domain.vcpu_info(2) == [(0, 1, 5, 0, b"\x01"), (1, 1, 6, 1, b"\x02")]
         assert domain.scheduler_parameters() == {"cpu_shares": 1024}
+
+
+def test_the_bandwidth_of_an_interface(daemon: Make) -> None:
+    fake = daemon(
+        DOMAIN_GET_INTERFACE_PARAMETERS=(from_dict({"inbound.average": 100}), 1),
+        DOMAIN_SET_INTERFACE_PARAMETERS=(),
+    )
+    with fake.connect() as connection:
+        domain = Domain(connection, *DOM)
+        assert domain.interface_parameters("vnet0") == {"inbound.average": 100}
+        domain.set_interface_parameters("vnet0", {"outbound.peak": 7})
+    (dom, interface, params, flags), *_ = fake.args("DOMAIN_SET_INTERFACE_PARAMETERS")
+    assert (dom, interface, flags) == (DOM, "vnet0", 0)
+    assert [(one.name, one.value) for one in params] == [("outbound.peak", 7)]
 
 
 def test_stages_of_a_daemon_that_is_not_ours(daemon: Make) -> None:
@@ -412,7 +427,7 @@ def test_descriptors_go_both_ways(daemon: Make) -> None:
 def test_events_that_arrive_during_a_call_are_kept(daemon: Make) -> None:
     def interrupted(fake: FakeDaemon, call: m.Call) -> None:
         fake.event("DOMAIN_EVENT_CALLBACK_LIFECYCLE", 4, (DOM, 2, 0))
-        fake.event("STORAGE_POOL_EVENT_LIFECYCLE", 1, ("default", bytes(16)), 0, 0)  # nobody here asks for these
+        fake.event("SECRET_EVENT_LIFECYCLE", 1, (bytes(16), 0, ""), 0, 0)  # nobody here asks for these
         fake.event("DOMAIN_EVENT_CALLBACK_TRAY_CHANGE", 4, (DOM, "cdrom0", 1))
         fake.event("CONNECT_EVENT_CONNECTION_CLOSED", 1)
         fake.send(m.reply(call, ("QEMU",)))

@@ -11,7 +11,7 @@ import pytest
 from kvik.conf.enums import NetworkUpdateCommand as Command
 from kvik.conf.enums import NetworkUpdateSection as Section
 from kvik.conf.network import format_network
-from kvik.conf.network_status import Helper, NetworkStatus, format_status, parse_status
+from kvik.conf.network_status import Helper, NetworkStatus, Origin, PortFloor, format_status, parse_status
 from kvik.conf.network_update import update_network
 from kvik.conf.network_validate import load_network
 from kvik.errors import ConfigError, KvikError, OperationInvalid, OperationUnsupported
@@ -196,6 +196,13 @@ def test_a_status_survives_the_disk() -> None:
     assert data.startswith(b"<networkstatus xmlns:kvik='urn:kvik:1'>\n  <class_id bitmap='0-2'/>\n  <floor sum='0'/>\n")
     assert parse_status(data) == status
     assert format_network(parse_status(data).document) == BASE
+    # Several things of ours in it, as an active network has them.
+    status.origin = Origin(state="active", boot="8f49b9c4-0b3a-4f64-8a4f-0d8e6e1b7a50", persistent=True)
+    status.port_floors = [
+        PortFloor(port=f"8f49b9c4-0b3a-4f64-8a4f-0d8e6e1b7a5{n}", mac="52:54:00:00:00:01", number=n, floor=100)
+        for n in (3, 4)
+    ]
+    assert parse_status(format_status(status)) == status
 
 
 def test_libvirts_own_status_is_read() -> None:

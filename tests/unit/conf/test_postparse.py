@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvik.conf.addresses import assign_addresses, target_index, target_name
-from kvik.conf.aliases import assign_alias, assign_aliases
+from kvik.conf.aliases import assign_aliases
 from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.interface import Interface
 from kvik.conf.devices_xml import add_device, guest_devices, parse_device
@@ -90,7 +90,8 @@ def test_a_device_plugged_into_a_running_machine_takes_a_spare_root_port_and_the
         assign_addresses(domain, grow=False)
         assert device.address is not None
         buses.add(device.address.bus)
-        assert assign_alias(domain, device) == f"virtio-disk{number}"
+        assign_aliases(domain)
+        assert device.alias is not None and device.alias.name == f"virtio-disk{number}"
     assert len(buses) == 2
     _, third = parse_device(
         "<interface type='user'><mac address='52:54:00:00:00:09'/><model type='virtio'/></interface>"

@@ -7,12 +7,15 @@ import os
 import socket
 import uuid
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from fake_networks import FakeNetworks
 
 from kvik.errors import NoDomain, OperationInvalid
 from kvik.manager.events import DomainRef, EventHub
+from kvik.manager.storage import Pools
+from kvik.paths import Paths
 
 
 class FakeDomain:
@@ -73,9 +76,11 @@ class FakeDomain:
 
 
 class FakeManager:
-    def __init__(self, count: int = 1) -> None:
+    def __init__(self, count: int = 1, root: Path = Path("/nonexistent")) -> None:
+        """`root`: where storage pools are kept, which are real ones: they need nothing but a directory."""
         self.events = EventHub()
         self.networks = FakeNetworks()
+        self.pools = Pools(Paths.system(root))
         self.all = [FakeDomain(f"m{number}") for number in range(count)]
         self.drivers: dict[str, Any] = {}
         self.is_open = False

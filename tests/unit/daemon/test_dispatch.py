@@ -58,6 +58,7 @@ def test_only_calls_that_look_are_open_to_readers(entry: Entry) -> None:
             "DAEMON_STATUS",
             "DOMAIN_OVERVIEW",
             "NETWORK_MESSAGES",
+            "STORAGE_POOL_MESSAGES",
             "BRIDGE_LIST",
             "BRIDGE_SHOW",
             "BRIDGE_FDB",

@@ -41,14 +41,17 @@ def root() -> Iterator[Path]:
     [
         ("--system", {}, True),
         ("", {}, True),
-        ("--session", {"HOME": "/nonexistent"}, False),
+        ("--session", {"HOME": "/nonexistent"}, True),
+        ("--session --default-network off", {"HOME": "/nonexistent"}, False),
         ("--system --root /srv/other", {}, False),
         ("--system", {"KVIK_ROOT": "/srv/other"}, False),
         ("--system --default-network off", {}, False),
         ("--system --root /srv/other --default-network on", {}, True),
     ],
 )
-def test_the_default_network_is_the_hosts_own_daemons(words: str, environ: dict[str, str], wanted: bool) -> None:
+def test_the_default_network_is_the_hosts_own_daemons_and_each_sessions(
+    words: str, environ: dict[str, str], wanted: bool
+) -> None:
     options = parser().parse_args(words.split())
     assert wants_default_network(options, scope_paths(options, environ), environ) is wanted
 
@@ -120,6 +123,41 @@ def test_detached_it_answers_when_the_command_returns_and_ends_on_sigterm(root: 
     assert len(logs) == 1
     assert "received SIGTERM" in logs[0].read_text()
     assert logs[0].stat().st_mode & 0o777 == 0o600
+
+
+IMPATIENT = """
+import pathlib, sys, time
+from kvik.daemon.main import detach
+from kvik.paths import Paths
+root = pathlib.Path(sys.argv[1])
+
+def serve(ready):
+    (root / "forked").touch()
+    while not (root / "go").exists():
+        time.sleep(0.01)
+    ready()
+    (root / "serving").touch()
+    return 0
+
+detach(serve, Paths.system(root))
+"""
+
+
+def test_a_daemon_that_is_late_serves_though_its_starter_has_gone(root: Path) -> None:
+    """The next client finds it; else each would start one that ends as soon as it is ready."""
+    starter = subprocess.Popen([sys.executable, "-c", IMPATIENT, str(root)], env=ENVIRON)
+    wait_for(root / "forked")
+    starter.kill()
+    starter.wait()
+    (root / "go").touch()
+    wait_for(root / "serving")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.01)
 
 
 def test_killed_it_leaves_nothing_that_stops_the_next(root: Path) -> None:

@@ -112,7 +112,7 @@ async def test_on_exit_calls_once_and_can_be_cancelled() -> None:
 def test_find_needs_pid_start_time_and_boot() -> None:
     with process.spawn(SLEEP) as handle:
         found = process.find(handle.pid, handle.start_time, process.boot_id())
-        assert found is not None and not found.is_child and found.alive
+        assert found is not None and found.alive
         assert process.find(handle.pid, handle.start_time + 1) is None
         assert process.find(handle.pid, handle.start_time, "another-boot") is None
         assert process.find(0, 0) is None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvik.errors import HostError, OperationTimeout
-from kvik.host.process import exit_code, find
+from kvik.host.process import exit_code, find, read_stat
 from kvik.host.zygote import Refused, Zygote
 
 BEGIN = """
@@ -54,7 +54,8 @@ async def test_it_gives_a_process_that_is_not_our_child_and_outlives_it(make: Ma
     zygote = await make("while True:\n    asked, fds = hear()\n    child()\n")
     machine = await zygote.fork(["x"], {}, {0: 0}, 10.0)
     assert machine.alive
-    assert not machine.is_child
+    stat = read_stat(machine.pid)
+    assert stat is not None and stat.parent != os.getpid()
     again = find(machine.pid, machine.start_time)
     assert again is not None
     again.close()

@@ -27,6 +27,7 @@ class FakeNetwork:
     document: Network
     is_active: bool = True
     ports: dict[str, str] = field(default_factory=dict)
+    devices: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -108,10 +109,25 @@ def test_what_cannot_be_had_is_said() -> None:
             resolve(card(inside), networks)
     with pytest.raises(ConfigUnsupported, match="MTU of 9000 on network 'n', which has 1400"):
         goes("<source network='n'/><mtu size='9000'/>", PLAIN.format("n", "<mtu size='1400'/>"))
-    with pytest.raises(ConfigUnsupported, match="pool of host devices"):
-        goes(
-            "<source network='h'/>", "<network><name>h</name><forward mode='hostdev'><pf dev='e0'/></forward></network>"
-        )
+
+
+def test_of_a_pool_of_virtual_functions_the_first_free_one_is_taken() -> None:
+    functions = "".join(
+        f"<address type='pci' domain='0x0000' bus='0x01' slot='0x10' function='0x{n}'/>" for n in (0, 2)
+    )
+    networks = FakeNetworks(
+        f"<network><name>h</name><forward mode='hostdev' managed='yes'>{functions}</forward></network>"
+    )
+    taken = networks.lookup_name("h").devices
+    found = resolve(card("<source network='h'/>"), networks)
+    assert found is not None
+    assert (found.kind, found.device, found.managed) == ("hostdev", "0000:01:10.0", True)
+    taken["a"] = "0000:01:10.0"
+    found = resolve(card("<source network='h'/>"), networks)
+    assert found is not None and found.device == "0000:01:10.2"
+    taken["b"] = "0000:01:10.2"
+    with pytest.raises(OperationInvalid, match="no free virtual function: all 2 of its pool are in use"):
+        resolve(card("<source network='h'/>"), networks)
 
 
 def test_what_needs_nothing_of_the_host_goes_nowhere() -> None:

@@ -95,7 +95,7 @@ def test_what_is_the_networks_own_is_asked_nowhere_else_unless_the_document_says
 def test_ipv6_is_advertised_with_or_without_dhcp() -> None:
     v6 = "<ip family='ipv6' address='fd00:1::1' prefix='64'>{}</ip>"
     bare = lines("<forward mode='nat'/>" + v6.format(""))
-    assert "enable-ra" in bare and "dhcp-range=fd00:1::,ra-only,64" in bare
+    assert "enable-ra" in bare and "dhcp-range=fd00:1::,ra-names,64" in bare
     served = lines("<forward mode='nat'/>" + v6.format("<dhcp><range start='fd00:1::10' end='fd00:1::1f'/></dhcp>"))
     assert "dhcp-range=fd00:1::10,fd00:1::1f,64" in served and "dhcp-lease-max=16" in served
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from kvik.errors import ImageError, InvalidArgument, NotFound, OperationUnsupported, ResourceBusy
+from kvik.image.lock import lock_image
 from kvik.vmm.backends.block import BlockImage
-from kvik.vmm.backends.image_lock import lock_image
 from kvik.vmm.backends.io_uring import Uring
 from kvik.vmm.backends.pool import ThreadPool
 from kvik.vmm.backends.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, Request
@@ -234,7 +234,7 @@ def test_qemu_respects_the_locks_and_is_respected(raw: Path) -> None:
 def test_another_process_that_shares_write_is_let_in(raw: Path) -> None:
     first = BlockImage(str(raw), share_write=True)
     second = BlockImage(str(raw), share_write=True)
-    code = "import os, sys; from kvik.vmm.backends.image_lock import lock_image; "
+    code = "import os, sys; from kvik.image.lock import lock_image; "
     code += f"lock_image(os.open({str(raw)!r}, os.O_RDWR), 'x', write=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ResourceBusy" in done.stderr

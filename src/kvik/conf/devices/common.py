@@ -106,6 +106,13 @@ class Address(Element):
         return f"{domain:04x}:{bus:02x}:{slot:02x}.{function:x}"
 
 
+def pci_address(text: str) -> Address:
+    """From "0000:01:10.0". ValueError if it is none."""
+    domain, bus, rest = text.split(":")
+    slot, function = rest.split(".")
+    return Address(type="pci", domain=int(domain, 16), bus=int(bus, 16), slot=int(slot, 16), function=int(function, 16))
+
+
 # type -> {XML name: (field, digits: 0 for decimal, -1 for text, -2 for on/off)}, in the order they are written
 ADDRESS_SHAPES: dict[str, dict[str, tuple[str, int]]] = {
     "pci": {

@@ -262,6 +262,13 @@ class Interface(BootableDevice):
     port: Port | None = None
 
     @property
+    def host_function(self) -> str:
+        """The PCI function of the host that the guest has, like "0000:01:10.0": of type hostdev, or in a live document
+        of a network that is a pool of them; "" for none."""
+        address = self.source.host_address if self.source is not None else None
+        return address.pci_text if address is not None and self.type in ("hostdev", "network") else ""
+
+    @property
     def is_macvtap(self) -> bool:
         """Whether it stands on an interface of the host: type direct, or in a live document of a network whose pool
         has that interface."""

@@ -17,6 +17,7 @@ from kvik.daemon.handlers.common import (
     INT,
     LLONG,
     STRING,
+    UINT,
     ULLONG,
     bitmap,
     check_flags,
@@ -25,6 +26,7 @@ from kvik.daemon.handlers.common import (
     take_params,
 )
 from kvik.errors import InvalidArgument
+from kvik.manager import interface_changes
 
 if TYPE_CHECKING:
     from kvik.conf.domain import Domain
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 LIVE, CONFIG = DomainModificationImpact.LIVE, DomainModificationImpact.CONFIG
 STRING_OKAY = 4  # VIR_TYPED_PARAM_STRING_OKAY
 UNLIMITED = 9007199254740991  # VIR_DOMAIN_MEMORY_PARAM_UNLIMITED, KiB
+INTERFACE_PARAMETERS = [f"{direction}.{name}" for direction, names in interface_changes.NAMES.items() for name in names]
 MAPS_MAX = 8 * 1024 * 1024
 VCPUS_MAX = 16384
 
@@ -297,6 +300,28 @@ async def set_metadata(connection: Connection, args: Any) -> None:
     reference, kind, text, key, uri, flags = args
     check_flags(flags, LIVE | CONFIG, "metadata")
     await connection.domain(reference).set_metadata(kind, text, key, uri, flags)
+
+
+def get_interface_parameters(connection: Connection, args: Any) -> tuple[list[Any], int]:
+    reference, device, wanted, flags = args
+    document = _document(connection.domain(reference), flags, "interface parameters")
+    if wanted == 0:  # how many there are; which interface is meant is not looked at yet, as in libvirt
+        return ([], len(INTERFACE_PARAMETERS))
+    rows = interface_changes.parameters(document, device)
+    return take_params(params(*((name, UINT, value) for name, value in rows)), wanted)
+
+
+async def set_interface_parameters(connection: Connection, args: Any) -> None:
+    reference, device, given, flags = args
+    check_flags(flags, LIVE | CONFIG, "interface parameters")
+    values: dict[str, int] = {}
+    for name, kind, value in given:
+        if name not in INTERFACE_PARAMETERS:
+            raise InvalidArgument(f"an interface has no parameter {name!r}", remedy=", ".join(INTERFACE_PARAMETERS))
+        if kind != UINT or name in values:
+            raise InvalidArgument(f"parameter {name!r} is given once, as an unsigned int")
+        values[name] = value
+    await connection.domain(reference).set_interface_parameters(device, values, flags)
 
 
 async def set_memory_stats_period(connection: Connection, args: Any) -> None:

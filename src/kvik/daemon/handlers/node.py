@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from kvik.daemon.connection import Connection
 
 ALL_CELLS = -1  # VIR_NODE_MEMORY_STATS_ALL_CELLS
-ALL_CPUS = -1  # VIR_NODE_CPU_STATS_ALL_CPUS
 MODEL_SIZE = 32  # virNodeInfo's array, its last byte zero
 CELLS_MAX = 1024
 

@@ -1,4 +1,4 @@
-"""Pools, secrets and host devices: none yet, said in the way clients expect.
+"""Secrets and host devices: none yet, said in the way clients expect.
 
 Lists are empty, looking one up says which kind of thing was not found, and events can be subscribed to: clients such
 as virt-manager do all that before they show the first machine.
@@ -10,7 +10,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from kvik.daemon.errors import NoNodeDevice, NoSecret
-from kvik.errors import InvalidArgument, NoStoragePool, NoStorageVolume
+from kvik.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from kvik.daemon.connection import Connection
@@ -42,14 +42,6 @@ def _what(args: Any) -> str:
     while isinstance(first, tuple):  # an object's reference starts with its name
         first = first[0]
     return _uuid(first) if isinstance(first, bytes) else str(first)
-
-
-def no_pool(connection: Connection, args: Any) -> None:
-    raise NoStoragePool(f"no storage pool '{_what(args)}'")
-
-
-def no_volume(connection: Connection, args: Any) -> None:
-    raise NoStorageVolume(f"no storage volume '{_what(args)}'")
 
 
 def no_secret(connection: Connection, args: Any) -> None:

@@ -1,136 +1,234 @@
-"""Disk images where they lie: any existing file is a volume of the directory it is in.
-
-There are no storage pools yet, but virt-install turns every `--disk PATH` into a volume of a pool before it goes on.
-So a file that exists is found as a volume, and its directory answers as that volume's pool; nothing can be made or
-changed through them, and none is listed.
-"""
+"""Storage volumes: finding, looking, changing; their bytes by streams."""
 
 from __future__ import annotations
 
-import os
-import stat
-import uuid
-from pathlib import Path
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
-from xml.sax.saxutils import escape
 
-from kvik.errors import NoStoragePool, NoStorageVolume
+from kvik.conf.enums import (
+    StorageVolCreateFlags,
+    StorageVolDeleteFlags,
+    StorageVolDownloadFlags,
+    StorageVolInfoFlags,
+    StorageVolResizeFlags,
+    StorageVolType,
+    StorageVolUploadFlags,
+    StorageVolWipeAlgorithm,
+)
+from kvik.conf.storage_volume import StorageVolume, format_volume
+from kvik.daemon.handlers import loose_images
+from kvik.daemon.handlers.common import LIST_MAX, check_flags
+from kvik.daemon.volume_streams import VolumeDownload, VolumeUpload
+from kvik.errors import InvalidArgument, NoStorageVolume
+from kvik.manager.storage import volumes
 
 if TYPE_CHECKING:
     from kvik.daemon.connection import Connection
+    from kvik.manager.storage import PoolObject
 
-NAMESPACE = uuid.UUID("9d1f6d2c-6f0b-5f0e-9c55-6b76696b0001")  # of the directories' UUIDs
-FILE, BLOCK = 0, 1  # virStorageVolType
-POOL_RUNNING = 2  # virStoragePoolState
-MAGIC = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk", b"vhdx": "vhdx", b"QED\0": "qed"}
-
-
-def _stat(path: str) -> os.stat_result:
-    """Of a disk image: a regular file or a block device with an absolute path."""
-    if path.startswith("/") and "\0" not in path:
-        try:
-            info = Path(path).stat()
-        except OSError:
-            pass
-        else:
-            if stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode):
-                return info
-    raise NoStorageVolume(f"no storage volume with path '{path}'")
+CreateFlags, ResizeFlags = StorageVolCreateFlags, StorageVolResizeFlags
+Reference = tuple[str, str, str]  # (pool, name, key)
+TYPES = {
+    "file": StorageVolType.FILE, "block": StorageVolType.BLOCK, "dir": StorageVolType.DIR,
+    "network": StorageVolType.NETWORK, "netdir": StorageVolType.NETDIR,
+}  # fmt: skip
 
 
-def _pool(directory: str) -> tuple[str, bytes]:
-    return (directory, uuid.uuid5(NAMESPACE, directory).bytes)
+def reference(pool: PoolObject, volume: StorageVolume) -> Reference:
+    """How the wire names a volume."""
+    return (pool.name, volume.name, volume.key or "")
 
 
-def _sizes(path: str, info: os.stat_result) -> tuple[int, int, int, str]:
-    """(type, capacity, allocation, format), sizes in bytes."""
-    if stat.S_ISBLK(info.st_mode):
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            size = os.lseek(fd, 0, os.SEEK_END)
-        finally:
-            os.close(fd)
-        return (BLOCK, size, size, "raw")
-    with Path(path).open("rb") as file:
-        head = file.read(32)
-    kind = MAGIC.get(head[:4], "raw")
-    # A qcow2 header has the guest's size at byte 24; of the other formats only the file's own size is told.
-    capacity = int.from_bytes(head[24:32]) if kind == "qcow2" and len(head) == 32 else info.st_size
-    return (FILE, min(capacity, 2**63 - 1), info.st_blocks * 512, kind)
+def _found(connection: Connection, ref: Any) -> tuple[PoolObject, StorageVolume]:
+    """What a wire reference means: by pool and name, as libvirt does."""
+    pool = connection.manager.pools.lookup_name(ref[0])
+    return pool, pool.volume(ref[1])
 
 
-def lookup_by_path(connection: Connection, args: Any) -> tuple[Any]:
-    (path,) = args
-    _stat(path)
-    directory, name = os.path.split(os.path.normpath(path))
-    return ((directory, name, os.path.join(directory, name)),)  # noqa: PTH118  # pure text
+# --- finding ----------------------------------------------------------------------------------------------------------
 
 
-def lookup_pool(connection: Connection, args: Any) -> tuple[Any]:
-    _stat(args[0][2])
-    return (_pool(args[0][0]),)
+def num_of(connection: Connection, args: Any) -> tuple[int]:
+    return (len(connection.pool(args[0]).volumes()),)
+
+
+def list_names(connection: Connection, args: Any) -> tuple[list[str]]:
+    pool, wanted = args
+    if not 0 <= wanted <= LIST_MAX:
+        raise InvalidArgument(f"a list of {wanted} names is not possible (0 to {LIST_MAX})")
+    return ([volume.name for volume in connection.pool(pool).volumes()][:wanted],)
+
+
+def list_all(connection: Connection, args: Any) -> tuple[list[Reference], int]:
+    ref, need_results, flags = args
+    check_flags(flags, 0, "list storage volumes")
+    pool = connection.pool(ref)
+    found = pool.volumes()
+    return ([reference(pool, volume) for volume in found] if need_results else [], len(found))
+
+
+def lookup_by_name(connection: Connection, args: Any) -> tuple[Reference]:
+    pool = connection.pool(args[0])
+    return (reference(pool, pool.volume(args[1])),)
+
+
+def lookup_by_key(connection: Connection, args: Any) -> tuple[Reference]:
+    return (reference(*connection.manager.pools.lookup_key(args[0])),)
+
+
+def lookup_by_path(connection: Connection, args: Any) -> tuple[Reference]:
+    try:
+        return (reference(*connection.manager.pools.lookup_path(args[0])),)
+    except NoStorageVolume:
+        if not loose_images.may_look(connection):
+            raise
+        return loose_images.lookup_by_path(connection, args)
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
 
 
 def get_path(connection: Connection, args: Any) -> tuple[str]:
-    _stat(args[0][2])
-    return (args[0][2],)
+    if loose_images.is_loose(args[0]):
+        return loose_images.get_path(connection, args)
+    return (_found(connection, args[0])[1].path,)
 
 
-def get_info(connection: Connection, args: Any) -> tuple[int, int, int]:
-    path = args[0][2]
-    return _sizes(path, _stat(path))[:3]
+async def _now(connection: Connection, ref: Any) -> StorageVolume:
+    """The volume, looked at once more: a guest that writes to it changes what it takes."""
+    pool, volume = _found(connection, ref)
+    await pool.look_again(volume)
+    return pool.volume(volume.name)
 
 
-def get_xml(connection: Connection, args: Any) -> tuple[str]:
-    (_, name, path), _ = args
-    info = _stat(path)
-    kind, capacity, allocation, image = _sizes(path, info)
-    return (
-        f"<volume type='{'block' if kind == BLOCK else 'file'}'>\n"
-        f"  <name>{escape(name)}</name>\n"
-        f"  <key>{escape(path)}</key>\n"
-        f"  <capacity unit='bytes'>{capacity}</capacity>\n"
-        f"  <allocation unit='bytes'>{allocation}</allocation>\n"
-        f"  <target>\n    <path>{escape(path)}</path>\n    <format type='{image}'/>\n"
-        f"    <permissions><mode>0{stat.S_IMODE(info.st_mode):o}</mode><owner>{info.st_uid}</owner>"
-        f"<group>{info.st_gid}</group></permissions>\n"
-        "  </target>\n</volume>\n",
+async def get_info(connection: Connection, args: Any) -> tuple[int, int, int]:
+    if loose_images.is_loose(args[0]):
+        return loose_images.get_info(connection, args)
+    volume = await _now(connection, args[0])
+    return (TYPES[volume.type or "file"], volume.size, volume.allocated)
+
+
+async def get_info_flags(connection: Connection, args: Any) -> tuple[int, int, int]:
+    ref, flags = args
+    check_flags(flags, StorageVolInfoFlags.mask(), "storage volume")
+    if loose_images.is_loose(ref):
+        return loose_images.get_info(connection, args)
+    volume = await _now(connection, ref)
+    physical = flags & StorageVolInfoFlags.GET_PHYSICAL and volume.physical is not None
+    taken = volume.physical.value if physical and volume.physical is not None else volume.allocated
+    return (TYPES[volume.type or "file"], volume.size, taken)
+
+
+async def get_xml(connection: Connection, args: Any) -> tuple[str]:
+    ref, flags = args
+    check_flags(flags, 0, "storage volume document")
+    if loose_images.is_loose(ref):
+        return loose_images.get_xml(connection, args)
+    return (format_volume(await _now(connection, ref)),)
+
+
+# --- changing ---------------------------------------------------------------------------------------------------------
+
+
+async def create_xml(connection: Connection, args: Any) -> tuple[Reference]:
+    ref, xml, flags = args
+    check_flags(flags, CreateFlags.PREALLOC_METADATA | CreateFlags.VALIDATE, "create storage volume")
+    pool = connection.pool(ref)
+    made = await volumes.create(
+        connection.manager.pools,
+        pool,
+        xml,
+        preallocate_metadata=bool(flags & CreateFlags.PREALLOC_METADATA),
+        strict=bool(flags & CreateFlags.VALIDATE),
+    )
+    return (reference(pool, made),)
+
+
+async def create_xml_from(connection: Connection, args: Any) -> tuple[Reference]:
+    ref, xml, original, flags = args
+    check_flags(flags, CreateFlags.mask(), "create storage volume")
+    pool = connection.pool(ref)
+    made = await volumes.copy(
+        connection.manager.pools,
+        pool,
+        xml,
+        *_source(connection, original),
+        preallocate_metadata=bool(flags & CreateFlags.PREALLOC_METADATA),
+        reflink=bool(flags & CreateFlags.REFLINK),
+        strict=bool(flags & CreateFlags.VALIDATE),
+    )
+    return (reference(pool, made),)
+
+
+def _source(connection: Connection, ref: Any) -> tuple[PoolObject, str]:
+    pool, volume = _found(connection, ref)
+    return pool, volume.name
+
+
+async def delete(connection: Connection, args: Any) -> None:
+    ref, flags = args
+    check_flags(flags, StorageVolDeleteFlags.ZEROED | StorageVolDeleteFlags.WITH_SNAPSHOTS, "delete storage volume")
+    pool, volume = _found(connection, ref)
+    if flags & StorageVolDeleteFlags.ZEROED:
+        await volumes.wipe(connection.manager.pools, pool, volume.name, StorageVolWipeAlgorithm.ZERO)
+    await volumes.delete(connection.manager.pools, pool, volume.name)
+
+
+async def resize(connection: Connection, args: Any) -> None:
+    ref, capacity, flags = args
+    check_flags(flags, ResizeFlags.mask(), "resize storage volume")
+    pool, volume = _found(connection, ref)
+    await volumes.resize(
+        connection.manager.pools,
+        pool,
+        volume.name,
+        capacity,
+        delta=bool(flags & ResizeFlags.DELTA),
+        shrink=bool(flags & ResizeFlags.SHRINK),
+        allocate=bool(flags & ResizeFlags.ALLOCATE),
     )
 
 
-def _directory(reference: Any) -> str:
-    name, identity = reference
-    if not name.startswith("/") or _pool(name)[1] != identity or not Path(name).is_dir():
-        raise NoStoragePool(f"no storage pool '{name}'")
-    return str(name)
+async def wipe(connection: Connection, args: Any) -> None:
+    await wipe_pattern(connection, (args[0], StorageVolWipeAlgorithm.ZERO, args[1]))
 
 
-def get_pool_xml(connection: Connection, args: Any) -> tuple[str]:
-    directory = _directory(args[0])
-    space = os.statvfs(directory)
-    capacity, available = space.f_frsize * space.f_blocks, space.f_frsize * space.f_bavail
-    return (
-        "<pool type='dir'>\n"
-        f"  <name>{escape(directory)}</name>\n"
-        f"  <uuid>{uuid.uuid5(NAMESPACE, directory)}</uuid>\n"
-        f"  <capacity unit='bytes'>{capacity}</capacity>\n"
-        f"  <allocation unit='bytes'>{capacity - available}</allocation>\n"
-        f"  <available unit='bytes'>{available}</available>\n"
-        f"  <source/>\n  <target><path>{escape(directory)}</path></target>\n"
-        "</pool>\n",
+async def wipe_pattern(connection: Connection, args: Any) -> None:
+    ref, algorithm, flags = args
+    check_flags(flags, 0, "wipe storage volume")
+    pool, volume = _found(connection, ref)
+    await volumes.wipe(connection.manager.pools, pool, volume.name, algorithm)
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+async def download(connection: Connection, args: Any, call: Any) -> None:
+    check_flags(args[3], StorageVolDownloadFlags.mask(), "download storage volume")
+    await _stream(connection, args, call, VolumeDownload)
+
+
+async def upload(connection: Connection, args: Any, call: Any) -> None:
+    check_flags(args[3], StorageVolUploadFlags.mask(), "upload storage volume")
+    await _stream(connection, args, call, VolumeUpload)
+
+
+async def _stream(
+    connection: Connection, args: Any, call: Any, kind: type[VolumeDownload] | type[VolumeUpload]
+) -> None:
+    ref, offset, length, flags = args
+    pool, volume = _found(connection, ref)
+    held = AsyncExitStack()
+    writable = kind is VolumeUpload
+    opened = await held.enter_async_context(
+        volumes.open_bytes(connection.manager.pools, pool, volume.name, offset, length, writable=writable)
     )
-
-
-def get_pool_info(connection: Connection, args: Any) -> tuple[int, int, int, int]:
-    space = os.statvfs(_directory(args[0]))
-    capacity, available = space.f_frsize * space.f_blocks, space.f_frsize * space.f_bavail
-    return (POOL_RUNNING, capacity, capacity - available, available)
-
-
-def pool_is_active(connection: Connection, args: Any) -> tuple[int]:
-    _directory(args[0])
-    return (1,)
-
-
-def refresh_pool(connection: Connection, args: Any) -> None:
-    _directory(args[0])
+    if connection.closed:
+        await held.aclose()
+        return
+    stream = kind(connection, call.key, opened, held, bool(flags & 1))
+    try:
+        connection.add_stream(call, stream)
+    except BaseException:
+        stream.close()
+        raise

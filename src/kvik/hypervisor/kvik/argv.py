@@ -416,7 +416,7 @@ def net_options(nic: Interface, files: Files) -> Options:
             "queue-size": nic.driver.rx_queue_size,
             "packed": nic.driver.packed,
         }
-    if nic.bandwidth is not None:
+    if nic.bandwidth is not None and files.numbered(tap_name(alias)) is None:  # of a tap by the host's traffic control
         # As the host sees it, inbound is what the guest receives.
         options |= {"rx-bps": rate_of(nic.bandwidth.inbound), "tx-bps": rate_of(nic.bandwidth.outbound)}
     return options

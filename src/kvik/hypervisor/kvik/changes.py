@@ -33,11 +33,6 @@ async def update(machine: KvikMachine, old: Any, new: Any) -> None:
             await throttle(machine, new, new.iotune or IoTune())
     elif isinstance(new, Interface) and isinstance(old, Interface):
         check_interface(old, new)
-        if new.bandwidth is not None and new.bandwidth != old.bandwidth:
-            raise OperationUnsupported(
-                f"the bandwidth of interface {alias_of(old)} cannot change while machine {machine.name} runs",
-                remedy="detach and attach it, or change the definition (--config)",
-            )
         up = new.link is None or new.link.state == "up"
         await machine.execute("set_link", {"name": alias_of(new), "up": up})
     elif isinstance(new, Memballoon):

@@ -218,7 +218,7 @@ async def _attach_interface(steps: _Steps, nic: Interface, opened: Opened) -> No
     stream = next((name for name in (switch_name(alias), passt_name(alias)) if name in opened.fds), None)
     if stream is not None:
         label = await steps.give(stream.replace(":", "-"), opened.fds[stream])
-        netdev |= {"type": "stream", "server": False, "addr": {"type": "fd", "str": label}}
+        netdev |= {"type": "stream", "server": stream.startswith("switch:"), "addr": {"type": "fd", "str": label}}
     elif nic.type in TAP_TYPES:
         named: dict[str, list[str]] = {"fds": [], "vhostfds": []}
         for key, prefix in (("fds", tap_name(alias)), ("vhostfds", vhost_name(alias))):
@@ -237,7 +237,7 @@ async def _attach_interface(steps: _Steps, nic: Interface, opened: Opened) -> No
             remedy="bridge, network, direct, ethernet, or user with <backend type='passt'/>",
         )
     await steps.do("netdev_add", netdev, "netdev_del", {"id": netdev_name(alias)})
-    bandwidth = nic.bandwidth
+    bandwidth = nic.bandwidth if not netdev.get("fds") else None  # a tap's is the host's traffic control
     card = {
         "driver": "virtio-net-pci",
         "id": alias,

@@ -26,24 +26,9 @@ __all__ = ["MINIMUM_VERSION", "CpuModel", "MachineType", "QemuCapabilities", "Qe
 
 # 6.2 has JSON syntax for -device and -netdev alike; older ones would need a second command line.
 MINIMUM_VERSION = 6_002_000
-_FORMAT = 3  # raise when the fields below change meaning
+_FORMAT = 4  # raise when the fields below change meaning
 _DEADLINE = 15.0
 _KEPT = 16  # cache files
-
-# Devices whose optional properties the command line asks about.
-_PROPERTY_DEVICES = (
-    "virtio-blk-pci",
-    "virtio-net-pci",
-    "virtio-gpu-pci",
-    "virtio-balloon-pci",
-    "scsi-hd",
-    "nvme",
-    "pcie-root-port",
-    "intel-iommu",
-    "virtio-iommu-pci",
-    "usb-host",
-    "vfio-pci",
-)
 
 
 class MachineType(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +68,6 @@ class QemuCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     options: frozenset[str]
     tpm_models: frozenset[str]
     tpm_types: frozenset[str]
-    properties: Mapping[str, frozenset[str]]
     screendump_format: bool
 
     def machine(self, name: str) -> MachineType | None:
@@ -95,9 +79,6 @@ class QemuCapabilities(msgspec.Struct, frozen=True, kw_only=True):
 
     def has(self, device: str) -> bool:
         return device in self.devices
-
-    def has_property(self, device: str, name: str) -> bool:
-        return name in self.properties.get(device, ())
 
     @property
     def version_text(self) -> str:
@@ -215,13 +196,8 @@ async def _ask(connection: QmpConnection, binary: str, identity: tuple[int, ...]
     commands = frozenset(item["name"] for item in await ask("query-commands"))
     major, minor, micro = connection.greeting.version
     try:
-        properties = {}
         types = await ask("qom-list-types", implements="device", abstract=False)
         devices = frozenset(item["name"] for item in types)
-        for device in _PROPERTY_DEVICES:
-            if device in devices:
-                listed = await ask("device-list-properties", typename=device)
-                properties[device] = frozenset(item["name"] for item in listed)
         objects = await ask("qom-list-types", implements="user-creatable", abstract=False)
         kvm = "query-kvm" in commands and bool((await ask("query-kvm"))["present"])
         raw = QemuCapabilities(
@@ -240,7 +216,6 @@ async def _ask(connection: QmpConnection, binary: str, identity: tuple[int, ...]
             options=frozenset(item["option"] for item in await ask("query-command-line-options")),
             tpm_models=frozenset(await ask("query-tpm-models") if "query-tpm-models" in commands else ()),
             tpm_types=frozenset(await ask("query-tpm-types") if "query-tpm-types" in commands else ()),
-            properties=properties,
             screendump_format=(major, minor) >= (7, 1),
         )
         # Through the typed decoder: what the binary said is checked exactly as a cache file is.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ from kvik.errors import (
     OperationFailed,
     OperationUnsupported,
 )
+from kvik.host.unix_socket import listens
 from kvik.hypervisor import cpus
 from kvik.hypervisor.changes import check_disk, check_interface
 from kvik.hypervisor.consoles import set_pty
@@ -54,6 +56,8 @@ __all__ = [
 
 _DEADLINE = 20.0
 _TRAY_DEADLINE = 5.0
+_LISTEN_DEADLINE = 10.0
+SUN_PATH = 107  # bytes of a path in sockaddr_un, without its NUL
 _PLUGGABLE = (Disk, Interface, Hostdev, Redirdev, Channel, Rng, Memory, Shmem, Input, Controller, Vsock)
 
 
@@ -118,7 +122,9 @@ async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: _Un
     if parts.arguments:
         raise OperationUnsupported(f"this {type(device).__name__.lower()} cannot be plugged into a running machine")
     for name, fd in opened.fds.items():
-        if name not in paths:
+        if name.startswith("switch:"):
+            _listen_by_path(machine, parts, name.removeprefix("switch:"))
+        elif name not in paths:
             label = files.fd(name)
             await machine.execute("getfd", {"fdname": label}, fds=[fd])
             undone.add("closefd", fdname=label)
@@ -149,10 +155,38 @@ async def _add_parts(machine: QemuMachine, device: Any, parts: Parts, undone: _U
     for netdev in parts.netdevs:
         await machine.execute("netdev_add", _clean(netdev))
         undone.add("netdev_del", id=netdev["id"])
+        if netdev["type"] == "stream" and netdev.get("server") and netdev["addr"]["type"] == "unix":
+            await _until_it_listens(machine, netdev["addr"]["path"])
     for item in parts.devices:
         await machine.execute("device_add", _clean(item), deadline=_DEADLINE)
         if "id" in item:
             undone.add("device_del", id=item["id"])
+
+
+def _listen_by_path(machine: QemuMachine, parts: Parts, alias: str) -> None:
+    """QEMU (7.2 at least) looks for a passed descriptor's name in a thread that knows no monitor, does not find it, and
+    crashes at the guest's first packet. So a card that is plugged gets a socket of QEMU's own making."""
+    path = str(machine.directory / f"{alias}.net")
+    if len(os.fsencode(path)) > SUN_PATH:
+        raise ConfigUnsupported(
+            f"{alias} cannot be plugged into running machine {machine.name}: the path of its socket has more than "
+            f"{SUN_PATH} bytes: {path}",
+            remedy="set a shorter XDG_RUNTIME_DIR, or add the interface to the definition and start the machine again",
+        )
+    for netdev in parts.netdevs:
+        netdev["addr"] = {"type": "unix", "path": path}
+
+
+async def _until_it_listens(machine: QemuMachine, path: str) -> None:
+    """QEMU does it in a thread, and says nothing if it fails. A card without it must not reach the guest."""
+    try:
+        async with asyncio.timeout(_LISTEN_DEADLINE):
+            while not listens(path):
+                await asyncio.sleep(0.002)
+    except TimeoutError:
+        raise HypervisorError(f"{machine.name}: QEMU does not listen on {path}") from None
+    # What it does then is done in its main loop, and before the next command's answer.
+    await machine.execute("query-status")
 
 
 async def add_fd(machine: QemuMachine, fd: int, name: str) -> str:

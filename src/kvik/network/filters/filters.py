@@ -26,7 +26,7 @@ from kvik.errors import (
     NoFilterBinding,
     OperationInvalid,
 )
-from kvik.host import nftables
+from kvik.host import nft_probe, nftables
 from kvik.host.netlink import Netlink
 from kvik.network.egress import KEEP, NAMES_MAX, Resolver, check_name, lapse, name_servers, redirects
 from kvik.network.egress_keeper import Keeper
@@ -74,7 +74,6 @@ class Filters:
         self._defined: dict[str, NetworkFilter] = {}
         self._bound: dict[str, _Bound] = {}
         self._lock = threading.RLock()
-        self._features: Features | None = None
         self._based = False  # the shared part of the table is there
         self._snooper: DhcpSnooper | None = None  # once an interface wants it
         self._keeper: Keeper | None = None  # likewise
@@ -423,7 +422,7 @@ class Filters:
         rules = tree.flatten(binding.reference, values, self.lookup_name)
         bound.filters = tree.names(binding.reference, self.lookup_name)
         bound.learn = learn
-        return compile_rules(binding.portdev, binding.mac, rules, self._kernel_features(), learn=learn)
+        return compile_rules(binding.portdev, binding.mac, rules, _kernel_features(), learn=learn)
 
     @staticmethod
     def _replacement(bound: _Bound, ruleset: Ruleset, *, anew: bool) -> Iterable[Command]:
@@ -461,18 +460,6 @@ class Filters:
         chains = {item["chain"]["name"] for item in found if "chain" in item}
         return chains, {item["set"]["name"] for item in found if "set" in item}
 
-    def _kernel_features(self) -> Features:
-        if self._features is None:
-            state = {"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": ["established"]}}
-            reject = {"reject": {"type": "icmpx", "expr": "port-unreachable"}}
-            bridge = {"family": "bridge", "hook": "prerouting"}
-            self._features = Features(
-                connection_tracking=_accepts(bridge, state),
-                reject=_accepts(bridge, reject),
-                ingress=_accepts({"family": "netdev", "hook": "ingress", "dev": "lo"}, {"drop": None}),
-            )
-        return self._features
-
 
 def _gateways(device: str) -> list[str]:
     """The host's IPv4 addresses on the bridge that an interface is a port of."""
@@ -488,19 +475,10 @@ def _gateways(device: str) -> list[str]:
     return four
 
 
-def _accepts(chain: Command, expression: Command) -> bool:
-    """Whether this kernel takes a rule with `expression` in such a chain; checked, not done."""
-    where = {"family": chain["family"], "table": "kvik_probe"}
-    try:
-        nftables.check(
-            [
-                {"add": {"table": {"family": chain["family"], "name": "kvik_probe"}}},
-                {"add": {"chain": {**chain, **where, "name": "probe", "type": "filter", "prio": 0}}},
-                {"add": {"rule": {**where, "chain": "probe", "expr": [expression]}}},
-            ]
-        )
-    except HostError as error:
-        if error.errno == errno.EPERM:
-            raise
-        return False
-    return True
+def _kernel_features() -> Features:
+    lacking = nft_probe.missing("bridge-ct", "bridge-reject", "ingress")
+    return Features(
+        connection_tracking="bridge-ct" not in lacking,
+        reject="bridge-reject" not in lacking,
+        ingress="ingress" not in lacking,
+    )

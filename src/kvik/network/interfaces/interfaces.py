@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from kvik.host.netlink import Netlink
 from kvik.host.process import find_program
 from kvik.network.interfaces import live, start
 from kvik.network.interfaces.formats import Format, owner, usual
-from kvik.network.interfaces.formats.tree import Changes, Tree, apply
+from kvik.network.interfaces.formats.tree import Changes, Move, Tree, apply
 from kvik.network.interfaces.pending import Pending, Record
 from kvik.network.interfaces.switch import Switch, plan_bridge, plan_unbridge, remove_bridge, undo
 from kvik.network.interfaces.switch import apply as do_switch
@@ -46,6 +46,7 @@ from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+TELL_TIMEOUT = 20.0  # seconds for a command to the host's network service
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,13 +189,13 @@ class Interfaces:
             record.before.setdefault(path, _digest(tree.read_disk(path)))
         record.staged.update(changes)
 
-    def _write(self, changes: Changes) -> None:
+    def _write(self, changes: Changes, moves: Sequence[Move] = ()) -> None:
         assert self.root is not None
         for path in apply(self.root, changes, self.originals):
             logger.warning("the original is kept as %s", path)
-        self._reload(changes)
+        self._tell(changes, moves)
 
-    def _reload(self, changes: Changes) -> None:
+    def _tell(self, changes: Changes, moves: Sequence[Move]) -> None:
         """Tell the host's own network service, where there is one. Its refusal does not undo what is written."""
         if self.root != Path("/"):
             return  # not the host's
@@ -203,11 +204,14 @@ class Interfaces:
         for one in FORMATS:
             if not any(path.startswith(_directory(one)) for path in changes):
                 continue
-            if one.RELOAD and find_program(one.RELOAD[0]):
+            for command in one.tell(Tree(Path("/")), moves):
+                if find_program(command[0]) is None:
+                    continue
                 try:
-                    tools.run(one.RELOAD, timeout=20)
+                    tools.run(command, timeout=TELL_TIMEOUT)
                 except KvikError as error:
                     logger.warning("%s was not told of its new files: %s", one.NAME, error)
+                    break
 
     # up and down
 
@@ -285,6 +289,11 @@ class Interfaces:
             plan = plan_unbridge(netlink, name)
         tree = self._tree()
         by = owner(tree, name)
+        if by is not None and now and self._held(tree, by, name):
+            raise OperationUnsupported(
+                f"NetworkManager has made {name} and would put {plan.port} back into it",
+                remedy="with --no-start it is written, and counts from the next boot on",
+            )
         changes = by.unbridge(tree, name, plan.port) if by else {}
         words = [f"the configuration is {by.NAME}'s" if by else f"the configuration knows nothing of {name}"]
         if not now:
@@ -292,6 +301,13 @@ class Interfaces:
             return words
         self._switch(plan, None, changes, seconds)
         return words
+
+    def _held(self, tree: Tree, by: Format, name: str) -> bool:
+        asked = by.held(tree, name)
+        if asked is None or self.root != Path("/") or find_program(asked[0][0]) is None:
+            return False
+        done = tools.run(asked[0], timeout=TELL_TIMEOUT, check=False)  # it does not run: it holds nothing
+        return done.code == 0 and done.text.strip() == asked[1]
 
     def _switch(self, plan: Switch, bridge: BridgeInterface | None, changes: Changes, seconds: int) -> None:
         """Do it within the pending change; without one, within one of its own."""
@@ -352,7 +368,9 @@ class Interfaces:
                     "written",
                     remedy="put the file back and commit again, or write it by hand",
                 )
-            self._write(record.staged)
+            self._write(
+                record.staged, [Move(switch.bridge, switch.port, switch.to_bridge) for switch in record.switches]
+            )
             for switch in record.switches:
                 if not switch.to_bridge:
                     with Netlink() as netlink:

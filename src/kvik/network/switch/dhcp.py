@@ -12,6 +12,7 @@ import zlib
 
 from kvik.named import NamedTuple
 from kvik.network.switch.packets import ANY
+from kvik.network.switch.settings import FOR_EVER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Dhcp:
 
     def reserve(self, port: int, mac: bytes, now: float) -> Lease | None:
         """The lease that this card will be offered."""
-        lease = self._choose(port, mac, b"", now) if self.settings.first else None
+        lease = self._choose(port, mac, b"", now) if self.settings.dhcp else None
         if lease is not None and lease.offered:
             lease.expires = now + EXPECTED
         return lease
@@ -130,15 +131,15 @@ class Dhcp:
         lease = self._macs.get(mac)
         if lease is not None and lease.ip == ip:
             if lease.offered and lease.port == port:
-                lease.offered, lease.expires = False, now + self.settings.lease
+                lease.offered, lease.expires = False, now + self.settings.lease_of(mac, ip)
         elif (lease is None or lease.offered) and ip not in self.leases and ip not in self._reserved:
             if lease is not None:
                 self._forget(lease)
             if self._counts.get(port, 0) < PER_PORT:
-                self._add(Lease(ip, mac, port, now + self.settings.lease)).offered = False
+                self._add(Lease(ip, mac, port, now + self.settings.lease_of(mac, ip))).offered = False
 
     def answer(self, port: int, request: Request, now: float) -> Reply | None:
-        if not self.settings.first or request.relay != ANY:
+        if not self.settings.dhcp or request.relay != ANY:
             return None
         if request.kind == DISCOVER:
             lease = self._choose(port, request.mac, request.options.get(_REQUESTED, b""), now)
@@ -173,7 +174,7 @@ class Dhcp:
         if lease is None or lease.ip != wanted:
             return self._reply(request, NAK, ANY)
         lease.offered = False
-        lease.expires = now + self.settings.lease
+        lease.expires = now + self.settings.lease_of(lease.mac, lease.ip)
         if _HOSTNAME in request.options:
             lease.hostname = host_name(request.options[_HOSTNAME])
         return self._reply(request, ACK, lease.ip)
@@ -195,20 +196,22 @@ class Dhcp:
             return self._add(Lease(reserved.ip, mac, port, now + OFFERED))
         if len(wanted) == 4 and self._free(wanted, mac, now):
             return self._add(Lease(wanted, mac, port, now + OFFERED))
-        first, size = self.settings.first, self.settings.last - self.settings.first + 1
         start = zlib.crc32(mac)
         # Every address that is passed over is leased, reserved or the gateway's: there are not many.
-        for offset in range(size):
-            ip = (first + (start + offset) % size).to_bytes(4, "big")
-            if self._free(ip, mac, now):
-                return self._add(Lease(ip, mac, port, now + OFFERED))
+        for item in self.settings.ranges:
+            size = item.last - item.first + 1
+            for offset in range(size):
+                ip = (item.first + (start + offset) % size).to_bytes(4, "big")
+                if self._free(ip, mac, now):
+                    return self._add(Lease(ip, mac, port, now + OFFERED))
         return None
 
     def _fits(self, ip: bytes, mac: bytes) -> bool:
         reserved = self.settings.hosts.get(mac)
         if reserved is not None:
             return reserved.ip == ip
-        inside = self.settings.first <= int.from_bytes(ip, "big") <= self.settings.last
+        number = int.from_bytes(ip, "big")
+        inside = any(item.first <= number <= item.last for item in self.settings.ranges)
         return inside and self.settings.usable(ip) and ip not in self._reserved
 
     def _free(self, ip: bytes, mac: bytes, now: float) -> bool:
@@ -243,8 +246,8 @@ class Dhcp:
         options: list[tuple[int, bytes]] = [(_TYPE, bytes((kind,))), (_SERVER, settings.ip)]
         if kind != NAK:
             if ip != ANY:
-                lease = settings.lease
-                half, most = (lease // 2, lease // 8 * 7) if lease != 0xFFFF_FFFF else (lease, lease)
+                lease = settings.lease_of(request.mac, ip)
+                half, most = (lease // 2, lease // 8 * 7) if lease != FOR_EVER else (lease, lease)
                 options += [
                     (code, struct.pack("!I", time)) for code, time in ((_LEASE, lease), (_RENEW, half), (_REBIND, most))
                 ]

@@ -107,8 +107,15 @@ class Zone:
         domain: str,
         forward: Callable[[str], list[bytes] | None],
         reverse: Callable[[bytes], str | None],
+        *,
+        local_only: bool = True,
+        forward_plain: bool = False,
     ) -> None:
+        """`local_only`: what is unknown in our domain is nowhere. `forward_plain`: names without a dot may be known
+        outside."""
         self.domain = domain
+        self._local_only = local_only
+        self._forward_plain = forward_plain
         self._forward = forward
         self._reverse = reverse
 
@@ -126,8 +133,9 @@ class Zone:
         if addresses is not None:
             records = [_record(_A, address) for address in addresses[:16]] if query.kind in (_A, _ANY) else []
             return _response(query, NOERROR, records)
-        # A bare name means nothing outside of this network, and nobody outside should hear of it.
-        return _response(query, NXDOMAIN, []) if inside or (len(labels) <= 1 and labels) else None
+        # A bare name means nothing outside of this network, and nobody outside should hear of it unless told to.
+        plain = len(labels) == 1 and not self._forward_plain
+        return _response(query, NXDOMAIN, []) if plain or (inside and self._local_only) else None
 
     def _backwards(self, query: Query) -> bytes | None:
         octets = [label.decode("ascii", "replace") for label in reversed(query.labels[:4])]

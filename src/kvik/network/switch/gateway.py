@@ -51,7 +51,13 @@ class Gateway:
         self.settings = settings
         self.mac, self.ip = settings.mac, settings.ip
         self.dhcp.configure(settings)
-        self.zone = dns.Zone(settings.domain, self.addresses, self.name)
+        self.zone = dns.Zone(
+            settings.domain,
+            self.addresses,
+            self.name,
+            local_only=settings.local_only,
+            forward_plain=settings.forward_plain,
+        )
 
     # who is who
 
@@ -76,7 +82,7 @@ class Gateway:
     def addresses(self, name: str) -> list[bytes] | None:
         """Of a bare name; None if it is nobody's. Empty: the machine has no address yet."""
         if name in self.settings.names:
-            return [self.settings.names[name]]
+            return [*self.settings.names[name]]
         found = [lease.ip for lease in self.dhcp.current(self.plane.now) if self.label(lease) == name]
         if found or any(port.name == name for port in self.plane.ports.values()):
             return found
@@ -90,7 +96,7 @@ class Gateway:
         lease = self.dhcp.leases.get(ip)
         if lease is not None and lease.mac and (label := self.label(lease)):
             return label
-        return next((name for name, address in self.settings.names.items() if address == ip), "")
+        return next((name for name, addresses in self.settings.names.items() if ip in addresses), "")
 
     def leases(self) -> list[dict[str, Any]]:
         return [
@@ -108,6 +114,9 @@ class Gateway:
     def tick(self) -> None:
         self.dhcp.expire(self.plane.now)
         self.resolver.expire(self.plane.now)
+        for port in self.plane.ports.values():
+            if port.flows is not None:
+                port.flows.expire(self.plane.now)
 
     def removed(self, port: Port) -> None:
         self.dhcp.removed(port.number)
@@ -212,7 +221,7 @@ class Gateway:
             self._dhcp(port, bytes(data))
         elif target == 53 and self.settings.dns and packet.target == self.ip:
             self._dns(port, client, (packet.source, source), bytes(data))
-        else:
+        elif port.flows is None or not port.flows.answer(source, target, bytes(data), self.plane.now):
             self._unreachable(port, frame, packet, _PORT)
 
     def _dhcp(self, port: Port, data: bytes) -> None:

@@ -17,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvik.network.switch.udp import Flows
+
 LENGTH = struct.Struct(">I")
 MAX_FRAME = 65536 + 14 + 4  # 64 KiB of IP behind Ethernet's header and a VLAN tag
 ROOM = 1 << 18  # bytes read at once
@@ -35,8 +37,7 @@ class Port:
     def __init__(
         self, number: int, sock: socket.socket, name: str = "", mac: bytes | None = None, *, isolated: bool = False
     ) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)  # as much as an ordinary user may
+        _prepare(sock)
         self.number = number
         self.sock = sock
         self.name = name
@@ -44,6 +45,7 @@ class Port:
         self.isolated = isolated
         self.alias = ""
         self.uplink: Port | None = None  # where this machine's way out is
+        self.flows: Flows | None = None  # of UDP from the host's loopback
         self.serves: Port | None = None  # of an uplink: the machine it is for
         self.macs: set[bytes] = set()  # learned here
         self.flood_credit = 0.0
@@ -136,8 +138,20 @@ class Port:
 
     def close(self) -> None:
         self._out.clear()
-        self._queued = 0
+        self._queued = self._end = 0
+        self.waiting = False
         self.sock.close()
+
+    def replace(self, sock: socket.socket) -> None:
+        """Another socket of the same card; nothing of the old one's stream goes into it."""
+        self.close()
+        _prepare(sock)
+        self.sock = sock
+
+
+def _prepare(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)  # as much as an ordinary user may
 
 
 def frames(run: memoryview) -> Iterator[tuple[int, int, memoryview]]:

@@ -4,6 +4,8 @@ Control is a Unix seqpacket socket of the user's own: a JSON object a message, a
 
     {"do": "add", "name": ..., "alias": ..., "mac": ..., "isolated": false}   with the card's socket
     {"do": "uplink", "port": N}                                               with the socket of the port's way out
+    {"do": "udp", "port": N, "to": M}                       with a bound UDP socket, whose datagrams go to the machine
+    {"do": "replace", "port": N}                                              with another socket of the card
     {"do": "hello"}      {"do": "remove", "port": N}      {"do": "ports", "after": N}
     {"do": "leases", "after": N}
     {"do": "configure", "settings": {...}}      {"do": "stop"}
@@ -30,6 +32,7 @@ from kvik.network.switch.plane import Plane
 from kvik.network.switch.port import Port, PortGone
 from kvik.network.switch.resolver import Pending, Resolver
 from kvik.network.switch.settings import Settings, from_json
+from kvik.network.switch.udp import FORWARDS, Flows, Forward
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ class Server:
     def __init__(self, listener: socket.socket, settings: Settings) -> None:
         self.listener = listener
         self._poll = select.epoll()
-        self._objects: dict[int, Port | Pending | Client | None] = {}
+        self._objects: dict[int, Port | Pending | Forward | Client | None] = {}
         self.gateway = Gateway(settings, Resolver(self._watch, self._unwatch))
         self.plane = Plane(self.gateway)
         self._changed: list[Port] = []
@@ -68,11 +71,11 @@ class Server:
         self._objects[listener.fileno()] = None
         self._poll.register(listener.fileno(), select.EPOLLIN)
 
-    def _watch(self, item: Port | Pending | Client) -> None:
+    def _watch(self, item: Port | Pending | Forward | Client) -> None:
         self._objects[item.fileno()] = item
         self._poll.register(item.fileno(), select.EPOLLIN)
 
-    def _unwatch(self, item: Port | Pending | Client) -> None:
+    def _unwatch(self, item: Port | Pending | Forward | Client) -> None:
         if self._objects.get(item.fileno()) is item:
             del self._objects[item.fileno()]
             self._poll.unregister(item.fileno())
@@ -90,6 +93,9 @@ class Server:
                     self._port(item, mask)
                 elif isinstance(item, Pending):
                     self.gateway.resolver.readable(item)
+                elif isinstance(item, Forward):
+                    if item.port.flows is not None:
+                        item.port.flows.receive(item, self.gateway)
                 elif isinstance(item, Client):
                     self._client(item)
                 elif fd == self.listener.fileno():
@@ -160,6 +166,10 @@ class Server:
             return
         say(f"port {port.number} ({port.name}) closed: {why}")
         self.plane.remove(port)
+        if port.flows is not None:
+            for forward in port.flows.forwards:
+                self._unwatch(forward)
+            port.flows.close()
         if port.uplink is not None:
             uplink, port.uplink = port.uplink, None
             self._unwatch(uplink)
@@ -220,6 +230,10 @@ class Server:
             return self._command_add(given, fds)
         if what == "uplink":
             return self._command_uplink(given, fds)
+        if what == "udp":
+            return self._command_udp(given, fds)
+        if what == "replace":
+            return self._command_replace(given, fds)
         if what == "hello":
             return {"pid": os.getpid(), "network": self.gateway.settings.name}
         if what == "remove":
@@ -250,7 +264,7 @@ class Server:
         name, alias = str(given.get("name", "")).lower(), str(given.get("alias", ""))
         if len(name) > _NAME or len(alias) > _NAME:
             raise InvalidArgument("that name is too long")
-        _check_stream(fds)
+        _check_socket(fds)
         mac = mac_bytes(given["mac"]) if given.get("mac") else None
         if mac is not None and mac[0] & 1:
             raise InvalidArgument(f"{mac_text(mac)} is a group's address")
@@ -288,7 +302,7 @@ class Server:
         port = self.plane.ports.get(given["port"])
         if port is None:
             raise InvalidArgument("that port is gone")
-        _check_stream(fds)
+        _check_socket(fds)
         if port.uplink is not None:
             old, port.uplink = port.uplink, None
             self._unwatch(old)
@@ -299,13 +313,39 @@ class Server:
         self.gateway.introduce(port)
         return True
 
+    def _command_udp(self, given: dict[str, Any], fds: list[int]) -> bool:
+        port, to = self.plane.ports.get(given["port"]), int(given["to"])
+        if port is None:
+            raise InvalidArgument("that port is gone")
+        if not 1 <= to <= 65535 or not self.gateway.ip:
+            raise InvalidArgument(f"nothing can lead to port {to} of a machine here")
+        _check_socket(fds, socket.AF_INET, socket.SOCK_DGRAM)
+        flows = port.flows = port.flows or Flows()
+        if len(flows.forwards) >= FORWARDS:
+            raise InvalidArgument(f"{FORWARDS} ports of the host lead to that machine already")
+        forward = Forward(socket.socket(fileno=fds.pop(0)), port, to)
+        flows.forwards.append(forward)
+        self._watch(forward)
+        return True
 
-def _check_stream(fds: list[int]) -> None:
+    def _command_replace(self, given: dict[str, Any], fds: list[int]) -> bool:
+        """The port stays what it is; what was on its way by the old socket is lost."""
+        port = self.plane.ports.get(given["port"])
+        if port is None:
+            raise InvalidArgument("that port is gone")
+        _check_socket(fds)
+        self._unwatch(port)
+        port.replace(socket.socket(fileno=fds.pop(0)))
+        self._watch(port)
+        return True
+
+
+def _check_socket(fds: list[int], family: int = socket.AF_UNIX, kind: int = socket.SOCK_STREAM) -> None:
     if len(fds) != 1:
-        raise InvalidArgument("a port has one socket")
+        raise InvalidArgument("one socket goes with this")
     with socket.socket(fileno=os.dup(fds[0])) as probe:
-        if probe.family != socket.AF_UNIX or probe.type != socket.SOCK_STREAM:
-            raise InvalidArgument("a port is a Unix stream socket")
+        if probe.family != family or probe.type != kind:
+            raise InvalidArgument("that is another kind of socket")
 
 
 def say(text: str) -> None:

@@ -1,10 +1,9 @@
-"""The networks of a user's session: each a switch, started for its first machine, looked after while the daemon runs.
+"""The switches of a session's active networks, each started for its first machine and looked after.
 
 What there should be follows from the machines that run; `look_after` compares it with what there is. One path serves
 a switch that was killed, a passt that ended, a host that got its network back, and a daemon that was restarted.
 
-A VMM that can listen (QEMU) waits at a socket in its machine's directory, so that a new switch finds it again. One
-that cannot is handed a connection; if that is lost, the machine must be told to plug its card anew.
+A VMM waits at a socket in its machine's directory, so that a new switch finds it again.
 """
 
 from __future__ import annotations
@@ -18,36 +17,45 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvik.conf.devices.interface import Interface
-from kvik.errors import ConfigUnsupported, HostError, KvikError, NoNetwork
+from kvik.errors import (
+    ConfigUnsupported,
+    HostError,
+    KvikError,
+    OperationFailed,
+    OperationInvalid,
+    OperationTimeout,
+    ResourceBusy,
+)
 from kvik.host.process import ProcessHandle
+from kvik.network.subnet import free_subnet
 from kvik.network.switch.control import Switch, short_path
-from kvik.network.switch.uplink import forward_arguments, start_uplink
+from kvik.network.switch.uplink import bind_udp, forward_arguments, loopback_udp, start_uplink
 from kvik.paths import Paths
 
-__all__ = ["DEFAULT", "Card", "SessionNetworks"]
+__all__ = ["Card", "SessionNetworks"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT: dict[str, Any] = {
-    "name": "default",
-    "mac": "52:54:00:12:35:02",
-    "ip": "192.168.122.1",
-    "prefix": 24,
-    "range": ["192.168.122.2", "192.168.122.254"],
-}
+_SUFFIX = ".switch"
 RETRY_FIRST, RETRY_LAST = 2.0, 60.0  # seconds until a way out that ended is tried again
 
 
 class Card(NamedTuple):
-    """An interface of a machine that runs, and the directory where its VMM may listen."""
+    """An interface of a machine that runs, and the directory where its VMM listens."""
 
     machine: str
     directory: Path
     interface: Interface
+
+    @property
+    def label(self) -> str:
+        """The machine's name as the switch has it: names do not tell capitals from small letters (RFC 4343)."""
+        return self.machine.lower()
 
     @property
     def alias(self) -> str:
@@ -84,35 +92,97 @@ class SessionNetworks:
     def __init__(self, paths: Paths) -> None:
         self._run = paths.run / "network"
         self._log = paths.log / "network"
+        self._settings: dict[str, dict[str, Any]] = {}  # of active networks
         self._switches: dict[str, Switch] = {}
         self._uplinks: list[ProcessHandle] = []
         self._retries: dict[tuple[str, int], _Retry] = {}
         self._lock = threading.Lock()
 
+    # networks
+
+    def activate(self, name: str, settings: dict[str, Any]) -> None:
+        """From now on it may have machines. `ResourceBusy` if another active network has its subnet: a machine on both
+        could not tell them apart."""
+        with self._lock:
+            taken = {_subnet(item): other for other, item in self._settings.items() if other != name and item.get("ip")}
+            own = _subnet(settings) if settings.get("ip") else None
+            clash = next((subnet for subnet in taken if own is not None and own.overlaps(subnet)), None)
+            if clash is not None:
+                raise ResourceBusy(
+                    f"network {name!r} wants {own}, which network {taken[clash]!r} has already",
+                    remedy=f"{free_subnet(taken)} is free: change the network's <ip> to it (kvik net-edit)",
+                )
+            self._settings[name] = settings
+
+    def deactivate(self, name: str) -> None:
+        """It has no machines any more: its switch ends, if there is one."""
+        with self._lock:
+            self._settings.pop(name, None)
+            switch = self._switches.pop(name, None) or Switch.attach(self._path(name))
+            if switch is not None:
+                switch.stop()
+            self._path(name).unlink(missing_ok=True)
+
+    def change(self, name: str, settings: dict[str, Any]) -> None:
+        """Tell a switch that runs. Raises `OperationFailed`, with the switch's words, and then nothing has changed."""
+        with self._lock:
+            switch = self._known(name)
+            if switch is not None:
+                switch.configure(settings)
+            self._settings[name] = settings
+
+    def sweep(self) -> None:
+        """After the daemon was away: end switches of networks that are not active, and remove what ended ones left."""
+        with self._lock:
+            for path in self._run.glob(f"*{_SUFFIX}"):
+                try:
+                    switch = Switch.attach(path)
+                except HostError as error:
+                    logger.warning("%s", error)
+                    continue
+                if switch is None:
+                    path.unlink(missing_ok=True)
+                elif path.name.removesuffix(_SUFFIX) in self._settings:
+                    switch.close()
+                else:
+                    switch.stop()
+
+    # machines
+
     def open_ports(
-        self, machine: str, directory: Path, interfaces: Iterable[Interface], close: ExitStack, *, listen: bool
+        self, machine: str, directory: Path, interfaces: Iterable[Interface], close: ExitStack
     ) -> dict[str, int]:
-        """ "switch:ALIAS" -> a socket for the VMM of each interface of type network: one that listens, or one that is
-        connected. `close` closes ours. Raises `ConfigUnsupported`, `NoNetwork`, `HostError`, `MissingPackages`."""
+        """ "switch:ALIAS" -> a socket that listens, for the VMM of each interface of type network; the switch waits on
+        it already. `close` closes ours. Raises `ConfigUnsupported`, `OperationInvalid`, `HostError`,
+        `MissingPackages`."""
         files: dict[str, int] = {}
         with self._lock:
             for interface in interfaces:
                 if interface.type != "network":
                     continue
                 card = Card(machine, directory, interface)
-                _refuse_unkept_promises(card)
+                _refuse_unkept_promises(card, self._settings.get(card.network))
                 switch = self._switch(card.network)
                 listener, ours = _listen(card)
                 with listener, ours:
                     self._connect(switch, card, ours, must_forward=True)
-                    if listen:
-                        theirs = listener.detach()
-                    else:
-                        theirs = listener.accept()[0].detach()
-                        card.socket.unlink(missing_ok=True)
+                    theirs = listener.detach()
                 files[f"switch:{card.alias}"] = theirs
                 close.callback(os.close, theirs)
         return files
+
+    def plug_by_path(self, machine: str, directory: Path, interface: Interface) -> None:
+        """A VMM that was given a socket listens at its path by one of its own: the port goes there. Raises `HostError`,
+        `OperationFailed`."""
+        card = Card(machine, directory, interface)
+        with self._lock:
+            switch = self._switch(card.network)
+            number = next(
+                (port["port"] for port in switch.ports() if (port["name"], port["alias"]) == (card.label, card.alias)),
+                0,
+            )
+            with _client(card.socket) as ours:
+                switch.call("replace", (ours.fileno(),), port=number)
 
     def look_after(self, cards: Sequence[Card]) -> list[str]:
         """Make what there is what there should be, as far as it can be; what was put right, or is wrong, in words."""
@@ -122,7 +192,7 @@ class SessionNetworks:
             self._uplinks = [handle for handle in self._uplinks if handle not in ended]
             for handle in ended:
                 handle.close()
-            for name in sorted({card.network for card in cards}):
+            for name in sorted({card.network for card in cards} & self._settings.keys()):
                 try:
                     said += self._look_after(name, [card for card in cards if card.network == name])
                 except KvikError as error:
@@ -137,7 +207,7 @@ class SessionNetworks:
             said.append(f"network {name}: its switch had ended and was started again")
         ports = {(port["name"], port["alias"]): port for port in switch.ports()}
         for card in cards:
-            port = ports.get((card.machine.lower(), card.alias))
+            port = ports.get((card.label, card.alias))
             if port is None:
                 with contextlib.suppress(HostError), _client(card.socket) as ours:  # a VMM that ends does not listen
                     self._connect(switch, card, ours, must_forward=False)
@@ -147,11 +217,6 @@ class SessionNetworks:
             else:
                 self._give_uplink(name, switch, card, port)
         return said
-
-    @staticmethod
-    def serves(name: str) -> bool:
-        """Whether a network of this name is a switch."""
-        return name == "default"
 
     def leases(self, name: str) -> list[dict[str, Any]]:
         """Empty if the network does not run."""
@@ -177,23 +242,21 @@ class SessionNetworks:
             switch = None
         return switch
 
-    def _settings(self, name: str) -> dict[str, Any]:
-        if name != "default":
-            raise NoNetwork(
-                f"no network with name {name!r} in this session", remedy="a session has the network 'default'"
-            )
-        return DEFAULT
+    def _path(self, name: str) -> Path:
+        return self._run / f"{name}{_SUFFIX}"
 
     def _switch(self, name: str) -> Switch:
         """The network's switch: known, found, or started."""
         switch = self._known(name)
         if switch is not None:
             return switch
-        settings = self._settings(name)
+        settings = self._settings.get(name)
+        if settings is None:
+            raise OperationInvalid(f"network {name!r} is not active", remedy=f"start it: kvik net-start {name}")
         for directory in (self._run, self._log):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._run / f"{name}.switch"
-        switch = Switch.attach(path)
+        path = self._path(name)
+        switch = _found(path, settings)
         if switch is None:
             log_fd = self._open_log(name)
             try:
@@ -208,11 +271,15 @@ class SessionNetworks:
         return os.open(self._log / f"{name}.log", flags, 0o600)
 
     def _connect(self, switch: Switch, card: Card, ours: socket.socket, *, must_forward: bool) -> None:
-        isolated = card.interface.port is not None and card.interface.port.isolated is True
+        isolated = bool(card.interface.port and card.interface.port.isolated)
+        isolated = isolated or self._settings[card.network]["isolated"]
         answer = switch.add_port(card.machine, card.mac, ours.fileno(), alias=card.alias, isolated=isolated)
         port = {"port": answer[0], "ip": answer[1]}
         forwards = bool(card.interface.port_forwards)
         try:
+            for address, number, to in loopback_udp(card.interface.port_forwards):
+                with bind_udp(address, number) as sock:
+                    switch.call("udp", (sock.fileno(),), port=answer[0], to=to)
             self._give_uplink(card.network, switch, card, port, wait=must_forward and forwards)
         except KvikError:
             if must_forward and forwards:
@@ -221,8 +288,8 @@ class SessionNetworks:
 
     def _give_uplink(self, name: str, switch: Switch, card: Card, port: dict[str, Any], *, wait: bool = False) -> None:
         """A passt for a port that has none. One that cannot be had now is tried again later, `wait` or not."""
-        settings = self._settings(name)
-        if not settings.get("router", True) or not port["ip"]:
+        settings = self._settings[name]
+        if not settings["router"] or not port["ip"]:
             return
         retry = self._retries.setdefault((name, port["port"]), _Retry())
         if time.monotonic() < retry.at:
@@ -242,9 +309,33 @@ class SessionNetworks:
         self._uplinks.append(handle)
 
 
-def _refuse_unkept_promises(card: Card) -> None:
+def _subnet(settings: dict[str, Any]) -> IPv4Network:
+    return IPv4Network(f"{settings['ip']}/{settings['prefix']}", strict=False)
+
+
+def _found(path: Path, settings: dict[str, Any]) -> Switch | None:
+    """The switch that an earlier daemon started, told what its network is now. One that cannot be that is ended."""
+    switch = Switch.attach(path)
+    if switch is None:
+        return None
+    try:
+        switch.configure(settings)
+    except (HostError, OperationFailed, OperationTimeout) as error:
+        logger.warning("%s; it is started anew", error)
+        switch.stop()
+        return None
+    return switch
+
+
+def _refuse_unkept_promises(card: Card, settings: dict[str, Any] | None) -> None:
     """What a session's network cannot do and would be missed."""
     interface = card.interface
+    if interface.port_forwards and settings is not None and not settings["router"]:
+        raise ConfigUnsupported(
+            f"interface {card.alias}: network {card.network!r} is isolated, so no port of the host leads into it",
+            path="/domain/devices/interface/portForward",
+            remedy="leave <portForward> out, or give the network <forward mode='nat'/>",
+        )
     kept = {
         "filterref": interface.filterref,
         "vlan": interface.vlan,

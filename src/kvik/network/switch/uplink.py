@@ -14,25 +14,71 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvik.conf.devices.interface import PortForward
+from kvik.conf.devices.interface import PortForward, PortRange
 from kvik.conf.port_forward import passt_ports
-from kvik.errors import HostError, MissingPackages
+from kvik.errors import ConfigUnsupported, HostError, MissingPackages
 from kvik.host import process
 from kvik.host.packages import how_to_install, package_for
 from kvik.host.process import ProcessHandle, describe_exit, find_program
+from kvik.network.switch.udp import FORWARDS
 
-__all__ = ["forward_arguments", "last_words", "start_uplink"]
+__all__ = ["bind_udp", "forward_arguments", "last_words", "loopback_udp", "start_uplink"]
 
 LOG_SIZE = 65536  # bytes
 READY = 5.0  # seconds for passt to bind its ports
 
 
 def forward_arguments(forwards: Sequence[PortForward]) -> list[str]:
-    """Raises `ConfigUnsupported`."""
+    """Raises `ConfigUnsupported`. UDP of loopback addresses is the switch's: `loopback_udp`."""
     words: list[str] = []
     for forward in forwards:
-        words += [f"--{forward.proto}-ports", passt_ports(forward)]
+        if forward.proto == "tcp" or not _is_loopback(forward.address):
+            words += [f"--{forward.proto}-ports", passt_ports(forward)]
     return words
+
+
+def loopback_udp(forwards: Sequence[PortForward]) -> list[tuple[str, int, int]]:
+    """What the switch relays of them: the host's address and port, and the machine's port. A forward from every
+    address comes by loopback too. Raises `ConfigUnsupported`."""
+    found: list[tuple[str, int, int]] = []
+    for forward in forwards:
+        if forward.proto != "udp" or forward.dev or not (forward.address is None or _is_loopback(forward.address)):
+            continue
+        excluded = {port for item in forward.ranges if item.exclude for port in _ports(item)}
+        for item in forward.ranges:
+            shift = (item.to or item.start) - item.start
+            given = [] if item.exclude else [port for port in _ports(item) if port not in excluded]
+            found += [(forward.address or "127.0.0.1", port, port + shift) for port in given]
+    if len(found) > FORWARDS:
+        raise ConfigUnsupported(
+            f"{len(found)} UDP ports are to lead from the host's loopback to one machine; {FORWARDS} are the most",
+            path="/domain/devices/interface/portForward",
+            remedy="name fewer, or an address that is not loopback",
+        )
+    return found
+
+
+def bind_udp(address: str, port: int) -> socket.socket:
+    """Raises `HostError`."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.bind((address, port))
+    except OSError as error:
+        sock.close()
+        raise HostError(
+            f"UDP port {port} of {address} cannot lead to the machine: {error.strerror}",
+            errno=error.errno or 0,
+            remedy="is the port taken, or below 1024?",
+        ) from error
+    return sock
+
+
+def _ports(item: PortRange) -> range:
+    return range(item.start, (item.start if item.end is None else item.end) + 1)
+
+
+def _is_loopback(address: str | None) -> bool:
+    return address is not None and address.startswith("127.")
 
 
 def start_uplink(

@@ -184,10 +184,6 @@ def add(left: bytes | int, right: bytes | int, target: bytes = b"\0") -> bytes:
     return b"\x72" + term(left) + term(right) + target
 
 
-def shift_left(value: bytes | int, count: bytes | int) -> bytes:
-    return b"\x79" + term(value) + term(count) + b"\0"
-
-
 def equal(left: bytes | int, right: bytes | int) -> bytes:
     return b"\x93" + term(left) + term(right)
 

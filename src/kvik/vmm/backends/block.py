@@ -18,7 +18,7 @@ import os
 import stat
 
 from kvik.errors import AccessDenied, HostError, ImageError, InvalidArgument, NotFound, OperationUnsupported
-from kvik.vmm.backends.image_lock import lock_image
+from kvik.image.lock import lock_image
 from kvik.vmm.backends.pool import ThreadPool
 from kvik.vmm.backends.request import FLUSH, READ, WRITE, Request
 

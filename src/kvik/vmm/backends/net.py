@@ -29,6 +29,7 @@ class NetBackend:
     pairs = 1
     offloads = 0
     mtu = 0  # bytes; 0: not known
+    carrier = True  # somebody is at the other end
 
     def fd(self, pair: int) -> int:
         """What to wait on for packets, and for room."""
@@ -61,8 +62,12 @@ class NetBackend:
         """Why the backend has ended, as far as it can be told without a packet; empty if it has not."""
         return ""
 
+    def successor(self) -> NetBackend | None:
+        """Of one that has ended: what takes its place, if anything does."""
+        return None
+
     def close(self) -> None:
-        """Close the descriptors."""
+        """Close the descriptors, but those of a successor that was asked for."""
 
 
 class NoBackend(NetBackend):

@@ -2,6 +2,9 @@
 
 A stream carries each frame behind its length, 4 bytes, big endian (QEMU's `-netdev stream`, which passt speaks). A
 datagram or seqpacket socket carries one frame a message. The frames have no virtio header, so no offloads.
+
+A stream socket that listens waits for its peer, and after that for the next one: a switch that was killed and started
+again finds the machine where it was (as QEMU's `-netdev stream,server=on`).
 """
 
 from __future__ import annotations
@@ -85,8 +88,10 @@ class StreamBackend(_SocketBackend):
 
     kind = "stream"
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, listener: ListenBackend | None = None) -> None:
+        """`listener`: who waits for the next peer when this one has gone."""
         super().__init__(fd)
+        self._listener = listener
         self._in = bytearray(_ROOM)
         self._start = self._end = 0  # what of it is received and not yet delivered
         self._out = b""  # the rest of a frame that the socket took in part
@@ -143,6 +148,16 @@ class StreamBackend(_SocketBackend):
     def unsent(self) -> bool:
         return bool(self._out)
 
+    def successor(self) -> NetBackend | None:
+        listener, self._listener = self._listener, None
+        return listener
+
+    def close(self) -> None:
+        super().close()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
     @classmethod
     def connect(cls, path: str) -> StreamBackend:
         """Connect to a listening Unix socket, passt's for example. HostError if nobody listens."""
@@ -159,10 +174,49 @@ class StreamBackend(_SocketBackend):
         return cls(client.detach())
 
 
+class ListenBackend(_SocketBackend):
+    """Nobody is there yet. It ends when somebody connects, and that connection takes its place."""
+
+    kind = "stream"
+    carrier = False
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._peer: StreamBackend | None = None
+
+    def receive(self, pair: int, buffers: Sequence[memoryview]) -> int:
+        client, _ = self._socket.accept()
+        self._peer = StreamBackend(client.detach(), self)
+        raise BackendGone("the network socket has a peer")
+
+    def send(self, pair: int, buffers: Sequence[memoryview]) -> None:
+        raise OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
+
+    def successor(self) -> NetBackend | None:
+        return self._peer
+
+    def close(self) -> None:
+        if self._peer is None:  # else it has the listening socket from now on
+            super().close()
+        self._peer = None
+
+
 def socket_backend(fd: int) -> NetBackend:
     """The backend for a passed socket, by its type. HostError if it is none."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         raise HostError(f"descriptor {fd} is no socket", errno=errno.ENOTSOCK)
     with socket.socket(fileno=os.dup(fd)) as probe:
         kind = probe.type
-    return StreamBackend(fd) if kind == socket.SOCK_STREAM else DatagramBackend(fd)
+        listens = bool(probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    if kind != socket.SOCK_STREAM:
+        return DatagramBackend(fd)
+    if not listens:
+        return StreamBackend(fd)
+    waiting = ListenBackend(fd)
+    try:
+        waiting.receive(0, ())
+    except BlockingIOError:
+        return waiting
+    except BackendGone:  # somebody is there already
+        return waiting.successor() or waiting
+    return waiting

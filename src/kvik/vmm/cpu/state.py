@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     State = dict[str, Any]
 
-    class _Thread(Protocol):
-        vcpu: Vcpu
-
     class _Machine(Protocol):
         """What is needed of a `Machine`; its vCPUs stand still."""
 

@@ -20,10 +20,6 @@ def device_not_found(name: str) -> QmpError:
     return QmpError(f"Device '{name}' not found", "DeviceNotFound")
 
 
-def not_supported() -> QmpError:
-    return QmpError("this feature or command is not currently supported")
-
-
 def refused(what: str, why: str) -> QmpError:
     """What kvik-vmm does not have, said with the reason."""
     return QmpError(f"kvik-vmm {what}: {why}")

@@ -29,7 +29,7 @@ _DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2  # linux/capability.h
 def main(words: list[str]) -> int:
     """Never returns when all goes well."""
     from kvik.errors import KvikError
-    from kvik.vmm.backends.image_lock import lock_image
+    from kvik.image.lock import lock_image
     from kvik.vmm.sandbox import landlock, privileges
 
     split = words.index("--")

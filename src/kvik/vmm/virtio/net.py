@@ -103,7 +103,8 @@ class NetDevice(VirtioDevice):
         self.transmitters: list[Transmitter] = []
         self.vhost: VhostNet | None = None
         self.vhost_reason = ""  # why the kernel's datapath is not used
-        self.link = True
+        self.plugged = True  # the cable, as the host wants it
+        self.link = backend.carrier  # what the driver sees
         self.gone = ""  # why the backend ended
         self.backend_errors = 0
         self._paused = False
@@ -284,8 +285,20 @@ class NetDevice(VirtioDevice):
             self.loop.call_soon(lambda: self.kick(index))
 
     def backend_ended(self, reason: str) -> None:
-        """The backend is no more: the link goes down, packets of the guest are dropped, the machine lives on."""
+        """The backend is no more: the link goes down, packets of the guest are dropped, the machine lives on. Unless
+        another one takes its place."""
         if self.gone:
+            return
+        successor = self.backend.successor()
+        if successor is not None:
+            self._end()
+            self.backend.close()
+            self.backend = successor
+            if self.machine is not None:
+                self.machine.log(f"{self.name}: {reason}")
+            self.set_link(self.plugged)
+            if self.active:
+                self._begin()
             return
         self.gone = reason
         if self.vhost is not None:
@@ -296,7 +309,7 @@ class NetDevice(VirtioDevice):
         if self.machine is not None:
             self.machine.log(f"{self.name}: {reason}; the link is down")
             self.machine.emit("NETDEV_GONE", {"device": self.name, "reason": reason})
-        self.set_link(False)
+        self.set_link(self.plugged)
         if self.active:
             self._begin()
 
@@ -384,9 +397,11 @@ class NetDevice(VirtioDevice):
     # --- what the host does to it
 
     def set_link(self, up: bool) -> None:
-        """Plug the cable in or out; the driver is told. A backend that has ended cannot come up again."""
+        """Plug the cable in or out; the driver is told. There is no link while nobody is at the other end, nor with a
+        backend that has ended."""
         with self.lock:
-            up = up and not self.gone
+            self.plugged = up
+            up = up and not self.gone and self.backend.carrier
             if up == self.link:
                 return
             self.link = up
@@ -469,7 +484,7 @@ class NetDevice(VirtioDevice):
     def state(self) -> State:
         return {
             **super().state(),
-            "link": self.link,
+            "link": self.plugged,
             "active_pairs": self.active_pairs,
             "guest_offloads": self.guest_offloads,
             "rx_modes": self.rx_modes,
@@ -486,7 +501,8 @@ class NetDevice(VirtioDevice):
         if int(state["acked"]) & ~(self.features | self.ring_features):
             raise ValueError(f"{self.name}: the state has features that this backend cannot do")
         super().restore(state)
-        self.link = bool(state["link"]) and not self.gone
+        self.plugged = bool(state["link"])
+        self.link = self.plugged and not self.gone and self.backend.carrier
         self.active_pairs, self.guest_offloads = pairs, offloads & GUEST_OFFLOADS
         self.rx_modes, self.macs, self.vlans = int(state["rx_modes"]), list(state["macs"]), set(state["vlans"])
         self.receive_limit.restore(state["receive_limit"])

@@ -158,3 +158,16 @@ def test_on_a_switch_qemu_listens_so_that_another_one_can_connect() -> None:
     netdevs = [json.loads(argv[place + 1]) for place, word in enumerate(argv) if word == "-netdev"]
     (netdev,) = [item for item in netdevs if item["id"] == f"host{alias}"]
     assert netdev == {"type": "stream", "addr": {"type": "fd", "str": "77"}, "server": True, "id": f"host{alias}"}
+
+
+def test_an_interface_of_a_pool_of_pci_functions_is_the_function() -> None:
+    given = (
+        "<interface type='network'><source network='vfs' portid='8f49b9c4-0b3a-4f64-8a4f-0d8e6e1b7a50'>"
+        "<address type='pci' domain='0x0000' bus='0x01' slot='0x10' function='0x2'/></source>"
+        "<mac address='52:54:00:00:00:01'/></interface></devices>"
+    )
+    argv = command_line(document("clock-timers").replace("</devices>", given)).argv
+    devices = [json.loads(argv[place + 1]) for place, word in enumerate(argv) if word == "-device"]
+    (function,) = [device for device in devices if device["driver"] == "vfio-pci"]
+    assert function["host"] == "0000:01:10.2"
+    assert not any("netdev" in device for device in devices)

@@ -13,7 +13,7 @@ from kvik.errors import InvalidArgument
 from kvik.network.switch import dhcp, dns
 from kvik.network.switch.packets import checksum, ip_bytes, ip_text, read_arp, read_ip, read_udp, write_arp, write_ip
 from kvik.network.switch.settings import from_json
-from unit.network.switch.wire import ALL, GATEWAY, SETTINGS, Machine, Wire, mac
+from unit.network.switch.wire import ALL, GATEWAY, SETTINGS, Machine, Wire, mac, message, query
 
 HERE = ip_bytes("10.0.0.1")
 NONE = bytes(4)
@@ -24,16 +24,6 @@ def wire() -> Iterator[Wire]:
     wire = Wire()
     yield wire
     wire.close()
-
-
-def message(kind: int, card: bytes, *, client: bytes = NONE, **options: bytes) -> bytes:
-    """A DHCP client's message; options by name."""
-    numbers = {"requested": 50, "server": 54, "name": 12}
-    fixed = struct.pack("!BBBBIHH4s4s4s4s16s", 1, 1, 6, 0, 0x1234, 0, 0, client, NONE, NONE, NONE, card)
-    packed = bytes((53, 1, kind)) + b"".join(
-        bytes((numbers[name], len(value))) + value for name, value in options.items()
-    )
-    return fixed.ljust(236, b"\0") + b"\x63\x82\x53\x63" + packed + b"\xff"
 
 
 def talk(wire: Wire, machine: Machine, data: bytes, source: bytes = NONE) -> tuple[int, bytes, dict[int, bytes]] | None:
@@ -61,10 +51,6 @@ def lease(wire: Wire, machine: Machine, **options: bytes) -> bytes:
     assert ack is not None
     assert (ack[0], ack[1]) == (dhcp.ACK, offer[1])
     return ack[1]
-
-
-def query(name: str, kind: int = 1, number: int = 7) -> bytes:
-    return struct.pack("!HHHHHH", number, 0x100, 1, 0, 0, 0) + dns.encode_name(name) + struct.pack("!HH", kind, 1)
 
 
 def resolve(wire: Wire, machine: Machine, data: bytes) -> tuple[int, bytes]:
@@ -115,6 +101,46 @@ def test_a_reserved_address_is_for_its_card(wire: Wire) -> None:
     assert resolve(wire, one, query("desk"))[1].endswith(ip_bytes("10.0.0.12"))
 
 
+def test_ranges_and_reservations_have_their_own_lease_times(wire: Wire) -> None:
+    ranges = [["10.0.0.10", "10.0.0.10", 120], ["10.0.0.200", "10.0.0.200"]]
+    hosts = {"52:54:00:aa:00:03": {"ip": "10.0.0.99", "lease": 0xFFFF_FFFF}}
+    wire.gateway.configure(from_json({**SETTINGS, "ranges": ranges, "hosts": hosts}))
+    given = {}
+    for number in (1, 2, 3):
+        machine = wire.add(str(number), number)
+        lease(wire, machine)
+        ack = talk(wire, machine, message(dhcp.REQUEST, machine.mac, requested=wire.gateway.expect(machine.port)))
+        assert ack is not None
+        given[ip_text(ack[1])] = struct.unpack("!I", ack[2][51])[0]
+    assert given == {"10.0.0.10": 120, "10.0.0.200": 3600, "10.0.0.99": 0xFFFF_FFFF}
+
+
+def test_names_of_our_domain_are_ours_alone_only_if_that_is_said(wire: Wire) -> None:
+    one = wire.add("one", 1)
+    names = {"web": ["10.0.0.5", "10.0.0.6"], "printer.test": ["10.0.0.7"]}
+    wire.gateway.configure(from_json({**SETTINGS, "names": names, "local_only": False, "forward_plain": True}))
+    # Nobody outside can be asked here: SERVFAIL says that it would have been.
+    for name in ("www.test", "nobody"):
+        assert resolve(wire, one, query(name))[0] == dns.SERVFAIL
+    assert all(ip_bytes(ip) in resolve(wire, one, query("web.test"))[1] for ip in names["web"])
+    assert resolve(wire, one, query("printer.test"))[1].endswith(ip_bytes("10.0.0.7"))
+    wire.gateway.configure(from_json({**SETTINGS, "names": names}))
+    for name in ("www.test", "nobody"):
+        assert resolve(wire, one, query(name))[0] == dns.NXDOMAIN
+
+
+def test_without_an_address_machines_are_among_themselves() -> None:
+    wire = Wire(ip="", prefix=0, ranges=[], router=False)
+    one, two = wire.add("one", 1), wire.add("two", 2)
+    assert talk(wire, one, message(dhcp.DISCOVER, one.mac)) is None
+    claim = write_arp(1, one.mac, ip_bytes("10.0.0.1"), bytes(6), ip_bytes("10.0.0.2"))
+    one.send(ALL + claim[6:], one.frame(two.mac))
+    wire.run()
+    assert len(two.received()) == 2
+    assert wire.gateway.leases() == []
+    wire.close()
+
+
 def test_what_a_client_had_before_is_believed_where_it_is_free(wire: Wire) -> None:
     one, two = wire.add("one", 1), wire.add("two", 2)
     ack = talk(wire, one, message(dhcp.REQUEST, one.mac, requested=ip_bytes("10.0.0.17")))
@@ -130,7 +156,7 @@ def test_what_a_client_had_before_is_believed_where_it_is_free(wire: Wire) -> No
 
 
 def test_one_machine_cannot_take_the_whole_pool(wire: Wire) -> None:
-    wire.gateway.configure(from_json({**SETTINGS, "range": ["10.0.0.10", "10.0.0.200"]}))
+    wire.gateway.configure(from_json({**SETTINGS, "ranges": [["10.0.0.10", "10.0.0.200"]]}))
     one, two = wire.add("one", 1), wire.add("two", 2)
     given = [talk(wire, one, message(dhcp.DISCOVER, b"\x02\0\0\0\0" + bytes((number,)))) for number in range(100)]
     assert sum(item is not None for item in given) == dhcp.PER_PORT
@@ -140,7 +166,7 @@ def test_one_machine_cannot_take_the_whole_pool(wire: Wire) -> None:
 
 
 def test_an_exhausted_pool_is_silent_until_a_lease_ends(wire: Wire) -> None:
-    wire.gateway.configure(from_json({**SETTINGS, "range": ["10.0.0.10", "10.0.0.11"]}))
+    wire.gateway.configure(from_json({**SETTINGS, "ranges": [["10.0.0.10", "10.0.0.11"]]}))
     one, two, three = (wire.add(str(number), number) for number in (1, 2, 3))
     assert {lease(wire, one), lease(wire, two)} == {ip_bytes("10.0.0.10"), ip_bytes("10.0.0.11")}
     assert talk(wire, three, message(dhcp.DISCOVER, three.mac)) is None
@@ -296,8 +322,10 @@ def test_the_gateway_answers_ping(wire: Wire) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"prefix": 31}, {"mac": "53:54:00:00:00:01"}, {"ip": "10.0.0"}, {"range": ["10.0.0.20", "10.0.0.10"]},
-        {"range": ["10.0.1.2", "10.0.1.3"]}, {"range": ["10.0.0.1", "10.0.0.9"]}, {"mac": 5}, {"hosts": []},
+        {"prefix": 31}, {"mac": "53:54:00:00:00:01"}, {"ip": "10.0.0"}, {"ranges": [["10.0.0.20", "10.0.0.10"]]},
+        {"ranges": [["10.0.1.2", "10.0.1.3"]]}, {"ranges": [["10.0.0.1", "10.0.0.9"]]}, {"mac": 5}, {"hosts": []},
+        {"lease": 0},
+        {"ip": "", "prefix": 0}, {"ranges": [["10.0.0.10", "10.0.0.20", -1]]}, {"names": {"web": ["10"]}},
         {"hosts": {"52:54:00:00:00:09": {"ip": "10.9.0.1"}}},
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -84,6 +85,29 @@ def test_what_is_wrong_is_refused_and_nothing_stays(switch: Switch) -> None:
     assert switch.ports() == []
     if os.geteuid() == 0:
         assert len(list(descriptors.iterdir())) == before
+
+
+def test_a_ports_socket_can_be_replaced_and_the_port_stays(switch: Switch) -> None:
+    first, theirs = socket.socketpair()
+    second, others = socket.socketpair()
+    with first, theirs, second, others:
+        number, address = switch.add_port("one", "52:54:00:aa:00:01", theirs.fileno(), alias="net0")
+        theirs.close()
+        first.sendall(b"\0\0\0\x40half")  # nothing of an old stream goes into the new one
+        switch.call("replace", (others.fileno(),), port=number)
+        others.close()
+        second.settimeout(10)
+        second.sendall(b"\0\0\0\x3c" + bytes.fromhex("ffffffffffff525400aa0001") + b"\x08\x06" + bytes(46))
+        assert [(port["port"], port["ip"]) for port in switch.ports()] == [(number, address)]
+        while not (port := switch.ports()[0])["rx"][1]:
+            pass
+        assert (port["refused"], port["queued"]) == (1, 0)  # that ARP packet is none
+        first.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            while first.recv(65536):  # what it was sent, then its end
+                pass
+        with pytest.raises(OperationFailed, match="port is gone"):
+            switch.call("replace", (second.fileno(),), port=99)
 
 
 def test_a_daemon_finds_it_again_and_notices_when_it_is_gone(switch: Switch) -> None:

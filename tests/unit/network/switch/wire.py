@@ -7,6 +7,7 @@ import socket
 import struct
 from typing import Any
 
+from kvik.network.switch import dns
 from kvik.network.switch.gateway import Gateway
 from kvik.network.switch.packets import IPV4, UDP, mac_bytes, write_ip, write_udp
 from kvik.network.switch.plane import Plane
@@ -19,15 +20,30 @@ SETTINGS: dict[str, Any] = {
     "mac": "52:54:00:00:00:01",
     "ip": "10.0.0.1",
     "prefix": 24,
-    "range": ["10.0.0.10", "10.0.0.20"],
+    "ranges": [["10.0.0.10", "10.0.0.20"]],
     "domain": "test",
 }
 GATEWAY = mac_bytes("52:54:00:00:00:01")
 ALL = b"\xff" * 6
+NONE = bytes(4)
 
 
 def mac(number: int) -> bytes:
     return bytes((0x52, 0x54, 0, 0xAA, 0, number))
+
+
+def message(kind: int, card: bytes, *, client: bytes = NONE, **options: bytes) -> bytes:
+    """A DHCP client's message; options by name."""
+    numbers = {"requested": 50, "server": 54, "name": 12}
+    fixed = struct.pack("!BBBBIHH4s4s4s4s16s", 1, 1, 6, 0, 0x1234, 0, 0, client, NONE, NONE, NONE, card)
+    packed = bytes((53, 1, kind)) + b"".join(
+        bytes((numbers[name], len(value))) + value for name, value in options.items()
+    )
+    return fixed.ljust(236, b"\0") + b"\x63\x82\x53\x63" + packed + b"\xff"
+
+
+def query(name: str, kind: int = 1, number: int = 7) -> bytes:
+    return struct.pack("!HHHHHH", number, 0x100, 1, 0, 0, 0) + dns.encode_name(name) + struct.pack("!HH", kind, 1)
 
 
 class Machine:
@@ -105,4 +121,4 @@ class Wire:
             machine.port.close()
 
 
-__all__ = ["ALL", "GATEWAY", "IPV4", "SETTINGS", "Machine", "Wire", "mac"]
+__all__ = ["ALL", "GATEWAY", "IPV4", "SETTINGS", "Machine", "Wire", "mac", "message", "query"]

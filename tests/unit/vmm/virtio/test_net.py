@@ -49,6 +49,64 @@ def test_a_backend_that_ends_takes_the_link_down_and_no_more(rig):
     assert len(r.machine.logged) == 1
 
 
+def test_a_socket_that_listens_takes_one_peer_after_the_other(rig, tmp_path):
+    """As QEMU's `-netdev stream,server=on`: a switch that was killed and started again finds its machine."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "net0.net"))
+    listener.listen(1)
+    r = rig(FULL, backend=socket_backend(listener.detach()))
+    up = []
+    for number in range(2):
+        r.rx.add([], [2048])
+        r.kick(0)
+        r.turn()
+        up.append(r.device.config["status"] & net.S_LINK_UP)
+        r.send(b"x" * 60)  # nobody is there: dropped, and given back to the driver
+        r.turn()
+        assert len(r.tx.collect()) == 1
+        switch = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        switch.connect(str(tmp_path / "net0.net"))
+        switch.settimeout(10)
+        r.turn()
+        up.append(r.device.config["status"] & net.S_LINK_UP)
+        frame = bytes([number]) * 60
+        switch.sendall(struct.pack(">I", len(frame)) + frame)
+        r.turn()
+        assert [item.data[12:] for item in r.rx.collect()] == [frame]
+        r.send(frame)
+        r.turn()
+        assert switch.recv(100) == struct.pack(">I", len(frame)) + frame
+        assert len(r.tx.collect()) == 1
+        switch.close()
+    assert up == [0, 1, 0, 1]
+    r.device.set_link(False)  # the user's wish outlives the peers
+    r.rx.add([], [2048])
+    r.turn()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as switch:
+        switch.connect(str(tmp_path / "net0.net"))
+        r.turn()
+        assert not r.device.link
+        assert r.device.state()["link"] is False
+        r.device.set_link(True)
+        assert r.device.link
+    assert not r.device.gone
+    assert not r.machine.events
+
+
+def test_a_peer_that_waits_already_is_there_from_the_beginning(rig, tmp_path):
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "net0.net"))
+    listener.listen(1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as switch:
+        switch.connect(str(tmp_path / "net0.net"))
+        r = rig(FULL, backend=socket_backend(listener.detach()))
+        assert r.device.link
+        r.device.close()
+        assert switch.recv(1) == b""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as late, pytest.raises(ConnectionRefusedError):
+        late.connect(str(tmp_path / "net0.net"))  # the listening socket is closed with the device
+
+
 def test_a_datapath_that_ends_leaves_the_buffers_to_the_next(rig):
     """The link goes down under the kernel's datapath: ours takes over, and pops ahead. The kernel then comes back."""
     r = rig(FULL)

@@ -19,7 +19,7 @@ def netdev_id(alias: str) -> str:
 
 def interface_parts(context: Context, device: Interface) -> Parts:
     alias = alias_of(device)
-    if device.type == "hostdev":
+    if device.type == "hostdev" or device.host_function:
         return _hostdev(context, device)
     chardevs: list[Chardev] = []
     netdev = _netdev(context, device, chardevs)

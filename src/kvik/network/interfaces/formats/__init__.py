@@ -6,24 +6,25 @@ define(tree, document)       -> Changes: replaced or added
 undefine(tree, name)         -> Changes
 bridge(tree, port, document) -> Changes: what `port` has goes to the bridge of `document`, whatever it is
 unbridge(tree, name, port)   -> Changes: the way back
+tell(tree, moves)            the commands that tell what runs that its files have changed, and interfaces moved
+held(tree, name)             a command, and the word that it prints if what runs has made a bridge its own
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from kvik.conf.interface import Interface
 from kvik.network.interfaces.formats import ifupdown, netplan, networkd, networkmanager
-from kvik.network.interfaces.formats.tree import Changes, Tree
+from kvik.network.interfaces.formats.tree import Changes, Command, Move, Tree
 
 
 class Format(Protocol):
-    """What each module is. `RELOAD`: the command that tells what runs that files have changed."""
+    """What each module is."""
 
     @property
     def NAME(self) -> str: ...
-    @property
-    def RELOAD(self) -> tuple[str, ...]: ...
 
     def names(self, tree: Tree) -> list[str]: ...
     def describe(self, tree: Tree, name: str) -> Interface | None: ...
@@ -31,6 +32,8 @@ class Format(Protocol):
     def undefine(self, tree: Tree, name: str) -> Changes: ...
     def bridge(self, tree: Tree, port: str, document: Interface) -> Changes: ...
     def unbridge(self, tree: Tree, name: str, port: str) -> Changes: ...
+    def tell(self, tree: Tree, moves: Sequence[Move]) -> list[Command]: ...
+    def held(self, tree: Tree, name: str) -> tuple[Command, str] | None: ...
 
 
 # netplan first: where it is, it writes the files of the others.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvik.conf.interface import (
@@ -24,12 +25,11 @@ from kvik.conf.interface import (
     VlanInterface,
 )
 from kvik.errors import ConfigUnsupported
-from kvik.network.interfaces.formats.tree import Changes, Tree, encode
+from kvik.network.interfaces.formats.tree import Changes, Command, Move, Tree, encode
 
 NAME = "ifupdown"
 MAIN = "/etc/network/interfaces"
 PRIVATE = False
-RELOAD: tuple[str, ...] = ()  # nothing runs that would have to be told
 _KEYWORDS = re.compile(
     r"(iface|mapping|auto|allow-[\w-]+|no-auto-down|no-scripts|source|source-directory|template|rename)\b"
 )
@@ -345,6 +345,15 @@ def unbridge(tree: Tree, name: str, port: str) -> Changes:
         if touched:
             changes[path] = join(_without_empty(kept))
     return changes
+
+
+def tell(tree: Tree, moves: Sequence[Move]) -> list[Command]:
+    """Nothing runs that would have to be told; a DHCP client goes on at the port until the next boot."""
+    return []
+
+
+def held(tree: Tree, name: str) -> tuple[Command, str] | None:
+    return None
 
 
 def _rename(stanza: Stanza, old: str, new: str) -> None:

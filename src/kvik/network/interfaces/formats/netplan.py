@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import fnmatch
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 from kvik.conf.interface import (
     Autoconf,
@@ -25,13 +26,13 @@ from kvik.conf.interface import (
     VlanInterface,
 )
 from kvik.errors import ConfigUnsupported
-from kvik.network.interfaces.formats.tree import Changes, Tree, encode
+from kvik.network.interfaces.formats import networkd, networkmanager
+from kvik.network.interfaces.formats.tree import Changes, Command, Move, Tree, encode
 from kvik.network.interfaces.formats.yaml import parse, plain, quote, truth, write
 
 NAME = "netplan"
 DIRECTORY = "/etc/netplan"
 OWN = f"{DIRECTORY}/90-kvik.yaml"
-RELOAD = ("netplan", "generate")
 _KINDS = {"ethernets": "ethernet", "bridges": "bridge", "vlans": "vlan", "bonds": "bond"}
 # What belongs to the address and goes with it to a bridge; all else is the hardware's and stays.
 _ADDRESS_KEYS = frozenset(
@@ -336,3 +337,19 @@ def unbridge(tree: Tree, name: str, port: str) -> Changes:
         _put(files, "ethernets", port, moved)
         touched.add(OWN)
     return _write(files, touched)
+
+
+def _renderer(tree: Tree) -> ModuleType:
+    """Whose files netplan writes: networkd's unless the network says otherwise (per interface it is not looked at)."""
+    said = [plain(_mapping(content.get("network")).get("renderer")) for content in _files(tree).values()]
+    return networkmanager if "NetworkManager" in said else networkd
+
+
+def tell(tree: Tree, moves: Sequence[Move]) -> list[Command]:
+    if _renderer(tree) is networkmanager:
+        return [("netplan", "generate"), *networkmanager.tell(tree, moves, "netplan-")]
+    return [("netplan", "generate"), *networkd.tell(tree, moves)]
+
+
+def held(tree: Tree, name: str) -> tuple[Command, str] | None:
+    return networkmanager.held(tree, name, "netplan-") if _renderer(tree) is networkmanager else None

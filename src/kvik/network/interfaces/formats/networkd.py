@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import ipaddress
+from collections.abc import Sequence
 
 from kvik.conf.interface import (
     Autoconf,
@@ -26,13 +27,12 @@ from kvik.conf.interface import (
 )
 from kvik.errors import ConfigUnsupported
 from kvik.network.interfaces.formats.ini import Section, find, format_sections, parse
-from kvik.network.interfaces.formats.tree import Changes, Tree
+from kvik.network.interfaces.formats.tree import Changes, Command, Move, Tree
 
 NAME = "systemd-networkd"
 OURS = "/etc/systemd/network"
 DIRECTORIES = (OURS, "/run/systemd/network", "/usr/lib/systemd/network")
 PREFIX = "00-kvik-"
-RELOAD = ("networkctl", "reload")
 _COMMENT = "Written by kvik. Remove it to have what was before: the files after it are as they were."
 # Sections of a .network file that belong to the hardware or to its place in another, not to its addresses.
 _LINK_ONLY = frozenset({"Match", "Link", "Bridge", "BridgeVLAN", "BridgeFDB", "CAN", "IPoIB"})
@@ -294,3 +294,13 @@ def unbridge(tree: Tree, name: str, port: str) -> Changes:
     links = [section for section in below or [] if section.name == "Link"]
     changes[_path(port, ".network")] = _write([Section("Match", [("Name", port)]), *links, *wanted])
     return changes
+
+
+def tell(tree: Tree, moves: Sequence[Move]) -> list[Command]:
+    """A port that left its bridge has failed meanwhile, by the file that still put it there: once more, with the file
+    that counts now. What has failed would have its addresses until the lease of DHCP ends, and then none."""
+    return [("networkctl", "reload"), *(("networkctl", "reconfigure", move.port) for move in moves if not move.into)]
+
+
+def held(tree: Tree, name: str) -> tuple[Command, str] | None:
+    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import uuid
+from collections.abc import Sequence
 
 from kvik.conf.interface import (
     Autoconf,
@@ -24,12 +25,11 @@ from kvik.conf.interface import (
 )
 from kvik.errors import ConfigUnsupported
 from kvik.network.interfaces.formats.ini import Section, find, format_sections, parse
-from kvik.network.interfaces.formats.tree import Changes, Tree
+from kvik.network.interfaces.formats.tree import Changes, Command, Move, Tree
 
 NAME = "NetworkManager"
 DIRECTORY = "/etc/NetworkManager/system-connections"
 SUFFIX = ".nmconnection"
-RELOAD = ("nmcli", "connection", "reload")
 _COMMENT = "Written by kvik."
 _SPACE = uuid.UUID("5f0bb5ab-9d2c-5c5e-9b0e-6f1f4a3c9d10")  # of the profiles' UUIDs: the same name, the same UUID
 _ADDRESS_SECTIONS = frozenset({"ipv4", "ipv6", "proxy", "hostname"})
@@ -316,3 +316,23 @@ def unbridge(tree: Tree, name: str, port: str) -> Changes:
         rest = [section for section in sections if section.name not in _ADDRESS_SECTIONS]
         changes[path] = format_sections([*rest, *moved])
     return changes
+
+
+def tell(tree: Tree, moves: Sequence[Move], prefix: str = "kvik-") -> list[Command]:
+    """New profiles count for what is active already only once they are brought up; until then the DHCP client is at
+    the port, and the address of the bridge ends with its lease."""
+    commands: list[Command] = [("nmcli", "connection", "reload")]
+    for move in moves:
+        if move.into:
+            commands += (_nmcli("connection", "up", f"{prefix}{name}") for name in (move.bridge, move.port))
+        else:
+            commands.append(_nmcli("device", "connect", move.port))
+    return commands
+
+
+def _nmcli(*words: str) -> Command:
+    return ("nmcli", "--wait", "15", *words)
+
+
+def held(tree: Tree, name: str, prefix: str = "kvik-") -> tuple[Command, str] | None:
+    return ("nmcli", "-g", "GENERAL.CONNECTION", "device", "show", name), f"{prefix}{name}"

@@ -11,13 +11,23 @@ import fnmatch
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from kvik.errors import HostError
 from kvik.host.files import atomic_write, ensure_directory, remove_file, try_read_file
 
 Changes = dict[str, bytes | None]  # path -> new content; None: removed
+Command = tuple[str, ...]
 LIMIT = 1 << 20  # bytes of one file
 FILES_MAX = 1000  # of one directory
+
+
+class Move(NamedTuple):
+    """What was done live: `port` went into `bridge`, or out of it."""
+
+    bridge: str
+    port: str
+    into: bool
 
 
 class Tree:

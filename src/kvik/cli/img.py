@@ -1,0 +1,275 @@
+"""kvik img: qemu-img's commands and options, on kvik's own image formats. `kvik-img` is the same in one word.
+
+The grammar is getopt's, as qemu-img has it: clustered short options, long options by any clear beginning, options and
+files mixed freely. Exit codes are qemu-img's, too.
+"""
+
+from __future__ import annotations
+
+from kvik.cli.options import ALL, Option, UsageError, Verb
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvik.cli.context import Context
+    from kvik.cli.options import Options
+
+# option: (long name, what its value is called or "", help)
+HELP = {
+    "f": ("", "FMT", "format of the image; by default it is looked at"),
+    "F": ("", "FMT", "format of the second or backing image"),
+    "O": ("", "FMT", "format of the output"),
+    "o": ("", "OPTIONS", "options of the format, name=value,...; 'help' lists them"),
+    "b": ("", "FILE", "backing file"),
+    "B": ("", "FILE", "backing file of the output"),
+    "U": ("force-share", "", "open an image that another process writes"),
+    "q": ("", "", "print nothing but errors"),
+    "p": ("", "", "show progress"),
+    "h": ("help", "", "print this"),
+    "output": ("output", "FORMAT", "human or json"),
+    "json": ("json", "", "as --output=json"),
+    "no-color": ("no-color", "", "never colour the output"),
+}
+
+
+class Command:
+    """One command: where its handler is, and what it takes.
+
+    `options` lists keys of `HELP`, or (key, long name, value's name, help) for those with a meaning of their own.
+    """
+
+    __slots__ = ("arguments", "least", "module", "most", "options", "summary")
+
+    def __init__(
+        self,
+        module: str,
+        summary: str,
+        arguments: str,
+        least: int,
+        most: int | None,
+        *options: str | tuple[str, str, str, str],
+    ) -> None:
+        self.module = module
+        self.summary = summary
+        self.arguments = arguments
+        self.least = least
+        self.most = most
+        self.options: dict[str, tuple[str, str, str]] = {}
+        for option in (*options, "h", "json", "no-color"):
+            if isinstance(option, str):
+                self.options[option] = HELP[option]
+            else:
+                self.options[option[0]] = option[1:]
+
+    def usage(self, name: str) -> str:
+        lines = [f"usage: kvik img {name} [options] {self.arguments}", "", f"  {self.summary}", ""]
+        for key, (long, value, text) in self.options.items():
+            short = f"-{key}" if len(key) == 1 else ""
+            left = ", ".join(part for part in (short, f"--{long}" if long else "") if part) + (
+                f" {value}" if value else ""
+            )
+            lines.append(f"  {left:<26} {text}")
+        return "\n".join(lines) + "\n"
+
+
+class Arguments:
+    """Parsed words of one command."""
+
+    __slots__ = ("files", "values")
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[str]] = {}
+        self.files: list[str] = []
+
+    def flag(self, key: str) -> bool:
+        return key in self.values
+
+    def text(self, key: str) -> str | None:
+        """The last value given."""
+        return self.values[key][-1] if key in self.values else None
+
+    def texts(self, key: str) -> list[str]:
+        return self.values.get(key, [])
+
+
+COMMANDS_OF_IMG: dict[str, Command] = {
+    "check": Command(
+        "img_look",
+        "look for inconsistencies, and repair them with -r",
+        "FILE",
+        1,
+        1,
+        "f",
+        ("r", "repair", "WHAT", "leaks: only what wastes room; all: everything"),
+        "output",
+        "q",
+        "U",
+    ),
+    "create": Command(
+        "img_make",
+        "make a new image",
+        "FILE [SIZE]",
+        1,
+        2,
+        "f",
+        "b",
+        "F",
+        ("u", "", "", "do not look at the backing file"),
+        "o",
+        "q",
+    ),
+    "info": Command(
+        "img_look",
+        "what an image is",
+        "FILE",
+        1,
+        1,
+        "f",
+        "output",
+        ("backing-chain", "backing-chain", "", "all images of the chain"),
+        "U",
+    ),
+    "map": Command(
+        "img_look",
+        "where an image has data",
+        "FILE",
+        1,
+        1,
+        "f",
+        "output",
+        ("s", "start-offset", "OFFSET", "begin here"),
+        ("l", "max-length", "LENGTH", "look at so much"),
+        "U",
+    ),
+}
+
+
+def parse(name: str, command: Command, words: Sequence[str]) -> Arguments:
+    """`UsageError` for what the command does not take."""
+    found = Arguments()
+    index = 0
+    while index < len(words):
+        word = words[index]
+        index += 1
+        if word == "--":
+            found.files += words[index:]
+            break
+        if word.startswith("--"):
+            long, equals, value = word[2:].partition("=")
+            key = _long(name, command, long)
+            if command.options[key][1] and not equals:
+                if index >= len(words):
+                    raise UsageError(f"option '{word}' requires an argument", remedy=f"see 'kvik img {name} --help'")
+                value = words[index]
+                index += 1
+            elif equals and not command.options[key][1]:
+                raise UsageError(f"option '--{long}' takes no value")
+            found.values.setdefault(key, []).append(value)
+        elif word.startswith("-") and len(word) > 1 and not (name == "resize" and word[1].isdigit()):
+            at = 1
+            while at < len(word):
+                key = word[at]
+                at += 1
+                if key not in command.options:
+                    raise UsageError(f"'img {name}' has no option '-{key}'", remedy=f"see 'kvik img {name} --help'")
+                if not command.options[key][1]:
+                    found.values.setdefault(key, []).append("")
+                    continue
+                value = word[at:]
+                if not value:
+                    if index >= len(words):
+                        raise UsageError(
+                            f"option '-{key}' requires an argument", remedy=f"see 'kvik img {name} --help'"
+                        )
+                    value = words[index]
+                    index += 1
+                found.values.setdefault(key, []).append(value)
+                break
+        else:
+            found.files.append(word)
+    if not found.flag("h"):
+        count = len(found.files)
+        listing = "help" in found.texts("o")
+        if (count < command.least and not listing) or (command.most is not None and count > command.most):
+            raise UsageError(
+                f"usage: kvik img {name} [options] {command.arguments}", remedy=f"see 'kvik img {name} --help'"
+            )
+    return found
+
+
+def _long(name: str, command: Command, word: str) -> str:
+    matches = [key for key, (long, _, _) in command.options.items() if long and long.startswith(word)]
+    exact = [key for key in matches if command.options[key][0] == word]
+    if exact or len(matches) == 1:
+        return (exact or matches)[0]
+    from kvik.cli.suggest import nearest
+
+    near = nearest(word, [long for long, _, _ in command.options.values() if long])
+    raise UsageError(
+        f"'img {name}' has no option '--{word}'",
+        remedy=f"did you mean --{near}?" if near else f"see 'kvik img {name} --help'",
+    )
+
+
+def overview() -> str:
+    lines = ["usage: kvik img COMMAND [options] FILE...", ""]
+    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS_OF_IMG.items()]
+    return "\n".join([*lines, "", "  'kvik img COMMAND --help' tells the options of one."]) + "\n"
+
+
+def img(ctx: Context, options: Options) -> int:
+    words = options.words("arguments")
+    if not words or words[0] in ("-h", "--help", "help"):
+        ctx.write(overview())
+        return 0 if words else 1
+    if words[0] in ("-V", "--version"):
+        from kvik import __version__
+
+        ctx.line(f"kvik-img {__version__}")
+        return 0
+    name = words[0]
+    command = COMMANDS_OF_IMG.get(name)
+    if command is None:
+        from kvik.cli.suggest import nearest
+
+        near = nearest(name, COMMANDS_OF_IMG)
+        raise UsageError(
+            f"img has no command '{name}'", remedy=f"did you mean '{near}'?" if near else "'kvik img help' lists all"
+        )
+    arguments = parse(name, command, words[1:])
+    if arguments.flag("h"):
+        ctx.write(command.usage(name))
+        return 0
+    output = arguments.text("output")
+    if output not in (None, "human", "json"):
+        raise UsageError("--output must be used with human or json as argument.")
+    before = ctx.json
+    ctx.json = before or arguments.flag("json") or output == "json"
+    try:
+        module = __import__(f"kvik.cli.{command.module}", fromlist=["HANDLERS"])
+        code: int = module.HANDLERS[name](ctx, arguments) or 0
+    finally:
+        ctx.json = before
+    return code
+
+
+def main() -> int:
+    """The command `kvik-img`."""
+    import sys
+
+    from kvik.cli.main import main as kvik
+
+    sys.argv[1:1] = ["img"]
+    return kvik()
+
+
+COMMANDS = {
+    "img": Verb(
+        img,
+        "Disk images, with the commands and options of qemu-img: "
+        + ", ".join(COMMANDS_OF_IMG)
+        + ".\n'kvik img COMMAND --help' tells the options of one. Also as kvik-img.",
+        Option("arguments", ALL, "a command of qemu-img with its options", metavar="argument"),
+    )
+}

@@ -1,0 +1,152 @@
+"""kvik img: the commands that make and change images."""
+
+from __future__ import annotations
+
+from kvik.cli.options import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from kvik.cli.context import Context
+    from kvik.cli.img import Arguments
+
+
+def list_options(ctx: Context, format: str, heading: str = "Supported {} options:") -> int:
+    from kvik.image.create import OPTIONS, RAW_OPTIONS
+
+    ctx.line(heading.format(format))
+    for name, (_, kind, text) in OPTIONS.items():
+        if format != "raw" or name in RAW_OPTIONS:
+            value = {str: "str", bool: "bool (on/off)", int: "num"}[kind]
+            value = "size" if name in ("size", "cluster_size") else value
+            ctx.line(f"  {f'{name}=<{value}>':<22} - {text}")
+    return 0
+
+
+def known_format(name: str) -> str:
+    from kvik.image.opening import FORMATS
+
+    if name not in FORMATS:
+        raise UsageError(f"images of format '{name}' are not made here", remedy=f"one of: {', '.join(FORMATS)}")
+    return name
+
+
+def create(ctx: Context, arguments: Arguments) -> int:
+    from kvik.image.create import create as make
+    from kvik.image.create import parse_options, parse_size
+
+    format = known_format(arguments.text("f") or "raw")
+    if "help" in arguments.texts("o"):
+        return list_options(ctx, format)
+    options = parse_options(arguments.texts("o"), format)
+    path = arguments.files[0]
+    size = options.pop("size", None)
+    if len(arguments.files) > 1:
+        size = parse_size(arguments.files[1])
+    if (backing := arguments.text("b")) is not None:
+        options["backing_file"] = backing
+    if (backing_format := arguments.text("F")) is not None:
+        options["backing_format"] = backing_format
+    if "backing_file" in options:
+        size = _backing(path, options, size, look=not arguments.flag("u"))
+    if size is None:
+        raise UsageError("Image creation needs a size parameter", remedy="kvik img create -f qcow2 disk.qcow2 10G")
+    if not arguments.flag("q") and not ctx.quiet:
+        ctx.line(formatting(path, format, size, options))
+    _make_data_file(path, options, size)
+    from kvik.image.lock import lock_image
+
+    fd = _open_new(path)
+    import os
+
+    try:
+        lock_image(fd, path, write=True)
+        make(fd, format, size, **options)
+    finally:
+        os.close(fd)
+    return 0
+
+
+def _open_new(path: str) -> int:
+    """The file to make, which may exist; what is neither file nor block device is refused."""
+    import os
+    import stat
+
+    from kvik.errors import ImageError
+
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o644)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ImageError("is not a regular file", file=path)
+    return fd
+
+
+def _make_data_file(path: str, options: dict[str, Any], size: int) -> None:
+    """The external data file: empty, of the disk's size, beside the image unless its name is absolute."""
+    name = options.get("data_file")
+    if name is None:
+        return
+    import os
+
+    from kvik.image.opening import beside, plain_file
+
+    fd = _open_new(beside(path, plain_file(name, "data file", path)))
+    try:
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _backing(path: str, options: dict[str, Any], size: int | None, *, look: bool) -> int | None:
+    """The disk's size: as given, or the backing image's, which must be there unless told otherwise."""
+    from kvik.image.opening import Opener, beside, plain_file
+
+    name = options["backing_file"]
+    if options.get("backing_format") is None:
+        raise UsageError(
+            f"backing file specified without backing format: {name}", remedy="state it with -F, such as -F qcow2"
+        )
+    if not look and size is not None:
+        return size
+    with Opener(share=True).open(
+        beside(path, plain_file(name, "backing file", path)), options["backing_format"]
+    ) as below:
+        return below.size if size is None else size
+
+
+def formatting(path: str, format: str, size: int, options: dict[str, Any]) -> str:
+    """The line that qemu-img prints, option by option."""
+    from kvik.image.create import CreateOptions
+
+    chosen = CreateOptions(**options)
+    parts = [f"Formatting '{path}', fmt={format}"]
+    size = (size + 511) & -512
+    if format == "raw":
+        parts.append(f"size={size}")
+        if "preallocation" in options:
+            parts.append(f"preallocation={chosen.preallocation}")
+        return " ".join(parts)
+    on = ("off", "on")
+    parts += [f"cluster_size={chosen.cluster_size}", f"extended_l2={on[chosen.extended_l2]}"]
+    if "preallocation" in options:
+        parts.append(f"preallocation={chosen.preallocation}")
+    parts += [f"compression_type={chosen.compression_type}", f"size={size}"]
+    if "compat" in options:
+        parts.append(f"compat={chosen.compat}")
+    for name, value in (
+        ("backing_file", chosen.backing_file),
+        ("backing_fmt", chosen.backing_format),
+        ("data_file", chosen.data_file),
+    ):
+        if value is not None:
+            parts.append(f"{name}={value}")
+    if "data_file_raw" in options:
+        parts.append(f"data_file_raw={on[chosen.data_file_raw]}")
+    parts += [f"lazy_refcounts={on[chosen.lazy_refcounts]}", f"refcount_bits={chosen.refcount_bits}"]
+    return " ".join(parts)
+
+
+HANDLERS: dict[str, Callable[[Context, Arguments], int]] = {"create": create}
