@@ -310,6 +310,7 @@ class Server:
         uplink = port.uplink = self._add(socket.socket(fileno=fds.pop(0)), "", None, False)
         uplink.serves = port
         self._watch(uplink)
+        self._ask(uplink)
         self.gateway.introduce(port)
         return True
 
@@ -337,6 +338,8 @@ class Server:
         self._unwatch(port)
         port.replace(socket.socket(fileno=fds.pop(0)))
         self._watch(port)
+        if port.uplink is not None:
+            self._ask(port.uplink)  # nothing waits any more
         return True
 
 
