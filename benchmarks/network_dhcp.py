@@ -41,7 +41,7 @@ VNET_HEADER = bytes(10)  # struct virtio_net_hdr: nothing asked of anybody
 LIBVIRT_DEFAULT = "stp='on' delay='0'"
 SWITCH = {
     "name": "bench", "mac": "52:54:00:00:00:01", "ip": "192.168.122.1", "prefix": 24,
-    "range": ["192.168.122.2", "192.168.122.254"], "router": False,
+    "ranges": [["192.168.122.2", "192.168.122.254"]], "router": False,
 }  # fmt: skip
 
 

@@ -149,7 +149,11 @@ class HandMade:
         for command in (f"ip tuntap add {tap} mode tap vnet_hdr", f"ip link set {tap} master br0 up"):
             subprocess.run([*inside, *command.split()], check=True)
         with (directory / f"{tap}.log").open("wb") as log:
-            self.process = subprocess.Popen([*inside, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            # A session of its own, as whatever manages machines gives it: the scheduler shares the CPUs among sessions
+            # (sched_autogroup, sched(7)), and one for two guests and their load would compare that.
+            self.process = subprocess.Popen(
+                [*inside, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
         self.guest = Guest(directory, tap)
 
     def sh(self, script: str) -> str:

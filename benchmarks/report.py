@@ -51,7 +51,7 @@ class Report:
         self.rows.append(Row(what, a, b, unit, f"<= {limit:g} {unit}", a <= limit, _spread(ours, peer or [])))
 
     def told(self, what: str, ours: list[float], peer: list[float], unit: str) -> None:
-        """Durations without a target."""
+        """Figures without a target."""
         self.rows.append(
             Row(what, statistics.median(ours), statistics.median(peer), unit, "", None, _spread(ours, peer))
         )

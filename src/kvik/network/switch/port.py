@@ -147,6 +147,7 @@ class Port:
         self.close()
         _prepare(sock)
         self.sock = sock
+        self.waiting = False
 
 
 def _prepare(sock: socket.socket) -> None:

@@ -138,7 +138,15 @@ class Server:
                 self._remove(port, port.gone)
             elif bool(port.queued) != port.waiting and self._objects.get(port.fileno()) is port:
                 port.waiting = bool(port.queued)
-                self._poll.modify(port.fileno(), select.EPOLLIN | (select.EPOLLOUT if port.waiting else 0))
+                self._ask(port)
+                if port.uplink is not None:
+                    self._ask(port.uplink)
+
+    def _ask(self, port: Port) -> None:
+        """What the poller is to tell of. A way out whose machine does not keep up is not read meanwhile."""
+        held = port.serves is not None and port.serves.waiting
+        events = (0 if held else select.EPOLLIN) | (select.EPOLLOUT if port.waiting else 0)
+        self._poll.modify(port.fileno(), events)
 
     def _add(self, sock: socket.socket, name: str, mac: bytes | None, isolated: bool) -> Port:
         self._last += 1
@@ -302,6 +310,7 @@ class Server:
         uplink = port.uplink = self._add(socket.socket(fileno=fds.pop(0)), "", None, False)
         uplink.serves = port
         self._watch(uplink)
+        self._ask(uplink)
         self.gateway.introduce(port)
         return True
 
@@ -329,6 +338,8 @@ class Server:
         self._unwatch(port)
         port.replace(socket.socket(fileno=fds.pop(0)))
         self._watch(port)
+        if port.uplink is not None:
+            self._ask(port.uplink)  # nothing waits any more
         return True
 
 

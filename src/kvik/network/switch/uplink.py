@@ -25,6 +25,7 @@ from kvik.network.switch.udp import FORWARDS
 __all__ = ["bind_udp", "forward_arguments", "last_words", "loopback_udp", "start_uplink"]
 
 LOG_SIZE = 65536  # bytes
+ROOM = 4 << 20  # bytes of a connection's window: passt drops what it cannot send, and sends all of it again
 READY = 5.0  # seconds for passt to bind its ports
 
 
@@ -98,6 +99,7 @@ def start_uplink(
         )
     ours, theirs = socket.socketpair()
     with theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ROOM)  # as much of it as the host allows
         argv = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno()), "--address", address]
         argv += ["--netmask", str(settings["prefix"]), "--gateway", settings["ip"], "--mac-addr", settings["mac"]]
         # Addresses and names are the switch's business. The gateway's address is no way to the host's own loopback.

@@ -110,6 +110,38 @@ def test_a_ports_socket_can_be_replaced_and_the_port_stays(switch: Switch) -> No
             switch.call("replace", (second.fileno(),), port=99)
 
 
+def test_from_outside_nothing_is_lost_while_a_machine_does_not_read(switch: Switch) -> None:
+    header = (1500).to_bytes(4, "big") + bytes.fromhex("525400aa00015254000000010800")
+    stream = memoryview(b"".join(header + number.to_bytes(4, "big") + bytes(1482) for number in range(24_000)))
+    card, theirs = socket.socketpair()
+    outside, uplink = socket.socketpair()
+    with card, outside:
+        with theirs, uplink:
+            number, _ = switch.add_port("one", "52:54:00:aa:00:01", theirs.fileno(), alias="net0")
+            switch.call("uplink", (uplink.fileno(),), port=number)
+        outside.settimeout(0.2)
+        sent = 0
+        with contextlib.suppress(TimeoutError):
+            while sent < len(stream):
+                sent += outside.send(stream[sent : sent + 65536])
+        assert 65536 < sent < len(stream)  # it was held back
+        card.settimeout(10)
+        got, whole = bytearray(), sent // 1504 * 1504
+        while header not in got or len(got) - got.index(header) < whole:  # the switch's own greeting comes before
+            got += card.recv(1 << 20)
+        assert got[got.index(header) :] == stream[:whole]
+        assert switch.ports()[0]["dropped"] == 0
+        with contextlib.suppress(TimeoutError):
+            while sent < len(stream):
+                sent += outside.send(stream[sent : sent + 65536])
+        card, theirs = socket.socketpair()
+        with card, theirs:  # QEMU was connected to anew: what waited for the old socket holds nobody up
+            switch.call("replace", (theirs.fileno(),), port=number)
+            card.settimeout(10)
+            while header not in card.recv(1 << 20):
+                pass
+
+
 def test_a_daemon_finds_it_again_and_notices_when_it_is_gone(switch: Switch) -> None:
     again = Switch.attach(switch.path)
     assert again is not None
