@@ -193,18 +193,19 @@ class Interfaces:
         assert self.root is not None
         for path in apply(self.root, changes, self.originals):
             logger.warning("the original is kept as %s", path)
-        self._tell(changes, moves)
+        self._tell(moves)
 
-    def _tell(self, changes: Changes, moves: Sequence[Move]) -> None:
-        """Tell the host's own network service, where there is one. Its refusal does not undo what is written."""
+    def _tell(self, moves: Sequence[Move]) -> None:
+        """Tell the host's own network service what moved. Its refusal does not undo what is written.
+
+        It is told of nothing else: at once it would do what was only written, and take away what it no longer finds.
+        """
         if self.root != Path("/"):
             return  # not the host's
-        from kvik.network.interfaces.formats import FORMATS
-
-        for one in FORMATS:
-            if not any(path.startswith(_directory(one)) for path in changes):
-                continue
-            for command in one.tell(Tree(Path("/")), moves):
+        tree = Tree(Path("/"))
+        for one in self._formats(tree):
+            own = [move for move in moves if owner(tree, move.bridge if move.into else move.port) is one]
+            for command in one.tell(tree, own) if own else []:
                 if find_program(command[0]) is None:
                     continue
                 try:
@@ -401,11 +402,3 @@ def _settle(netlink: Netlink, name: str, bridge: BridgeInterface) -> None:
 
 def _digest(data: bytes | None) -> str:
     return "" if data is None else hashlib.sha256(data).hexdigest()
-
-
-def _directory(one: Format) -> str:
-    return {
-        "netplan": "/etc/netplan/",
-        "NetworkManager": "/etc/NetworkManager/",
-        "systemd-networkd": "/etc/systemd/",
-    }.get(one.NAME, "/etc/network/")
