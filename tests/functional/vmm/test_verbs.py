@@ -237,7 +237,7 @@ PLUGGED = {
     "watchdog, panic": ["attach-device m @watchdog --live", "attach-device m @panic --live"],
 }  # fmt: skip
 # These need a terminal, or something beside them; each has a test of its own below.
-ALONE = {"console", "event", "run"}
+ALONE = {"ssh", "console", "event", "run"}
 
 
 @functools.cache
