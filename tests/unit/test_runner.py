@@ -104,8 +104,15 @@ def test_a_signal_ends_what_the_tests_started(tmp_path: Path, jobs: str, number:
 
 
 def test_what_is_left_behind_is_told_and_killed() -> None:
-    lines = "trap 'exit 7' TERM; sleep 600 & setsid sleep 601 & echo $!; wait"
-    reaper = [sys.executable, str(TESTS / "reaper.py"), "sh", "-c", lines]
+    # Not a shell: a signal that comes just before its `wait` is looked at after it.
+    lines = (
+        "import os, signal, subprocess, time",
+        "signal.signal(signal.SIGTERM, lambda *_: os._exit(7))",
+        "subprocess.Popen(['sleep', '600'])",
+        "print(subprocess.Popen(['sleep', '601'], start_new_session=True).pid, flush=True)",
+        "while True: time.sleep(0.1)",
+    )
+    reaper = [sys.executable, str(TESTS / "reaper.py"), sys.executable, "-c", "\n".join(lines)]
     process = subprocess.Popen(reaper, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     last = int(process.stdout.readline())
