@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from kvik.cli.context import Context
     from kvik.cli.options import Options
+    from kvik.errors import KvikError
 
 # option: (long name, what its value is called or "", help)
 HELP = {
@@ -25,6 +26,8 @@ HELP = {
     "B": ("", "FILE", "backing file of the output"),
     "U": ("force-share", "", "open an image that another process writes"),
     "q": ("", "", "print nothing but errors"),
+    "t": ("", "CACHE", "as qemu-img's; what is written is on disk at the end in any case"),
+    "T": ("", "CACHE", "as qemu-img's"),
     "p": ("", "", "show progress"),
     "h": ("help", "", "print this"),
     "output": ("output", "FORMAT", "human or json"),
@@ -76,14 +79,19 @@ class Command:
 class Arguments:
     """Parsed words of one command."""
 
-    __slots__ = ("files", "values")
+    __slots__ = ("files", "order", "values")
 
     def __init__(self) -> None:
         self.values: dict[str, list[str]] = {}
+        self.order: list[tuple[str, str]] = []  # options with their values, as they were given
         self.files: list[str] = []
 
     def flag(self, key: str) -> bool:
         return key in self.values
+
+    def add(self, key: str, value: str) -> None:
+        self.values.setdefault(key, []).append(value)
+        self.order.append((key, value))
 
     def text(self, key: str) -> str | None:
         """The last value given."""
@@ -94,6 +102,36 @@ class Arguments:
 
 
 COMMANDS_OF_IMG: dict[str, Command] = {
+    "amend": Command(
+        "img_amend",
+        "change options of an image",
+        "FILE",
+        1,
+        1,
+        "f",
+        "o",
+        ("force", "force", "", "as qemu-img's: nothing here needs it"),
+        "t",
+        "p",
+        "q",
+    ),
+    "bitmap": Command(
+        "img_bitmap",
+        "change persistent bitmaps, by one or several actions in their order",
+        "FILE BITMAP",
+        2,
+        2,
+        ("add", "add", "", "make it, and record writes in it"),
+        ("remove", "remove", "", "take it away"),
+        ("clear", "clear", "", "clear all its bits"),
+        ("enable", "enable", "", "record writes in it"),
+        ("disable", "disable", "", "record no more writes in it"),
+        ("merge", "merge", "SOURCE", "add another bitmap's bits"),
+        ("g", "granularity", "SIZE", "bytes a bit stands for, with --add"),
+        ("b", "source-file", "FILE", "the image that has the SOURCE of --merge"),
+        ("F", "source-format", "FMT", "the format of that image"),
+        "f",
+    ),
     "check": Command(
         "img_look",
         "look for inconsistencies, and repair them with -r",
@@ -103,6 +141,67 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         "f",
         ("r", "repair", "WHAT", "leaks: only what wastes room; all: everything"),
         "output",
+        "q",
+        "U",
+    ),
+    "commit": Command(
+        "img_layers",
+        "write what an image has into its backing file, and empty it",
+        "FILE",
+        1,
+        1,
+        "f",
+        ("b", "", "FILE", "an image further down the chain, whose upper layers all are written into it; as with -d"),
+        ("d", "", "", "leave the image as it is, not emptied"),
+        ("r", "", "RATE", "bytes a second at most"),
+        "t",
+        "p",
+        "q",
+    ),
+    "compare": Command(
+        "img_size",
+        "whether two images hold the same data",
+        "FILE1 FILE2",
+        2,
+        2,
+        "f",
+        ("F", "", "FMT", "format of the second image"),
+        ("s", "", "", "strict: sizes and what is allocated must be the same, too"),
+        "p",
+        "q",
+        "U",
+    ),
+    "convert": Command(
+        "img_convert",
+        "copy images into one of another format, several one after the other",
+        "FILE [FILE2...] TARGET",
+        2,
+        None,
+        ("f", "", "FMT", "format of the sources"),
+        "O",
+        "o",
+        ("c", "", "", "compress what is written"),
+        ("S", "", "SIZE", "so many bytes of zeros become a hole (default 4k; 0: all is allocated)"),
+        "B",
+        ("F", "", "FMT", "format of the backing file"),
+        (
+            "l",
+            "",
+            "SNAPSHOT",
+            "an internal snapshot of the source: its id or name, snapshot.id=, snapshot.name=; of an OVA: a disk",
+        ),
+        ("n", "", "", "write into a target that exists"),
+        ("target-is-zero", "target-is-zero", "", "with -n: the target reads as zero"),
+        ("C", "", "", "let the kernel copy"),
+        ("m", "", "NUMBER", "threads that read and compress (1 to 16)"),
+        ("W", "", "", "accepted: the order of writes is the writer's own affair"),
+        ("r", "", "RATE", "write at most so many bytes a second"),
+        ("t", "", "CACHE", "cache mode of the target: all but unsafe (the default) see the data on disk"),
+        ("T", "", "CACHE", "cache mode of the sources"),
+        ("salvage", "salvage", "", "go on where the source cannot be read, with zeros"),
+        ("bitmaps", "bitmaps", "", "copy the source's bitmaps, too"),
+        ("skip-broken-bitmaps", "skip-broken-bitmaps", "", "with --bitmaps: those that are consistent"),
+        "p",
         "q",
         "U",
     ),
@@ -128,6 +227,7 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         "f",
         "output",
         ("backing-chain", "backing-chain", "", "all images of the chain"),
+        ("l", "", "NAME", "of an OVA: which of its disks"),
         "U",
     ),
     "map": Command(
@@ -141,6 +241,62 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         ("s", "start-offset", "OFFSET", "begin here"),
         ("l", "max-length", "LENGTH", "look at so much"),
         "U",
+    ),
+    "rebase": Command(
+        "img_layers",
+        "put an image on top of another backing file",
+        "FILE",
+        1,
+        1,
+        "f",
+        ("b", "", "FILE", "the new backing file, as the image is to name it; '' for none"),
+        "F",
+        ("u", "", "", "unsafe: only change the name, whatever is in the files"),
+        "t",
+        "T",
+        "p",
+        "q",
+        "U",
+    ),
+    "snapshot": Command(
+        "img_snapshot",
+        "list, make, apply or delete internal snapshots",
+        "FILE",
+        1,
+        1,
+        ("l", "", "", "list them (the default)"),
+        ("c", "", "NAME", "make one"),
+        ("a", "", "SNAPSHOT", "apply one, by id or name: the disk becomes what it was"),
+        ("d", "", "SNAPSHOT", "delete one, by name or id"),
+        "f",
+        "output",
+        "q",
+        "U",
+    ),
+    "measure": Command(
+        "img_size",
+        "how much room an image will take",
+        "[FILE]",
+        0,
+        1,
+        "f",
+        "O",
+        "o",
+        ("size", "size", "SIZE", "of a new image, instead of FILE"),
+        ("l", "", "SNAPSHOT", "an internal snapshot of the image"),
+        "output",
+        "U",
+    ),
+    "resize": Command(
+        "img_size",
+        "make an image bigger or smaller",
+        "FILE [+|-]SIZE",
+        2,
+        2,
+        "f",
+        ("shrink", "shrink", "", "let it become smaller: what is behind its new end is lost"),
+        ("preallocation", "preallocation", "MODE", "room for the new part: off, metadata, falloc, full"),
+        "q",
     ),
 }
 
@@ -165,7 +321,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Arguments:
                 index += 1
             elif equals and not command.options[key][1]:
                 raise UsageError(f"option '--{long}' takes no value")
-            found.values.setdefault(key, []).append(value)
+            found.add(key, value)
         elif word.startswith("-") and len(word) > 1 and not (name == "resize" and word[1].isdigit()):
             at = 1
             while at < len(word):
@@ -174,7 +330,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Arguments:
                 if key not in command.options:
                     raise UsageError(f"'img {name}' has no option '-{key}'", remedy=f"see 'kvik img {name} --help'")
                 if not command.options[key][1]:
-                    found.values.setdefault(key, []).append("")
+                    found.add(key, "")
                     continue
                 value = word[at:]
                 if not value:
@@ -184,7 +340,7 @@ def parse(name: str, command: Command, words: Sequence[str]) -> Arguments:
                         )
                     value = words[index]
                     index += 1
-                found.values.setdefault(key, []).append(value)
+                found.add(key, value)
                 break
         else:
             found.files.append(word)
@@ -249,9 +405,33 @@ def img(ctx: Context, options: Options) -> int:
     try:
         module = __import__(f"kvik.cli.{command.module}", fromlist=["HANDLERS"])
         code: int = module.HANDLERS[name](ctx, arguments) or 0
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise failed(name, error) from error
     finally:
         ctx.json = before
     return code
+
+
+def failed(name: str, error: OSError) -> KvikError:
+    """What the kernel refused, as an error that says what it was about."""
+    import errno
+
+    from kvik.errors import HostError
+
+    remedies = {
+        errno.ENOSPC: "make room, or choose another place",
+        errno.EDQUOT: "make room within the quota, or choose another place",
+        errno.EFBIG: "the limit on file sizes is too low (ulimit -f), or the file system has no files of this size",
+        errno.EIO: "look into the kernel's log for the device; convert --salvage goes on where a source is unreadable",
+    }
+    what = f" {error.filename!r}" if error.filename else ""
+    return HostError(
+        f"cannot {name}{what}: {error.strerror or error}",
+        errno=error.errno or 0,
+        remedy=remedies.get(error.errno or 0, ""),
+    )
 
 
 def main() -> int:

@@ -38,6 +38,8 @@ def info(ctx: Context, arguments: Arguments) -> int:
     from kvik.image.info import info as look
 
     chain = arguments.flag("backing-chain")
+    if (code := _foreign_info(ctx, arguments)) is not None:
+        return code
     opener = Opener(share=arguments.flag("U"))
     with opener.open(arguments.files[0], _format(arguments), chain=chain) as image:
         found = [look(layer) for layer in image.chain()] if chain else [look(image)]
@@ -45,6 +47,33 @@ def info(ctx: Context, arguments: Arguments) -> int:
         put_json(ctx, [one.as_dict() for one in found] if chain else found[0].as_dict())
         return 0
     ctx.document("\n".join(info_text(one) for one in found))
+    return 0
+
+
+def _foreign_info(ctx: Context, arguments: Arguments) -> int | None:
+    """Of an image in a format that a confined qemu-img reads; None if it is none."""
+    import os
+
+    from kvik.image.opening import FOREIGN, open_file, probe_format
+
+    path = arguments.files[0]
+    format = arguments.text("f")
+    if format is not None and format not in FOREIGN:
+        return None
+    fd = open_file(path, writable=False)
+    try:
+        format = format or probe_format(fd)
+        if format not in FOREIGN:
+            return None
+        from kvik.cli.img_foreign import info as look
+
+        found = look(fd, path, format, as_json=ctx.json, member=arguments.text("l"))
+    finally:
+        os.close(fd)
+    if isinstance(found, str):
+        ctx.document(found)
+    else:
+        put_json(ctx, [found] if arguments.flag("backing-chain") else found)
     return 0
 
 

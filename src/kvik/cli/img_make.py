@@ -34,8 +34,8 @@ def known_format(name: str) -> str:
 
 
 def create(ctx: Context, arguments: Arguments) -> int:
-    from kvik.image.create import create as make
     from kvik.image.create import parse_options, parse_size
+    from kvik.image.fresh import FreshImage
 
     format = known_format(arguments.text("f") or "raw")
     if "help" in arguments.texts("o"):
@@ -55,49 +55,9 @@ def create(ctx: Context, arguments: Arguments) -> int:
         raise UsageError("Image creation needs a size parameter", remedy="kvik img create -f qcow2 disk.qcow2 10G")
     if not arguments.flag("q") and not ctx.quiet:
         ctx.line(formatting(path, format, size, options))
-    _make_data_file(path, options, size)
-    from kvik.image.lock import lock_image
-
-    fd = _open_new(path)
-    import os
-
-    try:
-        lock_image(fd, path, write=True)
-        make(fd, format, size, **options)
-    finally:
-        os.close(fd)
+    with FreshImage(path, format, size, options) as fresh:
+        fresh.keep()
     return 0
-
-
-def _open_new(path: str) -> int:
-    """The file to make, which may exist; what is neither file nor block device is refused."""
-    import os
-    import stat
-
-    from kvik.errors import ImageError
-
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o644)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ImageError("is not a regular file", file=path)
-    return fd
-
-
-def _make_data_file(path: str, options: dict[str, Any], size: int) -> None:
-    """The external data file: empty, of the disk's size, beside the image unless its name is absolute."""
-    name = options.get("data_file")
-    if name is None:
-        return
-    import os
-
-    from kvik.image.opening import beside, plain_file
-
-    fd = _open_new(beside(path, plain_file(name, "data file", path)))
-    try:
-        os.ftruncate(fd, 0)
-        os.ftruncate(fd, size)
-    finally:
-        os.close(fd)
 
 
 def _backing(path: str, options: dict[str, Any], size: int | None, *, look: bool) -> int | None:

@@ -9,34 +9,20 @@ from __future__ import annotations
 import os
 
 from kvik.errors import ImageError
+from kvik.named import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from typing import NamedTuple, Self
+    from typing import Self
 
     # (name as the image states it, format as it states it) -> an open image; raises what the caller wants to say.
     BackingOpener = Callable[[str, str | None], "Image"]
     # Name of an external data file -> a descriptor that becomes the image's.
     DataOpener = Callable[[str], int]
     Run = tuple[int, int, int, int]
+    Piece = tuple[int, int, int, "Image", int]
     Buffer = bytearray | memoryview
-
-    class Extent(NamedTuple):
-        start: int
-        length: int
-        depth: int
-        present: bool
-        zero: bool
-        data: bool
-        compressed: bool
-        offset: int | None
-
-else:
-    from collections import namedtuple
-
-    # typing costs 5 ms of a command's start
-    Extent = namedtuple("Extent", "start length depth present zero data compressed offset")
 
 __all__ = ["BLANK", "COMPRESSED", "DATA", "DATA_HOLE", "HOLE", "ZERO", "ZERO_ALLOCATED", "Extent", "Image", "merge"]
 
@@ -49,6 +35,21 @@ COMPRESSED = 4
 DATA_HOLE = 5  # data by the image's tables, and a hole of the file
 
 BLANK = bytes(1 << 16)
+SECTOR = 512
+IOV_MAX = 1024  # sysconf(_SC_IOV_MAX): vectors that one call takes
+
+
+class Extent(NamedTuple):
+    """A part of what `map` says: `depth` is that of the image that has it, `offset` where in its file it begins."""
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    compressed: bool
+    offset: int | None
 
 
 class Image:
@@ -85,7 +86,21 @@ class Image:
         raise NotImplementedError
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """`data` at `offset`; on disk after the next `flush`."""
+        self.writev(offset, [memoryview(data).cast("B")])
+
+    def writev(self, offset: int, buffers: list[memoryview]) -> None:
+        """The same for bytes that lie in several places, as a guest's do. None of them is copied."""
         raise NotImplementedError
+
+    def place(self, offset: int, length: int) -> int:
+        """Where in `data_fd` a range lies that is one run of this layer's own data; -1 where it is not, or not surely:
+        `runs` tells then. For whoever asks for every request."""
+        return -1
+
+    def place_to_write(self, offset: int, length: int) -> int:
+        """The same for a range that may be written right there, without `write` having anything to do."""
+        return -1
 
     def write_zeroes(self, offset: int, length: int, discard: bool = False) -> None:
         """Make the range read as zero; with `discard` give its room back."""
@@ -94,6 +109,9 @@ class Image:
     def discard(self, offset: int, length: int) -> None:
         """Give room back where the format can; what is then read there is zero or what was."""
         raise NotImplementedError
+
+    def write_back(self) -> None:
+        """What waits in memory goes into the file: tables. `flush` does it, too."""
 
     def flush(self) -> None:
         """All that was written survives a loss of power."""
@@ -203,6 +221,33 @@ class Image:
                 place = None if extent.offset is None else extent.offset + there
                 yield Extent(start + there, size - there, depth, False, True, False, False, place)
 
+    def pieces(self, offset: int, length: int, *, own: bool = False) -> Iterator[Piece]:
+        """What a range is read from, in order, through the chain: (kind, start, length, image that has it, offset in
+        its file). A hole that is left reads as zero.
+
+        With `own` the chain is not walked: what only the images below have is a HOLE, and ZERO where none reaches.
+        """
+        for kind, start, size, host in self.runs(offset, length):
+            if kind != HOLE or (below := self._backing_of(start)) is None:
+                yield kind if kind != HOLE else ZERO, start, size, self, host
+                continue
+            there = max(0, min(size, below.size - start))
+            if there and own:
+                yield HOLE, start, there, self, -1
+            elif there:
+                yield from below.pieces(start, there)
+            if there < size:
+                yield ZERO, start + there, size - there, self, -1
+
+    def read_piece(self, kind: int, start: int, host: int, view: memoryview) -> None:
+        """Fill `view` with (a part of) a piece of this image that is DATA or COMPRESSED."""
+        if kind == DATA:
+            read_fully(self.data_fd, view, host)
+        else:
+            cluster = self.read_compressed(host, start)
+            skip = start & (len(cluster) - 1)
+            view[:] = cluster[skip : skip + len(view)]
+
     def chain(self) -> list[Image]:
         """This image and those below it, top first."""
         found, image = [], self
@@ -249,6 +294,33 @@ def write_fully(fd: int, data: bytes | bytearray | memoryview, offset: int) -> N
         count = os.pwrite(fd, view, offset)
         view = view[count:]
         offset += count
+
+
+def writev_fully(fd: int, buffers: list[memoryview], offset: int) -> None:
+    """All of the buffers, one behind the other."""
+    if len(buffers) == 1:
+        write_fully(fd, buffers[0], offset)
+        return
+    while buffers:
+        count = os.pwritev(fd, buffers[:IOV_MAX], offset)
+        offset += count
+        buffers = cut(buffers, count, -1)
+
+
+def cut(buffers: list[memoryview], start: int, stop: int) -> list[memoryview]:
+    """The bytes from `start` to `stop` (-1: the end) of buffers that follow each other."""
+    if len(buffers) == 1:
+        return [buffers[0][start : stop if stop >= 0 else None]] if start < len(buffers[0]) else []
+    found: list[memoryview] = []
+    at = 0
+    for view in buffers:
+        end = at + len(view)
+        if stop >= 0 and at >= stop:
+            break
+        if end > start:
+            found.append(view[max(0, start - at) : stop - at if 0 <= stop < end else None])
+        at = end
+    return found
 
 
 def zero(view: memoryview) -> None:

@@ -6,6 +6,8 @@ A new qcow2 image: header, refcount table, refcount block, L1 table; a cluster e
 from __future__ import annotations
 
 import os
+import stat
+from contextlib import suppress
 
 from kvik.errors import ImageError, InvalidArgument
 from kvik.image.base import write_fully
@@ -175,7 +177,8 @@ def parse_options(words: list[str], format: str) -> dict[str, Any]:
 
 
 def create(target: str | int, format: str, size: int, **options: Any) -> None:
-    """A new image of `size` bytes at a path (an existing file is replaced) or in an open, writable descriptor.
+    """A new image of `size` bytes at a path (an existing file is replaced) or in an open, writable descriptor, also
+    that of a block device.
 
     `options` are those of `CreateOptions`. Nothing is opened: not the backing file, and not the data file, which the
     caller makes. Raises `InvalidArgument`, `OSError`.
@@ -187,19 +190,43 @@ def create(target: str | int, format: str, size: int, **options: Any) -> None:
         _check_raw(options)
     elif format == "qcow2":
         chosen.check()
+        new_header(size, chosen)  # raises where the disk is too big
     else:
         raise InvalidArgument(f"images of format '{format}' cannot be made", remedy="raw or qcow2")
     size = (size + 511) & -512
     fd = target if isinstance(target, int) else os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        os.ftruncate(fd, 0)
+        room = device_size(fd)
+        if room is None:
+            _empty(fd)
         if format == "raw":
-            _create_raw(fd, size, chosen.preallocation)
+            if room is None:
+                _create_raw(fd, size, chosen.preallocation)
+            elif room < size:
+                raise InvalidArgument(f"the device has {room} bytes, fewer than the {size} of the image")
         else:
             _create_qcow2(fd, size, chosen, "" if isinstance(target, int) else target)
     finally:
         if not isinstance(target, int):
             os.close(fd)
+
+
+def _empty(fd: int) -> None:
+    status = os.fstat(fd)
+    if not (status.st_size or status.st_blocks):
+        return
+    os.ftruncate(fd, 0)
+    # ext4 writes a file that was cut to nothing to disk when it is closed next, and whoever closes it waits for all of
+    # that (auto_da_alloc, Documentation/admin-guide/ext4.rst). Closed now, there is nothing to wait for.
+    with suppress(OSError):
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC))
+
+
+def device_size(fd: int) -> int | None:
+    """Bytes of a block device; None for a file."""
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        return None
+    return os.lseek(fd, 0, os.SEEK_END)
 
 
 def _check_raw(options: dict[str, Any]) -> None:
@@ -283,8 +310,10 @@ def _create_qcow2(fd: int, size: int, options: CreateOptions, path: str) -> None
     write_fully(fd, entries + bytes(table * cluster - len(entries)), cluster)
     if header.l1_size:
         write_fully(fd, bytes(header.l1_size * 8), header.l1_offset)
-    else:
+    elif device_size(fd) is None:
         os.ftruncate(fd, header.l1_offset)
+    # The header makes it an image: what it leads to is on disk before.
+    os.fdatasync(fd)
     write_fully(fd, packed + bytes(cluster - len(packed)), 0)
     # A data file that is to be a raw image of its own has its place for every cluster from the start.
     mode = "metadata" if options.data_file_raw and options.preallocation == "off" else options.preallocation

@@ -38,6 +38,7 @@ class Info:
         "filename",
         "format",
         "lazy_refcounts",
+        "luks",
         "refcount_bits",
         "snapshots",
         "virtual_size",
@@ -62,6 +63,7 @@ class Info:
         self.dirty = False
         self.encrypted = False
         self.encryption: str | None = None
+        self.luks: dict[str, Any] | None = None
         self.snapshots: list[Snapshot] = []
         self.bitmaps: list[Bitmap] = []
 
@@ -73,7 +75,7 @@ class Info:
         """As `qemu-img info --output=json` of QEMU 7.2, in its order."""
         out: dict[str, Any] = {}
         if self.snapshots:
-            out["snapshots"] = [_snapshot_dict(snapshot) for snapshot in self.snapshots]
+            out["snapshots"] = [snapshot_dict(snapshot) for snapshot in self.snapshots]
         if self.backing_format is not None and self.backing_file is not None:
             out["backing-filename-format"] = self.backing_format
         out["virtual-size"] = self.virtual_size
@@ -82,10 +84,12 @@ class Info:
             out["cluster-size"] = self.cluster_size
         out["format"] = self.format
         out["actual-size"] = self.disk_size
-        if self.encrypted:
-            out["encrypted"] = True
         if self.compat is not None:
             out["format-specific"] = {"type": self.format, "data": self._specific()}
+        elif self.luks is not None:
+            out["format-specific"] = {"type": self.format, "data": self.luks}
+        if self.encrypted:
+            out["encrypted"] = True
         if self.backing_file is not None:
             out["full-backing-filename"] = self.full_backing_file()
             out["backing-filename"] = self.backing_file
@@ -98,6 +102,8 @@ class Info:
             data["compression-type"] = self.compression
         if self.compat == "0.10":
             data["refcount-bits"] = self.refcount_bits
+            if self.encryption is not None:
+                data["encrypt"] = self._encrypt()
         else:
             data["lazy-refcounts"] = self.lazy_refcounts
             if self.bitmaps:
@@ -109,12 +115,23 @@ class Info:
             if self.data_file is not None:
                 data["data-file"] = self.data_file
                 data["data-file-raw"] = self.data_file_raw
+            if self.encryption is not None:
+                data["encrypt"] = self._encrypt()
             data["corrupt"] = self.corrupt
             data["extended-l2"] = self.extended_l2
         return data
 
+    def _encrypt(self) -> dict[str, Any]:
+        """As QEMU orders it: the format comes before the cipher's mode."""
+        out: dict[str, Any] = {}
+        for name, value in (self.luks or {}).items():
+            if name == "cipher-mode":
+                out["format"] = self.encryption
+            out[name] = value
+        return out or {"format": self.encryption}
 
-def _snapshot_dict(snapshot: Snapshot) -> dict[str, Any]:
+
+def snapshot_dict(snapshot: Snapshot) -> dict[str, Any]:
     out: dict[str, Any] = {} if snapshot.icount is None else {"icount": snapshot.icount}
     return out | {
         "vm-clock-nsec": snapshot.vm_clock_nsec % 1_000_000_000,
@@ -138,6 +155,11 @@ def beside(image: str, name: str) -> str:
 def info(image: Image) -> Info:
     """Facts about an open image; nothing but headers and directories is read."""
     found = Info(image.path, image.format, image.size, os.fstat(image.fd).st_blocks * 512)
+    if image.format == "luks":
+        from kvik.image.luks import LuksImage
+
+        assert isinstance(image, LuksImage)
+        found.encrypted, found.luks = True, image.facts
     if not isinstance(image, Qcow2Reader):
         return found
     header = image.header
@@ -153,6 +175,11 @@ def info(image: Image) -> Info:
     found.corrupt = image.corrupt
     found.encrypted = bool(header.crypt_method)
     found.encryption = (None, "aes", "luks")[header.crypt_method]
+    if header.encryption is not None and header.crypt_method == 2:
+        from kvik.image.luks import luks_facts
+
+        at = int.from_bytes(header.encryption[:8], "big")
+        found.luks = luks_facts(os.pread(image.fd, 4096, at) if at < 1 << 62 else b"", image.path, at)
     if image.has_data_file:
         found.data_file = header.data_file
         found.data_file_raw = bool(header.autoclear & 2)

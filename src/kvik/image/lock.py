@@ -8,6 +8,10 @@ need not exist in the file.
     permission     0 consistent read    1 write    2 write unchanged    3 resize
     a writer       uses 0 and 1, lets nobody else use 1 or 3
     a reader       uses 0, lets nobody else use 1 or 3
+
+NFS, GFS2, Ceph and others carry such locks between hosts. OCFS2 on its own cluster stack does not (fs/ocfs2/file.c,
+`ocfs2_fops_no_plocks`), but carries flock(2): there the whole file is locked by that, too. Not so on NFS, where the two
+kinds are one (nfs(5)) and would be in each other's way.
 """
 
 from __future__ import annotations
@@ -22,13 +26,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["lock_image", "unlock_image"]
+__all__ = ["check_image", "lock_for_hosts", "lock_image", "unlock_image"]
 
 USED = 100  # RAW_LOCK_PERM_BASE
 UNSHARED = 200  # RAW_LOCK_SHARED_BASE
 CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)
 
 F_OFD_GETLK, F_OFD_SETLK = 36, 37  # fcntl(2)
+_MOUNTS = "/proc/self/mountinfo"
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock on x86-64: l_type, l_whence, l_start, l_len, l_pid
 
 
@@ -37,13 +42,11 @@ def lock_image(fd: int, name: str, *, write: bool, share_write: bool = False) ->
 
     `ResourceBusy` when another process uses the image in a way that this use excludes.
     """
-    uses = (CONSISTENT_READ, WRITE) if write else (CONSISTENT_READ,)
-    refuses = () if share_write else (WRITE, RESIZE)
+    uses, refuses = _wishes(write, share_write)
     try:
         for byte in _bytes(uses, refuses):
             _set(fd, fcntl.F_RDLCK, byte)
-        taken = [UNSHARED + n for n in uses if _others_hold(fd, UNSHARED + n)]
-        taken += [USED + n for n in refuses if _others_hold(fd, USED + n)]
+        taken = _taken(fd, uses, refuses)
     except BlockingIOError as error:
         unlock_image(fd)
         raise ResourceBusy(f"cannot lock image {name}: another process holds it") from error
@@ -54,14 +57,75 @@ def lock_image(fd: int, name: str, *, write: bool, share_write: bool = False) ->
         ) from error
     if taken:
         unlock_image(fd)
-        raise ResourceBusy(
-            f"image {name} is in use by another process",
-            remedy="stop the machine or tool that has it open (fuser -v shows which)",
-        )
+        raise _in_use(name)
+    try:
+        lock_for_hosts(fd, name, write=write, share_write=share_write)
+    except BaseException:
+        unlock_image(fd)
+        raise
+
+
+def check_image(fd: int, name: str, *, write: bool, share_write: bool = False) -> None:
+    """`ResourceBusy` if `lock_image` would be refused now by this host's or, where the file system tells, another's
+    locks. Takes none. A file system without locks is silent."""
+    try:
+        taken = _taken(fd, *_wishes(write, share_write))
+    except OSError:
+        return
+    if taken:
+        raise _in_use(name)
+
+
+def lock_for_hosts(fd: int, name: str, *, write: bool, share_write: bool = False) -> None:
+    """Where other hosts see no locks on bytes but those on files: hold one on `fd`'s open file, and so for as long as
+    anybody has that open. Elsewhere nothing. `ResourceBusy`, `HostError`."""
+    if not _locks_files_only(fd):
+        return
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if write and not share_write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _in_use(name) from error
+    except OSError as error:
+        raise HostError(f"cannot lock image {name}: {error.strerror}", errno=error.errno or 0) from error
+
+
+def _in_use(name: str) -> ResourceBusy:
+    return ResourceBusy(
+        f"image {name} is in use by another process",
+        remedy="stop the machine or tool that has it open (fuser -v shows which), on any host that shares it",
+    )
+
+
+def _wishes(write: bool, share_write: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return ((CONSISTENT_READ, WRITE) if write else (CONSISTENT_READ,), () if share_write else (WRITE, RESIZE))
+
+
+def _taken(fd: int, uses: Iterable[int], refuses: Iterable[int]) -> list[int]:
+    """The bytes on which others stand in the way."""
+    taken = [UNSHARED + n for n in uses if _others_hold(fd, UNSHARED + n)]
+    return taken + [USED + n for n in refuses if _others_hold(fd, USED + n)]
+
+
+def _locks_files_only(fd: int) -> bool:
+    """By the kernel's list of mounts (proc(5)): OCFS2, unless its locks were all kept to this host."""
+    try:
+        mounts = os.open(_MOUNTS, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # a process that sees no /proc was given its images by one that does
+        return False
+    try:
+        data = b"".join(iter(lambda: os.read(mounts, 1 << 16), b""))
+    finally:
+        os.close(mounts)
+    if b" - ocfs2 " not in data:
+        return False
+    device = os.fstat(fd).st_dev
+    wanted = b"%d:%d" % (os.major(device), os.minor(device))
+    lines = [line for line in data.splitlines() if line.split(b" ", 3)[2:3] == [wanted] and b" - ocfs2 " in line]
+    return bool(lines) and b"localflocks" not in lines[-1]
 
 
 def unlock_image(fd: int) -> None:
-    """Drops every lock that `lock_image` took."""
+    """Drops every lock on bytes that `lock_image` took; one on the file ends when that is closed."""
     for byte in _bytes(range(4), range(4)):
         try:
             _set(fd, fcntl.F_UNLCK, byte)

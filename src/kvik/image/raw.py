@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from kvik.image.base import BLANK, DATA, ZERO_ALLOCATED, Image, write_fully
+from kvik.image.base import BLANK, DATA, SECTOR, ZERO_ALLOCATED, Image, write_fully, writev_fully
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RawImage", "punch", "segments", "zero_range"]
 
-SECTOR = 512
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 1, 2, 16  # linux/falloc.h
 
 
@@ -79,12 +78,16 @@ def punch(fd: int, offset: int, length: int) -> bool:
 
 
 class RawImage(Image):
-    """A file or block device as a disk. A file whose size is no multiple of 512 bytes has zeros up to there."""
+    """A file or block device as a disk. A file whose size is no multiple of 512 bytes has zeros up to there.
+
+    With `barriers` off closing it does not wait for the disk: for an image that is worthless until it is whole.
+    """
 
     format = "raw"
 
-    def __init__(self, fd: int, path: str = "", *, writable: bool = False) -> None:
+    def __init__(self, fd: int, path: str = "", *, writable: bool = False, barriers: bool = True) -> None:
         super().__init__(fd, path, writable=writable)
+        self._barriers = barriers
         self.file_end = os.lseek(fd, 0, os.SEEK_END)
         self.size = (self.file_end + SECTOR - 1) & -SECTOR
 
@@ -97,10 +100,22 @@ class RawImage(Image):
 
         read_fully(self.fd, view, offset)
 
+    def place(self, offset: int, length: int) -> int:
+        return offset if offset + length <= self.file_end else -1
+
+    def place_to_write(self, offset: int, length: int) -> int:
+        return self.place(offset, length)
+
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         self.check_range(offset, len(data))
         write_fully(self.fd, data, offset)
         self.file_end = max(self.file_end, offset + len(data))
+
+    def writev(self, offset: int, buffers: list[memoryview]) -> None:
+        length = sum(map(len, buffers))
+        self.check_range(offset, length)
+        writev_fully(self.fd, buffers, offset)
+        self.file_end = max(self.file_end, offset + length)
 
     def write_zeroes(self, offset: int, length: int, discard: bool = False) -> None:
         self.check_range(offset, length)
@@ -112,6 +127,10 @@ class RawImage(Image):
 
     def flush(self) -> None:
         os.fdatasync(self.fd)
+
+    def finish(self) -> None:
+        if self._barriers:
+            self.flush()
 
     def resize(self, size: int) -> None:
         os.ftruncate(self.fd, size)

@@ -2,7 +2,8 @@
 
 As `qemu-img check` does it (QEMU's qcow2-refcount.c), with two differences: a table that is reached many times, as
 those of snapshots are, is walked once and counted as often; and nothing is ever read outside the file.
-Memory is one byte a cluster of the file, and the file's own tables one at a time.
+Memory is one byte a cluster of the file, and the file's own tables one at a time. A file of more clusters than WINDOW
+is walked once for each such part of it, so that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections import Counter
 
 from kvik.errors import ImageError
 from kvik.image.qcow2.bitmaps import bitmap_table
+from kvik.image.qcow2.counts import Counts, last_used, widen
 from kvik.image.qcow2.header import MAX_L1
 from kvik.image.qcow2.reader import ALL_SUBCLUSTERS, Qcow2Reader
-from kvik.image.qcow2.tables import COMPRESSED_FLAG, COPIED, OFFSET, ZERO_FLAG, read_table, write_table
+from kvik.image.qcow2.snapshots import table_size
+from kvik.image.qcow2.tables import COMPRESSED_FLAG, COPIED, OFFSET, ZERO_FLAG, read_table, run_end, write_table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckResult", "check"]
 
-MAX_CLUSTERS = 64 << 20  # of the file: bounds memory at 64 MiB
+WINDOW = (
+    64 << 20
+)  # clusters that are counted at once: bounds memory at 64 MiB. A multiple of what a refcount block holds
+MAX_WINDOWS = 16  # 64 TiB in clusters of 64 KiB
+MAX_TABLES = 1 << 20  # different L2 tables; remembering them takes some 200 MiB
 MOST_MESSAGES = 1000
 _TABLE_OFFSET = 0xFFFF_FFFF_FFFF_FE00
 
@@ -68,66 +75,78 @@ class CheckResult:
         self.say(f"ERROR: {text}")
 
 
-class Counts:
-    """How often each cluster is referred to. One byte each; the few with 255 and more in a dictionary."""
-
-    def __init__(self, clusters: int) -> None:
-        self.bytes = bytearray(clusters)
-        self.big: dict[int, int] = {}
-        self._plus: dict[int, bytes] = {}
-
-    def add(self, first: int, count: int, weight: int) -> None:
-        last = first + count
-        if last > len(self.bytes):
-            self.bytes += bytes(last - len(self.bytes))
-        if count == 1:
-            value = self.bytes[first] + weight
-            if value < 255:
-                self.bytes[first] = value
-            else:
-                self._slowly(first, last, weight)
-            return
-        part = self.bytes[first:last]
-        if weight + max(part) >= 255:
-            self._slowly(first, last, weight)
-            return
-        table = self._plus.get(weight)
-        if table is None:
-            table = self._plus[weight] = bytes(min(255, i + weight) for i in range(256))
-        self.bytes[first:last] = part.translate(table)
-
-    def _slowly(self, first: int, last: int, weight: int) -> None:
-        for cluster in range(first, last):
-            value = self.get(cluster) + weight
-            self.bytes[cluster] = min(value, 255)
-            if value >= 255:
-                self.big[cluster] = value
-
-    def get(self, cluster: int) -> int:
-        value = self.bytes[cluster] if cluster < len(self.bytes) else 0
-        return self.big.get(cluster, value) if value == 255 else value
-
-
 class Checker:
     """One check of one image."""
 
     def __init__(self, image: Qcow2Reader, progress: Callable[[int, int], None] | None = None) -> None:
+        self._image, self._progress = image, progress
+        size = os.fstat(image.fd).st_size or os.lseek(image.fd, 0, os.SEEK_END)
+        clusters = (size + image.cluster_size - 1) >> image.cluster_bits
+        self._windows = max(1, (clusters + WINDOW - 1) // WINDOW)
+        if self._windows > MAX_WINDOWS:
+            raise image.fault(f"has {clusters} clusters, more than can be checked ({WINDOW * MAX_WINDOWS})")
+        self.result = CheckResult()
+        self.rebuild = False  # whether the refcount structure itself is damaged
+        self._first = _Walk(image, self.result, 0, self._tell(0))
+
+    def _tell(self, number: int) -> Callable[[int, int], None] | None:
+        progress, windows = self._progress, self._windows
+        if progress is None:
+            return None
+        return lambda done, of: progress(number * of + done, windows * of)
+
+    def run(self) -> CheckResult:
+        for walk in self._walks():
+            self.rebuild = self.rebuild or walk.rebuild
+            walk.compare(self.result)
+        self._first.copied_flags(repair=False)
+        return self.result
+
+    def _walks(self) -> Iterator[_Walk]:
+        """All references counted, a part of the file after the other. What is wrong on the way is told once."""
+        yield self._first.walked()
+        for number in range(1, self._windows):
+            yield _Walk(self._image, CheckResult(), number * WINDOW, self._tell(number)).walked()
+
+    def differences(self) -> Iterator[tuple[int, int, int]]:
+        """(cluster, refcount in the file, references found) where they are not the same."""
+        for walk in self._walks():
+            yield from walk.differences()
+
+    def copied_flags(self, *, repair: bool) -> int:
+        """The flag "refcount is exactly one" of the active tables' entries, against the file's refcounts; how many
+        were set right."""
+        return self._first.copied_flags(repair=repair)
+
+    def all_counts(self) -> Counts:
+        """References to every cluster, but those to the refcounts themselves. ImageError if that is too much."""
+        if self._windows > 1:
+            raise self._image.fault("has too many clusters for its refcounts to be made anew")
+        self._first.count()
+        return self._first.counts
+
+
+class _Walk:
+    """Every reference followed once; counted are those to one part of the file."""
+
+    def __init__(
+        self, image: Qcow2Reader, result: CheckResult, start: int, progress: Callable[[int, int], None] | None
+    ) -> None:
         self.image = image
         self.progress = progress
-        self.result = CheckResult()
+        self.result = result
+        self._done = False
+        self.highest = 0  # offset behind the last cluster in use that `differences` met
         self.bits = image.cluster_bits
         self.size = image.cluster_size
         self.file_size = os.fstat(image.fd).st_size or os.lseek(image.fd, 0, os.SEEK_END)
         self.clusters = (self.file_size + self.size - 1) >> self.bits
-        if self.clusters > MAX_CLUSTERS:
-            raise image.fault(f"has {self.clusters} clusters, more than can be checked ({MAX_CLUSTERS})")
-        self.counts = Counts(self.clusters)
+        self.counts = Counts(start, max(0, min(self.clusters - start, WINDOW)))
         self.active: Counter[int] = (
             Counter()
         )  # L2 tables by the number of entries of the active L1 table that lead there
         self.all: Counter[int] = Counter()
         self.rebuild = False  # whether the refcount structure itself is damaged
-        self.wrong_flags = False  # whether there are "copied" flags to set right
 
     # -- counting
 
@@ -142,12 +161,12 @@ class Checker:
         self.counts.add(first, ((offset + length - 1) >> self.bits) - first + 1, weight)
         return True
 
-    def run(self) -> CheckResult:
-        self.count()
-        self._refcount_structure()
-        self._compare()
-        self.copied_flags(repair=False)
-        return self.result
+    def walked(self) -> _Walk:
+        if not self._done:
+            self._done = True
+            self.count()
+            self._refcount_structure()
+        return self
 
     def count(self) -> None:
         """Follow every reference, but those to the refcounts themselves."""
@@ -157,6 +176,8 @@ class Checker:
         self._walk_l1(image.l1, active=True, weight=1)
         self.mark(header.l1_offset, header.l1_size * 8, "the L1 table")
         self._snapshots()
+        if len(self.all) > MAX_TABLES:
+            raise image.fault(f"has {len(self.all)} L2 tables, more than can be checked ({MAX_TABLES})")
         for number, (offset, weight) in enumerate(self.all.items()):
             self._walk_l2(offset, weight, self.active[offset])
             if self.progress is not None and not number & 63:
@@ -191,7 +212,7 @@ class Checker:
         except ImageError as error:
             self.result.error(error.message)
             return
-        self.mark(header.snapshots_offset, sum(len(snapshot.pack()) for snapshot in snapshots), "the snapshot table")
+        self.mark(header.snapshots_offset, table_size(snapshots), "the snapshot table")
         tables = Counter((snapshot.l1_offset, snapshot.l1_size) for snapshot in snapshots)
         for (offset, entries), weight in tables.items():
             if entries * 8 > MAX_L1:
@@ -290,26 +311,27 @@ class Checker:
             elif offset:
                 cluster = offset >> self.bits
                 self.counts.add(cluster, 1, 1)
-                if self.counts.get(cluster) != 1:
+                if self.counts.start <= cluster < self.counts.end and self.counts.get(cluster) != 1:
                     self.result.error(f"refcount block {index} refcount={self.counts.get(cluster)}")
                     self.rebuild = True
-            elif any(self.counts.bytes[index * refcounts.per_block : (index + 1) * refcounts.per_block]):
+            elif any(self.counts.part(index * refcounts.per_block, (index + 1) * refcounts.per_block)):
                 self.rebuild = True  # the clusters are told one by one when the counts are compared
-        if len(self.counts.bytes) > len(refcounts.table) * refcounts.per_block:
-            self.rebuild = self.rebuild or any(self.counts.bytes[len(refcounts.table) * refcounts.per_block :])
+        if self.counts.end > len(refcounts.table) * refcounts.per_block:
+            behind = self.counts.part(len(refcounts.table) * refcounts.per_block, self.counts.end)
+            self.rebuild = self.rebuild or any(behind)
 
     # -- comparing
 
     def differences(self) -> Iterator[tuple[int, int, int]]:
-        """(cluster, refcount in the file, references found) where they are not the same."""
+        """Of the clusters that are counted here."""
         refcounts, counts = self.image.refcounts, self.counts
         per = refcounts.per_block
         highest = 0
         # What is said of clusters behind the file's end does no harm, and is not looked at.
-        for index in range((max(self.clusters, len(counts.bytes)) + per - 1) // per):
+        for index in range(counts.start // per, (counts.end + per - 1) // per):
             first = index * per
-            found = counts.bytes[first : first + per]
-            inside = min(per, max(self.clusters, len(counts.bytes)) - first)
+            found = counts.part(first, first + per)
+            inside = min(per, counts.end - first)
             try:
                 block = refcounts.block(index)
             except ImageError:
@@ -323,7 +345,7 @@ class Checker:
                 continue
             if inside < per:
                 block = block[:inside]
-            used = max(_last_used(block), len(found.rstrip(b"\0")))
+            used = max(last_used(block), len(found.rstrip(b"\0")))
             highest = first + used if used else highest
             if len(found) < inside:
                 found += bytes(inside - len(found))
@@ -333,20 +355,19 @@ class Checker:
                 value = found[i] if found[i] < 255 else counts.get(first + i)
                 if value != block[i]:
                     yield first + i, block[i], value
-        self.result.image_end_offset = highest << self.bits
+        self.highest = highest << self.bits
 
-    def _compare(self) -> None:
+    def compare(self, result: CheckResult) -> None:
         for cluster, stored, found in self.differences():
             if stored > found:
-                self.result.leaks += 1
-                self.result.say(f"Leaked cluster {cluster} refcount={stored} reference={found}")
+                result.leaks += 1
+                result.say(f"Leaked cluster {cluster} refcount={stored} reference={found}")
             else:
-                self.result.corruptions += 1
-                self.result.say(f"ERROR cluster {cluster} refcount={stored} reference={found}")
+                result.corruptions += 1
+                result.say(f"ERROR cluster {cluster} refcount={stored} reference={found}")
+        result.image_end_offset = max(result.image_end_offset, self.highest)
 
     def copied_flags(self, *, repair: bool) -> int:
-        """The flag "refcount is exactly one" of the active tables' entries, against the file's refcounts; how many
-        were set right."""
         image = self.image
         fixed = 0
         wrong_l1 = False
@@ -377,10 +398,8 @@ class Checker:
                 else:
                     self.result.corruptions += 1
                     self.result.say(f"ERROR OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}")
-            self.wrong_flags = self.wrong_flags or bool(wrong)
             if repair and wrong:
                 write_table(image.fd, offset, table)
-        self.wrong_flags = self.wrong_flags or wrong_l1
         if repair and wrong_l1:
             write_table(image.fd, image.header.l1_offset, image.l1)
         return fixed
@@ -393,36 +412,43 @@ class Checker:
             if entry & COMPRESSED_FLAG or not place or place & (self.size - 1):
                 continue
             copied = bool(entry & COPIED)
+            if copied and not external and self._all_once(place >> self.bits, count):
+                continue
             for number in range(count):
                 refcount = 1 if external else self._stored((place >> self.bits) + number)
                 if (refcount == 1) != copied:
                     at = (index + number) * stride
                     yield at, table[at], refcount
 
+    def _all_once(self, cluster: int, count: int) -> bool:
+        """Whether the file counts one reference to each of a run of clusters."""
+        refcounts = self.image.refcounts
+        while count:
+            index, within = divmod(cluster, refcounts.per_block)
+            span = min(count, refcounts.per_block - within)
+            try:
+                block = refcounts.block(index)
+            except ImageError:
+                return False
+            if block is None:
+                return False
+            if span == 1:
+                same = block[within] == 1
+            elif isinstance(block, bytearray):
+                same = block.count(1, within, within + span) == span
+            else:
+                same = block[within : within + span] == array(block.typecode, [1]) * span
+            if not same:
+                return False
+            cluster += span
+            count -= span
+        return True
+
     def _stored(self, cluster: int) -> int:
         try:
             return self.image.refcounts.get(cluster)
         except ImageError:
             return 0
-
-
-def _last_used(block: bytearray | array[int]) -> int:
-    """One more than the index of the last element that is not 0."""
-    data = bytes(block) if isinstance(block, bytearray) else block.tobytes()
-    size = 1 if isinstance(block, bytearray) else block.itemsize
-    return (len(data.rstrip(b"\0")) + size - 1) // size
-
-
-def widen(found: bytearray, like: bytearray | array[int]) -> bytearray | array[int]:
-    """One byte each as the elements of a refcount block."""
-    if isinstance(like, bytearray):
-        return found
-    wide = array(like.typecode, bytes(len(found) * like.itemsize))
-    memoryview(wide).cast("B")[0 if LITTLE else like.itemsize - 1 :: like.itemsize] = found
-    return wide
-
-
-LITTLE = array("H", [1]).tobytes()[0] == 1
 
 
 def entries_of(table: array[int], size: int, extended: bool) -> Iterator[tuple[int, int, int]]:
@@ -436,10 +462,7 @@ def entries_of(table: array[int], size: int, extended: bool) -> Iterator[tuple[i
         if not entry:
             continue
         if not extended and not entry & (COMPRESSED_FLAG | ZERO_FLAG) and entry & OFFSET:
-            expected = entry + size
-            while index < end and words[index] == expected:
-                expected += size
-                index += 1
+            index = run_end(words, first, end, size)
         yield first, index - first, entry
 
 

@@ -131,6 +131,26 @@ class Header:
 
     def pack(self) -> bytes:
         """The first cluster's contents; `ImageError` if it does not fit."""
+        out = self._extensions(names=True)
+        name = os.fsencode(self.backing_file) if self.backing_file is not None else b""
+        self._fields(out, len(out) if name else 0, len(name))
+        out += name
+        if len(out) > self.cluster_size or len(name) > MAX_NAME:
+            raise ImageError(
+                f"the header does not fit in its cluster of {self.cluster_size} bytes",
+                remedy="use a shorter backing file name or a bigger cluster_size",
+            )
+        return bytes(out)
+
+    def pack_compact(self, name_offset: int) -> bytes:
+        """Without the features' names, and with the backing file's name elsewhere."""
+        out = self._extensions(names=False)
+        name = os.fsencode(self.backing_file) if self.backing_file is not None else b""
+        self._fields(out, name_offset, len(name))
+        return bytes(out)
+
+    def _extensions(self, *, names: bool) -> bytearray:
+        """Room for the fields of version 2, those of version 3, and the extensions."""
         out = bytearray(_V2.size if self.version == 2 else _V2.size + _V3.size + 8 + len(self.extra))
         if self.version > 2:
             length = len(out)
@@ -143,7 +163,7 @@ class Header:
             _extension(out, DATA_FILE_NAME, os.fsencode(self.data_file))
         if self.encryption is not None:
             _extension(out, ENCRYPTION, self.encryption)
-        if self.version > 2 and self.cluster_size > 4096:  # smaller ones have no room to spare
+        if names and self.version > 2 and self.cluster_size > 4096:  # smaller ones have no room to spare
             _extension(out, FEATURE_NAMES, FEATURE_TABLE)
         if self.bitmaps is not None:
             number, size, offset = self.bitmaps
@@ -151,14 +171,16 @@ class Header:
         for kind, data in self.unknown:
             _extension(out, kind, data)
         _extension(out, END, b"")
-        name = os.fsencode(self.backing_file) if self.backing_file is not None else b""
+        return out
+
+    def _fields(self, out: bytearray, name_offset: int, name_size: int) -> None:
         _V2.pack_into(
             out,
             0,
             MAGIC,
             self.version,
-            len(out) if name else 0,
-            len(name),
+            name_offset,
+            name_size,
             self.cluster_bits,
             self.size,
             self.crypt_method,
@@ -169,13 +191,6 @@ class Header:
             self.nb_snapshots,
             self.snapshots_offset,
         )
-        out += name
-        if len(out) > self.cluster_size or len(name) > MAX_NAME:
-            raise ImageError(
-                f"the header does not fit in its cluster of {self.cluster_size} bytes",
-                remedy="use a shorter backing file name or a bigger cluster_size",
-            )
-        return bytes(out)
 
 
 def _extension(out: bytearray, kind: int, data: bytes) -> None:
@@ -281,7 +296,13 @@ def _parse_extensions(header: Header, data: bytes, position: int, end: int, faul
             if length != 24:
                 raise fault("the bitmaps extension has the wrong length", at)
             number, reserved, size, offset = struct.unpack(">IIQQ", body)
-            if reserved or not 1 <= number <= 65535 or size > 65535 * 2048 or offset % header.cluster_size:
+            if (
+                reserved
+                or not 1 <= number <= 65535
+                or size > 65535 * 2048
+                or offset % header.cluster_size
+                or offset >> 62
+            ):
                 raise fault("the bitmaps extension is out of bounds", at)
             header.bitmaps = number, size, offset
         elif kind == ENCRYPTION:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from array import array
 
 from kvik.image.qcow2.tables import COPIED
@@ -38,7 +40,9 @@ def preallocate_range(image: Qcow2Writer, offset: int, length: int, mode: str) -
         table[index * stride : (index + count) * stride : stride] = entries
         if not image.has_data_file:
             upto = place + count * size
-            if os.fstat(image.fd).st_size < upto:
+            if os.lseek(image.fd, 0, os.SEEK_END) < upto:
+                if stat.S_ISBLK(os.fstat(image.fd).st_mode):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.ftruncate(image.fd, upto)
             if mode in ("falloc", "full"):
                 reserve(image.fd, place, count * size, mode)

@@ -12,7 +12,7 @@ import zlib
 from kvik.errors import ImageError
 from kvik.image.base import COMPRESSED, DATA, DATA_HOLE, HOLE, ZERO, ZERO_ALLOCATED, Image
 from kvik.image.qcow2.header import CORRUPT, DATA_FILE, DIRTY, parse
-from kvik.image.qcow2.tables import COMPRESSED_FLAG, OFFSET, ZERO_FLAG, L2Cache, read_table
+from kvik.image.qcow2.tables import COMPRESSED_FLAG, COPIED, OFFSET, ZERO_FLAG, L2Cache, read_table, run_end, zero_end
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Qcow2Reader(Image):
         self.extended = header.extended_l2
         self._stride = 2 if self.extended else 1  # 64-bit words per L2 entry
         self._l2_bits = header.l2_bits
+        self._l2_mask = (1 << header.l2_bits) - 1
         self.l1 = read_table(fd, path, header.l1_offset, header.l1_size, "L1 table")
         self.l2 = L2Cache(fd, path, self.cluster_size)
         self._last: tuple[int, bytes] | None = None  # descriptor and contents of the compressed cluster read last
@@ -102,6 +103,11 @@ class Qcow2Reader(Image):
         return bool(self.header.incompatible & DATA_FILE)
 
     @property
+    def granularity(self) -> int:
+        """Bytes that a layer has or has not, as a whole: a cluster or subcluster."""
+        return self.cluster_size // SUBCLUSTERS if self.extended else self.cluster_size
+
+    @property
     def refcounts(self) -> Refcounts:
         if self._refcounts is None:
             from kvik.image.qcow2.refcount import Refcounts
@@ -130,6 +136,19 @@ class Qcow2Reader(Image):
         self.l1 = read_table(self.fd, self.path, snapshot.l1_offset, snapshot.l1_size, "snapshot's L1 table")
         self.size = snapshot.disk_size if snapshot.disk_size is not None else self.size
         self._last = None
+
+    def snapshot_views(self) -> Iterator[tuple[Snapshot, Qcow2Reader]]:
+        """Each snapshot with the image as it reads there, without the chain; only for the moment of the iteration."""
+        for snapshot in self.snapshots:
+            fd = os.dup(self.fd)
+            try:
+                view = Qcow2Reader(fd, self.path)
+            except BaseException:
+                os.close(fd)
+                raise
+            with view:
+                view.use_snapshot(snapshot)
+                yield snapshot, view
 
     def _backing_of(self, offset: int) -> Image | None:
         if self.backing is None and self.header.backing_file is not None:
@@ -160,6 +179,28 @@ class Qcow2Reader(Image):
                 yield from self._by_holes(run)
             else:
                 yield run
+
+    def place(self, offset: int, length: int) -> int:
+        table = self._table_of(offset, length, 0)
+        if table is None:
+            return -1
+        index = offset >> self.cluster_bits & self._l2_mask
+        entry = table[index]
+        if not entry & OFFSET or entry & ~(OFFSET | COPIED) or entry & OFFSET & (self.cluster_size - 1):
+            return -1
+        last = offset + length - 1 >> self.cluster_bits & self._l2_mask
+        if last != index and run_end(table, index, last + 1, self.cluster_size) <= last:
+            return -1
+        return (entry & OFFSET) + (offset & (self.cluster_size - 1))
+
+    def _table_of(self, offset: int, length: int, flags: int) -> array[int] | None:
+        """The L2 table that all of a range is in, if its L1 entry has these flags; None also for extended tables."""
+        shift = self.cluster_bits + self._l2_bits
+        number = offset >> shift
+        if self.extended or number >= len(self.l1) or offset + length - 1 >> shift != number:
+            return None
+        entry = self.l1[number]
+        return self.l2.get(entry & OFFSET) if entry & OFFSET and entry & flags == flags else None
 
     def _clusters(self, offset: int, length: int) -> Iterator[Run]:
         """Runs by the tables alone."""
@@ -196,8 +237,7 @@ class Qcow2Reader(Image):
                     yield COMPRESSED, start, at - start, entry
                     continue
                 if not entry:
-                    while index <= last and not table[index]:
-                        index += 1
+                    index = zero_end(table, index, last + 1)
                     kind, host = HOLE, -1
                 elif entry & ZERO_FLAG:
                     # A hole in the data file has room in it; the zeros of a plain zero cluster have none.
@@ -213,10 +253,7 @@ class Qcow2Reader(Image):
                     if not host and not self.has_data_file:  # a flag alone: no cluster
                         kind, host = HOLE, -1
                     else:
-                        expected = entry + size
-                        while index <= last and table[index] == expected:
-                            expected += size
-                            index += 1
+                        index = run_end(table, first, last + 1, size)
                 at = min(stop, (start & -size) + size * (index - first))
                 yield kind, start, at - start, host + (start & (size - 1)) if host >= 0 and kind != ZERO else -1
 
@@ -288,8 +325,9 @@ class Qcow2Reader(Image):
         return offset, sectors * 512 - (offset & 511)
 
     def read_compressed(self, descriptor: int, start: int) -> bytes:
-        if self._last is not None and self._last[0] == descriptor:
-            return self._last[1]
+        last = self._last  # once: another thread may replace it
+        if last is not None and last[0] == descriptor:
+            return last[1]
         offset, length = self.compressed_place(descriptor)
         if self.has_data_file:
             raise self.fault(

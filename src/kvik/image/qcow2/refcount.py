@@ -92,6 +92,7 @@ class Refcounts:
         self._dirty: set[int] = set()
         self._dirty_table: set[int] = set()
         self.hint = 0  # where the search for free clusters begins
+        self.may_grow = True  # whether the table may be moved now, which writes
         self.new_blocks: list[int] = []  # clusters that became refcount blocks or tables
         self._pending: list[tuple[int, int]] = []
         self.write_header: Callable[[], None] = lambda: None
@@ -113,7 +114,7 @@ class Refcounts:
         size = 1 << self.cluster_bits
         if offset & (size - 1):
             raise ImageError("a refcount block is not at a cluster's start", file=self._path, offset=offset)
-        data = os.pread(self._fd, size, offset)
+        data = os.pread(self._fd, size, offset) if offset < 1 << 62 else b""
         if len(data) < size:
             raise ImageError("a refcount block is outside the file", file=self._path, offset=offset)
         block = unpack_block(data, self.order)
@@ -142,6 +143,24 @@ class Refcounts:
             block = self.block(index)
             if block is not None:
                 yield index * self.per_block, block
+
+    def values(self, first: int, count: int) -> Iterator[int]:
+        """The refcounts of `count` clusters from `first` on."""
+        while count:
+            index, within = divmod(first, self.per_block)
+            span = min(count, self.per_block - within)
+            block = self.block(index)
+            yield from bytes(span) if block is None else block[within : within + span]
+            first += span
+            count -= span
+
+    def end(self) -> int:
+        """The cluster behind the last one in use."""
+        for index in range(len(self.table) - 1, -1, -1):
+            block = self.block(index)
+            if block is not None and any(block):
+                return index * self.per_block + max(i for i, value in enumerate(block) if value) + 1
+        return 0
 
     # -- changing
 
@@ -278,6 +297,7 @@ class Refcounts:
 
     def _grow_table(self, entries: int, beyond: int) -> None:
         """A bigger refcount table, from the cluster `beyond` the space that is wanted on; the old one is freed."""
+        assert self.may_grow
         per_cluster = 1 << (self.cluster_bits - 3)
         old_offset, old_clusters = self._header.refcount_table_offset, self._header.refcount_table_clusters
         # The table has room for what is wanted, for itself, for its blocks, and for half as much again.
@@ -308,6 +328,41 @@ class Refcounts:
         self.barrier()
         self.new_blocks.extend(range(beyond, beyond + clusters))
         self.free_later(old_offset >> self.cluster_bits, old_clusters)
+
+    # -- all in new places
+
+    def make_room(self, clusters: int) -> None:
+        """So that `clusters` more, and new places for all blocks and the table, need no bigger refcount table."""
+        blocks = sum(1 for entry in self.table if entry)
+        table = self._header.refcount_table_clusters
+        clusters += 2 * (blocks + table) + 64
+        clusters += 2 * (clusters // self.per_block + 1)
+        last = self.end() + clusters
+        if last // self.per_block >= len(self.table):
+            self._grow_table(last // self.per_block + 1, self.end())
+
+    def shadow(self) -> list[tuple[int, int]]:
+        """Everything that changed since it was written goes into new clusters, with a new table; the caller writes the
+        header. (offset, clusters) of the old places, which are in use until then."""
+        old: list[tuple[int, int]] = []
+        moved: set[int] = set()
+        clusters = self._header.refcount_table_clusters
+        place = self.allocate(clusters)
+        while True:
+            todo = [index for index in self._dirty if index not in moved and index not in self._dirty_table]
+            if not todo:
+                break
+            for index in todo:
+                new = self.allocate(1)
+                old.append((self.table[index] & TABLE_OFFSET, 1))
+                self.table[index] = new << self.cluster_bits
+                moved.add(index)
+        self.write_blocks()
+        write_table(self._fd, place << self.cluster_bits, self.table)
+        self._dirty_table.clear()
+        old.append((self._header.refcount_table_offset, clusters))
+        self._header.refcount_table_offset = place << self.cluster_bits
+        return old
 
     # -- writing
 

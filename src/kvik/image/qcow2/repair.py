@@ -17,12 +17,12 @@ from kvik.image.qcow2.tables import write_table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kvik.image.qcow2.writer import Qcow2Writer
+    from kvik.image.qcow2.allocator import Qcow2Allocator
 
 __all__ = ["repair"]
 
 
-def repair(image: Qcow2Writer, *, everything: bool) -> tuple[int, int]:
+def repair(image: Qcow2Allocator, *, everything: bool) -> tuple[int, int]:
     """(leaks, corruptions) that were set right; only leaks unless `everything`.
 
     Afterwards the image is no longer marked as dirty, and as corrupt only if something is left.
@@ -57,11 +57,9 @@ def repair(image: Qcow2Writer, *, everything: bool) -> tuple[int, int]:
     return leaks, corruptions
 
 
-def _rebuild(image: Qcow2Writer) -> None:
+def _rebuild(image: Qcow2Allocator) -> None:
     """A new refcount table with new blocks, behind all that is in use."""
-    checker = Checker(image)
-    checker.count()
-    counts = checker.counts
+    counts = Checker(image).all_counts()
     header = image.header
     bits, size = image.cluster_bits, image.cluster_size
     per_block = size * 8 >> header.refcount_order
@@ -76,6 +74,7 @@ def _rebuild(image: Qcow2Writer) -> None:
         table = max(table, (blocks * 8 + size - 1) // size)
     if table * size > MAX_REFCOUNT_TABLE:
         raise image.fault("cannot be repaired: its refcount table would be bigger than 8 MiB")
+    counts.extend(first + table + blocks)
     counts.add(first, table + blocks, 1)
     maximum = (1 << (1 << header.refcount_order)) - 1
     for index in range(blocks):

@@ -11,7 +11,7 @@ import struct
 from kvik.errors import ImageError, NoSnapshot
 from kvik.image.qcow2.header import MAX_L1, Header
 
-__all__ = ["Snapshot", "find", "pack_snapshots", "read_snapshots"]
+__all__ = ["Snapshot", "find", "find_by_name", "pack_snapshots", "read_snapshots", "table_size"]
 
 _ENTRY = struct.Struct(">QIHHIIQII")  # 40 bytes
 MAX_EXTRA = 1024
@@ -32,6 +32,7 @@ class Snapshot:
         "l1_offset",
         "l1_size",
         "name",
+        "room",
         "vm_clock_nsec",
         "vm_state_size",
     )
@@ -62,6 +63,7 @@ class Snapshot:
         self.disk_size = disk_size
         self.icount = icount
         self.extra = extra  # what follows the fields that are known here
+        self.room = 0  # bytes of its entry in the file
 
     def pack(self) -> bytes:
         extra = b""
@@ -69,6 +71,8 @@ class Snapshot:
             extra = struct.pack(">QQ", self.vm_state_size, self.disk_size)
             if self.icount is not None or self.extra:
                 extra += struct.pack(">Q", NO_ICOUNT if self.icount is None else self.icount) + self.extra
+        elif self.vm_state_size >= 1 << 32:
+            extra = struct.pack(">Q", self.vm_state_size)
         name, identity = os.fsencode(self.name), os.fsencode(self.id)
         data = _ENTRY.pack(
             self.l1_offset,
@@ -136,8 +140,22 @@ def read_snapshots(fd: int, path: str, header: Header) -> list[Snapshot]:
                 extra=extra[24:],
             )
         )
-        at = (end + 7) & ~7
+        found[-1].room = ((end + 7) & ~7) - at
+        at += found[-1].room
     return found
+
+
+def table_size(snapshots: list[Snapshot]) -> int:
+    """Bytes of the table in the file."""
+    return sum(snapshot.room for snapshot in snapshots)
+
+
+def find_by_name(snapshots: list[Snapshot], key: str, path: str) -> Snapshot:
+    """By name, else by id: as `qemu-img snapshot -d` looks, which knows names alone."""
+    for snapshot in snapshots:
+        if snapshot.name == key:
+            return snapshot
+    return find(snapshots, key, path)
 
 
 def find(snapshots: list[Snapshot], key: str, path: str) -> Snapshot:

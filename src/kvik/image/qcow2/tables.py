@@ -12,7 +12,17 @@ from array import array
 from kvik.errors import ImageError
 from kvik.image.base import write_fully
 
-__all__ = ["COMPRESSED_FLAG", "COPIED", "OFFSET", "ZERO_FLAG", "L2Cache", "read_table", "write_table"]
+__all__ = [
+    "COMPRESSED_FLAG",
+    "COPIED",
+    "OFFSET",
+    "ZERO_FLAG",
+    "L2Cache",
+    "read_table",
+    "run_end",
+    "write_table",
+    "zero_end",
+]
 
 OFFSET = 0x00FF_FFFF_FFFF_FE00  # bits 9 to 55
 COPIED = 1 << 63
@@ -25,6 +35,8 @@ _SWAP = sys.byteorder == "little"
 
 def read_table(fd: int, path: str, offset: int, entries: int, what: str) -> array[int]:
     """`entries` of 64 bits at `offset`; `ImageError` if they are not all in the file."""
+    if offset >= 1 << 62:
+        raise ImageError(f"the {what} is outside the file", file=path, offset=offset)
     data = os.pread(fd, entries * 8, offset)
     while len(data) < entries * 8:
         more = os.pread(fd, entries * 8 - len(data), offset + len(data))
@@ -44,6 +56,54 @@ def write_table(fd: int, offset: int, table: array[int]) -> None:
         table = table[:]
         table.byteswap()
     write_fully(fd, memoryview(table).cast("B"), offset)
+
+
+BLOCK = 512  # entries that are looked at together
+_ONES = sum(1 << (64 * i) for i in range(BLOCK))
+_RAMPS: dict[int, int] = {}
+
+
+def run_end(table: array[int], index: int, end: int, size: int) -> int:
+    """The index behind the entries from `index` on whose clusters of `size` bytes follow each other.
+
+    Long runs are compared by blocks, as one number each: a full table has thousands of entries and there are thousands
+    of tables.
+    """
+    expected = table[index] + size
+    index += 1
+    singly = index + 8  # short runs are not worth more
+    while index < end:
+        if index >= singly and index + BLOCK <= end and _SWAP:
+            ramp = _RAMPS.get(size)
+            if ramp is None:
+                ramp = _RAMPS[size] = sum(i * size << (64 * i) for i in range(BLOCK))
+            if expected + BLOCK * size < 1 << 64 and table[index : index + BLOCK].tobytes() == (
+                expected * _ONES + ramp
+            ).to_bytes(BLOCK * 8, "little"):
+                index += BLOCK
+                expected += BLOCK * size
+                continue
+            singly = index + BLOCK
+        if table[index] != expected:
+            break
+        expected += size
+        index += 1
+    return index
+
+
+_ZEROS = array("Q", bytes(BLOCK * 8))
+
+
+def zero_end(table: array[int], index: int, end: int) -> int:
+    """The index behind the entries from `index` on that are 0."""
+    while index < end and not table[index]:
+        if index + BLOCK <= end and table[index : index + BLOCK] == _ZEROS:
+            index += BLOCK
+            continue
+        stop = min(end, index + BLOCK)
+        while index < stop and not table[index]:
+            index += 1
+    return index
 
 
 class L2Cache:

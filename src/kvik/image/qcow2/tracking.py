@@ -24,7 +24,7 @@ from kvik.image.qcow2.tables import OFFSET, write_table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kvik.image.qcow2.writer import Qcow2Writer
+    from kvik.image.qcow2.allocator import Qcow2Allocator
 
 __all__ = ["Tracking", "set_bits", "store_bits"]
 
@@ -32,44 +32,44 @@ __all__ = ["Tracking", "set_bits", "store_bits"]
 class Tracking:
     """The enabled bitmaps of one image that is being written."""
 
-    def __init__(self, image: Qcow2Writer) -> None:
+    def __init__(self, image: Qcow2Allocator) -> None:
         self._image = image
-        self._bitmaps = read_directory(image)
-        self._bits: list[tuple[Bitmap, bytearray]] = []
+        self.bitmaps = read_directory(image)
+        self.bits: list[tuple[Bitmap, bytearray]] = []
         room = MAX_BITS // 2
-        for bitmap in self._bitmaps:
+        for bitmap in self.bitmaps:
             if not bitmap.flags & AUTO or bitmap.flags & IN_USE:
                 continue
             needed = bitmap.bytes_needed(image.header.size)
             if needed <= room:  # else it stays marked as inconsistent
                 room -= needed
-                self._bits.append((bitmap, read_bits(image, bitmap)))
+                self.bits.append((bitmap, read_bits(image, bitmap)))
             bitmap.flags |= IN_USE
-        self._write_directory()
+        self.write_directory()
         image.barrier()
 
-    def _write_directory(self) -> None:
+    def write_directory(self) -> None:
         assert self._image.header.bitmaps is not None
         _, size, offset = self._image.header.bitmaps
-        data = pack_directory(self._bitmaps)
+        data = pack_directory(self.bitmaps)
         assert len(data) == size
         write_fully(self._image.fd, data, offset)
 
     def mark(self, offset: int, length: int) -> None:
-        for bitmap, bits in self._bits:
+        for bitmap, bits in self.bits:
             first = offset >> bitmap.granularity_bits
             last = (offset + length - 1) >> bitmap.granularity_bits
             set_bits(bits, first, last + 1)
 
     def store(self) -> None:
         """The bits into the file, then the flags."""
-        for bitmap, bits in self._bits:
+        for bitmap, bits in self.bits:
             store_bits(self._image, bitmap, bits)
         self._image.write_back()
         self._image.barrier()
-        for bitmap, _ in self._bits:
+        for bitmap, _ in self.bits:
             bitmap.flags &= ~IN_USE
-        self._write_directory()
+        self.write_directory()
         self._image.barrier()
 
 
@@ -89,7 +89,7 @@ def set_bits(bits: bytearray, first: int, end: int) -> None:
     bits[high] |= stop
 
 
-def store_bits(image: Qcow2Writer, bitmap: Bitmap, bits: bytearray) -> None:
+def store_bits(image: Qcow2Allocator, bitmap: Bitmap, bits: bytearray) -> None:
     """The data of a bitmap whose table is as long as it must be; clusters are found as they are needed."""
     table = bitmap_table(image, bitmap)
     size = image.cluster_size

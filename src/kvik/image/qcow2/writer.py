@@ -1,227 +1,64 @@
-"""Writing qcow2: allocation, copy on write, zero clusters, discard; tables wait in memory and are written in order.
-
-What must never happen is that a table on disk leads to a cluster that is not ready, or to one that another table uses.
-So `write_back` goes in steps, each on disk before the next begins:
-
-    1. the data, and the refcount blocks with the new references
-    2. the refcount table, where it has new blocks
-    3. the L2 tables
-    4. the L1 table
-    5. the refcount blocks with the references that are gone
-
-Power lost anywhere leaves old or new data and, at worst, clusters that count as used and are not (leaks). A cluster
-that was given back is not used again before step 5. Reference: QEMU's docs/interop/qcow2.rst.
+"""Writing qcow2: data in place, in new clusters and compressed, zero clusters, discard. `allocator` keeps the order on
+disk. Reference: QEMU's docs/interop/qcow2.rst.
 """
 
 from __future__ import annotations
 
 import os
-from array import array
 
-from kvik.image.base import HOLE, ZERO, ZERO_ALLOCATED, write_fully
-from kvik.image.qcow2.header import AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW, CORRUPT, DIRTY
-from kvik.image.qcow2.reader import ALL_SUBCLUSTERS, SUBCLUSTERS, Qcow2Reader
-from kvik.image.qcow2.refcount import Refcounts
-from kvik.image.qcow2.tables import COMPRESSED_FLAG, COPIED, OFFSET, ZERO_FLAG
+from kvik.image.base import HOLE, ZERO, ZERO_ALLOCATED, cut, write_fully, writev_fully
+from kvik.image.qcow2.allocator import Qcow2Allocator
+from kvik.image.qcow2.header import AUTOCLEAR_RAW
+from kvik.image.qcow2.reader import ALL_SUBCLUSTERS, SUBCLUSTERS
+from kvik.image.qcow2.tables import COMPRESSED_FLAG, COPIED, OFFSET, ZERO_FLAG, run_end
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from kvik.image.base import BackingOpener, DataOpener
-    from kvik.image.qcow2.tracking import Tracking
+    from array import array
 
 __all__ = ["Qcow2Writer"]
 
 MOST_AT_ONCE = 4 << 20  # bytes allocated in one piece
 
 
-class Qcow2Writer(Qcow2Reader):
-    """An open qcow2 image, for reading and writing.
-
-    With `barriers` off nothing is flushed but at the end: for an image that is worthless until it is whole.
-    `repairing` opens one that is marked as corrupt or dirty as it is.
-    """
-
-    def __init__(
-        self,
-        fd: int,
-        path: str = "",
-        *,
-        backing: BackingOpener | None = None,
-        data_file: DataOpener | None = None,
-        barriers: bool = True,
-        repairing: bool = False,
-    ) -> None:
-        super().__init__(fd, path, writable=True, backing=backing, data_file=data_file)
-        self.barriers = barriers
-        self._dirty_l1: set[int] = set()
-        self._tail = 0  # where the next compressed cluster may begin, in the cluster of the one before
-        self._reserved: set[int] | None = None
-        self._fixed: set[int] | None = None
-        self.tracking: Tracking | None = None
-        self._touched = False
-        if self.corrupt and not repairing:
-            raise self.fault("is marked as corrupt", 72, f"repair it: kvik img check -r all {path}")
-        if self.dirty and not repairing:
-            self._repair_refcounts()
-
-    def _repair_refcounts(self) -> None:
-        """An image with lazy refcounts that was not closed: its refcounts are counted anew, as QEMU does at opening."""
-        from kvik.image.qcow2.repair import repair
-
-        repair(self, everything=True)
-
-    # -- changing what is there
-
-    @property
-    def refcounts(self) -> Refcounts:
-        if self._refcounts is None:
-            self._refcounts = Refcounts(self.fd, self.path, self.header)
-            self._refcounts.write_header = self.write_header
-            self._refcounts.barrier = self.barrier
-            self._refcounts.reserved = self.is_reserved
-        return self._refcounts
-
-    def forget_refcounts(self) -> None:
-        """They are in other places on disk now."""
-        self._refcounts = None
-        self.tables_moved()
-
-    def barrier(self) -> None:
-        if self.barriers:
-            os.fdatasync(self.fd)
-            if self.data_fd not in (-1, self.fd):
-                os.fdatasync(self.data_fd)
-
-    def write_header(self) -> None:
-        packed = self.header.pack()
-        write_fully(self.fd, packed + bytes(max(0, min(4096, self.cluster_size) - len(packed))), 0)
-
-    def _begin(self) -> None:
-        """Before the first change: features that this program does not keep in order lose their flag.
-
-        Persistent bitmaps are marked as inconsistent unless something keeps them ("Auto-clear features").
-        """
-        if self._touched:
-            return
-        self._touched = True
-        kept = self.header.autoclear & (AUTOCLEAR_RAW | AUTOCLEAR_BITMAPS)
-        if kept != self.header.autoclear:
-            self.header.autoclear = kept
-            self.write_header()
-            self.barrier()
-        from kvik.image.qcow2.tracking import Tracking
-
-        if self.header.bitmaps is not None and self.header.autoclear & AUTOCLEAR_BITMAPS:
-            self.tracking = Tracking(self)
-
-    def is_reserved(self, cluster: int, count: int) -> bool:
-        """Whether a range of clusters has a table of the image in it: only a damaged image asks to write there."""
-        if self._reserved is None:
-            bits = self.cluster_bits
-            self._reserved = self._structure() | {(entry & OFFSET) >> bits for entry in self.l1 if entry & OFFSET}
-        if count == 1:
-            return cluster in self._reserved
-        return not self._reserved.isdisjoint(range(cluster, cluster + count))
-
-    def _structure(self) -> set[int]:
-        """The clusters of all tables but the L2 tables."""
-        if self._fixed is None:
-            bits, header = self.cluster_bits, self.header
-            found: set[int] = {0}
-
-            def add(offset: int, length: int) -> None:
-                found.update(range(offset >> bits, (offset + length + (1 << bits) - 1) >> bits))
-
-            add(header.l1_offset, header.l1_size * 8)
-            add(header.refcount_table_offset, header.refcount_table_clusters << bits)
-            found.update(entry >> bits for entry in self.refcounts.table if entry)
-            if header.nb_snapshots:
-                add(header.snapshots_offset, 1)
-                for snapshot in self.snapshots:
-                    add(snapshot.l1_offset, snapshot.l1_size * 8)
-            if header.bitmaps is not None:
-                add(header.bitmaps[2], header.bitmaps[1])
-            self._fixed = found
-        return self._fixed
-
-    def tables_moved(self) -> None:
-        """The tables are elsewhere now: look again where they are."""
-        self._reserved = self._fixed = None
-
-    def allocate(self, count: int, *, table: bool = False) -> int:
-        """Offset of `count` new clusters in a row; `table` if they are to hold one."""
-        first = self.refcounts.allocate(count)
-        if self._reserved is not None:
-            self._reserved.update(self.refcounts.new_blocks)
-            self._structure().update(self.refcounts.new_blocks)
-            if table:
-                self._reserved.update(range(first, first + count))
-        self.refcounts.new_blocks.clear()
-        return first << self.cluster_bits
-
-    def release_later(self, offset: int, count: int = 1) -> None:
-        """`count` clusters lose a reference when no table on disk leads there any more."""
-        self.refcounts.free_later(offset >> self.cluster_bits, count)
-        if self._tail and offset >> self.cluster_bits == self._tail >> self.cluster_bits:
-            self._tail = 0
-
-    def _free_compressed(self, entry: int) -> None:
-        offset, length = self.compressed_place(entry)
-        first = offset >> self.cluster_bits
-        self.refcounts.free_later(first, ((offset + length - 1) >> self.cluster_bits) - first + 1)
-        if self._tail and first <= self._tail >> self.cluster_bits <= (offset + length) >> self.cluster_bits:
-            self._tail = 0
-
-    def _own_l2(self, number: int) -> tuple[int, array[int]]:
-        """(offset, table) of an L2 table that only the active L1 table leads to, made or copied where needed."""
-        entry = self.l1[number]
-        place = entry & OFFSET
-        if place and entry & COPIED:
-            if place >> self.cluster_bits in self._structure():
-                raise self.fault("an L1 entry leads to a table that is none of L2", self.header.l1_offset + 8 * number)
-            table = self.l2.get(place)
-        else:
-            table = self.l2.get(place)[:] if place else array("Q", bytes(self.cluster_size))
-            new = self.allocate(1, table=True)
-            if place:
-                self.release_later(place)
-            place = new
-            self.l1[number] = place | COPIED
-            self._dirty_l1.add(number)
-            self.l2.put(place, table)
-        self.l2.dirty.add(place)
-        return place, table
-
-    def _spans(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
-        """(L1 index, first L2 index, start, end) of the parts of a range that one L2 table has."""
-        shift = self.cluster_bits + self._l2_bits
-        end = offset + length
-        while offset < end:
-            number = offset >> shift
-            stop = min(end, (number + 1) << shift)
-            yield number, (offset >> self.cluster_bits) & ((1 << self._l2_bits) - 1), offset, stop
-            offset = stop
+class Qcow2Writer(Qcow2Allocator):
+    """An open qcow2 image, for reading and writing."""
 
     # -- data
 
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """`data` at `offset`; on disk after the next `flush`."""
-        view = memoryview(data).cast("B")
-        self.check_range(offset, len(view))
-        self._check_writable()
-        self._begin()
+    def writev(self, offset: int, buffers: list[memoryview]) -> None:
+        length = sum(map(len, buffers))
+        self.check_range(offset, length)
+        self.check_writable()
+        self.begin()
         if self.tracking is not None:
-            self.tracking.mark(offset, len(view))
+            self.tracking.mark(offset, length)
         self._last = None
-        for number, index, start, end in self._spans(offset, len(view)):
+        for number, index, start, end in self._spans(offset, length):
             _, table = self._own_l2(number)
-            self._write_table(table, index, start, view[start - offset : end - offset])
+            self._write_table(table, index, start, cut(buffers, start - offset, end - offset))
             if self.l2.crowded or self.refcounts.crowded:
                 self.write_back()
 
-    def _check_writable(self) -> None:
+    def place_to_write(self, offset: int, length: int) -> int:
+        if not self._tracked or self.tracking is not None:
+            return -1
+        table = self._table_of(offset, length, COPIED)
+        if table is None:
+            return -1
+        size, bits, mask = self.cluster_size, self.cluster_bits, self._l2_mask
+        index, last = offset >> bits & mask, offset + length - 1 >> bits & mask
+        entry = table[index]
+        place = entry & OFFSET
+        if not place or entry != place | COPIED or place & (size - 1):
+            return -1
+        if last != index and run_end(table, index, last + 1, size) <= last:
+            return -1
+        if place + (last - index) * size >= self.file_end or self.is_reserved(place >> bits, last - index + 1):
+            return -1
+        return place + (offset & (size - 1))
+
+    def check_writable(self) -> None:
         if self.fd < 0 or not self.writable:
             raise self.fault("is not open for writing")
         if self.header.crypt_method:
@@ -229,10 +66,10 @@ class Qcow2Writer(Qcow2Reader):
         if self.data_fd < 0:
             raise self.fault(f"keeps its data in {self.header.data_file!r}, which was not opened", 72)
 
-    def _write_table(self, table: array[int], index: int, start: int, view: memoryview) -> None:
+    def _write_table(self, table: array[int], index: int, start: int, buffers: list[memoryview]) -> None:
         """The part of a write that one L2 table maps: runs in place, and runs of new clusters."""
         size, bits = self.cluster_size, self.cluster_bits
-        end = start + len(view)
+        end = start + sum(map(len, buffers))
         at = start
         while at < end:
             here = index + (at >> bits) - (start >> bits)
@@ -256,7 +93,7 @@ class Qcow2Writer(Qcow2Reader):
                         break
                     run += 1
             stop = min(end, (at & -size) + (run - here) * size)
-            part = view[at - start : stop - start]
+            part = buffers if (at, stop) == (start, end) else cut(buffers, at - start, stop - start)
             if in_place:
                 self._check_inside(place + (run - here - 1) * size)
                 self._put(part, place + (at & (size - 1)), place, run - here)
@@ -293,20 +130,21 @@ class Qcow2Writer(Qcow2Reader):
         if cluster >= self.file_end:
             raise self.fault("an L2 entry leads outside the file", cluster)
 
-    def _put(self, data: bytes | bytearray | memoryview, host: int, cluster: int, count: int) -> None:
+    def _put(self, buffers: list[memoryview], host: int, cluster: int, count: int) -> None:
         """Data into clusters of the file, unless they are a table's."""
         if not self.has_data_file and self.is_reserved(cluster >> self.cluster_bits, count):
             raise self.fault("an L2 entry leads to a table of the image: nothing is written there", host)
         if cluster & (self.cluster_size - 1):
             raise self.fault("an L2 entry does not lead to a cluster's start", host)
-        write_fully(self.data_fd, data, host)
+        writev_fully(self.data_fd, buffers, host)
 
-    def _write_new(self, table: array[int], index: int, count: int, at: int, view: memoryview) -> None:
+    def _write_new(self, table: array[int], index: int, count: int, at: int, buffers: list[memoryview]) -> None:
         """Data for `count` clusters whose entries cannot be written in place: new clusters, or those that a zero
         cluster keeps; the rest of the first and last cluster is copied."""
         size, stride = self.cluster_size, self._stride
         base = at & -size
-        end = at + len(view)
+        end = at + sum(map(len, buffers))
+        reused = 0
         if self.has_data_file:
             place = base
         else:
@@ -323,9 +161,16 @@ class Qcow2Writer(Qcow2Reader):
                 last = base + count * size
         head = self._old(first, at - first)
         tail = self._old(end, last - end)
-        if head or tail:
-            view = memoryview(b"".join((head, view, tail)))
-        self._put(view, place + first - base, place, count)
+        if head:
+            buffers = [memoryview(head), *buffers]
+        if tail:
+            buffers = [*buffers, memoryview(tail)]
+        try:
+            self._put(buffers, place + first - base, place, count)
+        except OSError:
+            if not reused and not self.has_data_file:
+                self.release_later(place, count)  # nothing leads there
+            raise
         for number in range(count):
             slot = (index + number) * stride
             old = table[slot]
@@ -381,8 +226,8 @@ class Qcow2Writer(Qcow2Reader):
 
     def place_compressed(self, offset: int, length: int) -> int:
         """Room in the file for a compressed cluster, entered in its table; where its data goes."""
-        self._check_writable()
-        self._begin()
+        self.check_writable()
+        self.begin()
         if self.has_data_file:
             raise self.fault("has an external data file: clusters cannot be compressed")
         if self.l2.crowded or self.refcounts.crowded:
@@ -430,7 +275,8 @@ class Qcow2Writer(Qcow2Reader):
 
     def write_zeroes(self, offset: int, length: int, discard: bool = False) -> None:
         self.check_range(offset, length)
-        self._check_writable()
+        self.check_writable()
+        self._record(offset, length)
         size = self.cluster_size
         end = offset + length
         # The end of the disk ends its last cluster.
@@ -444,6 +290,18 @@ class Qcow2Writer(Qcow2Reader):
         if end > last:
             self._write_blank(last, end - last)
 
+    @property
+    def _alone(self) -> bool:
+        """Whether a hole reads as zero, and will."""
+        return self.backing is None and self.header.backing_file is None and not self.keep_zeroes
+
+    def _record(self, offset: int, length: int) -> None:
+        """In the bitmaps, also where what is asked for changes nothing: as QEMU does."""
+        if self.header.bitmaps is not None and length:
+            self.begin()
+            if self.tracking is not None:
+                self.tracking.mark(offset, length)
+
     def _write_blank(self, offset: int, length: int) -> None:
         """Zeros as data, but where the image reads as zero already."""
         blank = memoryview(bytes(min(max(length, 0), 1 << 20)))
@@ -453,7 +311,7 @@ class Qcow2Writer(Qcow2Reader):
             if kind in (ZERO, ZERO_ALLOCATED) and not self.header.autoclear & AUTOCLEAR_RAW:
                 offset = start + size
                 continue
-            if kind == HOLE and self.backing is None and self.header.backing_file is None:
+            if kind == HOLE and self._alone:
                 offset = start + size
                 continue
             count = min(size, end - offset, len(blank))
@@ -461,12 +319,12 @@ class Qcow2Writer(Qcow2Reader):
             offset += count
 
     def _zero_clusters(self, offset: int, length: int, discard: bool) -> None:
-        self._begin()
+        self.begin()
         if self.tracking is not None:
             self.tracking.mark(offset, min(length, self.size - offset))
         self._last = None
         stride, size = self._stride, self.cluster_size
-        empty = self.header.backing_file is None
+        empty = self._alone
         for number, index, start, end in self._spans(offset, length):
             if empty and not self.l1[number] & OFFSET:
                 continue  # reads as zero already
@@ -490,7 +348,8 @@ class Qcow2Writer(Qcow2Reader):
     def discard(self, offset: int, length: int) -> None:
         """Whole clusters give their room back: they read as zero (as QEMU's full discards do)."""
         self.check_range(offset, length)
-        self._check_writable()
+        self.check_writable()
+        self._record(offset, length)
         size = self.cluster_size
         first = (offset + size - 1) & -size
         end = offset + length
@@ -504,7 +363,7 @@ class Qcow2Writer(Qcow2Reader):
 
     def unmap(self, offset: int, length: int) -> None:
         """Whole clusters leave this layer: what is read there is the backing image's, or zero."""
-        self._begin()
+        self.begin()
         self._last = None
         stride, size = self._stride, self.cluster_size
         if self.tracking is not None and offset < self.size:
@@ -521,62 +380,34 @@ class Qcow2Writer(Qcow2Reader):
             if self.l2.crowded:
                 self.write_back()
 
-    # -- order on disk
+    def make_empty(self) -> None:
+        """Every cluster leaves this layer; the internal snapshots stay."""
+        self.check_writable()
+        self.begin()
+        self._last = None
+        if self.tracking is not None:
+            self.tracking.mark(0, self.size)
+        self._drop_tables(0)
+        self.flush()
+        if not self.has_data_file:
+            self.truncate_tail()
 
-    def write_back(self) -> None:
-        """Tables into the file, in the order that keeps it whole at every moment."""
-        refcounts = self._refcounts
-        if refcounts is None:
-            return
-        if refcounts.write_blocks():
-            self.barrier()
-            refcounts.write_table()
-        if self.l2.dirty:
-            self.barrier()
-            self.l2.write_dirty()
-        if self._dirty_l1:
-            self.barrier()
-            for number in sorted(self._dirty_l1):
-                write_fully(self.fd, self.l1[number].to_bytes(8, "big"), self.header.l1_offset + 8 * number)
-            self._dirty_l1.clear()
-        if refcounts.pending:
-            self.barrier()
-            self._settle()
-            refcounts.write_blocks()
+    def forget_vm_state(self) -> None:
+        """What lies in the active table behind the disk's end: a machine's state, left by a snapshot that was applied.
+        The snapshots keep theirs."""
+        self._drop_tables(self.header.l1_needed(self.header.size))
 
-    def _settle(self) -> None:
-        """References go; clusters that have none left give their room in the file system back."""
-        from kvik.image.raw import punch
-
-        bits = self.cluster_bits
-        for first, count in self.refcounts.settle():
-            begin = first
-            for cluster in range(first, first + count):
-                if self.refcounts.get(cluster):
-                    punch(self.fd, begin << bits, (cluster - begin) << bits)
-                    begin = cluster + 1
-                    continue
-                self.l2.forget(cluster << bits)
-                if self._reserved is not None:
-                    self._reserved.discard(cluster)
-                    self._structure().discard(cluster)
-            punch(self.fd, begin << bits, (first + count - begin) << bits)
-
-    def flush(self) -> None:
+    def _drop_tables(self, first: int) -> None:
+        """The L2 tables from an L1 index on leave this layer with all that they lead to."""
+        for number in range(first, len(self.l1)):
+            place = self.l1[number] & OFFSET
+            if not place:
+                continue
+            for old in self.l2.get(place)[:: self._stride]:
+                if old:
+                    self._drop(old)
+            self.l2.dirty.discard(place)
+            self.release_later(place)
+            self.l1[number] = 0
+            self._dirty_l1.add(number)
         self.write_back()
-        os.fdatasync(self.fd)
-        if self.data_fd not in (-1, self.fd):
-            os.fdatasync(self.data_fd)
-
-    def finish(self) -> None:
-        self.write_back()
-        if self._touched and self.tracking is not None:
-            self.tracking.store()
-        if self._touched and self.barriers:
-            self.flush()
-
-    def mark_whole(self) -> None:
-        """After a repair: no longer dirty, no longer corrupt."""
-        self.header.incompatible &= ~(DIRTY | CORRUPT)
-        self.write_header()
-        os.fdatasync(self.fd)
