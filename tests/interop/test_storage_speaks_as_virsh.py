@@ -95,6 +95,10 @@ pool-destroy p
 pool-define @pooldoc
 pool-delete p
 pool-undefine p
+find-storage-pool-sources-as fs
+find-storage-pool-sources-as logical
+find-storage-pool-sources-as netfs
+find-storage-pool-sources-as iscsi
 """
 VOLUMES = """\
 pool-create-as p dir --target @pool --build

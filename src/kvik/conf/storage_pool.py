@@ -21,24 +21,25 @@ from kvik.conf.xmlparse import parse_element
 from kvik.errors import ConfigError
 
 __all__ = [
-    "FORMATS", "POOL_TYPES", "Permissions", "PoolSource", "PoolTarget", "Size", "StoragePool", "complete_pool",
-    "format_pool", "load_pool", "parse_pool", "parse_source", "validate_permissions", "validate_pool",
+    "DEFAULT_FORMATS", "FORMATS", "POOL_TYPES", "Permissions", "PoolSource", "PoolTarget", "Size", "StoragePool",
+    "complete_pool", "format_pool", "load_pool", "parse_pool", "parse_source", "validate_permissions", "validate_pool",
 ]  # fmt: skip
 
 PoolType = Literal[
     "dir", "fs", "netfs", "logical", "disk", "iscsi", "iscsi-direct", "scsi", "mpath", "rbd", "gluster", "zfs"
 ]
 POOL_TYPES: tuple[str, ...] = get_args(PoolType)
-# Formats of a pool's source, the first of each being what is meant where none is named.
+# Formats of a pool's source, in libvirt's order; the first is meant where none is named, but for DEFAULT_FORMATS.
 FORMATS: dict[str, tuple[str, ...]] = {
     "fs": (
         "auto", "ext2", "ext3", "ext4", "ufs", "iso9660", "udf", "gfs", "gfs2", "vfat", "hfs+", "xfs", "ocfs2", "vmfs",
         "btrfs",
     ),
     "netfs": ("auto", "nfs", "glusterfs", "cifs"),
-    "logical": ("lvm2", "unknown"),
+    "logical": ("unknown", "lvm2"),
     "disk": ("unknown", "dos", "dvh", "gpt", "mac", "bsd", "pc98", "sun", "lvm2"),
 }  # fmt: skip
+DEFAULT_FORMATS = {type_: formats[0] for type_, formats in FORMATS.items()} | {"logical": "lvm2"}
 NEEDS_PATH = ("dir", "fs", "netfs", "iscsi", "scsi")
 NEEDS_HOST = ("netfs", "iscsi", "iscsi-direct", "rbd", "gluster")
 NEEDS_DEVICE = ("fs", "disk", "iscsi", "iscsi-direct")
@@ -145,7 +146,7 @@ class AuthSecret(Element):
 
 
 class SourceAuth(Element):
-    type: Literal["chap", "ceph"]
+    type: Literal["chap", "ceph", "cifs"]  # cifs: kvik's own, of an SMB share
     username: str
     secret: AuthSecret
 
@@ -310,7 +311,7 @@ def complete_pool(document: StoragePool, defaults: MachineDefaults | None = None
     source = document.source = document.source or PoolSource()
     document.name = document.name or source.name or ""
     if document.type in FORMATS and source.format is None:
-        source.format = SourceFormat(type=FORMATS[document.type][0])
+        source.format = SourceFormat(type=DEFAULT_FORMATS[document.type])
     if document.type in FIXED_PATHS:
         source.name = source.name or document.name
         _target(document).path = FIXED_PATHS[document.type].format(source.name)

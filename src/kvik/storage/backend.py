@@ -14,26 +14,42 @@ half done is left behind by any of them.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NoReturn
 
-from kvik.conf.storage_pool import Permissions, PoolSource, StoragePool
-from kvik.conf.storage_volume import FILE_FORMATS, StorageVolume
+from kvik.conf.storage_pool import AuthSecret, Permissions, PoolSource, StoragePool
+from kvik.conf.storage_volume import FILE_FORMATS, Encryption, StorageVolume
 from kvik.errors import OperationUnsupported
+from kvik.image.base import Image
+from kvik.storage.sparse import size_of
+from kvik.storage.wiping import overwrite
 
-__all__ = ["VOLUMES_MAX", "Backend", "Contents"]
+__all__ = ["VOLUMES_MAX", "Backend", "Contents", "SecretReader", "no_secrets"]
 
 VOLUMES_MAX = 16384  # REMOTE_STORAGE_VOL_LIST_MAX: more cannot be listed
 
 
+SecretReader = Callable[[str, AuthSecret], bytes]  # of which usage it must be ("iscsi", "ceph"); raises KvikError
+
+
+def no_secrets(usage: str, which: AuthSecret) -> bytes:
+    raise OperationUnsupported(f"secret {which.usage or which.uuid} cannot be had here")
+
+
 @dataclass(slots=True)
 class Contents:
-    """What `refresh` found; sizes in bytes. `left_out`: one line for each thing that is no volume, and why."""
+    """What `refresh` found; sizes in bytes. `left_out`: one line for each thing that is no volume, and why. `shared`:
+    by which file system other hosts may have the same volumes open, "" if they cannot. `lockless`: why locks on them do
+    not reach those hosts."""
 
     capacity: int = 0
     allocation: int = 0
     available: int = 0
     permissions: Permissions | None = None
+    shared: str = ""
+    lockless: str = ""
     volumes: dict[str, StorageVolume] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
@@ -44,9 +60,12 @@ class Backend:
     type: ClassVar[str] = ""
     formats: ClassVar[tuple[str, ...]] = FILE_FORMATS  # of its volumes
     default_format: ClassVar[str] = "raw"
+    names_formats: ClassVar[bool] = True  # whether people choose among them: a device of a group has none
 
-    def __init__(self, document: StoragePool) -> None:
+    def __init__(self, document: StoragePool, secret: SecretReader = no_secrets) -> None:
         self.document = document
+        self.secret = secret
+        self.given_up = False  # the source does not answer: `stop` shall not wait for it, where that can be had
 
     @property
     def name(self) -> str:
@@ -63,6 +82,11 @@ class Backend:
 
     def stop(self) -> None:
         """The counterpart; what is gone already is no error."""
+
+    def clean(self) -> None:
+        """Take away what a start or stop left that a kill broke off; nothing of it may be there."""
+        if self.check():
+            self.stop()
 
     def build(self, *, overwrite: bool = False, no_overwrite: bool = False) -> None:
         """`no_overwrite`: not where anything was before; `overwrite`: whatever was there."""
@@ -89,6 +113,11 @@ class Backend:
         """A new one, with the bytes that can be read from the descriptor `source` (a file or block device)."""
         self.refuse("copying volumes")
 
+    def convert_volume(self, document: StorageVolume, source: Image, locked: Encryption | None = None) -> StorageVolume:
+        """A new one, of the format that the document names, that reads as `source` does; `locked`: when that is opened
+        with its secret."""
+        self.refuse("converting volumes")
+
     def delete_volume(self, volume: StorageVolume) -> None:
         self.refuse("deleting volumes")
 
@@ -99,6 +128,14 @@ class Backend:
     def open_volume(self, volume: StorageVolume, *, writable: bool = False) -> int:
         """A descriptor of its bytes. HostError if what has its name now is not a volume any more."""
         self.refuse("reading and writing volumes")
+
+    def wipe_volume(self, volume: StorageVolume, passes: Sequence[bytes]) -> None:
+        """Overwrite all of it, once for each of `passes` (`wiping.passes_of`)."""
+        fd = self.open_volume(volume, writable=True)
+        try:
+            overwrite(fd, size_of(fd), passes)
+        finally:
+            os.close(fd)
 
     def look_at(self, volume: StorageVolume) -> StorageVolume:
         """The volume as it is now."""

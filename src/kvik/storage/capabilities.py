@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvik.conf.storage_pool import FORMATS, POOL_TYPES
+from kvik.conf.storage_pool import DEFAULT_FORMATS, FORMATS, POOL_TYPES
 from kvik.errors import OperationUnsupported
 from kvik.storage.types import backend_of
 
@@ -28,10 +28,10 @@ def _lines() -> Iterator[str]:
         yield f"  <pool type='{type_}' supported='{'yes' if supported else 'no'}'>"
         if type_ in FORMATS:
             yield "    <poolOptions>"
-            yield f"      <defaultFormat type='{FORMATS[type_][0]}'/>"
+            yield f"      <defaultFormat type='{DEFAULT_FORMATS[type_]}'/>"
             yield from _enum("sourceFormatType", FORMATS[type_])
             yield "    </poolOptions>"
-        if backend.formats:
+        if backend.names_formats:
             yield "    <volOptions>"
             yield f"      <defaultFormat type='{backend.default_format}'/>"
             yield from _enum("targetFormatType", backend.formats)

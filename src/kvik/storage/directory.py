@@ -19,7 +19,6 @@ from pathlib import Path
 
 from kvik.conf.storage_pool import Permissions, bytes_of
 from kvik.conf.storage_volume import (
-    BackingStore,
     Encryption,
     StorageVolume,
     Timestamps,
@@ -30,9 +29,13 @@ from kvik.conf.storage_volume import (
 from kvik.errors import ConfigUnsupported, HostError, InvalidArgument, OperationInvalid, StorageVolumeExists
 from kvik.host.beneath import Beneath, kind_of
 from kvik.host.files import host_error
-from kvik.storage import qcow2, sparse
+from kvik.host.filesystem import locks_stay_here, shared_as
+from kvik.image.base import Image
+from kvik.image.convert import convert
+from kvik.image.resize import resize
+from kvik.storage import encryption, qcow2, sparse
 from kvik.storage.backend import VOLUMES_MAX, Backend, Contents
-from kvik.storage.formats import read_header
+from kvik.storage.formats import is_luks, kind_of_image
 
 __all__ = ["DirectoryBackend"]
 
@@ -110,6 +113,8 @@ class DirectoryBackend(Backend):
         with Beneath(self.document.path) as directory:
             contents = Contents(permissions=permissions_of(os.fstat(directory.fd)))
             contents.capacity, contents.allocation, contents.available = _space(directory)
+            contents.shared = shared_as(directory.fd)
+            contents.lockless = locks_stay_here(directory.fd)
             try:
                 with os.scandir(directory.fd) as entries:
                     names = [entry.name for entry in entries]
@@ -158,17 +163,15 @@ class DirectoryBackend(Backend):
 
     def _read(self, fd: int, info: os.stat_result, volume: StorageVolume) -> None:
         """What a regular file holds, and what it takes."""
-        target, header = volume.target, read_header(fd, info.st_size)
+        target, kind = volume.target, kind_of_image(fd)
         assert target is not None
-        target.format = VolumeFormat(type=header.format)
-        if header.encryption:
-            target.encryption = Encryption(format="luks" if header.encryption == "luks" else "qcow")
-        if header.backing:
-            where = header.backing if header.backing.startswith("/") else str(Path(self.document.path, header.backing))
-            volume.backing_store = BackingStore(path=where)
-        volume.capacity = bytes_of(header.capacity)
-        if header.format == "qcow2":
-            qcow2.describe(fd, volume)
+        target.format = VolumeFormat(type=kind)
+        volume.capacity = bytes_of(info.st_size)
+        if kind == "qcow2":
+            qcow2.describe(fd, volume, self.document.path)
+        elif kind == "raw" and is_luks(fd):
+            target.encryption = Encryption(format="luks")
+            volume.capacity = bytes_of(max(0, info.st_size - encryption.payload_offset(fd)))
         allocated = info.st_blocks * 512
         if self.document.refresh is not None and self.document.refresh.volume.allocation == "capacity":
             allocated = volume.size
@@ -186,18 +189,21 @@ class DirectoryBackend(Backend):
             raise InvalidArgument("metadata preallocation is not supported for raw volumes")
         with Beneath(self.document.path) as directory:
             with self._making(directory, document) as fd:
-                if document.format == "raw":
+                if encryption.encryption_of(document) is not None:
+                    encryption.create(fd, document, self.secret, metadata=preallocate_metadata)
+                elif document.format == "raw":
                     allocate(fd, document.size, document.allocated)
                 else:
                     qcow2.create(fd, document, preallocate_metadata=preallocate_metadata)
             return self._examine(directory, document.name)
 
     def copy_volume(self, document: StorageVolume, source: int, *, reflink: bool = False) -> StorageVolume:
-        self._creatable(document)
+        self._creatable(document, copied=True)
         with Beneath(self.document.path) as directory:
             with self._making(directory, document) as fd:
-                size = sparse.size_of(source)
-                length = max(size, document.size) if document.format == "raw" else size
+                size = length = sparse.size_of(source)
+                if document.format == "raw":
+                    length = max(size, document.size + encryption.payload_offset(source))
                 if reflink:
                     sparse.clone(source, fd)
                 else:
@@ -207,7 +213,27 @@ class DirectoryBackend(Backend):
                 os.ftruncate(fd, length)
             return self._examine(directory, document.name)
 
-    def _creatable(self, document: StorageVolume) -> None:
+    def convert_volume(self, document: StorageVolume, source: Image, locked: Encryption | None = None) -> StorageVolume:
+        self._creatable(document)
+        with Beneath(self.document.path) as directory:
+            with self._making(directory, document) as fd:
+                if encryption.encryption_of(document) is not None:
+                    encryption.create(fd, document, self.secret)
+                    encryption.fill(fd, document, self.secret, source, locked)
+                else:
+                    self._convert(fd, document, source)
+            return self._examine(directory, document.name)
+
+    def _convert(self, fd: int, document: StorageVolume, source: Image) -> None:
+        if document.format == "raw":
+            allocate(fd, document.size, document.allocated)
+        else:
+            qcow2.create(fd, document)
+        with qcow2.writing(fd, document.format, document.name) as target:
+            convert(source, target, zeroed=document.allocated == 0)
+
+    def _creatable(self, document: StorageVolume, *, copied: bool = False) -> None:
+        """ConfigError, ConfigUnsupported if not. `copied`: byte by byte, encrypted as what it is copied from."""
         if document.format not in ("raw", "qcow2"):
             raise ConfigUnsupported(
                 f"volumes of format {document.format} cannot be created in pool {self.name!r}",
@@ -216,8 +242,8 @@ class DirectoryBackend(Backend):
             )
         if document.backing_store is not None and document.format == "raw":
             raise ConfigUnsupported("a raw volume has no backing store", path="/volume/backingStore")
-        if document.target is not None and document.target.encryption is not None:
-            raise ConfigUnsupported("encrypted volumes cannot be created", path="/volume/target/encryption")
+        if not copied:
+            encryption.check_encryption(document)
 
     @contextmanager
     def _making(self, directory: Beneath, document: StorageVolume) -> Iterator[int]:
@@ -265,11 +291,22 @@ class DirectoryBackend(Backend):
             directory.sync()
 
     def resize_volume(self, volume: StorageVolume, capacity: int, *, allocate: bool = False) -> None:
-        if volume.format != "raw":
+        if volume.format not in ("raw", "qcow2"):
             self.refuse(f"resizing volumes of format {volume.format}")
         fd = self.open_volume(volume, writable=True)
         try:
+            locked = encryption.encryption_of(volume) is not None
+            if volume.format == "qcow2" and locked:
+                encryption.resize(fd, volume, self.secret, capacity, allocate=allocate and capacity > volume.size)
+                return
+            if volume.format == "qcow2":
+                with qcow2.writing(fd, "qcow2", volume.path) as image:
+                    grows = capacity > image.size
+                    resize(image, capacity, shrink=True, preallocation="falloc" if allocate and grows else "off")
+                return
             before = os.fstat(fd).st_size
+            if locked:
+                capacity += encryption.payload_offset(fd)  # new bytes read as random ones, as with libvirt
             try:
                 os.ftruncate(fd, capacity)
                 if allocate and capacity:

@@ -1,60 +1,51 @@
 """What a file or device in a pool holds, by its first bytes: for lists of volumes only.
 
-A machine's disk never takes its format from here: a guest can write any header into a raw disk of its own. Only fixed
-headers are read, and nothing that they point to is opened.
+A machine's disk never takes its format from here: a guest can write any header into a raw disk of its own. qcow2 is
+read by `image/`; of other formats only the name is known, and nothing that a header points to is opened.
 """
 
 from __future__ import annotations
 
 import os
 
-from kvik.named import NamedTuple
+from kvik.errors import ImageError
+from kvik.image.info import Info, info
+from kvik.image.opening import open_image, probe_format
 
-__all__ = ["Header", "read_header"]
+__all__ = ["is_luks", "kind_of_image", "look"]
 
-# Magic numbers at their offsets, under libvirt's names of formats.
-MAGIC = (
-    (0, b"QFI\xfb", "qcow2"), (0, b"QED\0", "qed"), (0, b"KDMV", "vmdk"), (0, b"COWD", "vmdk"),
-    (64, b"\x7f\x10\xda\xbe", "vdi"), (0, b"conectix", "vpc"), (0, b"OOOM", "cow"), (32769, b"CD001", "iso"),
-)  # fmt: skip
-LUKS = b"LUKS\xba\xbe"
-HEAD = 4096
-BACKING_MAX = 1023  # bytes of a name: QCOW2's own limit
-ISO_AT, ISO_SIZE = 32769, 5
+# libvirt's names for what `image/` does not tell from raw: magic numbers at their offsets.
+MAGIC = ((0, b"QFI\xfb\0\0\0\1", "qcow"), (0, b"OOOM", "cow"), (32769, b"CD001", "iso"))
+NAMES = {"luks": "raw", "vhdx": "raw", "parallels": "raw"}  # those that libvirt's volumes have no name for
 
 
-class Header(NamedTuple):
-    """`capacity` in bytes as a guest would see it; `backing`: the name as the file has it, not looked for."""
-
-    format: str
-    capacity: int
-    backing: str = ""
-    encryption: str = ""
-
-
-def read_header(fd: int, size: int) -> Header:
-    """Of a file or device of `size` bytes. Short and damaged ones are raw. Raises OSError."""
-    head = os.pread(fd, HEAD, 0)
-    tail = os.pread(fd, ISO_SIZE, ISO_AT)
-    kind = "raw"
+def kind_of_image(fd: int) -> str:
+    """The format under libvirt's name; raw if nothing is recognised. Raises OSError."""
     for offset, magic, name in MAGIC:
-        data = tail if offset == ISO_AT else head[offset : offset + len(magic)]
-        if data == magic:
-            kind = name
-            break
-    if kind == "qcow2" and len(head) >= 72:
-        return _qcow2(fd, head, size)
-    return Header(kind, size, encryption="luks" if kind == "raw" and head.startswith(LUKS) else "")
+        if os.pread(fd, len(magic), offset) == magic:
+            return name
+    found = probe_format(fd)
+    return NAMES.get(found, found)
 
 
-def _qcow2(fd: int, head: bytes, size: int) -> Header:
-    """QEMU's docs/interop/qcow2.txt, "Header"."""
-    version = int.from_bytes(head[4:8])
-    offset, length = int.from_bytes(head[8:16]), int.from_bytes(head[16:20])
-    capacity = int.from_bytes(head[24:32])
-    method = int.from_bytes(head[32:36])
-    backing = ""
-    if offset and 0 < length <= BACKING_MAX and offset + length <= size:
-        backing = os.pread(fd, length, offset).decode(errors="replace")
-    kind = "qcow" if version == 1 else "qcow2"
-    return Header(kind, min(capacity, (1 << 63) - 1), backing, {1: "qcow", 2: "luks"}.get(method, ""))
+def is_luks(fd: int) -> bool:
+    """A raw image that is encrypted as a whole."""
+    return probe_format(fd) == "luks"
+
+
+def look(fd: int, path: str) -> Info | None:
+    """What the header of a qcow2 image says; None for one that is too damaged to say anything. Raises OSError."""
+    own = os.dup(fd)
+    try:
+        image = open_image(own, format="qcow2", path=path)
+    except ImageError:
+        os.close(own)
+        return None
+    except BaseException:
+        os.close(own)
+        raise
+    with image:
+        try:
+            return info(image)
+        except ImageError:
+            return None

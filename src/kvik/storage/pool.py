@@ -8,29 +8,47 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uuid import UUID
 
 from kvik.conf.enums import StoragePoolEventLifecycleType as Event
 from kvik.conf.storage_pool import StoragePool, bytes_of, format_pool
 from kvik.conf.storage_state import PoolOrigin, PoolState
-from kvik.conf.storage_volume import StorageVolume
+from kvik.conf.storage_volume import EncryptionSecret, StorageVolume
 from kvik.errors import KvikError, NoStorageVolume, OperationInvalid, OperationTimeout, ResourceBusy
+from kvik.host.files import Identity
 from kvik.storage.backend import Backend, Contents
-from kvik.storage.threads import in_thread
+from kvik.storage.encryption import encryption_of
+from kvik.storage.threads import in_thread, settled
 from kvik.storage.types import make
 
 if TYPE_CHECKING:
     from kvik.storage.pools import Pools
 
-__all__ = ["JOB_WAIT", "PoolObject"]
+__all__ = ["JOB_WAIT", "Bars", "PoolObject", "Work"]
 
 logger = logging.getLogger(__name__)
 
 JOB_WAIT = 30.0  # seconds to wait for the present job
 WARNINGS_MAX = 64
+SILENT = "its source does not answer"
+Bars = Literal["", "writers", "all"]
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Work:
+    """What is done with one volume, and which machines it keeps from starting. `identity` is known a moment later."""
+
+    backend: Backend
+    name: str
+    what: str
+    bars: Bars
+    identity: Identity | None = None
 
 
 class PoolObject:
@@ -44,9 +62,10 @@ class PoolObject:
         self.backend: Backend | None = None  # of an active pool
         self.contents = Contents()
         self.warnings: list[str] = []  # what was found since the last start
+        self._overdue: set[asyncio.Task[Any]] = set()  # what waits for a source that does not answer
         self._lock = asyncio.Lock()
         self._job = ""
-        self._working: dict[str, str] = {}  # volume -> what is done with it
+        self._working: dict[str, Work] = {}  # by the volume's name
 
     def __repr__(self) -> str:
         return f"PoolObject({self.name!r}, {'active' if self.is_active else 'inactive'})"
@@ -89,6 +108,9 @@ class PoolObject:
                 document.target.permissions = self.contents.permissions
         return format_pool(document, inactive=inactive)
 
+    def _make(self) -> Backend:
+        return make(self.definition.copy(), self._pools.secret)
+
     def active(self) -> Backend:
         """Its backend. OperationInvalid if it is not active."""
         if self.backend is None:
@@ -96,6 +118,16 @@ class PoolObject:
                 f"storage pool '{self.name}' is not active", remedy=f"start it: kvik pool-start {self.name}"
             )
         return self.backend
+
+    def remarks(self) -> list[str]:
+        """What people should know of it: who else may use it, and what was found since it is active."""
+        shared = []
+        if self.contents.shared:
+            reach = "a machine that runs keeps its images from machines of other hosts"
+            if self.contents.lockless:
+                reach = f"locks do not reach them ({self.contents.lockless}): give machines a <lease>"
+            shared.append(f"other hosts may use it at the same time ({self.contents.shared}): {reach}")
+        return [*self.document.warnings(), *shared, *self.warnings]
 
     # volumes
 
@@ -113,25 +145,51 @@ class PoolObject:
             ) from None
 
     @contextmanager
-    def working(self, name: str, what: str) -> Iterator[Backend]:
-        """Be the only one to change this volume; the pool stays active meanwhile. ResourceBusy if another does."""
+    def working(self, name: str, what: str, bars: Bars = "all") -> Iterator[Work]:
+        """Be the only one to change this volume; the pool stays active meanwhile. `bars`: which machines may not start
+        from it until that is done. ResourceBusy if another works on it."""
         backend = self.active()
         if self._job in ("destroy", "delete"):
             raise ResourceBusy(f"storage pool '{self.name}' is being stopped")
-        if name in self._working:
-            raise ResourceBusy(f"volume '{name}' is in use: {self._working[name]}", remedy="try again later")
-        self._working[name] = what
+        if self._overdue:
+            raise self._silence()
+        self.check_idle(name)
+        work = self._working[name] = Work(backend, name, what, bars)
         try:
-            yield backend
+            yield work
         finally:
             del self._working[name]
 
-    def note(self, volume: StorageVolume | None, name: str) -> None:
+    def check_idle(self, name: str) -> None:
+        """ResourceBusy if somebody changes this volume."""
+        work = self._working.get(name)
+        if work is not None:
+            raise ResourceBusy(f"volume '{name}' is in use: {work.what}", remedy="try again later")
+
+    def work_on(self, identity: Identity, writes: bool) -> Work | None:
+        """What is done just now with the file or device, if it bars a machine that only reads it, or `writes`, too."""
+        for work in self._working.values():
+            if work.identity == identity and (work.bars == "all" or (work.bars == "writers" and writes)):
+                return work
+        return None
+
+    def note(self, name: str, volume: StorageVolume | None) -> None:
         """Show a volume as it is now; None: it is gone."""
         if volume is None:
             self.contents.volumes.pop(name, None)
         else:
+            self._name_secret(volume, self.contents.volumes.get(name))
             self.contents.volumes[name] = volume
+
+    def _name_secret(self, volume: StorageVolume, before: StorageVolume | None) -> None:
+        """What opens an encrypted volume: no header says it. As its document said, or the secret for its path."""
+        encryption, known = encryption_of(volume), encryption_of(before) if before is not None else None
+        if encryption is None or encryption.secrets:
+            return
+        if known is not None and known.secrets:
+            encryption.secrets = known.secrets
+        elif (uuid := self._pools.secret_for(volume.path)) is not None:
+            encryption.secrets = [EncryptionSecret(type="passphrase", uuid=uuid)]
 
     async def look_again(self, volume: StorageVolume) -> None:
         """After a change of a volume: its figures, and the pool's."""
@@ -139,7 +197,7 @@ class PoolObject:
         if backend is None:
             return
         try:
-            self.note(await in_thread(backend.look_at, volume), volume.name)
+            self.note(volume.name, await self._glance(partial(backend.look_at, volume)))
         except KvikError as error:
             logger.info("volume %s of pool %s is shown as it was: %s", volume.name, self.name, error)
 
@@ -149,11 +207,46 @@ class PoolObject:
         if backend is None:
             return
         try:
-            figures = await in_thread(backend.measure)
+            figures = await self._glance(backend.measure)
         except KvikError as error:
             logger.info("the figures of pool %s stay as they were: %s", self.name, error)
             return
         self.contents.capacity, self.contents.allocation, self.contents.available = figures
+
+    # sources that do not answer: a thread that waits for one cannot be called back
+
+    async def _glance(self, look: Callable[[], T]) -> T:
+        """In a thread, for a moment at most. OperationTimeout if it takes longer, and at once while others wait."""
+        if self._overdue:
+            raise self._silence()
+        return await self._answered(in_thread(look), self._pools.glance)
+
+    async def _answered(self, work: Coroutine[Any, Any, T], patience: float | None) -> T:
+        """What `work` comes to. It goes on to its end, but who asked waits for `patience` seconds only, and may go."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task}, timeout=patience)
+        finally:
+            if not task.done():
+                self._pools.keep(task)
+        if task.done():
+            return task.result()
+        self._overdue.add(task)
+        task.add_done_callback(self._answers)
+        self.warn(SILENT)
+        raise self._silence()
+
+    def _answers(self, task: asyncio.Task[Any]) -> None:
+        self._overdue.discard(task)
+        if not self._overdue and SILENT in self.warnings:
+            self.warnings.remove(SILENT)
+            logger.info("pool %s: its source answers again", self.name)
+
+    def _silence(self) -> OperationTimeout:
+        return OperationTimeout(
+            f"the source of storage pool '{self.name}' does not answer",
+            remedy=f"what was asked goes on when it does; to give it up: kvik pool-destroy {self.name}",
+        )
 
     # jobs
 
@@ -165,7 +258,8 @@ class PoolObject:
         """
         try:
             async with asyncio.timeout(JOB_WAIT):
-                await self._lock.acquire()
+                lock = self._lock  # another one once the job is given up
+                await lock.acquire()
         except TimeoutError:
             raise OperationTimeout(
                 f"cannot {name} storage pool '{self.name}': it is held by {self._job or 'others'}, "
@@ -176,27 +270,41 @@ class PoolObject:
         try:
             yield
         finally:
-            self._job = ""
-            self._lock.release()
+            if lock is self._lock:
+                self._job = ""
+            lock.release()
 
     def _idle(self, what: str) -> None:
         if self._working:
-            volume, work = next(iter(self._working.items()))
+            volume, work = next((name, work.what) for name, work in self._working.items())
             raise ResourceBusy(
                 f"cannot {what} storage pool '{self.name}': volume '{volume}' is in use: {work}",
                 remedy="try again when that is done",
             )
 
-    async def start(self, build: Callable[[Backend], None] | None = None) -> None:
-        """Make it active, after building it if that is asked for. On an error nothing of it stays."""
+    async def start(self, build: Callable[[Backend], None] | None = None, document: StoragePool | None = None) -> None:
+        """Make it active, after building it if that is asked for, as `document` says if one is given. On an error
+        nothing of it stays. OperationTimeout: it does not answer, and is active once it does."""
+        patience = self._pools.patience if build is None else None
+        await self._answered(self._start(build, document), patience)
+
+    async def _start(self, build: Callable[[Backend], None] | None, document: StoragePool | None) -> None:
         async with self.job("start"):
             if self.backend is not None:
                 raise OperationInvalid(f"storage pool '{self.name}' is already active")
-            backend = make(self.definition.copy())
-            self.adopt(backend, await in_thread(self._start, backend, build))
-            self._pools.emit(self, Event.STARTED)
+            backend = make((document or self.definition).copy(), self._pools.secret)
 
-    def _start(self, backend: Backend, build: Callable[[Backend], None] | None) -> Contents:
+            def started(contents: Contents) -> None:
+                self.adopt(backend, contents)
+                self._pools.emit(self, Event.STARTED)
+
+            try:
+                await settled(partial(self._run, backend, build), started)
+            finally:
+                if not self.persistent and not self.is_active:
+                    self._pools.forget(self)
+
+    def _run(self, backend: Backend, build: Callable[[Backend], None] | None) -> Contents:
         with ExitStack() as undo:
             self._state(backend, "starting")
             undo.callback(self._pools.store.remove_state, self.name)
@@ -219,23 +327,36 @@ class PoolObject:
         self._show(contents)
 
     def _show(self, contents: Contents) -> None:
+        for volume in contents.volumes.values():
+            self._name_secret(volume, None)
         self.contents = contents
         self.warnings.clear()
         for line in contents.left_out:
             self.warn(line)
 
     async def destroy(self) -> None:
-        """Make it inactive; what it holds is untouched. A transient one is forgotten."""
+        """Make it inactive; what it holds is untouched. A transient one is forgotten, and what still waits for its
+        source given up."""
+        if self.backend is not None:
+            self.backend.given_up = bool(self._overdue)
+            if self._overdue and self._job == "refresh":  # which changes nothing, and whose outcome nobody wants now
+                self._lock, self._job = asyncio.Lock(), ""
+        await self._answered(self._destroy(), self._pools.patience)
+
+    async def _destroy(self) -> None:
         async with self.job("destroy"):
             backend = self.active()
             self._idle("stop")
-            await in_thread(self._stop, backend)
-            self.backend = None
-            self.contents = Contents()
-            self.warnings.clear()
-            self._pools.emit(self, Event.STOPPED)
-            if not self.persistent:
-                self._pools.forget(self)
+            await settled(partial(self._stop, backend), self._stopped)
+
+    def _stopped(self, _: None) -> None:
+        self.backend = None
+        self.contents = Contents()
+        self.warnings.clear()
+        self._overdue.clear()  # those of the backend that is gone
+        self._pools.emit(self, Event.STOPPED)
+        if not self.persistent:
+            self._pools.forget(self)
 
     def _stop(self, backend: Backend) -> None:
         self._state(backend, "stopping")
@@ -254,15 +375,13 @@ class PoolObject:
     async def build(self, work: Callable[[Backend], None]) -> None:
         async with self.job("build"):
             self._inactive()
-            await in_thread(work, make(self.definition.copy()))
-            self._pools.emit(self, Event.CREATED)
+            await settled(partial(work, self._make()), lambda _: self._pools.emit(self, Event.CREATED))
 
     async def delete(self) -> None:
         """Remove what it is kept in."""
         async with self.job("delete"):
             self._inactive()
-            await in_thread(make(self.definition.copy()).delete)
-            self._pools.emit(self, Event.DELETED)
+            await settled(self._make().delete, lambda _: self._pools.emit(self, Event.DELETED))
 
     def _inactive(self) -> None:
         if self.backend is not None:
@@ -271,7 +390,12 @@ class PoolObject:
             )
 
     async def refresh(self) -> None:
-        """Look at everything anew. A pool that cannot be looked at any more becomes inactive."""
+        """Look at everything anew. If that is not possible it stays as it was shown, with a warning."""
+        if self._overdue:
+            raise self._silence()
+        await self._answered(self._refresh(), self._pools.patience)
+
+    async def _refresh(self) -> None:
         async with self.job("refresh"):
             backend = self.active()
             try:
@@ -279,8 +403,9 @@ class PoolObject:
             except KvikError as error:
                 self.warn(f"it cannot be refreshed: {error}")
                 raise
-            self._show(contents)
-            self._pools.emit_refresh(self)
+            if self.backend is backend:
+                self._show(contents)
+                self._pools.emit_refresh(self)
 
     async def set_autostart(self, on: bool) -> None:
         async with self.job("set autostart of"):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 from uuid import UUID
 
 from kvik.conf.enums import StoragePoolEventLifecycleType as Event
 from kvik.conf.prepare import located
 from kvik.conf.storage_pool import StoragePool, complete_pool, format_pool, parse_pool, validate_pool
 from kvik.conf.storage_volume import StorageVolume
-from kvik.errors import AlreadyExists, NoStoragePool, NoStorageVolume, OperationInvalid
+from kvik.errors import AlreadyExists, NoStoragePool, NoStorageVolume, OperationInvalid, ResourceBusy
+from kvik.host.files import Identity
 from kvik.paths import Paths
 from kvik.storage import recover
-from kvik.storage.backend import Backend
+from kvik.storage.backend import Backend, SecretReader, no_secrets
 from kvik.storage.pool import PoolObject
 from kvik.storage.store import Store, check_name
 from kvik.storage.threads import in_thread
@@ -36,14 +38,18 @@ class Pools:
     def __init__(self, paths: Paths) -> None:
         self.paths = paths
         self.store = Store(paths)
+        self.patience = 45.0  # seconds that a client waits for a pool's source to be started, stopped or looked at
+        self.glance = 10.0  # seconds for a look at one volume, which is shown as it was if that takes longer
         self.warnings: list[str] = []  # what `open` had to put right or set aside
         self.users: Users = lambda: ()  # what running machines have open
+        self.secret: SecretReader = no_secrets  # what a pool's <auth> names
+        self.secret_for: Callable[[str], str | None] = lambda path: None  # UUID of a volume's own, by its path
         self._names: dict[str, PoolObject] = {}
         self._uuids: dict[bytes, PoolObject] = {}
         self._callbacks: dict[int, Callback] = {}
         self._next = 0
         self._changing = asyncio.Lock()  # of the set of pools
-        self._tasks: set[asyncio.Future[None]] = set()
+        self._tasks: set[asyncio.Future[Any]] = set()
 
     def close(self) -> None:
         """Let go. Pools stay as they are."""
@@ -102,6 +108,16 @@ class Pools:
                     return pool, volume
         raise NoStorageVolume(f"no storage vol with matching path '{path}'")
 
+    def check_idle(self, identity: Identity, path: str, writes: bool) -> None:
+        """ResourceBusy if what is done with a volume keeps a machine that reads it, or `writes`, from starting."""
+        for pool in self._names.values():
+            work = pool.work_on(identity, writes)
+            if work is not None:
+                raise ResourceBusy(
+                    f"{path} is volume '{work.name}' of storage pool '{pool.name}': {work.what}",
+                    remedy="try again when that is done",
+                )
+
     # defining
 
     async def define(self, xml: str) -> PoolObject:
@@ -127,25 +143,15 @@ class Pools:
             document, pool = self._prepare(xml)
             if pool is not None and pool.is_active:
                 raise OperationInvalid(f"storage pool '{pool.name}' is already active")
-            before = pool.definition if pool is not None else None
             if pool is None:
                 pool = PoolObject(self, document, persistent=False)
                 self.add(pool)
-            try:
-                pool.definition = document
-                await pool.start(build)
-            except BaseException:
-                if before is None and not pool.is_active:
-                    self.forget(pool)
-                raise
-            finally:
-                if before is not None:
-                    pool.definition = before
+        await pool.start(build, document)  # others can be defined meanwhile
         return pool
 
     async def undefine(self, pool: PoolObject) -> None:
         """Forget the definition of an inactive pool."""
-        async with self._changing, pool.job("undefine"):
+        async with pool.job("undefine"), self._changing:
             if pool.is_active:
                 raise OperationInvalid(
                     f"storage pool '{pool.name}' is still active", remedy=f"stop it: kvik pool-destroy {pool.name}"
@@ -210,10 +216,16 @@ class Pools:
     def emit_refresh(self, pool: PoolObject) -> None:
         self.emit(pool, REFRESHED)
 
-    def keep(self, task: asyncio.Future[None]) -> None:
-        """What goes on beside everything else."""
+    def keep(self, task: asyncio.Future[Any]) -> None:
+        """What goes on beside everything else, with nobody waiting for it."""
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Future[Any]) -> None:
+        self._tasks.discard(task)
+        error = task.exception() if not task.cancelled() else None
+        if error is not None:
+            logger.warning("what nobody waited for any more failed: %s", error)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from kvik.conf.storage_pool import bytes_of
 from kvik.conf.storage_volume import (
     BackingStore,
     ClusterSize,
+    Encryption,
     StorageVolume,
     VolumeFeatures,
     VolumeFormat,
     VolumeTarget,
 )
 from kvik.errors import ConfigError, ConfigUnsupported, ImageError
+from kvik.image.base import Image
 from kvik.image.create import create as create_image
-from kvik.image.info import Info, info
 from kvik.image.opening import open_image
+from kvik.storage.formats import look
 
 __all__ = ["create", "describe"]
 
@@ -46,6 +51,21 @@ def create(fd: int, document: StorageVolume, *, preallocate_metadata: bool = Fal
         )
         size = size if document.capacity is not None else below
     create_image(fd, "qcow2", size, **options)
+
+
+@contextmanager
+def writing(fd: int, format_: str, path: str) -> Iterator[Image]:
+    """The open file as an image that is written to, by a descriptor of its own; on disk when the block ends well.
+    Nothing below it is opened."""
+    own = os.dup(fd)
+    try:
+        image = open_image(own, format=format_, path=path, writable=True)
+    except BaseException:
+        os.close(own)
+        raise
+    with image:
+        yield image
+        image.flush()
 
 
 def _format(store: BackingStore) -> str:
@@ -77,32 +97,25 @@ def _size_below(store: BackingStore) -> int:
             )
         if kind == "raw":
             return os.lseek(fd, 0, os.SEEK_END)
-        return _look(fd, store.path).virtual_size
+        found = look(fd, store.path)
+        if found is None:
+            raise ImageError(f"{store.path} is no sound qcow2 image")
+        return found.virtual_size
     finally:
         os.close(fd)
 
 
-def _look(fd: int, path: str) -> Info:
-    own = os.dup(fd)
-    try:
-        image = open_image(own, format="qcow2", path=path)
-    except BaseException:
-        os.close(own)
-        raise
-    with image:
-        return info(image)
-
-
-def describe(fd: int, volume: StorageVolume) -> None:
-    """Write into the volume's document what the header says of its form. A damaged one says nothing: the file is still
-    a volume, which can be deleted."""
-    try:
-        found = _look(fd, volume.path)
-    except (ImageError, OSError):
+def describe(fd: int, volume: StorageVolume, directory: str) -> None:
+    """Write into the volume's document what the header says. A damaged one says nothing: the file is still a volume,
+    which can be deleted."""
+    found = look(fd, volume.path)
+    if found is None:
         return
     target = volume.target
     assert target is not None  # its path is there
     target.compat = found.compat
+    if found.encrypted:
+        target.encryption = Encryption(format="luks" if found.encryption == "luks" else "qcow")
     if found.cluster_size is not None:
         target.cluster_size = ClusterSize(unit="B", value=found.cluster_size)
     if found.lazy_refcounts or found.extended_l2:
@@ -110,5 +123,7 @@ def describe(fd: int, volume: StorageVolume) -> None:
     elif found.compat == "1.1":
         target.features = VolumeFeatures()
     volume.capacity = bytes_of(found.virtual_size)
-    if volume.backing_store is not None and found.backing_format is not None:
-        volume.backing_store.format = VolumeFormat(type=found.backing_format)
+    if found.backing_file:
+        volume.backing_store = BackingStore(path=str(Path(directory, found.backing_file)))
+        if found.backing_format is not None:
+            volume.backing_store.format = VolumeFormat(type=found.backing_format)

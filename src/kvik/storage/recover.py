@@ -91,10 +91,9 @@ async def _recover_one(pools: Pools, state: PoolState) -> None:
         return
     complete_pool(document)
     validate_pool(document)
-    backend = make(document)
+    backend = make(document, pools.secret)
     if origin.state != "active":
-        if await in_thread(backend.check):
-            await in_thread(backend.stop)
+        await in_thread(backend.clean)
         await in_thread(pools.store.remove_state, name)
         pools.warn(f"storage pool {name!r} was {origin.state} when the daemon was stopped: it is inactive")
         return

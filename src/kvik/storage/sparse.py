@@ -8,7 +8,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 
-__all__ = ["clone", "copy_data", "extents", "punch", "size_of"]
+__all__ = ["clone", "copy_data", "copy_range", "extents", "punch", "size_of"]
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 0x01, 0x02  # fallocate(2)
 FICLONE = 0x40049409  # ioctl_ficlone(2)
@@ -55,23 +55,28 @@ def clone(source: int, target: int) -> None:
 
 def copy_data(source: int, target: int, size: int) -> None:
     """The first `size` bytes. Holes of the source are left out: the target must read as zeros there."""
-    in_kernel = True
     for offset, length, is_data in extents(source, 0, size):
-        position, end = offset, offset + length
-        while is_data and position < end:
-            if in_kernel:
-                try:
-                    done = os.copy_file_range(source, target, min(CHUNK, end - position), position, position)
-                except OSError as error:
-                    if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-                        raise
-                    in_kernel = False
-                    continue
-            else:
-                done = _write(target, os.pread(source, min(READ, end - position), position), position)
-            if not done:  # the source was cut while we copied
-                raise OSError(errno.EIO, "the source became shorter while it was copied")
-            position += done
+        if is_data:
+            copy_range(source, target, offset, length)
+
+
+def copy_range(source: int, target: int, offset: int, length: int) -> None:
+    """All of it, to the same place; in the kernel where that can. Raises OSError."""
+    position, end, in_kernel = offset, offset + length, True
+    while position < end:
+        if in_kernel:
+            try:
+                done = os.copy_file_range(source, target, min(CHUNK, end - position), position, position)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                    raise
+                in_kernel = False
+                continue
+        else:
+            done = _write(target, os.pread(source, min(READ, end - position), position), position)
+        if not done:  # the source was cut while we copied
+            raise OSError(errno.EIO, "the source became shorter while it was copied")
+        position += done
 
 
 def _write(fd: int, data: bytes, offset: int) -> int:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["in_thread"]
+__all__ = ["in_thread", "settled"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,3 +48,15 @@ async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
     except asyncio.CancelledError:
         await asyncio.wait({future})
         raise
+
+
+async def settled(function: Callable[[], T], then: Callable[[T], object]) -> T:
+    """`in_thread`, and what came out of it is told to `then` in the loop even if whoever asked is gone by then: what is
+    done on the host is known here."""
+    outcome: list[T] = []
+    try:
+        await in_thread(lambda: outcome.append(function()))
+    finally:
+        if outcome:
+            then(outcome[0])
+    return outcome[0]

@@ -8,12 +8,23 @@ from kvik.conf.prepare import located
 from kvik.conf.storage_pool import StoragePool, parse_source
 from kvik.conf.xmlformat import format_element
 from kvik.errors import OperationUnsupported
-from kvik.storage.backend import Backend
+from kvik.storage.backend import Backend, SecretReader, no_secrets
 
 __all__ = ["MODULES", "backend_of", "find_sources", "make"]
 
 MODULES = {
     "dir": "kvik.storage.backends.dir",
+    "fs": "kvik.storage.backends.fs",
+    "netfs": "kvik.storage.backends.netfs",
+    "logical": "kvik.storage.backends.logical",
+    "disk": "kvik.storage.backends.disk",
+    "iscsi": "kvik.storage.backends.iscsi",
+    "iscsi-direct": "kvik.storage.backends.iscsi_direct",
+    "scsi": "kvik.storage.backends.scsi",
+    "mpath": "kvik.storage.backends.mpath",
+    "rbd": "kvik.storage.backends.rbd",
+    "gluster": "kvik.storage.backends.gluster",
+    "zfs": "kvik.storage.backends.zfs",
 }
 
 
@@ -29,8 +40,8 @@ def backend_of(type_: str) -> type[Backend]:
     return cls
 
 
-def make(document: StoragePool) -> Backend:
-    return backend_of(document.type)(document)
+def make(document: StoragePool, secret: SecretReader = no_secrets) -> Backend:
+    return backend_of(document.type)(document, secret)
 
 
 def find_sources(type_: str, xml: str | None) -> str:

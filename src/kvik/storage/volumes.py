@@ -6,28 +6,32 @@ Nobody changes a volume that a running machine has open, or removes one that ano
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 
-from kvik.conf.prepare import located
 from kvik.conf.storage_pool import bytes_of
-from kvik.conf.storage_volume import StorageVolume, load_volume
+from kvik.conf.storage_volume import StorageVolume, VolumeFormat, load_volume
 from kvik.errors import (
     ConfigUnsupported,
+    HostError,
     InvalidArgument,
     NoStorageVolume,
     OperationInvalid,
+    OperationUnsupported,
     ResourceBusy,
     StorageVolumeExists,
 )
+from kvik.host.files import Identity, identify
+from kvik.image.lock import lock_image
 from kvik.storage.backend import Backend
-from kvik.storage.pool import PoolObject
+from kvik.storage.chains import image_format, open_volume_image
+from kvik.storage.encryption import encryption_of
+from kvik.storage.pool import Bars, PoolObject
 from kvik.storage.pools import Pools
 from kvik.storage.sparse import size_of
-from kvik.storage.threads import in_thread
-from kvik.storage.wiping import overwrite, passes_of
+from kvik.storage.threads import in_thread, settled
+from kvik.storage.wiping import passes_of
 
 __all__ = ["Opened", "copy", "create", "delete", "open_bytes", "resize", "wipe"]
 
@@ -42,8 +46,7 @@ async def create(
     document = _load(xml, backend, strict)
     with pool.working(_free(pool, document.name), "it is being created"):
         make = partial(backend.create_volume, document, preallocate_metadata=preallocate_metadata)
-        volume = await in_thread(make)
-        pool.note(volume, volume.name)
+        volume: StorageVolume = await settled(make, partial(_made, pool, document))
     await pool.measure()
     return volume
 
@@ -65,35 +68,67 @@ async def copy(
     if preallocate_metadata:
         raise InvalidArgument(f"metadata preallocation is not supported for copies of {document.format} volumes")
     source = source_pool.volume(source_name)
-    if document.target is not None and document.target.format is None and source.target is not None:
-        document.target.format = source.target.format
-    if document.format != source.format:
-        raise ConfigUnsupported(f"copying a {source.format} volume into a {document.format} one is not possible here")
-    with located(xml):
-        if document.size < source.size:
-            document.capacity = bytes_of(source.size)
-        if document.format != "raw" and document.size != source.size:
-            raise ConfigUnsupported("a copy in this format has the capacity of its source", path="/volume/capacity")
-        _same_form(document, source)
+    target = document.target
+    if target is not None and target.format is None and source.format in backend.formats:
+        target.format = VolumeFormat(type=source.format)
+    converts = _converts(document, source)
+    if converts and reflink:
+        raise ConfigUnsupported("a copy in another format shares no blocks with its source")
+    if document.size < source.size:
+        document.capacity = bytes_of(source.size)
     if document.allocation is None or document.format != "raw":
         document.allocation = bytes_of(0)
-    await _check_users(pools, source, "copied")
-    with source_pool.working(source_name, "it is being copied") as holder:  # noqa: SIM117 - in this order
+    async with _held(pools, source_pool, source, "copied", bars="writers") as holder:
         with pool.working(_free(pool, document.name), "it is being created"):
-            fd = await in_thread(holder.open_volume, source)
-            try:
-                volume = await in_thread(partial(backend.copy_volume, document, fd, reflink=reflink))
-            finally:
-                os.close(fd)
-            pool.note(volume, volume.name)
+            volume: StorageVolume
+            if converts:
+                work = partial(_convert, pools, backend, document, holder, source)
+                volume = await settled(work, partial(_made, pool, document))
+            else:
+                async with _open(holder, source) as fd:
+                    make = partial(backend.copy_volume, document, fd, reflink=reflink)
+                    volume = await settled(make, partial(_made, pool, document))
     await pool.measure()
     return volume
+
+
+def _made(pool: PoolObject, document: StorageVolume, volume: StorageVolume) -> None:
+    """Show it, with the secret that its document named: it is written nowhere on it."""
+    wanted, has = encryption_of(document), encryption_of(volume)
+    if wanted is not None and has is not None:
+        has.secrets = wanted.secrets
+    pool.note(document.name, volume)
+
+
+def _converts(document: StorageVolume, source: StorageVolume) -> bool:
+    """Whether it takes more than the same bytes to make what the document asks for of the source."""
+    encryption = encryption_of(document)
+    if encryption is not None and (encryption.secrets or encryption_of(source) is None):
+        return True
+    kind = image_format(source) if document.format in ("raw", "qcow2") else document.format
+    if source.type != "block" and document.format == source.format != "raw":
+        below, target, theirs = document.backing_store, document.target, source.target
+        if below is not None and (source.backing_store is None or source.backing_store.path != below.path):
+            return True
+        if document.size > source.size:
+            return True
+        forms = ("compat", "cluster_size", "features")
+        return any(
+            getattr(target, form) is not None and getattr(target, form) != getattr(theirs, form, None) for form in forms
+        )
+    return (source.type != "block" and kind != "raw") or document.format == "qcow2"
+
+
+def _convert(
+    pools: Pools, backend: Backend, document: StorageVolume, holder: Backend, source: StorageVolume
+) -> StorageVolume:
+    with open_volume_image(pools, holder, source) as image:
+        return backend.convert_volume(document, image, encryption_of(source))
 
 
 async def delete(pools: Pools, pool: PoolObject, name: str) -> None:
     """What a running machine has open or another volume is written on top of stays."""
     volume = pool.volume(name)
-    await _check_users(pools, volume, "deleted", reading_too=True)
     for other in pools.list():
         for each in other.contents.volumes.values():
             if each.backing_store is not None and each.backing_store.path == volume.path:
@@ -101,9 +136,8 @@ async def delete(pools: Pools, pool: PoolObject, name: str) -> None:
                     f"volume '{name}' cannot be deleted: volume '{each.name}' of pool '{other.name}' is based on it",
                     remedy="delete that one first, or give it another base: kvik img rebase",
                 )
-    with pool.working(name, "it is being deleted") as backend:
-        await in_thread(backend.delete_volume, volume)
-        pool.note(None, name)
+    async with _held(pools, pool, volume, "deleted") as backend:
+        await settled(partial(backend.delete_volume, volume), lambda _: pool.note(name, None))
     await pool.measure()
 
 
@@ -119,7 +153,6 @@ async def resize(
 ) -> None:
     """To `size` bytes, or by so many. Making it smaller loses its end, and needs `shrink`."""
     volume = pool.volume(name)
-    await _check_users(pools, volume, "resized", remedy="a running machine's disk is resized by: kvik blockresize")
     if delta:
         size = max(0, volume.size - size) if shrink else volume.size + size
     if not 0 <= size <= MAX_BYTES:
@@ -129,27 +162,24 @@ async def resize(
             "Can't shrink capacity below current capacity unless shrink flag explicitly specified",
             remedy="what lies beyond is lost: --shrink says that it may be",
         )
-    with pool.working(name, "it is being resized") as backend:
-        await in_thread(partial(backend.resize_volume, volume, size, allocate=allocate))
-        await pool.look_again(volume)
+    remedy = "a running machine's disk is resized by: kvik blockresize"
+    async with _held(pools, pool, volume, "resized", bars="writers", remedy=remedy) as backend:
+        try:
+            await in_thread(partial(backend.resize_volume, volume, size, allocate=allocate))
+        finally:
+            await pool.look_again(volume)
     await pool.measure()
 
 
 async def wipe(pools: Pools, pool: PoolObject, name: str, algorithm: int) -> None:
     """Overwrite all that it holds; it stays, and holds nothing."""
     volume, passes = pool.volume(name), passes_of(algorithm)
-    await _check_users(pools, volume, "wiped", reading_too=True)
 
-    def work(backend: Backend) -> None:
-        fd = backend.open_volume(volume, writable=True)
+    async with _held(pools, pool, volume, "wiped") as holder:
         try:
-            overwrite(fd, size_of(fd), passes)
+            await in_thread(holder.wipe_volume, volume, passes)
         finally:
-            os.close(fd)
-
-    with pool.working(name, "it is being wiped") as holder:
-        await in_thread(work, holder)
-        await pool.look_again(volume)
+            await pool.look_again(volume)
 
 
 class Opened:
@@ -167,20 +197,28 @@ async def open_bytes(
 ) -> AsyncIterator[Opened]:
     """For the time of a stream; `length` 0 is all of the rest."""
     volume = pool.volume(name)
-    if writable:
-        await _check_users(pools, volume, "written to", reading_too=True)
-    with pool.working(name, "it is being uploaded" if writable else "it is being downloaded") as backend:
-        fd = await in_thread(partial(backend.open_volume, volume, writable=writable))
+    bars: Bars = "all" if writable else ""
+    async with _held(pools, pool, volume, "written to" if writable else "read", bars=bars) as backend:
         try:
-            size = await in_thread(size_of, fd)
-            end = offset + length if length else (MAX_BYTES if writable else size)
-            if offset > size or end > MAX_BYTES or (not writable and end > size):
-                raise InvalidArgument(f"volume '{name}' has {size} bytes: not {length} from byte {offset} on")
-            yield Opened(fd, offset, end, volume.type == "file")
+            async with _open(backend, volume, writable=writable) as fd:
+                size = await in_thread(size_of, fd)
+                end = offset + length if length else (MAX_BYTES if writable else size)
+                if offset > size or end > MAX_BYTES or (not writable and end > size):
+                    raise InvalidArgument(f"volume '{name}' has {size} bytes: not {length} from byte {offset} on")
+                yield Opened(fd, offset, end, volume.type == "file")
         finally:
-            os.close(fd)
             if writable:
                 await pool.look_again(volume)
+
+
+@asynccontextmanager
+async def _open(backend: Backend, volume: StorageVolume, *, writable: bool = False) -> AsyncIterator[int]:
+    descriptors: list[int] = []
+    try:
+        yield await settled(partial(backend.open_volume, volume, writable=writable), descriptors.append)
+    finally:
+        for fd in descriptors:
+            os.close(fd)
 
 
 def _load(xml: str, backend: Backend, strict: bool, *, copies: bool = False) -> StorageVolume:
@@ -190,50 +228,62 @@ def _load(xml: str, backend: Backend, strict: bool, *, copies: bool = False) -> 
     return document
 
 
-def _same_form(document: StorageVolume, source: StorageVolume) -> None:
-    """A copy is made byte by byte: what its document says of an image's form must be what the source's has."""
-    below = document.backing_store
-    if below is not None and (source.backing_store is None or source.backing_store.path != below.path):
-        raise ConfigUnsupported("a copy has the backing store of its source", path="/volume/backingStore")
-    if document.format == "raw" or document.target is None or source.target is None:
-        return
-    for name, tag in (("compat", "compat"), ("cluster_size", "clusterSize"), ("features", "features")):
-        wanted = getattr(document.target, name)
-        if wanted is not None and wanted != getattr(source.target, name):
-            raise ConfigUnsupported(f"a copy has the <{tag}> of its source", path=f"/volume/target/{tag}")
-
-
 def _free(pool: PoolObject, name: str) -> str:
     if name in pool.contents.volumes:
         raise StorageVolumeExists(f"storage volume '{name}' exists already")
     return name
 
 
-async def _check_users(
-    pools: Pools, volume: StorageVolume, what: str, *, reading_too: bool = False, remedy: str = "shut that machine down"
-) -> None:
-    rows = [(path, machine) for path, machine, writes in pools.users() if writes or reading_too]
-    machine = await in_thread(_user_of, volume.path, rows) if rows else ""
-    if machine:
-        raise ResourceBusy(
-            f"volume '{volume.name}' cannot be {what}: machine '{machine}' is running from it", remedy=remedy
-        )
+@asynccontextmanager
+async def _held(
+    pools: Pools,
+    pool: PoolObject,
+    volume: StorageVolume,
+    what: str,
+    *,
+    bars: Bars = "all",
+    remedy: str = "shut that machine down",
+) -> AsyncIterator[Backend]:
+    """Be the only one to change a volume, with no machine of those that `bars` names on it, from now to the end."""
+    with pool.working(volume.name, f"it is being {what}", bars) as work:
+        work.identity = await in_thread(identify, volume.path)
+        # A machine that starts from now on sees this work; one that did before is among the users.
+        rows = [(path, machine) for path, machine, writes in pools.users() if bars == "all" or (bars and writes)]
+        machine = await in_thread(_user_of, work.identity, rows) if rows and work.identity is not None else ""
+        if machine:
+            raise ResourceBusy(
+                f"volume '{volume.name}' cannot be {what}: machine '{machine}' is running from it", remedy=remedy
+            )
+        descriptors: list[int] = []
+        try:
+            if bars and volume.type in ("file", "network"):
+                await settled(partial(_lock, work.backend, volume, bars == "all"), descriptors.extend)
+            yield work.backend
+        finally:
+            for fd in descriptors:
+                os.close(fd)
 
 
-def _user_of(path: str, rows: list[tuple[str, str]]) -> str:
-    """The machine that has the file open, by whatever name it calls it."""
+def _lock(backend: Backend, volume: StorageVolume, alone: bool) -> list[int]:
+    """Hold the image as its only user, or one of its readers: against what is no machine of ours, and machines of other
+    hosts. A descriptor, or none where it is no such file any more: whoever works on it says so. ResourceBusy."""
     try:
-        wanted = os.stat(path)  # noqa: PTH116 - a block device is told by its number, not by its inode
-    except OSError:
-        return ""
-    for other, machine in rows:
-        with suppress(OSError):
-            theirs = os.stat(other)  # noqa: PTH116
-            if stat.S_ISBLK(wanted.st_mode) and theirs.st_rdev == wanted.st_rdev and stat.S_ISBLK(theirs.st_mode):
-                return machine
-            if os.path.samestat(theirs, wanted):
-                return machine
-    return ""
+        fd = backend.open_volume(volume)
+    except (HostError, OperationInvalid, OperationUnsupported):
+        return []
+    try:
+        lock_image(fd, volume.path, write=alone)
+    except HostError:  # a file system without locks
+        return [fd]
+    except BaseException:
+        os.close(fd)
+        raise
+    return [fd]
+
+
+def _user_of(identity: Identity, rows: list[tuple[str, str]]) -> str:
+    """The machine that has the file open, by whatever name it calls it."""
+    return next((machine for path, machine in rows if identify(path) == identity), "")
 
 
 def find(pool: PoolObject, key: str) -> StorageVolume:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Sequence
+import stat
+import struct
+from collections.abc import Iterator, Sequence
 
 from kvik.conf.enums import StorageVolWipeAlgorithm as Algorithm
-from kvik.errors import InvalidArgument, OperationUnsupported
+from kvik.errors import InvalidArgument
 from kvik.storage.sparse import extents
 
 __all__ = ["overwrite", "passes_of"]
 
 CHUNK = 1 << 20
+BLKDISCARD = 0x1277  # <linux/fs.h>
 RANDOM = b""  # stands for random data, anew for each chunk
 R3 = (b"\x92\x49\x24", b"\x49\x24\x92", b"\x24\x92\x49")
 PASSES: dict[int, Sequence[bytes]] = {
@@ -31,13 +35,40 @@ PASSES: dict[int, Sequence[bytes]] = {
 
 
 def passes_of(algorithm: int) -> Sequence[bytes]:
-    """Patterns in their order; b"" is random data. Raises InvalidArgument, OperationUnsupported."""
+    """Patterns in their order; b"" is random data; none at all: what it holds is given back. Raises InvalidArgument."""
     if algorithm == Algorithm.TRIM:
-        raise OperationUnsupported("wiping by trim is not possible here: discarded blocks may keep their data")
+        return ()
     try:
         return PASSES[algorithm]
     except KeyError:
         raise InvalidArgument(f"wiping algorithm {algorithm} not supported") from None
+
+
+def discard(fd: int, size: int) -> None:
+    """Give all blocks back to the file system or device, which then shows zeros, or (a device) what it likes. Raises
+    OSError, for one that cannot."""
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        fcntl.ioctl(fd, BLKDISCARD, struct.pack("QQ", 0, size))
+    else:
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, size)
+    os.fsync(fd)
+
+
+def _written(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what holds anything. A device tells of no holes: what it shows as zeros is left, or a thin
+    volume would take all of its pool."""
+    is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+    for offset, length, is_data in extents(fd, 0, size):
+        if not is_data:
+            continue
+        if not is_device:
+            yield offset, length
+            continue
+        for start in range(offset, offset + length, CHUNK):
+            count = min(CHUNK, offset + length - start)
+            if os.pread(fd, count, start).count(0) != count:
+                yield start, count
 
 
 def overwrite(fd: int, size: int, passes: Sequence[bytes]) -> None:
@@ -45,7 +76,10 @@ def overwrite(fd: int, size: int, passes: Sequence[bytes]) -> None:
 
     Holes hold nothing, and stay: filling those of a large volume would fill its pool. Raises OSError.
     """
-    written = [(offset, length) for offset, length, is_data in extents(fd, 0, size) if is_data]
+    if not passes:
+        discard(fd, size)
+        return
+    written = [*_written(fd, size)]
     for pattern in passes:
         fixed = pattern * (CHUNK // len(pattern) + 2) if pattern else b""
         for offset, length in written:

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import shlex
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-import kvik
-from kvik.cli.main import main
-from kvik.client import connect
-from kvik.errors import KvikError
 
 VOLUME = "<volume><name>{}</name><capacity>1048576</capacity><allocation>0</allocation></volume>"
 SOURCE = "--source-host h --source-path /x --source-dev /d --source-name n --target /t --source-format auto"
@@ -31,8 +19,9 @@ ADAPTER = (
 SESSION = [
     ("pool-capabilities", 0, "<pool type='dir' supported='yes'>"),
     ("find-storage-pool-sources --type dir", 1, "pool type 'dir' does not support source discovery"),
-    ("find-storage-pool-sources --type netfs --srcSpec @pool.xml", 1, "missing backend for pool type 'netfs'"),
-    ("find-storage-pool-sources-as --type iscsi --host h --port 1 --initiator i", 1, "missing backend"),
+    ("find-storage-pool-sources --type netfs --srcSpec @pool.xml", 1, "starts with <source>, not <pool>"),
+    ("find-storage-pool-sources-as netfs", 1, "hostname must be specified for netfs sources"),
+    ("find-storage-pool-sources-as --type fs --host h --port 1 --initiator i", 1, "does not support source discovery"),
     (f"pool-define-as --name q --type fs --print-xml {SOURCE}", 0, "<format type='auto'/>"),
     (f"pool-define-as q iscsi {AUTH} --source-host h --source-initiator i --print-xml", 0, "<iqn name='i'/>"),
     ("pool-define-as q rbd --auth-type ceph --auth-username u --secret-uuid x --print-xml", 0, "uuid='x'"),
@@ -103,42 +92,6 @@ SESSION = [
     ("pool-create --file @pool.xml --build --overwrite", 1, "with or without overwriting"),
     ("pool-create --file @pool.xml --build --no-overwrite", 1, "with or without overwriting"),
 ]
-
-
-@pytest.fixture(scope="module")
-def uri() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="ks") as directory:
-        socket = Path(directory, "s")
-        argv = [sys.executable, "-m", "kvik.daemon", "--system", "--root", directory, "--driver", "test"]
-        environ = {**os.environ, "PYTHONPATH": str(Path(kvik.__file__).parent.parent)}
-        daemon = subprocess.Popen([*argv, "--socket", str(socket)], env=environ, stderr=subprocess.DEVNULL)
-        try:
-            uri = f"qemu+unix:///system?socket={socket}"
-            end = time.monotonic() + 30
-            while True:
-                try:
-                    connect(uri).close()
-                    break
-                except KvikError:
-                    assert daemon.poll() is None and time.monotonic() < end
-                    time.sleep(0.05)
-            yield uri
-        finally:
-            daemon.terminate()
-            daemon.wait(30)
-
-
-@pytest.fixture
-def kvik_(uri: str) -> Callable[..., tuple[int, str, str]]:
-    def run(*words: str) -> tuple[int, str, str]:
-        out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            code = main(["-c", uri, *words])
-        for stream in (out, errors):
-            stream.seek(0)
-        return code, out.read(), errors.read()
-
-    return run
 
 
 def test_a_session_with_every_option(

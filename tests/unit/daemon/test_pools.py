@@ -258,7 +258,7 @@ async def test_more_than_was_announced_is_refused_and_the_volume_is_free_again(t
     async with serving(tmp_path) as (_, client, path):
         volume = await volume_of(client, path)
         key = await stream_of(client, "STORAGE_VOL_UPLOAD", volume, 0, 10, 0)
-        with pytest.raises(ResourceBusy, match="it is being uploaded"):
+        with pytest.raises(ResourceBusy, match="it is being written to"):
             await client.call("STORAGE_VOL_DELETE", volume, 0)
         client.send(m.stream_data(key, b"x" * 11))
         assert isinstance((await received(client))[-1], m.StreamAbort)

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 
 import pytest
 from world import opened, pool_xml, volume_xml
 
 from kvik.conf.storage_pool import parse_pool
-from kvik.errors import AlreadyExists, ConfigError, HostError, NoStoragePool, OperationInvalid, ResourceBusy
+from kvik.errors import (
+    AlreadyExists,
+    ConfigError,
+    HostError,
+    NoStoragePool,
+    OperationInvalid,
+    OperationTimeout,
+    ResourceBusy,
+)
 from kvik.paths import Paths
 from kvik.storage import volumes
+from kvik.storage.backend import Contents
+from kvik.storage.backends import dir as dir_backend
 from kvik.storage.pools import REFRESHED, Pools
+from kvik.storage.threads import in_thread
 
 DEFINED, UNDEFINED, STARTED, STOPPED, CREATED, DELETED = range(6)
 
@@ -167,6 +179,108 @@ async def test_a_pool_is_not_stopped_while_a_volume_is_worked_on(tmp_path: Path)
             await volumes.create(pools, pool, volume_xml("w", 4096))  # others are not held up
             await pool.refresh()
         await pool.destroy()
+
+
+class Waiting(dir_backend.Backend):
+    """A server that answers when it is told to."""
+
+    go = threading.Event()
+
+    def wait(self) -> None:
+        self.entered.set()
+        assert self.go.wait(30)
+
+    entered = threading.Event()
+
+    def refresh(self) -> Contents:
+        self.wait()
+        return super().refresh()
+
+    def stop(self) -> None:
+        self.wait()
+
+
+async def test_what_was_asked_for_is_known_even_if_who_asked_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call is cancelled with its client, but what it began goes on: pool and state file agree about its end."""
+    monkeypatch.setattr(dir_backend, "Backend", Waiting)
+    (tmp_path / "p").mkdir()
+    async with opened(tmp_path) as pools:
+        pool = await pools.define(pool_xml("p", tmp_path / "p"))
+        for call, after in ((pool.start, True), (pool.destroy, False)):
+            Waiting.go.clear(), Waiting.entered.clear()
+            task = asyncio.ensure_future(call())
+            await in_thread(Waiting.entered.wait, 30)
+            task.cancel()
+            Waiting.go.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            async with pool.job("wait for the end of"):
+                assert pool.is_active is after
+            assert [*pools.store.status.glob("p.xml")] == [pools.store.status / "p.xml"] * after
+
+
+async def test_a_source_that_does_not_answer_holds_up_nobody_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("p", "q", "t"):
+        (tmp_path / name).mkdir()
+    async with opened(tmp_path) as pools:
+        other = await pools.create_xml(pool_xml("q", tmp_path / "q"))
+        pool = await pools.create_xml(pool_xml("p", tmp_path / "p"))
+        await volumes.create(pools, pool, volume_xml("v", 4096))
+        assert pool.backend is not None
+        pools.patience = pools.glance = 0.05
+        Waiting.go.clear()
+        monkeypatch.setattr(pool.backend, "look_at", lambda volume: Waiting.go.wait(30) and volume)
+        monkeypatch.setattr(pool.backend, "refresh", lambda: Waiting.go.wait(30) and Contents())
+        await pool.look_again(pool.volume("v"))  # shown as it was
+        assert "its source does not answer" in pool.warnings
+        await pool.look_again(pool.volume("v"))  # and no further thread waits for it
+        for call in (pool.refresh(), volumes.create(pools, pool, volume_xml("w", 4096))):
+            with pytest.raises(OperationTimeout, match="storage pool 'p' does not answer"):
+                await call
+        assert [volume.name for volume in pool.volumes()] == ["v"]
+        monkeypatch.setattr(dir_backend, "Backend", Waiting)
+        with pytest.raises(OperationTimeout, match="storage pool 't' does not answer"):
+            await pools.create_xml(pool_xml("t", tmp_path / "t"))
+        monkeypatch.undo()
+        pools.patience = 30
+        await pools.define(pool_xml("r", tmp_path / "r"))  # others go on
+        await volumes.create(pools, other, volume_xml("w", 4096))
+        Waiting.go.set()
+        async with pools.lookup_name("t").job("wait for the end of"):
+            assert pools.lookup_name("t").is_active  # it came when it was answered
+        while pool.warnings:
+            await asyncio.sleep(0.01)
+        await pool.refresh()
+
+
+async def test_a_pool_whose_source_never_answers_can_be_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p").mkdir()
+    async with opened(tmp_path) as pools:
+        pool = await pools.define(pool_xml("p", tmp_path / "p"))
+        await pool.start()
+        before = pool.backend
+        assert before is not None
+        pools.patience, go = 0.05, threading.Event()
+        monkeypatch.setattr(before, "refresh", lambda: go.wait(30) and Contents(capacity=7))
+        with pytest.raises(OperationTimeout, match="does not answer"):
+            await pool.refresh()
+        pools.patience = 30
+        await pool.destroy()
+        assert before.given_up and not pool.is_active and not [*pools.store.status.glob("p.xml")]
+        await pool.start()  # a new look at it, which the old one does not disturb
+        assert pool.backend is not before
+        await pool.refresh()
+        go.set()
+        await in_thread(lambda: None)
+        await asyncio.sleep(0)
+        assert pool.contents.capacity != 7
+        await pool.refresh()
 
 
 async def test_a_lookup_by_path_or_key_finds_it_in_any_pool(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from world import opened, pool_xml
 
 from kvik.conf.storage_volume import format_volume
-from kvik.errors import ConfigError, ConfigUnsupported, OperationInvalid, OperationUnsupported
+from kvik.errors import ConfigError, ConfigUnsupported, InvalidArgument, OperationInvalid
+from kvik.image.opening import Opener
 from kvik.storage import volumes
 from kvik.storage.pool import PoolObject
 from kvik.storage.pools import Pools
@@ -78,14 +80,58 @@ async def test_what_cannot_be_leaves_nothing(world: World) -> None:
         with pytest.raises(ConfigError):
             await volumes.create(pools, pool, xml(name, MIB, more=more))
     await volumes.create(pools, pool, xml("q", MIB))
-    with pytest.raises(ConfigUnsupported, match="<compat> of its source"):
-        await volumes.copy(pools, pool, xml("c", None, "<compat>0.10</compat>"), pool, "q")
-    with pytest.raises(ConfigUnsupported, match="backing store of its source"):
-        below = f"<backingStore><path>{path}/fake</path></backingStore>"
-        await volumes.copy(pools, pool, xml("c", None, more=below), pool, "q")
-    with pytest.raises(OperationUnsupported, match="resizing volumes of format qcow2"):
-        await volumes.resize(pools, pool, "q", 2 * MIB)
+    with pytest.raises(ConfigUnsupported, match="shares no blocks"):
+        await volumes.copy(pools, pool, xml("c", None, "<compat>0.10</compat>"), pool, "q", reflink=True)
     assert sorted(each.name for each in path.iterdir()) == ["fake", "q"]
+
+
+def contents(path: Path) -> bytes:
+    """Of the disk in a qcow2 file, with what is below it."""
+    with Opener(lock=False).open(str(path), "qcow2") as image:
+        return bytes(image.read(0, image.size))
+
+
+async def test_a_copy_in_another_format_reads_the_same(world: World) -> None:
+    pools, pool, path = world
+    data = os.urandom(MIB) + bytes(MIB) + b"end".ljust(512, b"\0")
+    (path / "v").write_bytes(data)
+    await pool.refresh()
+    await volumes.copy(pools, pool, xml("q", 4 * MIB, "<compat>0.10</compat>"), pool, "v")
+    assert contents(path / "q") == data.ljust(4 * MIB, b"\0")
+    target = pool.volume("q").target
+    assert target is not None and target.compat == "0.10"
+    raw = "<volume><name>r</name><allocation>0</allocation><target><format type='raw'/></target></volume>"
+    made = await volumes.copy(pools, pool, raw, pool, "q")
+    assert (path / "r").read_bytes() == contents(path / "q")
+    assert made.allocated < 2 * MIB  # zeros stay holes
+    await volumes.copy(pools, pool, xml("other", None, "<clusterSize unit='KiB'>4</clusterSize>"), pool, "q")
+    assert contents(path / "other") == contents(path / "q")
+    # with what is below it, if that is a volume, too
+    below = f"<backingStore><path>{path}/q</path><format type='qcow2'/></backingStore>"
+    await volumes.create(pools, pool, xml("top", None, more=below))
+    await volumes.copy(pools, pool, raw.replace("<name>r", "<name>flat"), pool, "top")
+    assert (path / "flat").read_bytes() == contents(path / "q")
+    secret = path.parent / "secret"
+    secret.write_bytes(b"root:".ljust(512, b"x"))
+    await volumes.create(
+        pools, pool, xml("thief", None, more=f"<backingStore><path>{secret}</path><format type='raw'/></backingStore>")
+    )
+    with pytest.raises(OperationInvalid, match="is no volume of an active pool: it is not read"):
+        await volumes.copy(pools, pool, raw.replace("<name>r", "<name>stolen"), pool, "thief")
+    assert not (path / "stolen").exists()
+
+
+async def test_an_image_is_made_bigger_and_smaller(world: World) -> None:
+    pools, pool, path = world
+    await volumes.create(pools, pool, xml("q", MIB))
+    await volumes.resize(pools, pool, "q", 2 * MIB)
+    assert pool.volume("q").size == 2 * MIB
+    await volumes.resize(pools, pool, "q", MIB, delta=True, allocate=True)
+    assert pool.volume("q").size == 3 * MIB and pool.volume("q").allocated >= MIB
+    with pytest.raises(InvalidArgument, match="shrink"):
+        await volumes.resize(pools, pool, "q", MIB)
+    await volumes.resize(pools, pool, "q", MIB, shrink=True)
+    assert pool.volume("q").size == MIB and contents(path / "q") == bytes(MIB)
 
 
 async def test_a_damaged_one_is_shown_and_can_be_deleted(world: World) -> None:

@@ -156,9 +156,9 @@ def get_xml(connection: Connection, args: Any) -> tuple[str]:
 
 
 def messages(connection: Connection, args: Any) -> tuple[list[str]]:
-    """What its document says that nobody here understands, and what the last look at it found."""
+    """What its document says that nobody here understands, who else may use it, and what the last look at it found."""
     pool = connection.pool(args[0])
-    return ([*pool.document.warnings(), *pool.warnings][:MESSAGES_MAX],)
+    return (pool.remarks()[:MESSAGES_MAX],)
 
 
 # --- changing ---------------------------------------------------------------------------------------------------------

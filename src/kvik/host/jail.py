@@ -1,0 +1,63 @@
+"""Programs of others that read what strangers made, each with two or three open files and nothing else.
+
+`vmm/sandbox/launch.py` runs them: Landlock (no path but the system's programs and libraries), no network, no sockets,
+no new privileges, no capabilities but to open the files it was given, seccomp, and limits of time, memory and disk.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+from kvik.errors import OperationUnsupported
+from kvik.host.process import find_program
+from kvik.host.tools import Completed, run
+
+__all__ = ["run_jailed"]
+
+_LAUNCHER = f"{os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}/vmm/sandbox/launch.py"  # noqa: PTH100, PTH120
+MEMORY = 1 << 30  # bytes of address space: qemu-img maps 400 MiB for its threads
+
+
+def run_jailed(
+    program: str,
+    words: Sequence[str],
+    *,
+    readable: Sequence[int] = (),
+    writable: Sequence[int] = (),
+    private: Sequence[int] = (),
+    package: str = "",
+    seconds: int = 30,
+    size: int = 0,
+    limit: int = 1 << 20,
+) -> Completed:
+    """Run `program` to its end; it finds its files as /proc/self/fd/NUMBER, by the numbers that they have here.
+
+    `private` are files in memory (memfd_create(2)), which Landlock neither bounds nor needs to be told of.
+    `seconds` bound its processor time (ten times as much the wall's), `size` each file it writes, `limit` what it
+    prints, in bytes. It ends when this process does. Raises `OperationUnsupported` where it is not installed,
+    `HostError`, `OperationTimeout`.
+    """
+    path = find_program(program)
+    if path is None:
+        raise OperationUnsupported(
+            f"'{program}' is not installed", remedy=f"install the package {package}" if package else ""
+        )
+    if not os.path.isdir("/proc/self/fd"):  # noqa: PTH112
+        raise OperationUnsupported("/proc is not mounted, through which a confined program is given its files")
+    here, there = socket.socketpair()
+    with here, there:
+        files = [f"--read={fd}" for fd in readable] + [f"--write={fd}" for fd in writable]
+        limits = [f"--cpu={seconds}", f"--memory={MEMORY}", f"--size={size}"]
+        return run(
+            [
+                *(sys.executable, "-I", "-S", _LAUNCHER, f"--life={there.fileno()}", *files, "--alone", *limits),
+                *("--", path, *words),
+            ],
+            timeout=seconds * 10.0,
+            limit=limit,
+            pass_fds=[there.fileno(), *readable, *writable, *private],
+            check=False,
+        )

@@ -1,0 +1,98 @@
+"""Runs in namespaces of its own (network, mounts, processes), which end with it: an iSCSI target in user space (tgt),
+and a pool whose volumes are its units."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable
+from pathlib import Path
+
+from kvik.errors import HostError, KvikError, OperationUnsupported
+from kvik.paths import Paths
+from kvik.storage import volumes
+from kvik.storage.pools import Pools
+from kvik.storage.types import find_sources
+
+MIB = 1 << 20
+TARGET, INITIATOR = "iqn.2026-01.org.example:disks", "iqn.2026-01.org.example:me"
+PASSWORD = b"twelve-or-more"
+FILES = Path("/run/tgtd")
+PORTAL = f"<host name='127.0.0.1'/><initiator><iqn name='{INITIATOR}'/></initiator>"
+POOL = f"""<pool type='iscsi-direct'><name>own</name><source><host name='127.0.0.1'/><device path='{TARGET}'/>
+<auth type='chap' username='me'><secret usage='chap'/></auth><initiator><iqn name='{INITIATOR}'/></initiator></source>
+</pool>"""
+
+
+def sh(script: str) -> str:
+    done = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def serve() -> None:
+    FILES.mkdir(exist_ok=True)
+    sh(f"ip link set lo up; mount -t tmpfs tmpfs {FILES}; tgtd --iscsi portal=127.0.0.1:3260 >/dev/null 2>&1")
+    lines = [f"--op new --mode target --tid 1 -T {TARGET}"]
+    for number in (1, 2):
+        (FILES / f"unit{number}").write_bytes(b"somebody's data " * (4 * MIB // 16))
+        lines.append(f"--op new --mode logicalunit --tid 1 --lun {number} -b {FILES}/unit{number}")
+    lines += [
+        "--op bind --mode target --tid 1 -I ALL",
+        f"--op new --mode account --user me --password {PASSWORD.decode()}",
+        "--op bind --mode account --tid 1 --user me",
+    ]
+    # tgtd answers a moment after it has gone to the background.
+    ready = (
+        "for i in $(seq 50); do tgtadm --lld iscsi --op show --mode system >/dev/null 2>&1 && break; sleep 0.1; done\n"
+    )
+    sh(ready + "\n".join(f"tgtadm --lld iscsi {line}" for line in lines))
+
+
+async def refused(call: Awaitable[object], kind: type[KvikError], text: str) -> None:
+    try:
+        await call
+    except kind as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"not refused: {text}")
+
+
+async def main(root: Path) -> None:
+    serve()
+    assert f"<device path='{TARGET}'/>" in find_sources("iscsi-direct", f"<source>{PORTAL}</source>")
+    pools = Pools(Paths.system(root))
+    await pools.open()
+    password = b"wrong-password"
+    pools.secret = lambda usage, which: password
+    await refused(pools.create_xml(POOL), HostError, "")
+    password = PASSWORD
+    pool = await pools.create_xml(POOL)
+    found = [(each.name, each.size, each.type) for each in pool.volumes()]
+    assert found == [("unit:0:0:1", 4 * MIB, "network"), ("unit:0:0:2", 4 * MIB, "network")], found
+    # Wiped through a session of its own; the other unit is left alone.
+    wiping = asyncio.ensure_future(volumes.wipe(pools, pool, "unit:0:0:1", 0))
+    seen = b""
+    while not wiping.done():
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                seen += process.read_bytes() + (process.parent / "environ").read_bytes()
+            except OSError:
+                continue
+        await asyncio.sleep(0.01)
+    await wiping
+    assert b"qemu-img" in seen and PASSWORD not in seen
+    assert (FILES / "unit1").read_bytes() == bytes(4 * MIB)
+    assert (FILES / "unit2").read_bytes().startswith(b"somebody's data somebody")
+    await refused(volumes.wipe(pools, pool, "unit:0:0:2", 1), OperationUnsupported, "any algorithm but zero")
+    await refused(volumes.delete(pools, pool, "unit:0:0:2"), OperationUnsupported, "deleting volumes")
+    password = b"wrong-password"
+    await refused(volumes.wipe(pools, pool, "unit:0:0:2", 0), HostError, "")
+    assert (FILES / "unit2").read_bytes().startswith(b"somebody's data somebody")
+    await pool.destroy()
+    print("well")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1])))
