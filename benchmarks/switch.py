@@ -35,6 +35,7 @@ from report import Report  # noqa: E402
 from functional.network.guests import Guest, SwitchSession  # noqa: E402
 from kvik.host.namespace import run_in_namespace  # noqa: E402
 from kvik.network.switch.control import Switch  # noqa: E402
+from kvik.network.switch.mtu import LONG  # noqa: E402
 from kvik.network.switch.uplink import start_uplink  # noqa: E402
 
 SETTINGS = {
@@ -42,8 +43,8 @@ SETTINGS = {
     "ranges": [["192.168.122.2", "192.168.122.254"]], "router": True,
 }  # fmt: skip
 MACHINES = [
-    {"name": "left", "mac": "52:54:00:aa:00:01"},
-    {"name": "right", "mac": "52:54:00:aa:00:02"},
+    {"name": "left", "mac": "52:54:00:aa:00:01", "mtu": LONG},  # as a session's daemon says it of virtio's cards
+    {"name": "right", "mac": "52:54:00:aa:00:02", "mtu": LONG},
     {"name": "slirp", "mac": "52:54:00:aa:00:03", "netdev": "user,id=net"},
 ]
 HOST = "203.0.113.1"

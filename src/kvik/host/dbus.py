@@ -23,7 +23,7 @@ __all__ = ["SystemBus"]
 DEFAULT = "unix:path=/run/dbus/system_bus_socket"
 LIMIT = 1 << 20  # bytes of one message; what is asked for here has a few hundred
 DEADLINE = 10.0  # seconds without a byte; firewalld answers once all its rules are in the kernel
-_CALL, _REPLY, _ERROR = 1, 2, 3
+_CALL, _REPLY, _ERROR, _SIGNAL = 1, 2, 3, 4
 _NO_AUTO_START = 2
 _PATH, _INTERFACE, _MEMBER, _ERROR_NAME, _REPLY_SERIAL, _DESTINATION, _SIGNATURE = 1, 2, 3, 4, 5, 6, 8
 _HEAD = struct.Struct("<BBBBII")  # byte order, type, flags, version, length of the body, serial
@@ -53,7 +53,27 @@ class SystemBus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._socket.close()
+
+    def fileno(self) -> int:
+        """Readable when there is a signal."""
+        return self._socket.fileno()
+
+    def subscribe(self, rule: str) -> None:
+        """From now on the bus sends what matches; such a connection makes no more calls."""
+        self.call("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "AddMatch", rule)
+
+    def receive_signal(self) -> bool:
+        """Take one message; whether it is a signal of what was subscribed. `HostError` when the bus has ended."""
+        self._socket.settimeout(1.0)  # what has begun is there as a whole: nobody is made to wait
+        try:
+            kind, fields, _ = self._receive()
+        except OSError as error:
+            raise _failed(error) from error
+        return kind == _SIGNAL and fields.get(_MEMBER) != "NameAcquired"  # which each connection is told of itself
 
     def call(self, destination: str, path: str, interface: str, member: str, *strings: str) -> list[Any]:
         """What the service answers: strings, lists of strings, numbers. `DBusError` if it refuses."""

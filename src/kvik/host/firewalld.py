@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvik.errors import DBusError, HostError, NotFound, OperationInvalid
 from kvik.host.dbus import SystemBus
 
-__all__ = ["is_running", "require_zone", "set_zone", "unset_zone"]
+__all__ = ["is_running", "require_zone", "set_zone", "unset_zone", "watch"]
 
 NAME, PATH = "org.fedoraproject.FirewallD1", "/org/fedoraproject/FirewallD1"
 ZONES = f"{NAME}.zone"
@@ -45,6 +45,20 @@ _REMEDY = "start firewalld, or leave zone out"
 
 def _absent(zone: str, who: str) -> str:
     return f"{who} is to be in firewalld's zone {zone!r}, and firewalld does not run"
+
+
+def watch() -> SystemBus:
+    """A connection that receives a signal whenever firewalld comes or goes. `HostError` if there is no D-Bus."""
+    bus = SystemBus()
+    try:
+        bus.subscribe(
+            "type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus',"
+            f"member='NameOwnerChanged',arg0='{NAME}'"
+        )
+    except BaseException:
+        bus.close()
+        raise
+    return bus
 
 
 def set_zone(zone: str, interface: str) -> None:

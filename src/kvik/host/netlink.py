@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import re
 import socket
 import struct
 import sys
@@ -382,8 +383,12 @@ class Netlink:
     # Requests and answers
 
     def change(self, action: str, kind: int, flags: int, payload: bytes) -> None:
-        """Send one request that the kernel acknowledges or refuses (`HostError`: "cannot ACTION: ...")."""
-        self.request(action, kind, flags | _F_ACK, payload)
+        """Send one request that the kernel acknowledges or refuses (`HostError`: "cannot ACTION: ...", with the name of
+        an interface that ACTION gives by its index)."""
+        try:
+            self.request(action, kind, flags | _F_ACK, payload)
+        except HostError as error:
+            raise HostError(_named(error.message), errno=error.errno, remedy=error.remedy) from error.__cause__
 
     def request(self, action: str, kind: int, flags: int, payload: bytes) -> list[bytes]:
         """Send one request; the payloads of its answers up to the end of the dump, the acknowledgement or the one.
@@ -440,6 +445,18 @@ class Netlink:
                 answers.append(payload)
                 if not until_end:
                     return answers, torn
+
+
+def _named(words: str) -> str:
+    """Names where interfaces are given by index, as far as they are there."""
+
+    def name(found: re.Match[str]) -> str:
+        try:
+            return f"{found[1]} {socket.if_indextoname(int(found[2]))}"
+        except (OSError, OverflowError):
+            return found[0]
+
+    return re.sub(r"\b(interface|bridge) (\d+)\b", name, words)
 
 
 def raise_refusal(action: str, payload: bytes, flags: int) -> None:

@@ -55,8 +55,9 @@ def _interface(device: Path) -> str:
     return min((entry.name for entry in device.glob("net/*")), default="")
 
 
-def check_assignable(address: str, sysfs: Path = SYSFS, vfio: Path = VFIO) -> None:
-    """Whether a PCI device can be given to a machine. `OperationInvalid` says what is missing."""
+def check_assignable(address: str, sysfs: Path = SYSFS, vfio: Path = VFIO, *, managed: bool = True) -> None:
+    """Whether a PCI device can be given to a machine; one that is not `managed` has to be with vfio-pci already.
+    `OperationInvalid` says what is missing."""
     device = _device(address, sysfs)
     if not (device / "iommu_group").exists():
         raise OperationInvalid(
@@ -67,6 +68,11 @@ def check_assignable(address: str, sysfs: Path = SYSFS, vfio: Path = VFIO) -> No
         raise OperationInvalid(
             f"PCI device {address} cannot be given to a machine: there is no {vfio / 'vfio'}",
             remedy="load the module: modprobe vfio-pci",
+        )
+    if not managed and (driver := _driver(device)) != DRIVER:
+        raise OperationInvalid(
+            f"PCI device {address} cannot be given to a machine: {driver or 'no driver'} has it, not {DRIVER}",
+            remedy=f"say managed='yes', or bind it yourself: driverctl set-override {address} {DRIVER}",
         )
 
 
@@ -108,7 +114,11 @@ def set_address(netlink: Netlink, address: str, mac: str, *, vlan: int = 0, sysf
     name = _interface(physical)
     number = next((link.name for link in physical.glob("virtfn*") if link.resolve().name == address), "")
     if not name or not number:
-        raise HostError(f"PCI device {address} is no virtual function of a network card", errno=errno.ENODEV)
+        raise HostError(
+            f"PCI device {address} is no virtual function of a network card",
+            errno=errno.ENODEV,
+            remedy="give a whole card by <hostdev>: as an interface it would not bear the machine's MAC address",
+        )
     request = address_request(netlink.link(name).index, int(number.removeprefix("virtfn")), mac, vlan)
     netlink.change(f"set the address of virtual function {address} of {name}", SETLINK, 0, request)
 

@@ -107,6 +107,13 @@ def resolve(interface: Interface, networks: NetworkLookup | None) -> Attachment 
                 path="/domain/devices/interface/source/@dev",
             )
         return replace(own, kind="macvtap", device=source.dev, mode=macvtap_mode(source.mode))
+    if interface.type == "hostdev":
+        if not interface.host_function:
+            raise ConfigUnsupported(
+                f"interface {_alias(interface)} of type hostdev names no PCI device of the host",
+                path="/domain/devices/interface/source/address",
+            )
+        return replace(own, kind="hostdev", device=interface.host_function, managed=bool(interface.managed))
     if interface.type != "network":
         return None
     if networks is None:

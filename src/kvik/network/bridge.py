@@ -24,6 +24,8 @@ __all__ = ["add_routes", "find_bridge", "is_ours", "make_bridge", "remove_bridge
 
 logger = logging.getLogger(__name__)
 
+ETHERNET_MTU, MTU_MAX = 1500, 65535
+ALIAS, ALIAS_MAX = "kvik network ", 200  # characters; the kernel takes 255 bytes (IFALIASZ)
 DEFAULT_METRIC = 1  # of a <route> that says none, as in libvirt
 SYSCTL = Path("/proc/sys/net")  # shows the network namespace of the thread that opens it
 
@@ -42,8 +44,9 @@ def is_ours(link: Link, document: Network) -> bool:
     return link.kind == "bridge" and document.mac is not None and link.mac == document.mac.address.lower()
 
 
-def make_bridge(netlink: Netlink, document: Network, undo: ExitStack) -> Link:
-    """The bridge of the network, up and with its addresses; `undo` takes it away. About a millisecond.
+def make_bridge(netlink: Netlink, document: Network, undo: ExitStack, owner: str) -> Link:
+    """The bridge of the network, up and with its addresses; `undo` takes it away. About a millisecond. `owner`, which
+    daemon's it is, becomes its alias (`ip link` shows it): another daemon says by that who has it.
 
     Raises AlreadyExists if there is an interface by that name, HostError for what the kernel refuses.
     """
@@ -51,13 +54,14 @@ def make_bridge(netlink: Netlink, document: Network, undo: ExitStack) -> Link:
     name = check_name(document.bridge_name or "")
     there = find_bridge(netlink, name)
     if there is not None:
-        raise AlreadyExists(
-            f"network {document.name!r} cannot make bridge {name}: there is an interface of that name already "
-            f"({there.kind or 'hardware'}, {there.mac or 'no MAC'})",
-            remedy="give the network's <bridge> another name, or delete that interface if nobody needs it",
-        )
-    link = _create(netlink, name, document)
-    undo.callback(_quietly_remove, netlink, document)
+        raise _taken(document, there)
+    undo.callback(_quietly_remove, netlink, document)  # it may be made, and only the answer lost
+    try:
+        link = _create(netlink, name, document)
+    except HostError as error:
+        there = find_bridge(netlink, name) if error.errno == errno.EEXIST else None
+        raise (_taken(document, there) if there is not None else error) from error  # another was quicker
+    netlink.set_link(link.index, alias=f"{ALIAS}{document.name} of {owner}"[:ALIAS_MAX])
     _set_up_ipv6(name, document)
     for ip in document.ips:
         if ip.address is None:
@@ -68,15 +72,28 @@ def make_bridge(netlink: Netlink, document: Network, undo: ExitStack) -> Link:
         # Nobody else can have the address on a bridge that has no port yet: there is nothing to detect.
         netlink.add_address(link.index, str(interface), broadcast=broadcast, detect_duplicates=False)
     _bound(netlink, document, link.index)
-    netlink.set_link(link.index, up=True)
-    return link
+    netlink.set_link(link.index, mtu=_mtu(document), up=True)
+    return netlink.link(link.index)
+
+
+def _taken(document: Network, there: Link) -> AlreadyExists:
+    who = f", {there.alias}" if there.alias.isprintable() and there.alias else ""
+    return AlreadyExists(
+        f"network {document.name!r} cannot make bridge {there.name}: there is an interface of that name already "
+        f"({there.kind or 'hardware'}, {there.mac or 'no MAC'}{who})",
+        remedy="give the network's <bridge> another name, or "
+        + ("stop that network" if there.alias.startswith(ALIAS) else "delete that interface if nobody needs it"),
+    )
 
 
 def _create(netlink: Netlink, name: str, document: Network) -> Link:
     assert document.bridge is not None
     settings: BridgeSettings = {"stp": bool(document.bridge.stp), "forward_delay": document.bridge.delay or 0}
     mac = document.mac.address if document.mac else None
-    mtu = document.mtu.size if document.mtu else None
+    # One off what it is to have: to set it then is a change, and the kernel leaves alone what was changed. Else a
+    # machine with a smaller MTU would bring the whole network down to its own (br_mtu_auto_adjust in br_if.c).
+    mtu = _mtu(document)
+    mtu += 1 if mtu < MTU_MAX else -1
     if document.bridge.mac_table_manager == "libvirt":
         # With the kernel's VLAN filter a port takes no frame of a VLAN that it was not put into, as libvirt has it.
         filtering: BridgeSettings = {**settings, "vlan_filtering": True}
@@ -87,6 +104,10 @@ def _create(netlink: Netlink, name: str, document: Network) -> Link:
                 raise
             logger.warning("network %s: %s; its bridge does without", document.name, NO_VLAN_FILTERING)
     return create_bridge(netlink, name, mac=mac, mtu=mtu, **settings).link
+
+
+def _mtu(document: Network) -> int:
+    return document.mtu.size if document.mtu else ETHERNET_MTU
 
 
 def _bound(netlink: Netlink, document: Network, index: int) -> None:

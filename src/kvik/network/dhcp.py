@@ -14,7 +14,7 @@ from ipaddress import IPv4Address
 
 from kvik.errors import HostError
 
-__all__ = ["Offer", "discover", "discover_frame", "parse_offer"]
+__all__ = ["Offer", "discover", "discover_frame", "parse_offer", "read_options"]
 
 _BOOTREQUEST, _BOOTREPLY, _ETHERNET = 1, 2, 1
 _COOKIE = b"\x63\x82\x53\x63"
@@ -76,7 +76,7 @@ def parse_offer(frame: bytes, transaction: int) -> Offer | None:
     if len(body) < _HEADER.size + 4 or body[_HEADER.size : _HEADER.size + 4] != _COOKIE:
         return None
     fields = _HEADER.unpack_from(body)
-    options = _options(body[_HEADER.size + 4 :])
+    options = read_options(body[_HEADER.size + 4 :])
     if fields[0] != _BOOTREPLY or fields[4] != transaction or options.get(_MESSAGE_TYPE) != bytes([_OFFER]):
         return None
     lease = options.get(_LEASE_TIME, b"")
@@ -89,7 +89,8 @@ def parse_offer(frame: bytes, transaction: int) -> Offer | None:
     )
 
 
-def _options(data: bytes) -> dict[int, bytes]:
+def read_options(data: bytes) -> dict[int, bytes]:
+    """The first of each (RFC 2132); one that is cut off ends them."""
     found: dict[int, bytes] = {}
     at = 0
     while at < len(data) and data[at] != _END:
@@ -98,7 +99,7 @@ def _options(data: bytes) -> dict[int, bytes]:
             continue
         if at + 2 > len(data) or at + 2 + data[at + 1] > len(data):
             break
-        found[data[at]] = data[at + 2 : at + 2 + data[at + 1]]
+        found.setdefault(data[at], data[at + 2 : at + 2 + data[at + 1]])
         at += 2 + data[at + 1]
     return found
 

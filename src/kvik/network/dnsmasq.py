@@ -14,11 +14,11 @@ import os
 import pwd
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvik.conf.network import DhcpHost, Dns, Lease, Network, NetworkIp
+from kvik.conf.network import DhcpHost, DhcpRange, Dns, Lease, Network, NetworkIp
 from kvik.conf.network_addresses import Subnet, ip_interface
 from kvik.errors import ConfigUnsupported, HostError, MissingPackages, OperationFailed
 from kvik.host import files, process, tools
@@ -186,6 +186,8 @@ def _dhcp(document: Network, lease_file: Path) -> Iterator[str]:
             yield f"dhcp-range={ip.address},static{',' + _size(subnet) if subnet.version == 6 else ''}"
             leases += len(ip.dhcp.hosts)
         for host in ip.dhcp.hosts:
+            if ip.dhcp.ranges and not _in_ranges(host, ip.dhcp.ranges):
+                leases += 1  # or who has a range's last address would keep it from the address reserved for it
             yield "dhcp-host=" + _host(host, subnet.version)
         if ip.dhcp.bootp is not None:
             server = ip.dhcp.bootp.server
@@ -207,6 +209,16 @@ def _dhcp(document: Network, lease_file: Path) -> Iterator[str]:
             if ip.dhcp is None or not (ip.dhcp.ranges or ip.dhcp.hosts):
                 # ra-names: machines that make their address of their MAC have an AAAA record beside their lease's name.
                 yield f"dhcp-range={subnet.network_address},ra-names,{subnet.prefixlen}"
+
+
+def _in_ranges(host: DhcpHost, ranges: Sequence[DhcpRange]) -> bool:
+    """A host without an address takes one of a range."""
+    if not host.ip:
+        return True
+    address = int(ipaddress.ip_address(host.ip))
+    return any(
+        int(ipaddress.ip_address(item.start)) <= address <= int(ipaddress.ip_address(item.end)) for item in ranges
+    )
 
 
 def _size(subnet: Subnet) -> str:

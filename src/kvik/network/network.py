@@ -15,6 +15,7 @@ from kvik.conf.network import Network, format_network
 from kvik.conf.network_update import update_network
 from kvik.errors import KvikError, OperationInvalid, OperationTimeout, OperationUnsupported
 from kvik.network import floors
+from kvik.network.address_pool import exhausted
 from kvik.network.dnsmasq import LeaseEntry
 from kvik.network.probe import Finding, probe
 from kvik.network.runtime import Runtime
@@ -30,7 +31,9 @@ logger = logging.getLogger(__name__)
 JOB_WAIT = 30.0  # seconds to wait for the present job
 JOB_LIMIT = 60.0  # seconds that a job may take
 PROBE_DELAY = 0.5  # seconds after a start: who starts and stops in one go is not made to wait
-RESTARTS, RESTARTS_WITHIN = 5, 60.0  # of a dnsmasq that ends by itself: so many in so many seconds
+# A dnsmasq that ends by itself is started again: at once, then after a pause that doubles each time, until it has
+# served for STEADY seconds. From the RESTARTS-th time on that is said.
+PAUSE_FIRST, PAUSE_LAST, STEADY, RESTARTS = 0.5, 60.0, 60.0, 5
 
 
 class NetworkObject:
@@ -49,7 +52,12 @@ class NetworkObject:
         self._lock = asyncio.Lock()
         self._job = ""
         self._unwatch: Callable[[], None] | None = None
-        self._restarts: list[float] = []
+        self._deaths = 0  # of its dnsmasq, since that served for long
+        self._served = 0.0  # monotonic seconds: since when it serves
+        self._ailing = ""  # what is said of it
+        self._restarting: Runtime | SwitchRuntime | None = None  # a task sees to it
+        self._gone: list[str] = []  # what it stood on, as was said last
+        self._exhausted = ""  # what was said of its addresses last
 
     def __repr__(self) -> str:
         return f"NetworkObject({self.name!r}, {'active' if self.is_active else 'inactive'})"
@@ -71,6 +79,10 @@ class NetworkObject:
     @property
     def is_active(self) -> bool:
         return self.runtime is not None
+
+    def stands_on(self, name: str) -> bool:
+        """Whether it is active and would miss that interface of the host."""
+        return self.runtime is not None and (name == self.bridge_name or name in self.runtime.parts)
 
     @property
     def document(self) -> Network:
@@ -103,7 +115,31 @@ class NetworkObject:
             raise OperationInvalid(
                 f"network {self.name!r} is not active", remedy=f"start it: kvik net-start {self.name}"
             )
-        return [lease for lease in self.runtime.leases() if mac is None or lease.mac == mac.lower()]
+        leases = self.runtime.leases()
+        said = exhausted(self.runtime.document, leases)
+        if said and not self._exhausted:
+            logger.warning("network %s: %s", self.name, said)
+        self._exhausted = said
+        return [lease for lease in leases if mac is None or lease.mac == mac.lower()]
+
+    def messages(self) -> list[str]:
+        """What was found since it was started, and holds still. Blocks, as `leases` does."""
+        if self.runtime is None:
+            return [*self.warnings]
+        found = [*self.warnings]
+        try:
+            found += [text for text in self.runtime.missing() if text not in found]
+            if self._ailing and (not self._serves or time.monotonic() < self._served + STEADY):
+                found.append(self._ailing)
+            self.leases()
+        except KvikError as error:
+            return [*found, str(error)]
+        return [*found, *([self._exhausted] if self._exhausted else [])]
+
+    @property
+    def _serves(self) -> bool:
+        handle = self.runtime.handle if self.runtime is not None else None
+        return handle is not None and handle.alive
 
     # who is on it
 
@@ -197,6 +233,8 @@ class NetworkObject:
                 if runtime.active:  # also if whoever asked is gone by now
                     self._disconnect_all()
                     self.warnings.clear()
+                    for text in runtime.found:
+                        self.warn(text)
                     self.adopt(runtime)
                     self._networks.emit(self, NetworkEventLifecycleType.STARTED)
         if self._networks.probing and isinstance(runtime, Runtime):
@@ -221,6 +259,9 @@ class NetworkObject:
         if self.runtime is not runtime:
             return
         try:
+            await self._networks.run(self.leases)
+            if self._exhausted:
+                return  # nobody would be answered, and why is said
             for finding in await self.probe():
                 self.warn(str(finding))
         except KvikError as error:
@@ -230,7 +271,9 @@ class NetworkObject:
         """Be active with what `runtime` made or found."""
         self.runtime = runtime
         runtime.ending.clear()
-        self._restarts.clear()
+        self._deaths, self._ailing, self._gone = 0, "", []
+        if runtime.document.bridge is not None and runtime.document.bridge.zone is not None:
+            self._networks.watch_zones()
         self._count_devices()  # what an earlier daemon counted is counted anew as machines are found again
         self._watch()
 
@@ -248,7 +291,8 @@ class NetworkObject:
         finally:
             if runtime.active:  # somebody may put right what was in the way, and try again
                 runtime.ending.clear()
-                self._watch()
+                if self._serves:
+                    self._watch()
             else:  # also if whoever asked is gone by now
                 self.runtime = None
                 self._disconnect_all()
@@ -323,9 +367,13 @@ class NetworkObject:
     # what happens to it while nobody asks
 
     def _watch(self) -> None:
+        """Be told when its dnsmasq ends; have one started if there is none and should be."""
         handle = self.runtime.handle if self.runtime is not None else None
         if handle is not None and handle.fileno() >= 0:
             self._unwatch = handle.on_exit(self._dnsmasq_ended)
+            self._served = time.monotonic()
+        elif self.runtime is not None and self.runtime.is_served:
+            self._networks.spawn(self._restart_dnsmasq(self.runtime))
 
     def let_go(self) -> None:
         """Stop looking at it."""
@@ -337,38 +385,65 @@ class NetworkObject:
 
     def _dnsmasq_ended(self) -> None:
         self._unwatch = None
-        self._networks.spawn(self._restart_dnsmasq())
+        if time.monotonic() >= self._served + STEADY:
+            self._deaths, self._ailing = 0, ""
+        if self.runtime is not None:
+            self._networks.spawn(self._restart_dnsmasq(self.runtime))
 
-    async def _restart_dnsmasq(self) -> None:
-        """Leases are kept in its file. One that ends again and again is left alone, and said."""
-        now = time.monotonic()
-        self._restarts = [moment for moment in self._restarts if moment > now - RESTARTS_WITHIN]
-        if len(self._restarts) >= RESTARTS:
-            self.warn(
-                f"dnsmasq ended {RESTARTS} times within {RESTARTS_WITHIN:g} s: no DHCP and DNS until the next start"
-            )
+    async def _restart_dnsmasq(self, runtime: Runtime | SwitchRuntime) -> None:
+        """Until it serves, or the network ends. Leases are kept in its file."""
+        if self._restarting is runtime:
             return
-        self._restarts.append(now)
-        async with self.job("restart dnsmasq of"):
-            if self.runtime is None or self._unwatch is not None:
-                return
-            logger.warning("network %s: dnsmasq ended by itself; it is started again", self.name)
+        self._restarting = runtime
+        try:
+            await self._restart_until_it_serves(runtime)
+        finally:
+            if self._restarting is runtime:
+                self._restarting = None
+
+    async def _restart_until_it_serves(self, runtime: Runtime | SwitchRuntime) -> None:
+        why = "it ended by itself"
+        while self.runtime is runtime and self._unwatch is None:
+            pause = min(PAUSE_FIRST * 2 ** (self._deaths - 1), PAUSE_LAST) if self._deaths else 0.0
+            self._deaths = min(self._deaths + 1, 1000)
+            if self._deaths == RESTARTS:
+                self._ailing = (
+                    f"no DHCP and DNS for now: dnsmasq did not stay {RESTARTS} times ({why}); it is started again and "
+                    f"again, at least every {PAUSE_LAST:g} s, and leases are kept"
+                )
+                logger.warning("network %s: %s", self.name, self._ailing)
+            await asyncio.sleep(pause)
             try:
-                await self._networks.run(self.runtime.serve)
-            except KvikError as error:
-                self.warn(str(error))
-            self._watch()
+                async with self.job("restart dnsmasq of"):
+                    if self.runtime is not runtime or self._unwatch is not None or not runtime.is_served:
+                        return
+                    if self._deaths < RESTARTS:
+                        logger.warning("network %s: dnsmasq is started again: %s", self.name, why)
+                    await self._networks.run(runtime.serve)
+                    handle = runtime.handle
+                    if handle is not None and handle.fileno() >= 0:
+                        self._watch()
+                        return
+                    why = "it ended as soon as it had started"
+            except KvikError as error:  # the network is held by a job for long, or dnsmasq says why it does not start
+                why = str(error)
 
     async def check(self) -> None:
         """Put right what somebody took away on this host: the packet filter; without its bridge the network is off."""
         async with self.job("check"):
             if self.runtime is None:
                 return
+            runtime = self.runtime
             try:
-                there = await self._networks.run(self.runtime.check)
+                there = await self._networks.run(runtime.check)
+                gone = await self._networks.run(runtime.missing)
             except KvikError as error:
                 self.warn(str(error))
                 return
+            for text in gone:
+                if text not in self._gone:
+                    logger.warning("network %s: %s", self.name, text)
+            self._gone = gone
             if self._unwatch is None:
                 self._watch()
         if not there:

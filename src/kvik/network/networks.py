@@ -29,6 +29,7 @@ from kvik.network.switch.document import switch_settings
 from kvik.network.switch.runtime import SwitchRuntime
 from kvik.network.switch.session import SessionNetworks
 from kvik.network.watch import Watch
+from kvik.network.zones import ZoneWatch
 from kvik.paths import Paths
 
 __all__ = ["NetworkObject", "Networks"]
@@ -71,6 +72,7 @@ class Networks:
         self._changing = asyncio.Lock()  # of the set of networks
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: Watch | None = None
+        self._zones: ZoneWatch | None = None  # from the first active network on that is in a zone
         self._rules_gone = rules_gone
         self._checking = False
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="kvik-network")
@@ -81,13 +83,15 @@ class Networks:
         await recover.recover(self)
         if self.switches is not None:
             await self.run(self.switches.sweep)
-        self._watch = Watch(self._bridge_gone, self._table_gone)
+        self._watch = Watch(self._link_gone, self._table_gone)
         await recover.autostart(self)
 
     async def close(self) -> None:
         """Let go. Networks stay as they are."""
         if self._watch is not None:
             self._watch.close()
+        if self._zones is not None:
+            self._zones.close()
         for network in self.list():
             network.let_go()
         for task in list(self._tasks):
@@ -278,10 +282,15 @@ class Networks:
         self.warnings.append(text)
         logger.warning("%s", text)
 
-    # what the kernel tells
+    # what the kernel tells, and the D-Bus
 
-    def _bridge_gone(self, name: str) -> None:
-        if not name or any(network.is_active and network.bridge_name == name for network in self.list()):
+    def watch_zones(self) -> None:
+        """A network that is in a zone of firewalld is active."""
+        if self._zones is None:
+            self._zones = ZoneWatch(self._table_gone)
+
+    def _link_gone(self, name: str) -> None:
+        if not name or any(network.stands_on(name) for network in self.list()):
             self._check_soon()
 
     def _table_gone(self) -> None:

@@ -9,7 +9,9 @@ the next one takes away what it names.
 from __future__ import annotations
 
 import logging
+import random
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Literal
@@ -17,7 +19,7 @@ from typing import Literal
 from kvik.conf.devices.common import pci_address
 from kvik.conf.network import ForwardInterface, Network
 from kvik.conf.network_status import NetworkStatus, Origin
-from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvalid
+from kvik.errors import ConfigUnsupported, HostError, KvikError, OperationInvalid, ResourceBusy
 from kvik.host import firewalld, nftables, sriov
 from kvik.host.bridge import set_bridge
 from kvik.host.netlink import Netlink
@@ -25,6 +27,8 @@ from kvik.host.process import ProcessHandle
 from kvik.network import floors, nat
 from kvik.network.bridge import add_routes, find_bridge, is_ours, make_bridge, remove_bridge, set_forwarding
 from kvik.network.dnsmasq import Dnsmasq, LeaseEntry, is_needed
+from kvik.network.mtu import mismatches
+from kvik.network.parts import missing, parts
 from kvik.network.store import Store
 from kvik.network.subnet import refuse_taken
 
@@ -33,6 +37,7 @@ __all__ = ["Runtime"]
 logger = logging.getLogger(__name__)
 State = Literal["starting", "active", "stopping"]
 
+PAUSES = (0.02, 0.05, 0.1)  # seconds until a start that met another's is tried again
 BRIDGES = ("bridge", "openvswitch")  # kinds of interface that other interfaces can be ports of
 
 
@@ -48,6 +53,8 @@ class Runtime:
         self.active = False
         self.ending = threading.Event()  # what only looks at the network is to stop
         self.status = status or NetworkStatus()
+        self.found: list[str] = []  # what a start saw that keeps the network from working well
+        self.parts: dict[str, str] = {}  # interfaces of the host that it stands on, and what they are to it
         self.dnsmasq = Dnsmasq(document.name, store.data, store.status)
 
     @property
@@ -62,15 +69,26 @@ class Runtime:
 
     def start(self) -> None:
         """Make it. On an error nothing of it stays."""
+        _check_zone(self.document)
+        for pause in (*PAUSES, None):
+            try:
+                self._start()
+                return
+            except _Overtaken as error:
+                if pause is None:
+                    raise error.cause from None
+                time.sleep(pause * random.uniform(0.5, 1.5))
+
+    def _start(self) -> None:
         document = self.document
-        _check_zone(document)
         with Netlink() as netlink, ExitStack() as undo:  # the undo steps talk over this netlink
             if document.owns_bridge:
                 refuse_taken(netlink, document)
-            self._save("starting")
             undo.callback(_quietly, self.store.remove_status, document.name)
+            self._save("starting")
             if document.owns_bridge:
-                link = make_bridge(netlink, document, undo)
+                link = make_bridge(netlink, document, undo, str(self.store.status))
+                _refuse_overtaken(netlink, document, link.index)
                 undo.callback(_quietly, self._leave_zone)
                 self._join_zone()
                 if nat.needs_table(document):
@@ -82,9 +100,13 @@ class Runtime:
                     undo.callback(_quietly, self.dnsmasq.stop_strays)
                     self.dnsmasq.start()
                 add_routes(netlink, document, link.index)
+                self.found = mismatches(netlink, document, link)
             else:
                 _fill_pool(document)
-                _check_parts(netlink, document)
+                self.found = _check_parts(netlink, document)
+            self.parts = parts(netlink, document)
+            for text in missing(netlink, self.parts):
+                logger.warning("network %s: %s", document.name, text)
             self._save("active")
             undo.pop_all()
         self.active = True
@@ -176,6 +198,8 @@ class Runtime:
         document = self.document
         self.active = True
         with Netlink() as netlink:
+            if not only_missing:
+                self.parts = parts(netlink, document)
             if not document.owns_bridge:
                 return True
             link = find_bridge(netlink, document.bridge_name or "")
@@ -190,6 +214,18 @@ class Runtime:
             _quietly(self._join_zone)  # of one that was started anew it has to be asked for again
         self.serve()
         return True
+
+    def missing(self) -> list[str]:
+        """What it stands on and was unplugged since, in words."""
+        if not self.parts:
+            return []
+        with Netlink() as netlink:
+            return missing(netlink, self.parts)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether there is to be a dnsmasq."""
+        return is_needed(self.document)
 
     def serve(self) -> None:
         """Have a dnsmasq that serves what the document says: started, restarted if it served something else."""
@@ -221,6 +257,23 @@ class Runtime:
             raise
 
 
+class _Overtaken(Exception):
+    """Somebody took the network's subnet between the look and the making."""
+
+    def __init__(self, cause: ResourceBusy) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def _refuse_overtaken(netlink: Netlink, document: Network, index: int) -> None:
+    """Look once more, now that others see ours: of two daemons that make their networks at once, the later one sees the
+    other's, whichever looked first. Both may: then both take theirs back and try again, each after its own time."""
+    try:
+        refuse_taken(netlink, document, besides=index)
+    except ResourceBusy as error:
+        raise _Overtaken(error) from error
+
+
 def _check_zone(document: Network) -> None:
     """OperationInvalid, NotFound or ConfigUnsupported, before anything is made."""
     zone = document.bridge.zone if document.bridge is not None else None
@@ -250,8 +303,9 @@ def _fill_pool(document: Network) -> None:
         )
 
 
-def _check_parts(netlink: Netlink, document: Network) -> None:
-    """What the network only refers to has to exist. OperationInvalid."""
+def _check_parts(netlink: Netlink, document: Network) -> list[str]:
+    """What the network only refers to has to exist. OperationInvalid; what is to be warned of."""
+    found: list[str] = []
     if document.mode == "bridge" and document.bridge_name:
         link = find_bridge(netlink, document.bridge_name)
         port = document.virtualport
@@ -263,6 +317,8 @@ def _check_parts(netlink: Netlink, document: Network) -> None:
                 f"network {document.name!r} is to use bridge {document.bridge_name}: {what}",
                 remedy=f"make it: kvik bridge add {document.bridge_name}",
             )
+        if link.kind == "bridge":
+            found = mismatches(netlink, document, link)
     if document.mode == "hostdev" and document.forward is not None:
         for address in document.forward.addresses:
             if not (sriov.SYSFS / "bus/pci/devices" / address.pci_text).exists():
@@ -275,7 +331,8 @@ def _check_parts(netlink: Netlink, document: Network) -> None:
             link = find_bridge(netlink, interface.dev)
             if link is None:
                 raise OperationInvalid(
-                    f"network {document.name!r} is to use interface {interface.dev}, which does not exist"
+                    f"network {document.name!r} is to use interface {interface.dev}, which does not exist",
+                    remedy=f"plug it in, or name another (kvik net-edit {document.name}): 'ip link' lists them",
                 )
             if link.master:
                 master = netlink.link(link.master).name
@@ -283,6 +340,7 @@ def _check_parts(netlink: Netlink, document: Network) -> None:
                     f"network {document.name!r} is to use interface {interface.dev}, which is a port of {master}",
                     remedy=f"take it out: kvik bridge delif {master} {interface.dev}, or use <bridge name='{master}'/>",
                 )
+    return found
 
 
 def _collect(errors: list[KvikError], step: Callable[[], object]) -> None:

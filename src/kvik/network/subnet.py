@@ -9,7 +9,7 @@ from ipaddress import IPv4Network
 from kvik.conf.network import Network
 from kvik.conf.network_addresses import Subnet, ip_interface
 from kvik.errors import OperationFailed, ResourceBusy
-from kvik.host.netlink import Netlink
+from kvik.host.netlink import Link, Netlink
 from kvik.host.route import routes
 
 __all__ = ["free_subnet", "refuse_taken", "taken_subnets"]
@@ -20,14 +20,19 @@ CANDIDATES = [f"192.168.{number}.0/24" for number in (*range(122, 255), *range(1
 ]
 
 
-def taken_subnets(netlink: Netlink) -> dict[Subnet, str]:
+def _describe(link: Link) -> str:
+    return f"{link.name} ({link.alias})" if link.alias.isprintable() and link.alias else link.name
+
+
+def taken_subnets(netlink: Netlink, besides: int = 0) -> dict[Subnet, str]:
     """Subnets that an interface has an address in or a route leads to -> a few words on who has it. Default routes,
-    and routes to one address, take nothing that a network could want."""
-    names = {link.index: link.name for link in netlink.links()}
+    and routes to one address, take nothing that a network could want; nor does what goes by the link `besides`."""
+    names = {link.index: _describe(link) for link in netlink.links()}
     taken: dict[Subnet, str] = {}
     for route in routes(netlink):
         if (
             not route.default
+            and (not besides or route.index != besides)
             and route.network.prefixlen < route.network.max_prefixlen
             and not _is_shared(route.network)
         ):
@@ -35,7 +40,7 @@ def taken_subnets(netlink: Netlink) -> dict[Subnet, str]:
             taken[route.network] = f"the route to {route.network}{way}"
     for address in netlink.addresses():
         network = address.interface.network
-        if not _is_shared(network):
+        if not _is_shared(network) and (not besides or address.index != besides):
             taken[network] = f"the address {address.interface} of {names.get(address.index, 'an interface')}"
     return taken
 
@@ -58,10 +63,10 @@ def free_subnet(taken: Iterable[Subnet], candidates: Iterable[str] = CANDIDATES)
     )
 
 
-def refuse_taken(netlink: Netlink, document: Network) -> None:
+def refuse_taken(netlink: Netlink, document: Network, besides: int = 0) -> None:
     """ResourceBusy if a subnet of the network is in use on this host: its guests and somebody else's machines could
-    not both be reached."""
-    taken = taken_subnets(netlink)
+    not both be reached. `besides`: its own bridge, if that is there already."""
+    taken = taken_subnets(netlink, besides)
     for ip in document.ips:
         if ip.address is None:
             continue

@@ -8,12 +8,15 @@ from kvik.conf.devices.interface import Bandwidth, Interface
 from kvik.errors import HostError, KvikError
 from kvik.host.bridge import set_port
 from kvik.host.netlink import Link, Netlink
+from kvik.host.traffic import queues
 from kvik.network.attachment import Attachment
-from kvik.network.taps import bring_up, join_bridge, set_bandwidth
+from kvik.network.taps import bring_up, check_mtu, join_bridge, set_bandwidth
 
-__all__ = ["change_tap", "reconnect_tap"]
+__all__ = ["change_tap", "put_back_tap", "reconnect_tap"]
 
 logger = logging.getLogger(__name__)
+
+BOUNDS = ("htb", "ingress")  # queueing disciplines of a bandwidth of ours
 
 
 def reconnect_tap(interface: Interface, attachment: Attachment) -> None:
@@ -24,6 +27,22 @@ def reconnect_tap(interface: Interface, attachment: Attachment) -> None:
         tap = netlink.link(_name(interface))
         if tap.master != netlink.link(attachment.device).index:
             _move(netlink, tap, interface, attachment)
+
+
+def put_back_tap(interface: Interface, attachment: Attachment) -> bool:
+    """Make a running machine's tap what its live document says, wherever a daemon left it that was killed while it
+    changed it. Whether it was elsewhere. Raises `HostError`, `ConfigUnsupported`."""
+    if attachment.kind != "bridge" or not _name(interface):
+        return False
+    with Netlink() as netlink:
+        tap = netlink.link(_name(interface))
+        if tap.master != netlink.link(attachment.device).index or not tap.up:
+            _change(netlink, tap, interface, None, attachment)
+            return True
+        set_port(netlink, tap.index, isolated=attachment.isolated)
+        if attachment.bandwidth is not None or any(queue.kind in BOUNDS for queue in queues(netlink, tap.index)):
+            set_bandwidth(netlink, tap.index, attachment.bandwidth or Bandwidth())
+    return False
 
 
 def change_tap(interface: Interface, before: Attachment | None, after: Attachment) -> None:
@@ -65,10 +84,16 @@ def _move(netlink: Netlink, tap: Link, interface: Interface, attachment: Attachm
     bridge = netlink.link(attachment.device)
     if bridge.kind != "bridge":
         raise HostError(f"cannot put {tap.name} on {bridge.name}: that is no bridge")
+    check_mtu(netlink, attachment, tap.name)
     netlink.set_link(tap.index, up=False)  # nothing passes before its walls stand
     try:
         netlink.set_link(tap.index, master=0)
         if attachment.mtu is None and tap.mtu > bridge.mtu:
+            logger.warning(
+                "interface %s had an MTU of %d, bridge %s has only %d: the guest's longer frames are lost; "
+                "give its card at most that in the guest",
+                tap.name, tap.mtu, bridge.name, bridge.mtu,
+            )  # fmt: skip
             netlink.set_link(tap.index, mtu=bridge.mtu)  # or the bridge, with all its ports, would come down to it
         netlink.set_link(tap.index, master=bridge.index)
         join_bridge(netlink, tap.index, attachment, interface)

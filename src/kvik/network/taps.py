@@ -24,7 +24,7 @@ from kvik.host.tap import Tap, create_tap
 from kvik.host.traffic import Rate, set_traffic, sweep_ifbs
 from kvik.network.attachment import Attachment
 
-__all__ = ["bring_up", "join_bridge", "open_taps", "release_taps", "set_bandwidth"]
+__all__ = ["bring_up", "check_mtu", "join_bridge", "open_taps", "release_taps", "set_bandwidth"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def open_taps(
             _take_function(interface, attachment)
             continue
         target = interface.target = interface.target or InterfaceTarget()
+        with Netlink() as netlink:
+            check_mtu(netlink, attachment, alias)
         tap = _make(interface, attachment, target.dev or "", alias)
         close.callback(tap.close)
         target.dev = tap.name  # whatever fails from here on, `release_taps` finds what was made
@@ -76,7 +78,7 @@ def open_taps(
 
 def _take_function(interface: Interface, attachment: Attachment) -> None:
     """A PCI function for the guest alone: with its address, in its VLAN, and away from the host's driver."""
-    sriov.check_assignable(attachment.device)
+    sriov.check_assignable(attachment.device, managed=attachment.managed)
     tags = attachment.vlan.tags if attachment.vlan is not None else []
     if interface.mac is not None:
         with Netlink() as netlink:
@@ -128,7 +130,7 @@ def release_taps(interfaces: Iterable[Interface]) -> None:
                 try:
                     if name and on_openvswitch(interface):
                         openvswitch.delete_port(name)
-                    elif interface.host_function and interface.type == "network" and interface.managed:
+                    elif interface.host_function and interface.managed:
                         sriov.give_back(interface.host_function)
                     elif name and interface.is_macvtap and interface.mac is not None:
                         delete_macvtap(netlink, name, interface.mac.address)
@@ -189,13 +191,29 @@ def join_bridge(netlink: Netlink, index: int, attachment: Attachment, interface:
     if attachment.static_fdb and interface.mac is not None:
         set_port(netlink, index, learning=False, flood=False)
         add_fdb(netlink, index, interface.mac.address, replace=True)
-    if attachment.mtu is not None and (bridge := netlink.link(attachment.device)).mtu < attachment.mtu:
+
+
+def check_mtu(netlink: Netlink, attachment: Attachment, alias: str) -> None:
+    """Before it is a port. ConfigUnsupported if frames of the machine would not fit onto the bridge."""
+    if attachment.mtu is None or attachment.kind != "bridge":
+        return
+    bridge = netlink.link(attachment.device)
+    if bridge.mtu < attachment.mtu:
         raise ConfigUnsupported(
             f"interface {alias} has an MTU of {attachment.mtu}, bridge {bridge.name} only {bridge.mtu}: "
             "longer frames would be lost",
             path="/domain/devices/interface/mtu/@size",
             remedy=f"give the interface at most {bridge.mtu}, or the bridge and all its ports more",
         )
+    if bridge.mtu > attachment.mtu:
+        logger.warning(
+            "interface %s has an MTU of %d, bridge %s %d: longer frames of others to it are lost%s; "
+            "give both the same (<mtu size='%d'/>)",
+            alias, attachment.mtu, bridge.name, bridge.mtu,
+            # br_mtu_auto_adjust() in net/bridge/br_if.c: until somebody sets it, a bridge has the least of its ports'
+            "" if attachment.owns_bridge else ", and unless its MTU was set by hand the bridge comes down to that, too",
+            bridge.mtu,
+        )  # fmt: skip
 
 
 def _join_vlans(netlink: Netlink, index: int, attachment: Attachment, vlan: Vlan, alias: str) -> None:

@@ -1,5 +1,5 @@
-"""What happens to networks behind our back: a bridge deleted, a packet filter flushed (`nft flush ruleset`, as a reload
-of /etc/nftables.conf does). The kernel tells of both; what is heard is only a reason to look.
+"""What happens to networks behind our back: a bridge or another interface deleted, a packet filter flushed (`nft flush
+ruleset`, as a reload of /etc/nftables.conf does). The kernel tells of both; what is heard is only a reason to look.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _DATAGRAMS = 256  # read at a time: the loop has others to serve
 
 
 class Watch:
-    """Calls `bridge_gone(name)` and `table_gone()` in the loop that made it, for its thread's network namespace. The
+    """Calls `link_gone(name)` and `table_gone()` in the loop that made it, for its thread's network namespace. The
     name is "" where notices were lost: it may have been any."""
 
-    def __init__(self, bridge_gone: Callable[[str], None], table_gone: Callable[[], None]) -> None:
-        self._bridge_gone, self._table_gone = bridge_gone, table_gone
+    def __init__(self, link_gone: Callable[[str], None], table_gone: Callable[[], None]) -> None:
+        self._link_gone, self._table_gone = link_gone, table_gone
         self._loop = asyncio.get_running_loop()
         self._monitors: list[NetlinkMonitor] = []
         for what in ("link", "table"):
@@ -48,8 +48,8 @@ class Watch:
             for change in changes:
                 if change.what == "overrun":
                     self._table_gone()
-                    self._bridge_gone("")
+                    self._link_gone("")
                 elif change.gone and change.link is not None:
-                    self._bridge_gone(change.link.name)
+                    self._link_gone(change.link.name)
                 elif change.gone:
                     self._table_gone()

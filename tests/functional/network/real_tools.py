@@ -216,8 +216,12 @@ class RealTools:
     def close(self) -> None:
         self.end_service()
         for process in reversed(self.others):
-            process.kill()
-            process.wait()
+            process.terminate()  # NetworkManager has a dnsmasq that it ends
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self.holder.kill()
         self.holder.wait()
         if self.holder.stdout is not None:

@@ -43,7 +43,8 @@ def main() -> None:
         for machine in given["machines"]:
             ours, theirs = socket.socketpair()
             with ours, theirs:
-                switch.add_port(machine["name"], machine["mac"], ours.fileno(), alias="net0")
+                mtu = machine.get("mtu", 0)
+                switch.add_port(machine["name"], machine["mac"], ours.fileno(), alias="net0", mtu=mtu)
                 started.append(qemu(directory, given, machine, theirs.fileno()))
         print(switch.process.pid, flush=True)
         sys.stdin.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,51 @@ def test_the_list_of_a_running_machine_changes_and_connections_stay(site: Site) 
     site.out("update-device", "one", str(document), "--live")
     now = told(site.shell("one", f"{GET}echo more $(get more.test)\necho example.test $(get example.test)"))
     assert "page 13" in now["more"] and now["example.test"] == "no", now
+
+
+MOVED = """<network><name>moved</name><forward mode='nat'/><bridge name='virbr6' stp='off' delay='0'/>
+  <ip address='192.168.{0}.1' prefix='24'><dhcp><range start='192.168.{0}.2' end='192.168.{0}.254'/></dhcp></ip>
+</network>"""
+RENEW = "ip addr flush dev eth0; udhcpc -i eth0 -s /etc/udhcpc.script -n -q >/dev/null 2>&1\n"
+
+
+def test_it_follows_the_machine_to_another_network(site: Site) -> None:
+    document = site.path / "moved.xml"
+
+    def start(subnet: int) -> None:
+        document.write_text(MOVED.format(subnet))
+        site.out("net-define", str(document))
+        site.out("net-start", "moved")
+
+    def move(source: str) -> subprocess.CompletedProcess[str]:
+        found = re.search(r"<interface .*?</interface>", site.out("dumpxml", "two"), re.DOTALL)
+        assert found is not None
+        text = re.sub("<interface type='[^']*'>", f"<interface type='{source.split('=', maxsplit=1)[0]}'>", found[0])
+        document.write_text(re.sub("<source [^>]*/>", f"<source {source}/>", text))
+        return site("update-device", "two", str(document), "--live")
+
+    def reaches() -> tuple[str, str, str]:
+        """Its name server, and what it finds under the name that is allowed and one that is not."""
+        script = f"{RENEW}{GET}echo by $(cat /etc/resolv.conf)\necho own $(get other.test)\n"
+        found = told(site.shell("two", f"{script}echo alien $(get example.test)"))
+        return found["by"].split("nameserver ")[1].split()[0], found["own"], found["alien"]
+
+    start(78)
+    assert move("network='moved'").returncode == 0
+    assert reaches() == ("192.168.78.1", "page 11 v4", "no")
+    # The network comes back with another gateway.
+    site.out("net-destroy", "moved")
+    start(79)
+    until(lambda: "192.168.79.1" in rules(site))
+    assert reaches() == ("192.168.79.1", "page 11 v4", "no")
+    # Where nobody could answer its questions it does not go, and goes on where it is.
+    site.within("ip link add br9 type bridge", "ip link set br9 addrgenmode none", "ip link set br9 up")
+    refused = move("bridge='br9'")
+    assert refused.returncode != 0 and "needs an address of this host on the bridge" in refused.stderr, refused.stderr
+    assert reaches() == ("192.168.79.1", "page 11 v4", "no")
+    assert move("network='lan'").returncode == 0
+    assert reaches()[1:] == ("page 11 v4", "no")
+    site.out("net-destroy", "moved")
 
 
 def resolvers(site: Site) -> list[Path]:

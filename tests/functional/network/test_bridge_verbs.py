@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from functional.network.bridged_host import Host
+from functional.network.bridged_host import Host, until
 from kvik.client.bridge import Bridges
 from kvik.errors import AlreadyExists, HostError, InvalidArgument, KvikError, NotFound, OperationInvalid, ResourceBusy
 from kvik.host.process import find_program
@@ -60,6 +60,7 @@ def test_ports_come_and_go_with_their_states_and_counters(host: Host, bridges: B
     bridges.add_port("br0", "pa")
     bridges.add_port("br0", "pb")
     bridges.add_port("br0", "pb")  # it is one: nothing to do
+    until(lambda: all(port.state == "forwarding" for port in bridges.show("br0")[1]))
     one, ports = bridges.show("br0")
     assert one.ports == ["pa", "pb"]
     assert [(port.name, port.number, port.state, port.machine) for port in ports] == [

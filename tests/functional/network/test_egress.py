@@ -12,20 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from functional.network.questions import NOERROR, REFUSED, ask
+from functional.network.questions import AAAA, NOERROR, REFUSED, A, ask
 from kvik.conf.nwfilter import FilterBinding, FilterReference, Parameter
 from kvik.errors import ConfigError
 from kvik.host import nftables
 from kvik.host.bridge import bridge_ports, create_bridge
+from kvik.host.namespace import Namespace
 from kvik.host.netlink import Netlink
 from kvik.host.process import ProcessHandle
 from kvik.network.egress import Resolver, check_name, name_servers
 from kvik.network.filters.filters import Filters
 from kvik.paths import Paths
-from netns import in_namespace, new_namespace, until
+from netns import in_namespace, new_namespace, until, until_ports_forward
 
 GATEWAY, GUEST = "10.0.0.254", "10.0.0.1"
+GATEWAY6, GUEST6 = "fd00::fe", "fd00::1"
 GOOD, BAD = "192.0.2.10", "192.0.2.11"
+GOOD6, BAD6 = "2001:db8::10", "2001:db8::11"
 MAC = "52:54:00:00:00:01"
 UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
 
@@ -42,10 +45,11 @@ class Host:
         with Netlink() as netlink:
             lo = netlink.link("lo")
             netlink.set_link(lo.index, up=True)
-            for address in (GOOD, BAD, "192.0.2.53"):
-                netlink.add_address(lo.index, f"{address}/32")
+            for address in (GOOD, BAD, "192.0.2.53", GOOD6, BAD6):
+                netlink.add_address(lo.index, f"{address}/{128 if ':' in address else 32}")
             bridge = create_bridge(netlink, "br0", up=True, stp=False)
             netlink.add_address(bridge.index, f"{GATEWAY}/24")
+            subprocess.run(["ip", "addr", "add", f"{GATEWAY6}/64", "dev", "br0", "nodad"], check=True)
             link = netlink.add_veth("tap0", "eth0", namespace=self.guest.fd)
             netlink.set_link(link.index, master=bridge.index)
             netlink.set_link(link.index, up=True)
@@ -55,6 +59,7 @@ class Host:
         # A world in which every name resolves, and the network's own DNS, which knows them all.
         for address in ("192.0.2.53", GATEWAY):
             names = [f"--address=/example.org/{GOOD}", f"--address=/other.org/{BAD}"]
+            names += [f"--address=/example.org/{GOOD6}", f"--address=/other.org/{BAD6}"]
             options = ["--no-resolv", "--no-hosts", "--bind-interfaces", "--keep-in-foreground", "--pid-file="]
             started = subprocess.Popen(
                 ["dnsmasq", f"--listen-address={address}", "--except-interface=lo", *options, *names]
@@ -64,8 +69,9 @@ class Host:
             close.callback(started.wait)
             close.callback(started.terminate)
         self.listeners = {}
-        for address in (GOOD, BAD):
-            self.listeners[address] = close.enter_context(socket.create_server((address, 80)))
+        for address in (GOOD, BAD, GOOD6, BAD6):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            self.listeners[address] = close.enter_context(socket.create_server((address, 80), family=family))
 
     def _release(self) -> None:
         """A resolver outlives a daemon, and would outlive the test and its namespace."""
@@ -76,7 +82,8 @@ class Host:
     def _inside() -> None:
         subprocess.run(["ip", "link", "set", "eth0", "address", MAC], check=True)
         for command in (f"addr add {GUEST}/24 dev eth0", "link set eth0 up", "link set lo up",
-                        f"route add default via {GATEWAY}"):  # fmt: skip
+                        f"route add default via {GATEWAY}", f"addr add {GUEST6}/64 dev eth0 nodad",
+                        f"-6 route add default via {GATEWAY6}"):  # fmt: skip
             subprocess.run(["ip", *command.split()], check=True)
 
     def bind(self, *names: str, filter_: str = "allow-names") -> None:
@@ -92,8 +99,25 @@ class Host:
             )
         )
 
-    def ask(self, name: str, server: str = GATEWAY) -> tuple[int, str] | None:
-        return self.guest.run(lambda: ask(name, server))
+    def ask(self, name: str, server: str = GATEWAY, kind: int = A) -> tuple[int, str] | None:
+        return self.guest.run(lambda: ask(name, server, kind))
+
+    @contextmanager
+    def neighbour(self, tap: str, bridge: str, address: str, mac: str) -> Iterator[Namespace]:
+        """Another guest, whose card has whatever MAC it likes."""
+        with new_namespace() as guest, Netlink() as netlink:
+            link = netlink.add_veth(tap, "eth0", namespace=guest.fd)
+
+            def inside() -> None:
+                for command in (f"link set eth0 address {mac}", f"addr add {address}/24 dev eth0", "link set eth0 up"):
+                    subprocess.run(["ip", *command.split()], check=True)
+
+            guest.run(inside)
+            netlink.set_link(link.index, master=netlink.link(bridge).index)
+            netlink.set_link(link.index, up=True)
+            until_ports_forward(netlink)
+            yield guest
+            netlink.delete_link(link.index)
 
     def resolver(self) -> ProcessHandle:
         found = Resolver(self.filters.store.bindings, "tap0", MAC).find()
@@ -145,6 +169,39 @@ def test_a_machine_reaches_what_its_names_resolve_to_and_nothing_else(tmp_path: 
         assert here.ask("example.org", "192.0.2.53") is None, "no other name server"
         here.filters.unbind("tap0")
         assert here.ask("other.org") == (NOERROR, BAD) and here.reaches(BAD)
+
+
+@in_namespace
+def test_the_gateway_answers_by_ipv6_too(tmp_path: Path) -> None:
+    with host(tmp_path) as here:
+        assert here.reaches(BAD6), "without the filter all is open"
+        here.bind("example.org")
+        assert not here.reaches(GOOD6)
+        assert here.ask("other.org", GATEWAY6, AAAA) == (REFUSED, "")
+        assert here.ask("example.org", GATEWAY6, AAAA) == (NOERROR, GOOD6)
+        assert here.reaches(GOOD6) and not here.reaches(BAD6)
+        assert here.ask("example.org", GATEWAY6) == (NOERROR, GOOD) and here.reaches(GOOD)
+
+
+@in_namespace
+def test_who_takes_a_listed_machines_mac_is_not_answered_in_its_place(tmp_path: Path) -> None:
+    with host(tmp_path) as here, Netlink() as netlink:
+        here.bind("example.org")
+        with here.neighbour("tap1", "br0", "10.0.0.2", MAC) as thief:
+            assert thief.run(lambda: ask("other.org", GATEWAY)) == (NOERROR, BAD), "the network's own DNS answers it"
+        assert here.ask("other.org") == (REFUSED, "")
+        # The same MAC on another bridge is another machine: no list is its own.
+        second = create_bridge(netlink, "br1", up=True, stp=False)
+        netlink.add_address(second.index, "10.1.0.254/24")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+            server.bind(("10.1.0.254", 53))
+            server.settimeout(5)
+            with here.neighbour("tap2", "br1", "10.1.0.1", MAC) as namesake:
+                assert namesake.run(lambda: ask("other.org", "10.1.0.254", tries=1, patience=0.1)) is None
+                assert b"other" in server.recv(512), "its question went where it was sent"
+        here.filters.unbind("tap0")
+        with here.neighbour("tap1", "br0", "10.0.0.2", MAC) as free:
+            assert free.run(lambda: ask("other.org", GATEWAY)) == (NOERROR, BAD)
 
 
 @in_namespace

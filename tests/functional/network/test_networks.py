@@ -41,6 +41,9 @@ pytestmark = [
     pytest.mark.skipif(find_program("dnsmasq") is None, reason="needs dnsmasq (Debian: dnsmasq-base)"),
 ]
 
+# Of the namespace that reads it. A new one has the host's setting, which may be either: a test begins with its own.
+FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
+
 
 @pytest.fixture
 def space() -> Iterator[Namespace]:
@@ -66,6 +69,7 @@ def tables(space: Namespace) -> set[str]:
 
 def test_a_nat_network_is_made_and_taken_away_without_a_trace(space: Namespace, tmp_path: Path) -> None:
     async def turn(networks: Networks) -> None:
+        FORWARDING.write_text("0")
         network = await networks.define(NAT)
         assert not network.is_active and network.persistent
         assert await network.start() is True
@@ -78,7 +82,7 @@ def test_a_nat_network_is_made_and_taken_away_without_a_trace(space: Namespace, 
             bridge = read_bridge(netlink, "virbr0")
             assert bridge.link.up and bridge.link.mac == network.document.mac.address
             assert [str(address.interface) for address in netlink.addresses(bridge.link.index)] == ["192.168.122.1/24"]
-        assert Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() == "1"
+        assert FORWARDING.read_text().strip() == "1"
         assert (tmp_path / "run/kvik/network/default.xml").exists()
         await network.destroy()
         assert not network.is_active and not dnsmasq.alive
@@ -91,9 +95,10 @@ def test_a_nat_network_is_made_and_taken_away_without_a_trace(space: Namespace, 
 
 def test_an_isolated_network_serves_but_forwards_nothing(space: Namespace, tmp_path: Path) -> None:
     async def turn(networks: Networks) -> None:
+        FORWARDING.write_text("0")
         network = await networks.create_xml(ISOLATED)
         assert not network.persistent and network.is_active
-        assert Path("/proc/sys/net/ipv4/ip_forward").read_text().strip() == "0"
+        assert FORWARDING.read_text().strip() == "0"
         await network.destroy()
         assert networks.list() == []
 

@@ -13,6 +13,7 @@ import pytest
 
 from functional.network.networks import NAT, with_networks
 from functional.test_tiny_boot import Guest
+from kvik.conf.enums import NetworkUpdateCommand, NetworkUpdateFlags, NetworkUpdateSection
 from kvik.guest.tiny import TinyImage, tiny
 from kvik.host.namespace import Namespace
 from kvik.host.netlink import Netlink
@@ -132,6 +133,25 @@ def test_a_machine_gets_an_address_a_name_and_the_world(
             assert lease.hostname == "tested" and lease.prefix == 24 and lease.interface == "virbr0"
             assert lease.address in await networks.run(machine.shell, "ip -4 addr show eth0")
             assert lease.address in await networks.run(machine.shell, "nslookup tested.lan 192.168.122.1")
+
+            # Edited while the machine is on it: what is live is so for the machine, what is defined is not yet.
+            async def add(section: NetworkUpdateSection, xml: str) -> None:
+                await network.update(
+                    NetworkUpdateCommand.ADD_LAST, section, -1, xml, NetworkUpdateFlags.LIVE | NetworkUpdateFlags.CONFIG
+                )
+
+            await add(NetworkUpdateSection.DNS_HOST, "<host ip='192.168.122.77'><hostname>printer</hostname></host>")
+            assert "192.168.122.77" in await networks.run(machine.shell, "nslookup printer.lan 192.168.122.1")
+            assert lease.address in await networks.run(machine.shell, "nslookup tested.lan 192.168.122.1")
+            await add(NetworkUpdateSection.IP_DHCP_HOST, f"<host mac='{mac}' ip='192.168.122.200'/>")
+            assert "0% packet loss" in await networks.run(machine.shell, f"ping -c 1 -W 5 {WORLD}")
+            renewed = await networks.run(machine.shell, "udhcpc -n -q -f -i eth0 -s /etc/udhcpc.script 2>&1")
+            assert "192.168.122.200" in renewed
+            assert "0% packet loss" in await networks.run(machine.shell, f"ping -c 1 -W 5 {WORLD}")
+            assert [found.address for found in network.leases(mac)] == ["192.168.122.200"]
+            edited = network.xml(inactive=True).replace("192.168.122.77", "192.168.122.78")
+            assert await networks.define(edited) is network
+            assert "192.168.122.77" in await networks.run(machine.shell, "nslookup printer.lan 192.168.122.1")
         await network.destroy()
 
     with_networks(host, tmp_path, turn)

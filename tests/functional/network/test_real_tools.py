@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -270,3 +271,47 @@ def test_networkmanager_goes_on_with_the_lease_at_the_bridge() -> None:
         assert "kvik-br0" not in tools.run("ls /etc/NetworkManager/system-connections")
         assert set(tools.run("nmcli -t -f DEVICE,STATE,CONNECTION device").splitlines()) == set(shown)
         assert dynamic(host, "br0") == address
+
+
+NAMED = """<network><name>lan</name><forward mode='nat'/><bridge name='virbr7' stp='off' delay='0'/><domain name='lab'/>
+<dns><host ip='10.7.0.9'><hostname>web</hostname></host></dns><ip address='10.7.0.1' prefix='24'/></network>"""
+
+
+def test_networkmanagers_dnsmasq_learns_the_names_of_machines_and_forgets_them() -> None:
+    """It starts that anew when it is told to reload, which alone makes it read its directory."""
+    # Without a server to ask it starts no dnsmasq; nobody is at this one.
+    files = {path: text.replace("auto", "auto\ndns=192.0.2.53;") for path, text in DYNAMIC["NetworkManager"].items()}
+    with real_tools("NetworkManager", files) as tools:
+        tools.run("mkdir -p /etc/NetworkManager/dnsmasq.d /etc/NetworkManager/conf.d")
+        text = "[main]\ndns=dnsmasq\nrc-manager=file\n"
+        tools.run(f"sh -c 'echo \"{text}\" > /etc/NetworkManager/conf.d/dns.conf'")
+        host = tools.host
+        tools.serve()
+        until(lambda: dynamic(host, "eth0"), "an address by DHCP")
+        until(
+            lambda: "127.0.0.1" in tools.run("sh -c 'cat /etc/resolv.conf || true'"),
+            "the host asks NetworkManager's dnsmasq",
+        )
+
+        def kvik(words: str) -> str:
+            command = f"env PYTHONPATH={host.environ['PYTHONPATH']} {sys.executable} -m kvik.cli.main"
+            return tools.run(f"{command} -c kvik+unix:///system?socket={host.root}/real {words}")
+
+        def found() -> str:
+            ask = "RES_OPTIONS='timeout:1 attempts:1' getent ahostsv4 web.lab || true"
+            return tools.run(f'sh -c "{ask}"').partition(" ")[0]
+
+        document = host.root / "lan.xml"
+        document.write_text(NAMED)
+        kvik(f"net-create {document}")
+        assert found() == ""
+        assert "NetworkManager's dnsmasq" in kvik("dns enable")
+        until(lambda: found() == "10.7.0.9", "the name is known")
+        kvik("net-destroy lan")
+        until(lambda: found() == "", "the network is gone, and so are its names")
+        kvik(f"net-create {document}")
+        until(lambda: found() == "10.7.0.9", "they are known again")
+        kvik("dns disable")
+        until(lambda: found() == "", "nothing of it is left")
+        assert "kvik" not in tools.run("ls /etc/NetworkManager/dnsmasq.d")
+        kvik("net-destroy lan")

@@ -28,7 +28,8 @@ SETTINGS = {
     "router": False,
     "domain": "example",
 }
-MACHINES = [{"name": "left", "mac": "52:54:00:aa:00:01"}, {"name": "right", "mac": "52:54:00:aa:00:02"}]
+# The left one's card may have a long MTU, as virtio's have in a session; the right one's not.
+MACHINES = [{"name": "left", "mac": "52:54:00:aa:00:01", "mtu": 65520}, {"name": "right", "mac": "52:54:00:aa:00:02"}]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,15 @@ def test_two_unprivileged_guests_ping_each_other_by_name(session: SwitchSession)
     assert {name: lease["mac"] for name, lease in leases.items()} == {m["name"]: m["mac"] for m in MACHINES}
     assert leases["left"]["ip"] in left.shell("ip -4 addr show eth0")
     switch.close()
+
+
+def test_guests_of_unlike_mtu_reach_each_other_with_long_packets(session: SwitchSession) -> None:
+    left, right = session.guest("left"), session.guest("right")
+    left.eventually("ip link show eth0", "mtu 65520")
+    right.eventually("ip link show eth0", "mtu 1500")
+    # The first one is answered with what fits; the next ones are cut where they come from.
+    left.eventually("ping -c 1 -W 1 -s 4000 right", "1 packets received")
+    assert "1 packets received" in right.shell("ping -c 1 -s 4000 left")
 
 
 def test_a_tcp_connection_carries_megabytes_between_them(session: SwitchSession) -> None:

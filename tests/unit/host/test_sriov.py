@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ class FakeKernel:
 
     def __init__(self, root: Path) -> None:
         self.root, self.written = root, []
+        self.told: list[tuple[Any, ...]] = []  # for tests that put more in the kernel's place
         self.vfio = True
         devices = root / "bus/pci/devices"
         for address in (PHYSICAL, *FUNCTIONS):

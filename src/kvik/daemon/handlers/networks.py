@@ -152,10 +152,11 @@ async def get_dhcp_leases(connection: Connection, args: Any) -> tuple[list[Any],
     return (rows, len(rows))
 
 
-def messages(connection: Connection, args: Any) -> tuple[list[str]]:
+async def messages(connection: Connection, args: Any) -> tuple[list[str]]:
     """What its document says that nobody here understands, and what was found since it was started."""
     network = connection.network(args[0])
-    return ([*network.document.warnings(), *network.warnings][:MESSAGES_MAX],)
+    found = await connection.manager.networks.run(network.messages)
+    return ([*network.document.warnings(), *found][:MESSAGES_MAX],)
 
 
 # --- changing ---------------------------------------------------------------------------------------------------------

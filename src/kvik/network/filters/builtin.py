@@ -61,7 +61,8 @@ _FILTERS = {
     "allow-incoming-ipv6": ("ipv6", "", _ALLOW_IN),
     "allow-ipv4": ("ipv4", "", _ALLOW_BOTH),
     "allow-ipv6": ("ipv6", "", _ALLOW_BOTH),
-    # Only what the names in $ALLOW resolve to (network/egress.py); $GATEWAY, $ALLOWED and $ALLOWED6 come by themselves.
+    # Only what the names in $ALLOW resolve to (network/egress.py); $GATEWAY, $GATEWAY6, $ALLOWED and $ALLOWED6 come by
+    # themselves.
     "allow-names": (
         "root",
         "",
@@ -78,10 +79,17 @@ _FILTERS = {
         )
         + "<rule action='accept' direction='in' priority='100' statematch='false'>"
         "<udp srcipaddr='$GATEWAY' srcportstart='67' dstportstart='68'/></rule>"
+        # DHCPv6 (RFC 8415, 7): asked of a group, answered from a link-local address, as routers' advertisements
+        + "<rule action='accept' direction='out' priority='100'>"
+        "<udp-ipv6 dstipaddr='ff02::1:2' srcportstart='546' dstportstart='547'/></rule>"
+        "<rule action='accept' direction='in' priority='100' statematch='false'>"
+        "<udp-ipv6 srcipaddr='fe80::' srcipmask='10' srcportstart='547' dstportstart='546'/></rule>"
         + "".join(
             "<rule action='accept' direction='out' priority='200'>"
-            f"<{kind} dstipaddr='$GATEWAY' dstportstart='53'/></rule>"
-            for kind in ("udp", "tcp")
+            f"<{kind} dstipaddr='{gateway}' dstportstart='53'/></rule>"
+            for kind, gateway in (
+                ("udp", "$GATEWAY"), ("tcp", "$GATEWAY"), ("udp-ipv6", "$GATEWAY6"), ("tcp-ipv6", "$GATEWAY6"),
+            )
         )
         # Neighbour and router discovery (RFC 4861): 133 to 136
         + "".join(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from kvik.errors import KvikError
 from kvik.host.packet import DHCP_TO_CLIENT, open_packet_socket
+from kvik.network.dhcp import read_options
 
 __all__ = ["DhcpSnooper", "Lease", "parse_ack"]
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 PACKETS_MAX = 16  # heeded a second on one interface
 _COOKIE = b"\x63\x82\x53\x63"
-_MESSAGE_TYPE, _LEASE_TIME, _PAD, _END = 53, 51, 0, 255  # RFC 2132
+_MESSAGE_TYPE, _LEASE_TIME = 53, 51  # RFC 2132
 _ACK = 5
 _FOREVER = 0xFFFFFFFF  # RFC 2131, 3.3
 
@@ -48,7 +49,7 @@ def parse_ack(frame: bytes, mac: str) -> Lease | None:
         return None
     if message[28:34] != bytes.fromhex(mac.replace(":", "")):
         return None
-    options = _options(message[240:])
+    options = read_options(message[240:])
     if options.get(_MESSAGE_TYPE) != bytes([_ACK]):
         return None
     address = IPv4Address(message[16:20])
@@ -58,21 +59,6 @@ def parse_ack(frame: bytes, mac: str) -> Lease | None:
     if len(options.get(_LEASE_TIME, b"")) != 4 or seconds == 0:  # an answer to INFORM gives no lease
         return None
     return Lease(str(address), None if seconds == _FOREVER else seconds)
-
-
-def _options(data: bytes) -> dict[int, bytes]:
-    """The first of each; an option that is cut off ends them."""
-    found: dict[int, bytes] = {}
-    at = 0
-    while at < len(data) and data[at] != _END:
-        if data[at] == _PAD:
-            at += 1
-            continue
-        if at + 2 > len(data) or at + 2 + data[at + 1] > len(data):
-            break
-        found.setdefault(data[at], data[at + 2 : at + 2 + data[at + 1]])
-        at += 2 + data[at + 1]
-    return found
 
 
 class _Watched:

@@ -28,7 +28,17 @@ from kvik.errors import (
 )
 from kvik.host import nft_probe, nftables
 from kvik.host.netlink import Netlink
-from kvik.network.egress import KEEP, NAMES_MAX, Resolver, check_name, lapse, name_servers, redirects
+from kvik.network.egress import (
+    KEEP,
+    NAMES_MAX,
+    Place,
+    Resolver,
+    check_name,
+    find_place,
+    lapse,
+    name_servers,
+    redirects,
+)
 from kvik.network.egress_keeper import Keeper
 from kvik.network.filters import table, tree
 from kvik.network.filters.builtin import builtin_filters
@@ -49,13 +59,13 @@ _LEARNING = {"any": "any", "dhcp": "dhcp", "none": ""}
 class _Bound:
     """A binding, and what of it is in the kernel."""
 
-    __slots__ = ("allow", "binding", "chains", "filters", "gateway", "guarded", "learn", "notes", "sets")
+    __slots__ = ("allow", "binding", "chains", "filters", "guarded", "learn", "notes", "place", "sets")
 
     def __init__(self, binding: FilterBinding) -> None:
         self.binding = binding
         self.filters: set[str] = set()  # all that its filter refers to
         self.allow: list[str] = []  # names that the machine may reach
-        self.gateway = ""
+        self.place = Place("", (), ())  # where such a machine finds its resolver
         self.guarded = False
         self.learn = ""
         self.notes: list[str] = []
@@ -293,7 +303,7 @@ class Filters:
         """Put back what somebody flushed (`nft flush ruleset`); whether there was anything to put back."""
         with self._lock:
             chains = self._in_kernel()[0] if self._bound else set()
-            listed = {bound.binding.mac for bound in self._bound.values() if bound.allow}
+            listed = {(bound.place.interface, bound.binding.mac) for bound in self._bound.values() if bound.allow}
             whole = all(chains.issuperset(bound.chains) for bound in self._bound.values())
             if whole and (not listed or redirects() >= listed):
                 return False
@@ -359,7 +369,7 @@ class Filters:
             self._keeper.let_go(device)
         if bound.allow:
             given = collect(bound.binding.reference.parameters, {})
-            resolver.start(bound.gateway, bound.allow, given.get("DNSSERVER") or name_servers())
+            resolver.start(bound.place, bound.allow, given.get("DNSSERVER") or name_servers())
             handle = resolver.find()
             if handle is not None:
                 self._keeper = self._keeper or Keeper(self._keep, self._resolver_ended, self._period_over)
@@ -407,8 +417,7 @@ class Filters:
         if len(bound.allow) > NAMES_MAX:
             raise ConfigError(f"{len(bound.allow)} names are allowed; {NAMES_MAX} are the most")
         if bound.allow:
-            given["GATEWAY"] = given.get("GATEWAY") or _gateways(binding.portdev)
-            bound.gateway = given["GATEWAY"][0]
+            bound.place = find_place(binding.portdev, given.get("GATEWAY", ()))
         learn = ""
         if "IP" not in given:
             mode = next((one.value for one in binding.reference.parameters if one.name == "CTRL_IP_LEARNING"), "any")
@@ -418,7 +427,7 @@ class Filters:
                 learn = _LEARNING[mode]
                 values["IP"] = [LEARNED]
         if bound.allow:
-            values |= {"ALLOWED": [ALLOWED[4], KEPT[4]], "ALLOWED6": [ALLOWED[6], KEPT[6]], "GATEWAY": given["GATEWAY"]}
+            values |= {"ALLOWED": [ALLOWED[4], KEPT[4]], "ALLOWED6": [ALLOWED[6], KEPT[6]], **bound.place.variables}
         rules = tree.flatten(binding.reference, values, self.lookup_name)
         bound.filters = tree.names(binding.reference, self.lookup_name)
         bound.learn = learn
@@ -459,20 +468,6 @@ class Filters:
             return set(), set()
         chains = {item["chain"]["name"] for item in found if "chain" in item}
         return chains, {item["set"]["name"] for item in found if "set" in item}
-
-
-def _gateways(device: str) -> list[str]:
-    """The host's IPv4 addresses on the bridge that an interface is a port of."""
-    with Netlink() as netlink:
-        link = netlink.link(device)
-        found = [one.interface for one in netlink.addresses(link.master)] if link.master else []
-    four = [str(one.ip) for one in found if one.version == 4]
-    if not four:
-        raise ConfigError(
-            f"an allow-list by name needs an address of this host on the bridge of {device}, which has none",
-            remedy="put the machine on a network with NAT, or give the filter a parameter GATEWAY",
-        )
-    return four
 
 
 def _kernel_features() -> Features:

@@ -30,6 +30,7 @@ __all__ = [
     "dispatch",
     "flush",
     "guard",
+    "place",
     "undispatch",
     "unguard",
 ]
@@ -50,6 +51,11 @@ _BASE = {
 
 def _object(kind: str, **fields: Any) -> Command:
     return {kind: {"family": FAMILY, "table": TABLE, **fields}}
+
+
+def place(name: str) -> dict[str, Any]:
+    """Where an object of ours is."""
+    return {"family": FAMILY, "table": TABLE, "name": name}
 
 
 def add(kind: str, **fields: Any) -> Command:

@@ -31,8 +31,8 @@ _OPTIONS = 236
 _COOKIE = b"\x63\x82\x53\x63"
 _LARGEST = 1472  # of a request: what one frame carries
 _BROADCAST = 0x8000
-_MASK, _ROUTER, _DNS, _HOSTNAME, _DOMAIN, _MTU, _BROADCAST_ADDRESS = 1, 3, 6, 12, 15, 26, 28
-_REQUESTED, _LEASE, _TYPE, _SERVER, _RENEW, _REBIND, _END = 50, 51, 53, 54, 58, 59, 255
+_MASK, _ROUTER, _DNS, _HOSTNAME, _DOMAIN, MTU, _BROADCAST_ADDRESS = 1, 3, 6, 12, 15, 26, 28
+_REQUESTED, _LEASE, _TYPE, _SERVER, _WANTED, _RENEW, _REBIND, _END = 50, 51, 53, 54, 55, 58, 59, 255
 
 
 class Lease:
@@ -56,10 +56,15 @@ class Request(NamedTuple):
     mac: bytes
     options: dict[int, bytes]
 
+    def wants(self, code: int) -> bool:
+        """Whether it asks for that option (RFC 2132, 9.8): then it does something with it."""
+        return code in self.options.get(_WANTED, b"")
+
 
 class Reply(NamedTuple):
     """`ip` and `mac`: where to send it."""
 
+    kind: int
     ip: bytes
     mac: bytes
     data: bytes
@@ -138,7 +143,8 @@ class Dhcp:
             if self._counts.get(port, 0) < PER_PORT:
                 self._add(Lease(ip, mac, port, now + self.settings.lease_of(mac, ip))).offered = False
 
-    def answer(self, port: int, request: Request, now: float) -> Reply | None:
+    def answer(self, port: int, request: Request, now: float, mtu: int = 0) -> Reply | None:
+        """`mtu`: what this card may be told, if the network has none for all."""
         if not self.settings.dhcp or request.relay != ANY:
             return None
         if request.kind == DISCOVER:
@@ -147,11 +153,11 @@ class Dhcp:
                 return None
             if lease.offered:
                 lease.expires = max(lease.expires, now + OFFERED)
-            return self._reply(request, OFFER, lease.ip)
+            return self._reply(request, OFFER, lease.ip, mtu)
         if request.kind == REQUEST:
-            return self._requested(port, request, now)
+            return self._requested(port, request, now, mtu)
         if request.kind == INFORM:
-            return self._reply(request, ACK, ANY)
+            return self._reply(request, ACK, ANY, mtu)
         lease = self._macs.get(request.mac)
         if lease is None or lease.port != port:
             return None
@@ -162,7 +168,7 @@ class Dhcp:
             self._add(Lease(lease.ip, b"", port, now + DECLINED))
         return None
 
-    def _requested(self, port: int, request: Request, now: float) -> Reply | None:
+    def _requested(self, port: int, request: Request, now: float, mtu: int) -> Reply | None:
         wanted = request.options.get(_REQUESTED, request.client)
         server = request.options.get(_SERVER)
         if server not in (None, self.settings.ip):
@@ -177,7 +183,7 @@ class Dhcp:
         lease.expires = now + self.settings.lease_of(lease.mac, lease.ip)
         if _HOSTNAME in request.options:
             lease.hostname = host_name(request.options[_HOSTNAME])
-        return self._reply(request, ACK, lease.ip)
+        return self._reply(request, ACK, lease.ip, mtu)
 
     def _choose(self, port: int, mac: bytes, wanted: bytes, now: float) -> Lease | None:
         """The lease this card has, or a new one. None: there is no address for it."""
@@ -241,7 +247,7 @@ class Dhcp:
         if self._macs.get(lease.mac) is lease:
             del self._macs[lease.mac]
 
-    def _reply(self, request: Request, kind: int, ip: bytes) -> Reply:
+    def _reply(self, request: Request, kind: int, ip: bytes, mtu: int = 0) -> Reply:
         settings = self.settings
         options: list[tuple[int, bytes]] = [(_TYPE, bytes((kind,))), (_SERVER, settings.ip)]
         if kind != NAK:
@@ -258,14 +264,14 @@ class Dhcp:
                 options.append((_DNS, settings.ip))
             if settings.domain:
                 options.append((_DOMAIN, settings.domain.encode()[:255]))
-            if settings.mtu:
-                options.append((_MTU, struct.pack("!H", settings.mtu)))
+            if mtu := settings.mtu or mtu:
+                options.append((MTU, struct.pack("!H", mtu)))
         client = request.client if kind == ACK else ANY
         fixed = _FIXED.pack(2, 1, 6, 0, request.xid, 0, request.flags, client, ip, ANY, ANY, request.mac)
         packed = b"".join(bytes((code, len(value))) + value for code, value in options) + bytes((_END,))
         data = (fixed.ljust(_OPTIONS, b"\0") + _COOKIE + packed).ljust(300, b"\0")
         if client != ANY:
-            return Reply(client, request.mac, data)
+            return Reply(kind, client, request.mac, data)
         if kind == NAK or request.flags & _BROADCAST or ip == ANY:
-            return Reply(b"\xff" * 4, b"\xff" * 6, data)
-        return Reply(ip, request.mac, data)
+            return Reply(kind, b"\xff" * 4, b"\xff" * 6, data)
+        return Reply(kind, ip, request.mac, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvik.network.switch import dhcp, dns
+from kvik.network.switch.mtu import STANDARD, fit
 from kvik.network.switch.packets import (
     ANY,
     ETHER,
@@ -28,11 +29,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from kvik.network.switch.outside import Outside
     from kvik.network.switch.plane import Plane
     from kvik.network.switch.port import Port
     from kvik.network.switch.resolver import Resolver
     from kvik.network.switch.settings import Settings
 
+_PROTOCOL = ETHER + 9
 _TARGET = slice(ETHER + 16, ETHER + 20)  # of an IPv4 packet in its frame
 _NET, _PORT, _FORBIDDEN = 0, 3, 13  # codes of ICMP's destination unreachable
 _DNS_PORTS = (53, 853)  # what passt's --dns-forward takes
@@ -41,9 +44,10 @@ _MESSAGE = 1500 - 28  # bytes of a DNS answer in one frame; the client asks for 
 
 
 class Gateway:
-    def __init__(self, settings: Settings, resolver: Resolver) -> None:
+    def __init__(self, settings: Settings, resolver: Resolver, outside: Outside) -> None:
         self.plane: Plane
         self.resolver = resolver
+        self.outside = outside
         self.dhcp = dhcp.Dhcp(settings)
         self.configure(settings)
 
@@ -114,6 +118,7 @@ class Gateway:
     def tick(self) -> None:
         self.dhcp.expire(self.plane.now)
         self.resolver.expire(self.plane.now)
+        self.outside.expire(self.plane.now)
         for port in self.plane.ports.values():
             if port.flows is not None:
                 port.flows.expire(self.plane.now)
@@ -121,6 +126,7 @@ class Gateway:
     def removed(self, port: Port) -> None:
         self.dhcp.removed(port.number)
         self.resolver.removed(port.number)
+        self.outside.removed(port)
 
     def expect(self, port: Port) -> bytes:
         """The address that the port's card will get, kept for it until it asks; empty: none."""
@@ -165,9 +171,11 @@ class Gateway:
             port.refused += 1
             return
         begin = count = 0
-        uplink = port.uplink
+        uplink, router, contains = port.uplink, self.settings.router, self.settings.contains
         for start, end, frame in frames(run):
-            if uplink is not None and len(frame) >= ETHER + 20 and not self.settings.contains(bytes(frame[_TARGET])):
+            out = len(frame) >= ETHER + 20 and not contains(bytes(frame[_TARGET]))
+            taken = out and router and frame[_PROTOCOL] == UDP and self.outside.send(self, port, frame)
+            if out and not taken and uplink is not None:
                 if not count:
                     begin = start
                 count += 1
@@ -175,7 +183,8 @@ class Gateway:
             if uplink is not None and count:
                 uplink.send(run[begin:start], count)
                 count = 0
-            self._own(port, frame, run[start:end])
+            if not taken:
+                self._own(port, frame, run[start:end])
         if uplink is not None and count:
             uplink.send(run[begin:], count)
 
@@ -233,9 +242,12 @@ class Gateway:
         if (entry is not None and entry.port is not port) or request.mac == self.mac:
             port.refused += 1  # for somebody else's card
             return
-        reply = self.dhcp.answer(port.number, request, self.plane.now)
+        mtu = port.mtu if request.mac == port.mac and request.wants(dhcp.MTU) else 0
+        reply = self.dhcp.answer(port.number, request, self.plane.now, mtu)
         if request.kind == dhcp.REQUEST and request.mac == port.mac:
             self.introduce(port)
+        if reply is not None and reply.kind == dhcp.ACK and entry is not None:
+            entry.mtu = mtu or STANDARD
         if reply is not None:
             packed = write_udp((self.ip, 67), (reply.ip, 68), reply.data)
             self._send(port, reply.mac, reply.ip, UDP, packed)
@@ -262,12 +274,37 @@ class Gateway:
         elif not self.resolver.ask(port.number, client, data, self.plane.now, reply):
             reply(dns.error(data, dns.SERVFAIL))
 
+    def refuse(self, port: Port, frame: memoryview, code: int) -> None:
+        """By ICMP: a frame that cannot go where it should."""
+        packet = read_ip(frame)
+        if packet is not None:
+            self._unreachable(port, frame, packet, code)
+
+    def fit(self, port: Port, target: Port, frame: memoryview, mtu: int) -> None:
+        """A frame for a card whose MTU is less than its sender's."""
+        if len(frame) <= ETHER + mtu:
+            target.send_frame(bytes(frame))
+            return
+        pieces, told = fit(frame, mtu, self.mac, self.ip)
+        for piece in pieces:
+            target.send_frame(piece)
+        if told is not None:
+            port.send_frame(told)
+        elif not pieces:
+            target.dropped += 1
+
+    def largest(self, port: Port, mac: bytes) -> int:
+        """Bytes of an IP packet that a card takes."""
+        entry = self.plane.table.get(mac)
+        return self.settings.mtu or (entry.mtu if entry is not None and entry.port is port else STANDARD)
+
     def _unreachable(self, port: Port, frame: memoryview, packet: Ip, code: int) -> None:
         if packet.protocol == ICMP and (not packet.payload or packet.payload[0] != 8):
             return  # never an error about an error (RFC 1122, 3.2.2)
         if frame[0] & 1 or packet.fragment:
             return
-        self._send(port, bytes(frame[6:12]), packet.source, ICMP, unreachable(packet, code))
+        quoted = bytes(packet.header) + bytes(packet.payload[:8])
+        self._send(port, bytes(frame[6:12]), packet.source, ICMP, unreachable(quoted, code))
 
     def _send(self, port: Port, mac: bytes, target: bytes, protocol: int, payload: bytes) -> None:
         port.send_frame(write_ip((mac, self.mac), self.ip, target, protocol, payload))

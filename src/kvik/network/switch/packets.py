@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 BROADCAST = b"\xff" * 6
 ANY = b"\0" * 4
-ARP, IPV4 = b"\x08\x06", b"\x08\x00"  # EtherTypes
-ICMP, TCP, UDP = 1, 6, 17
+ARP, IPV4, IPV6 = b"\x08\x06", b"\x08\x00", b"\x86\xdd"  # EtherTypes
+ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
 ETHER = 14  # bytes of an Ethernet header
 
 _ARP = struct.Struct("!HHBBH6s4s6s4s")  # RFC 826
@@ -120,11 +120,11 @@ def read_udp(payload: Bytes) -> tuple[int, int, Bytes] | None:
     return source, target, payload[_UDP.size : size]
 
 
-def write_udp(source: tuple[bytes, int], target: tuple[bytes, int], data: bytes) -> bytes:
+def write_udp(source: tuple[bytes, int], target: tuple[bytes, int], data: Bytes) -> bytes:
     """An IPv4 packet's payload, with checksum."""
     size = _UDP.size + len(data)
     pseudo = source[0] + target[0] + struct.pack("!HH", UDP, size)
-    plain = _UDP.pack(source[1], target[1], size, 0) + data
+    plain = _UDP.pack(source[1], target[1], size, 0) + bytes(data)
     return _UDP.pack(source[1], target[1], size, checksum(pseudo + plain) or 0xFFFF) + data
 
 
@@ -136,8 +136,8 @@ def echo_reply(payload: Bytes) -> bytes | None:
     return bytes(2) + struct.pack("!H", checksum(bytes(2) + body)) + bytes(payload[4:])
 
 
-def unreachable(packet: Ip, code: int) -> bytes:
-    """ICMP destination unreachable (RFC 792): 0 the net, 3 the port, 13 forbidden (RFC 1812)."""
-    quoted = bytes(packet.header) + bytes(packet.payload[:8])
-    body = bytes(4) + quoted
+def unreachable(quoted: bytes, code: int, mtu: int = 0) -> bytes:
+    """ICMP destination unreachable (RFC 792): 0 the net, 3 the port, 4 too big (RFC 1191), 13 forbidden (RFC 1812).
+    `quoted`: the packet's header and 8 bytes more."""
+    body = struct.pack("!I", mtu) + quoted
     return struct.pack("!BBH", 3, code, checksum(struct.pack("!BBH", 3, code, 0) + body)) + body

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 
+from kvik.network.switch.mtu import STANDARD
 from kvik.network.switch.packets import ARP, ETHER, IPV4, UDP, mac_text, read_arp
 from kvik.network.switch.port import MAX_FRAME, PortGone, frames
 
@@ -34,12 +35,13 @@ _RUNT = b""
 class Entry:
     """Where an address is."""
 
-    __slots__ = ("fixed", "port", "seen")
+    __slots__ = ("fixed", "mtu", "port", "seen")
 
     def __init__(self, port: Port, seen: float, *, fixed: bool) -> None:
         self.port = port
         self.seen = seen
         self.fixed = fixed
+        self.mtu = STANDARD  # bytes of an IP packet that it takes, as far as we have told it
 
 
 class Plane:
@@ -122,7 +124,7 @@ class Plane:
         elif target[0] & 1:
             self._group(port, target, kind, run, count)
         else:
-            self._forward(port, target, run, count)
+            self._forward(port, target, run, count, STANDARD if entry is None else entry.mtu)
 
     def _learn(self, port: Port, mac: bytes, entry: Entry | None) -> bool:
         """Whether a frame may come from `mac` here."""
@@ -151,7 +153,7 @@ class Plane:
         elif target[0] & 1:
             self._flood(port, run, 1)
         else:
-            self._forward(port, target, run, 1)
+            self._forward(port, target, run, 1, STANDARD)
 
     def _group(self, port: Port, target: bytes, kind: bytes, run: memoryview, count: int) -> None:
         """Broadcast and multicast: DHCP is taken out."""
@@ -169,12 +171,16 @@ class Plane:
             else:
                 self._flood(port, run[start:end], 1)
 
-    def _forward(self, port: Port, target: bytes, run: memoryview, count: int) -> None:
+    def _forward(self, port: Port, target: bytes, run: memoryview, count: int, mtu: int) -> None:
+        """`mtu`: of who sends."""
         entry = self.table.get(target)
         if entry is None:
             self._flood(port, run, count)
         elif entry.port is port or (port.isolated and entry.port.isolated):
             return
+        elif entry.mtu < mtu and len(run) > entry.mtu + ETHER + 4:
+            for _, _, frame in frames(run):
+                self.gateway.fit(port, entry.port, frame, entry.mtu)
         else:
             entry.port.send(run, count)
 

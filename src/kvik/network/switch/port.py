@@ -44,6 +44,8 @@ class Port:
         self.mac = mac
         self.isolated = isolated
         self.alias = ""
+        self.mtu = 0  # what its card may be told by DHCP; 0: nothing
+        self.forwarded: list[tuple[int, int]] = []  # UDP ports of the machine, first and last, that passt leads to
         self.uplink: Port | None = None  # where this machine's way out is
         self.flows: Flows | None = None  # of UDP from the host's loopback
         self.serves: Port | None = None  # of an uplink: the machine it is for

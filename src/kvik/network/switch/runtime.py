@@ -40,6 +40,8 @@ class SwitchRuntime:
         self.persistent = persistent
         self.active = False
         self.ending = threading.Event()
+        self.found: list[str] = []  # nothing of the host's is in its way
+        self.parts: dict[str, str] = {}  # nor does it stand on any
         self.status = status or NetworkStatus()
         self._switches = switches
 
@@ -78,6 +80,13 @@ class SwitchRuntime:
 
     def check(self) -> bool:
         return True
+
+    def missing(self) -> list[str]:
+        return []
+
+    @property
+    def is_served(self) -> bool:
+        return False
 
     def serve(self) -> None:
         pass

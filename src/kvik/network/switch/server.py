@@ -2,15 +2,17 @@
 
 Control is a Unix seqpacket socket of the user's own: a JSON object a message, answered by one.
 
-    {"do": "add", "name": ..., "alias": ..., "mac": ..., "isolated": false}   with the card's socket
-    {"do": "uplink", "port": N}                                               with the socket of the port's way out
+    {"do": "add", "name": ..., "alias": ..., "mac": ..., "isolated": false, "mtu": 0}   with the card's socket
+    {"do": "uplink", "port": N, "udp": [[first, last]...]}       with the socket of the port's way out, and UDP ports of
+                                                                 the machine that it leads to
     {"do": "udp", "port": N, "to": M}                       with a bound UDP socket, whose datagrams go to the machine
     {"do": "replace", "port": N}                                              with another socket of the card
     {"do": "hello"}      {"do": "remove", "port": N}      {"do": "ports", "after": N}
     {"do": "leases", "after": N}
     {"do": "configure", "settings": {...}}      {"do": "stop"}
 
-The answer is `{"return": ...}` or `{"error": "..."}`. What a machine does can end its own port, nothing else.
+The answer is `{"id": N, "return": ...}` or `{"id": N, "error": "..."}`, with the command's own "id": who gave up
+waiting takes no late answer for that of its next question. What a machine does can end its own port, nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ import time
 from kvik.errors import InvalidArgument, KvikError
 from kvik.network.switch.confine import confine
 from kvik.network.switch.gateway import Gateway
+from kvik.network.switch.mtu import LONG, STANDARD
+from kvik.network.switch.outside import Outlet, Outside
 from kvik.network.switch.packets import ip_text, mac_bytes, mac_text
 from kvik.network.switch.plane import Plane
 from kvik.network.switch.port import Port, PortGone
@@ -44,6 +48,8 @@ MESSAGE = 200_000  # bytes: what a Unix socket's default buffer takes
 PAGE = 250  # ports or leases in one answer
 IDLE = 60.0  # seconds without a port and without a daemon, after which nobody needs us
 _NAME = 255  # characters
+FILES = 8192  # descriptors, as far as the host allows
+_OTHERS = 2048  # of them for ports, forwards and questions
 
 
 class Client:
@@ -60,22 +66,25 @@ class Server:
     def __init__(self, listener: socket.socket, settings: Settings) -> None:
         self.listener = listener
         self._poll = select.epoll()
-        self._objects: dict[int, Port | Pending | Forward | Client | None] = {}
-        self.gateway = Gateway(settings, Resolver(self._watch, self._unwatch))
+        self._objects: dict[int, Port | Pending | Forward | Outlet | Client | None] = {}
+        self.gateway = Gateway(
+            settings, Resolver(self._watch, self._unwatch), Outside(self._watch, self._unwatch, _outlets())
+        )
         self.plane = Plane(self.gateway)
         self._changed: list[Port] = []
         self._clients = 0
         self._last = 0  # number of a port
         self._stop = False
+        listener.listen(CLIENTS)  # anew: by this the kernel names us, not who started us, as the peer (unix(7))
         listener.setblocking(False)
         self._objects[listener.fileno()] = None
         self._poll.register(listener.fileno(), select.EPOLLIN)
 
-    def _watch(self, item: Port | Pending | Forward | Client) -> None:
+    def _watch(self, item: Port | Pending | Forward | Outlet | Client) -> None:
         self._objects[item.fileno()] = item
         self._poll.register(item.fileno(), select.EPOLLIN)
 
-    def _unwatch(self, item: Port | Pending | Forward | Client) -> None:
+    def _unwatch(self, item: Port | Pending | Forward | Outlet | Client) -> None:
         if self._objects.get(item.fileno()) is item:
             del self._objects[item.fileno()]
             self._poll.unregister(item.fileno())
@@ -91,6 +100,8 @@ class Server:
                 item = self._objects.get(fd)
                 if isinstance(item, Port):
                     self._port(item, mask)
+                elif isinstance(item, Outlet):
+                    self.gateway.outside.receive(self.gateway, item, mask)
                 elif isinstance(item, Pending):
                     self.gateway.resolver.readable(item)
                 elif isinstance(item, Forward):
@@ -198,6 +209,7 @@ class Server:
             return
         except OSError:
             data, flags = b"", 0
+        answer: dict[str, Any] = {}
         try:
             if not data:
                 self._drop(client)
@@ -208,9 +220,10 @@ class Server:
                 given = json.loads(data)
                 if not isinstance(given, dict):
                     raise InvalidArgument("a command is an object")
-                answer = {"return": self._command(given, fds)}
+                answer["id"] = given.get("id")
+                answer["return"] = self._command(given, fds)
             except (KvikError, ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-                answer = {"error": str(error) or type(error).__name__}
+                answer["error"] = str(error) or type(error).__name__
         finally:
             for fd in fds:  # those that a port has taken are gone from the list
                 os.close(fd)
@@ -266,10 +279,14 @@ class Server:
             raise InvalidArgument("that name is too long")
         _check_socket(fds)
         mac = mac_bytes(given["mac"]) if given.get("mac") else None
+        mtu = int(given.get("mtu", 0))
+        if mtu and not STANDARD <= mtu <= LONG:
+            raise InvalidArgument(f"no card has an MTU of {mtu} here")
         if mac is not None and mac[0] & 1:
             raise InvalidArgument(f"{mac_text(mac)} is a group's address")
         port = self._add(socket.socket(fileno=fds.pop(0)), name, mac, bool(given.get("isolated")))
         port.alias = alias
+        port.mtu = mtu
         try:
             self.plane.add(port)
         except ValueError:
@@ -302,7 +319,11 @@ class Server:
         port = self.plane.ports.get(given["port"])
         if port is None:
             raise InvalidArgument("that port is gone")
+        forwarded = [(int(first), int(last)) for first, last in given.get("udp", ())]
+        if len(forwarded) > FORWARDS:
+            raise InvalidArgument(f"more than {FORWARDS} ranges of ports lead to that machine")
         _check_socket(fds)
+        port.forwarded = forwarded
         if port.uplink is not None:
             old, port.uplink = port.uplink, None
             self._unwatch(old)
@@ -351,6 +372,12 @@ def _check_socket(fds: list[int], family: int = socket.AF_UNIX, kind: int = sock
             raise InvalidArgument("that is another kind of socket")
 
 
+def _outlets() -> int:
+    """Sockets for UDP of all machines together: what the limit of descriptors leaves."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(256, soft - _OTHERS)
+
+
 def say(text: str) -> None:
     """Into the network's log."""
     try:
@@ -366,7 +393,7 @@ def main(arguments: list[str]) -> int:
     with open(int(arguments[1]), "rb") as file:  # noqa: PTH123
         settings = from_json(json.loads(file.read(MESSAGE)))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, FILES), hard))
     server = Server(listener, settings)
     try:
         confine()

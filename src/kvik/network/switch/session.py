@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -33,16 +33,18 @@ from kvik.errors import (
 )
 from kvik.host.process import ProcessHandle
 from kvik.network.subnet import free_subnet
-from kvik.network.switch.control import Switch, short_path
-from kvik.network.switch.uplink import bind_udp, forward_arguments, loopback_udp, start_uplink
+from kvik.network.switch.control import DEADLINE, Switch, short_path
+from kvik.network.switch.mtu import LONG
+from kvik.network.switch.uplink import bind_udp, forward_arguments, loopback_udp, passt_udp, start_uplink
 from kvik.paths import Paths
 
-__all__ = ["Card", "SessionNetworks"]
+__all__ = ["Card", "SessionNetworks", "longest_mtu"]
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".switch"
 RETRY_FIRST, RETRY_LAST = 2.0, 60.0  # seconds until a way out that ended is tried again
+HUNG = 30.0  # seconds without an answer, after which a switch that nobody has stopped is ended and started again
 
 
 class Card(NamedTuple):
@@ -87,16 +89,29 @@ class _Retry:
 
 
 class SessionNetworks:
-    """All methods block for some milliseconds, and may be called from any thread."""
+    """All methods block for some milliseconds, and may be called from any thread. A switch that hangs holds up its own
+    network alone, and that once for `deadline` seconds."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, *, deadline: float = DEADLINE, hung: float = HUNG) -> None:
         self._run = paths.run / "network"
         self._log = paths.log / "network"
         self._settings: dict[str, dict[str, Any]] = {}  # of active networks
         self._switches: dict[str, Switch] = {}
         self._uplinks: list[ProcessHandle] = []
         self._retries: dict[tuple[str, int], _Retry] = {}
-        self._lock = threading.Lock()
+        self._silent: set[str] = set()  # networks whose switch hangs, which was said
+        self._without: set[tuple[str, int]] = set()  # ports that there is no address for, which was said
+        self._deadline, self._hung = deadline, hung
+        self._lock = threading.Lock()  # what follows is of all networks; taken last
+        self._locks: dict[str, threading.Lock] = {}  # each network's: who holds one may wait for its switch
+
+    @contextlib.contextmanager
+    def _only(self, name: str) -> Iterator[None]:
+        """Be the only one to deal with that network's switch."""
+        with self._lock:
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
+            yield
 
     # networks
 
@@ -116,34 +131,43 @@ class SessionNetworks:
 
     def deactivate(self, name: str) -> None:
         """It has no machines any more: its switch ends, if there is one."""
-        with self._lock:
-            self._settings.pop(name, None)
-            switch = self._switches.pop(name, None) or Switch.attach(self._path(name))
+        with self._only(name):
+            with self._lock:
+                self._settings.pop(name, None)
+            switch = self._switches.pop(name, None) or self._attach(self._path(name))
             if switch is not None:
                 switch.stop()
+            self._silent.discard(name)
             self._path(name).unlink(missing_ok=True)
 
     def change(self, name: str, settings: dict[str, Any]) -> None:
         """Tell a switch that runs. Raises `OperationFailed`, with the switch's words, and then nothing has changed."""
-        with self._lock:
+        with self._only(name):
             switch = self._known(name)
             if switch is not None:
-                switch.configure(settings)
-            self._settings[name] = settings
+                try:
+                    switch.configure(settings)
+                except OperationTimeout:
+                    self._silent.add(name)  # it may do that late: then it is told again what holds
+                    raise
+            with self._lock:
+                self._settings[name] = settings
 
     def sweep(self) -> None:
-        """After the daemon was away: end switches of networks that are not active, and remove what ended ones left."""
-        with self._lock:
-            for path in self._run.glob(f"*{_SUFFIX}"):
+        """After the daemon was away: end switches of networks that are not active, and remove what ended ones left.
+        Those of active networks are found by `look_after`."""
+        for path in self._run.glob(f"*{_SUFFIX}"):
+            name = path.name.removesuffix(_SUFFIX)
+            with self._only(name):
+                if name in self._settings:
+                    continue
                 try:
-                    switch = Switch.attach(path)
+                    switch = self._attach(path)
                 except HostError as error:
                     logger.warning("%s", error)
                     continue
                 if switch is None:
                     path.unlink(missing_ok=True)
-                elif path.name.removesuffix(_SUFFIX) in self._settings:
-                    switch.close()
                 else:
                     switch.stop()
 
@@ -156,11 +180,11 @@ class SessionNetworks:
         it already. `close` closes ours. Raises `ConfigUnsupported`, `OperationInvalid`, `HostError`,
         `MissingPackages`."""
         files: dict[str, int] = {}
-        with self._lock:
-            for interface in interfaces:
-                if interface.type != "network":
-                    continue
-                card = Card(machine, directory, interface)
+        for interface in interfaces:
+            if interface.type != "network":
+                continue
+            card = Card(machine, directory, interface)
+            with self._only(card.network):
                 _refuse_unkept_promises(card, self._settings.get(card.network))
                 switch = self._switch(card.network)
                 listener, ours = _listen(card)
@@ -175,7 +199,7 @@ class SessionNetworks:
         """A VMM that was given a socket listens at its path by one of its own: the port goes there. Raises `HostError`,
         `OperationFailed`."""
         card = Card(machine, directory, interface)
-        with self._lock:
+        with self._only(card.network):
             switch = self._switch(card.network)
             number = next(
                 (port["port"] for port in switch.ports() if (port["name"], port["alias"]) == (card.label, card.alias)),
@@ -190,21 +214,41 @@ class SessionNetworks:
         with self._lock:
             ended = [handle for handle in self._uplinks if not handle.alive]  # which reaps them
             self._uplinks = [handle for handle in self._uplinks if handle not in ended]
-            for handle in ended:
-                handle.close()
-            for name in sorted({card.network for card in cards} & self._settings.keys()):
+        for handle in ended:
+            handle.close()
+        for name in sorted({card.network for card in cards}):
+            with self._only(name):
+                if name not in self._settings:
+                    continue
                 try:
                     said += self._look_after(name, [card for card in cards if card.network == name])
+                except OperationTimeout as error:
+                    said += self._say_silent(name, error)
                 except KvikError as error:
                     said.append(f"network {name}: {error}")
         return said
 
+    def _say_silent(self, name: str, error: OperationTimeout) -> list[str]:
+        """Once for each time that its switch hangs."""
+        if name in self._silent:
+            return []
+        self._silent.add(name)
+        return [f"network {name}: {error}"]
+
     def _look_after(self, name: str, cards: list[Card]) -> list[str]:
         said = []
         known = self._switches.get(name)
+        if known is not None and known.alive and known.silence > self._hung and not known.stopped:
+            said.append(f"network {name}: its switch has not answered for {known.silence:.0f} s and is ended")
+            del self._switches[name]
+            known.stop()
         switch = self._switch(name)
         if known is not None and switch is not known:
             said.append(f"network {name}: its switch had ended and was started again")
+        if name in self._silent and not switch.silence:
+            self._silent.discard(name)
+            switch.configure(self._settings[name])  # of what it did late, this is the last
+            said.append(f"network {name}: its switch answers again")
         ports = {(port["name"], port["alias"]): port for port in switch.ports()}
         for card in cards:
             port = ports.get((card.label, card.alias))
@@ -212,20 +256,36 @@ class SessionNetworks:
                 with contextlib.suppress(HostError), _client(card.socket) as ours:  # a VMM that ends does not listen
                     self._connect(switch, card, ours, must_forward=False)
                     said.append(f"network {name}: machine {card.machine} was connected again")
-            elif port["uplink"]:
+                continue
+            said += self._say_exhausted(name, card, port)
+            if port["uplink"]:
                 self._retries.pop((name, port["port"]), None)
             else:
                 self._give_uplink(name, switch, card, port)
         return said
 
+    def _say_exhausted(self, name: str, card: Card, port: dict[str, Any]) -> list[str]:
+        """Once for each machine that there is no address for."""
+        known = (name, port["port"])
+        if port["ip"] or not card.mac or not self._settings[name].get("ranges"):
+            self._without.discard(known)
+            return []
+        if known in self._without:
+            return []
+        self._without.add(known)
+        return [
+            f"network {name}: machine {card.machine} gets no address: all that it has are lent or reserved; widen its "
+            f"<range> (kvik net-edit {name})"
+        ]
+
     def leases(self, name: str) -> list[dict[str, Any]]:
         """Empty if the network does not run."""
-        with self._lock:
+        with self._only(name):
             switch = self._known(name)
             return switch.leases() if switch is not None else []
 
     def close(self) -> None:
-        """Let go: the networks go on, as long as there is a machine on them."""
+        """Let go: the networks go on, as long as there is a machine on them. Nobody asks for anything any more."""
         with self._lock:
             for switch in self._switches.values():
                 switch.close()
@@ -256,14 +316,31 @@ class SessionNetworks:
         for directory in (self._run, self._log):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._path(name)
-        switch = _found(path, settings)
+        switch = self._found(path, settings)
         if switch is None:
             log_fd = self._open_log(name)
             try:
-                switch = Switch.start(path, settings, log_fd)
+                switch = Switch.start(path, settings, log_fd, deadline=self._deadline)
             finally:
                 os.close(log_fd)
         self._switches[name] = switch
+        return switch
+
+    def _attach(self, path: Path) -> Switch | None:
+        return Switch.attach(path, deadline=self._deadline)
+
+    def _found(self, path: Path, settings: dict[str, Any]) -> Switch | None:
+        """The switch that an earlier daemon started, told what its network is now. One that cannot be that, or does
+        not answer, is ended."""
+        switch = self._attach(path)
+        if switch is None:
+            return None
+        try:
+            switch.configure(settings)
+        except (HostError, OperationFailed, OperationTimeout) as error:
+            logger.warning("%s; it is started anew", error)
+            switch.stop()
+            return None
         return switch
 
     def _open_log(self, name: str) -> int:
@@ -273,7 +350,8 @@ class SessionNetworks:
     def _connect(self, switch: Switch, card: Card, ours: socket.socket, *, must_forward: bool) -> None:
         isolated = bool(card.interface.port and card.interface.port.isolated)
         isolated = isolated or self._settings[card.network]["isolated"]
-        answer = switch.add_port(card.machine, card.mac, ours.fileno(), alias=card.alias, isolated=isolated)
+        mtu = longest_mtu(card, self._settings[card.network])
+        answer = switch.add_port(card.machine, card.mac, ours.fileno(), alias=card.alias, isolated=isolated, mtu=mtu)
         port = {"port": answer[0], "ip": answer[1]}
         forwards = bool(card.interface.port_forwards)
         try:
@@ -305,26 +383,20 @@ class SessionNetworks:
             logger.warning("network %s: machine %s has no way out: %s", name, card.machine, error)
             return
         with ours:
-            switch.call("uplink", (ours.fileno(),), port=port["port"])
-        self._uplinks.append(handle)
+            with self._lock:
+                self._uplinks.append(handle)
+            udp = passt_udp(card.interface.port_forwards)
+            switch.call("uplink", (ours.fileno(),), port=port["port"], udp=udp)
+
+
+def longest_mtu(card: Card, settings: dict[str, Any]) -> int:
+    """What the card may be told of a long MTU: virtio's takes any, and nobody has said another."""
+    model, said = card.interface.model, card.interface.mtu is not None or settings["mtu"]
+    return LONG if model is not None and model.type.startswith("virtio") and not said else 0
 
 
 def _subnet(settings: dict[str, Any]) -> IPv4Network:
     return IPv4Network(f"{settings['ip']}/{settings['prefix']}", strict=False)
-
-
-def _found(path: Path, settings: dict[str, Any]) -> Switch | None:
-    """The switch that an earlier daemon started, told what its network is now. One that cannot be that is ended."""
-    switch = Switch.attach(path)
-    if switch is None:
-        return None
-    try:
-        switch.configure(settings)
-    except (HostError, OperationFailed, OperationTimeout) as error:
-        logger.warning("%s; it is started anew", error)
-        switch.stop()
-        return None
-    return switch
 
 
 def _refuse_unkept_promises(card: Card, settings: dict[str, Any] | None) -> None:

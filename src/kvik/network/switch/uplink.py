@@ -22,7 +22,7 @@ from kvik.host.packages import how_to_install, package_for
 from kvik.host.process import ProcessHandle, describe_exit, find_program
 from kvik.network.switch.udp import FORWARDS
 
-__all__ = ["bind_udp", "forward_arguments", "last_words", "loopback_udp", "start_uplink"]
+__all__ = ["bind_udp", "forward_arguments", "last_words", "loopback_udp", "passt_udp", "start_uplink"]
 
 LOG_SIZE = 65536  # bytes
 ROOM = 4 << 20  # bytes of a connection's window: passt drops what it cannot send, and sends all of it again
@@ -59,6 +59,17 @@ def loopback_udp(forwards: Sequence[PortForward]) -> list[tuple[str, int, int]]:
     return found
 
 
+def passt_udp(forwards: Sequence[PortForward]) -> list[tuple[int, int]]:
+    """The machine's UDP ports, first and last, that passt leads to: what they answer goes by passt."""
+    return [
+        (item.to or item.start, (item.to or item.start) + len(_ports(item)) - 1)
+        for forward in forwards
+        if forward.proto == "udp" and not _is_loopback(forward.address)
+        for item in forward.ranges
+        if not item.exclude
+    ]
+
+
 def bind_udp(address: str, port: int) -> socket.socket:
     """Raises `HostError`."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
@@ -93,7 +104,7 @@ def start_uplink(
     program = find_program("passt")
     if program is None:
         raise MissingPackages(
-            "passt is not installed: machines on this network cannot reach anything outside of it",
+            "passt is not installed: machines on this network reach nothing outside of it but by UDP",
             packages=(package_for("passt") or "passt",),
             remedy=how_to_install("passt"),
         )

@@ -50,12 +50,13 @@ class Session:
         self.home = home
         self.guests = ExitStack()
         self.cards: list[Card] = []
+        self.patience: dict[str, float] = {}  # deadlines of `SessionNetworks`
 
     def turn(self, work: Callable[[Networks, SessionNetworks], Awaitable[T]]) -> T:
         """What one daemon does, from its start to its end. Networks and machines go on."""
 
         async def run() -> T:
-            switches = SessionNetworks(self.paths)
+            switches = SessionNetworks(self.paths, **self.patience)
             networks = Networks(self.paths, switches=switches)
             await networks.open()
             try:
@@ -85,6 +86,13 @@ class Session:
         switch = Switch.attach(self.paths.run / "network" / f"{network}.switch")
         if switch is None:
             return None
+        switch.close()
+        return switch.process.pid
+
+    def pid_of_file(self, network: str) -> int:
+        """The same without asking it."""
+        switch = Switch.attach(self.paths.run / "network" / f"{network}.switch", deadline=0.1)
+        assert switch is not None
         switch.close()
         return switch.process.pid
 

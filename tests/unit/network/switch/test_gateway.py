@@ -279,7 +279,8 @@ def test_what_goes_out_goes_to_the_machines_own_way_out(wire: Wire) -> None:
     one, two = wire.add("one", 1), wire.add("two", 2)
     way = wire.uplink(one)
     source = ip_bytes("10.0.0.10")
-    outside = [one.udp((source, 1000), (ip_bytes("192.0.2.1"), 9), b"%d" % number) for number in range(3)]
+    macs, target = (GATEWAY, one.mac), ip_bytes("192.0.2.1")
+    outside = [write_ip(macs, source, target, 6, b"segment %d" % number) for number in range(3)]
     inside = one.udp((source, 1000), (ip_bytes("10.0.0.77"), 9), b"neighbour")
     assert wire.ask(one, outside[0], outside[1], inside, outside[2]) == []
     assert way.received() == outside
@@ -302,7 +303,7 @@ def test_without_a_way_out_it_is_said_at_once(wire: Wire) -> None:
     one = wire.add("one", 1)
     source = ip_bytes("10.0.0.10")
     for target, code in ((ip_bytes("192.0.2.1"), 0), (HERE, 3)):
-        (answer,) = wire.ask(one, one.udp((source, 1000), (target, 9), b"?"))
+        (answer,) = wire.ask(one, write_ip((GATEWAY, one.mac), source, target, 6, bytes((3, 232, 0, 9, *bytes(16)))))
         packet = read_ip(answer)
         assert packet is not None
         assert bytes(packet.payload[:2]) == bytes((3, code))

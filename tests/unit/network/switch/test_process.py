@@ -154,6 +154,16 @@ def test_a_daemon_finds_it_again_and_notices_when_it_is_gone(switch: Switch) -> 
     assert Switch.attach(switch.path) is None
 
 
+def test_one_that_has_only_just_been_started_has_more_time_for_its_first_answer(tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    switch = Switch.start(path, SETTINGS, deadline=0.001)  # no interpreter starts as fast
+    try:
+        assert switch.call("hello")["pid"] == switch.process.pid
+    finally:
+        switch.deadline = 5.0
+        switch.stop()
+
+
 def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "control"
     for _ in range(2):

@@ -13,9 +13,9 @@ from kvik.conf.enums import NetworkUpdateCommand, NetworkUpdateFlags, NetworkUpd
 from kvik.errors import ConfigUnsupported, KvikError, OperationInvalid, ResourceBusy
 from kvik.network.default import ensure_default
 from kvik.network.networks import Networks
-from kvik.network.switch.session import SessionNetworks
+from kvik.network.switch.session import Card, SessionNetworks, longest_mtu
 from unit.network.switch.guest import Guest
-from unit.network.switch.session import Session, inside, session
+from unit.network.switch.session import Session, inside, interface, session
 
 ONE, TWO, THREE = (f"52:54:00:aa:00:0{number}" for number in (1, 2, 3))
 
@@ -159,6 +159,33 @@ def test_a_network_that_is_stopped_under_its_machines_has_them_again_when_it_is_
     home.turn(work)
 
 
+def test_a_machine_that_there_is_no_address_for_is_said_until_one_is_free(home: Session) -> None:
+    small = inside("red", 1).replace("end='10.1.0.20'", "end='10.1.0.11'")
+
+    async def work(networks: Networks, switches: SessionNetworks) -> None:
+        await started(networks, small)
+        network = networks.lookup_name("red")
+        one, two = (home.plug(switches, name, "red", mac) for name, mac in (("one", ONE), ("two", TWO)))
+        address = one.boot()
+        two.boot()
+        assert switches.look_after(home.cards) == []
+        three = home.plug(switches, "three", "red", THREE)
+        assert not three.wants_address(0.2)
+        (said,) = switches.look_after(home.cards)
+        assert "machine three gets no address" in said and "net-edit red" in said
+        assert switches.look_after(home.cards) == []
+        assert network.messages()[0].startswith("all 2 addresses")
+        assert one.boot() == address
+        two.close()  # its machine has ended
+        home.cards = [card for card in home.cards if card.machine != "two"]
+        while len(network.leases()) == 2:
+            switches.look_after(home.cards)
+        assert three.boot()
+        assert switches.look_after(home.cards) == []
+
+    home.turn(work)
+
+
 def test_a_killed_switch_is_had_again_and_gives_the_same_addresses(home: Session) -> None:
     async def work(networks: Networks, switches: SessionNetworks) -> None:
         await started(networks, inside("red", 1))
@@ -241,3 +268,19 @@ def test_with_passt_default_starts_by_itself(home: Session, monkeypatch: pytest.
         assert home.pid("default") is None  # no machine, no process
 
     home.turn(work)
+
+
+@pytest.mark.parametrize(
+    ("more", "network", "mtu"),
+    [
+        ("<model type='virtio'/>", 0, 65520),
+        ("<model type='virtio-non-transitional'/>", 0, 65520),
+        ("<model type='e1000'/>", 0, 0),
+        ("", 0, 0),
+        ("<model type='virtio'/><mtu size='1400'/>", 0, 0),
+        ("<model type='virtio'/>", 9000, 0),
+    ],
+)
+def test_a_card_of_virtios_may_have_a_long_mtu_unless_another_is_said(more: str, network: int, mtu: int) -> None:
+    card = Card("one", Path("/nonexistent"), interface("red", ONE, more=more))
+    assert longest_mtu(card, {"mtu": network}) == mtu

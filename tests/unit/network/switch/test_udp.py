@@ -15,7 +15,7 @@ from kvik.network.switch import udp
 from kvik.network.switch.control import Switch
 from kvik.network.switch.packets import UDP, ip_bytes, read_ip, read_udp, write_ip, write_udp
 from kvik.network.switch.udp import Flows, Forward
-from kvik.network.switch.uplink import bind_udp, forward_arguments, loopback_udp
+from kvik.network.switch.uplink import bind_udp, forward_arguments, loopback_udp, passt_udp
 from unit.network.switch.guest import Guest
 from unit.network.switch.wire import SETTINGS, Machine, Wire, mac
 
@@ -125,6 +125,8 @@ def test_which_forwards_are_the_switchs_and_which_are_passts() -> None:
     assert forward_arguments([forward("127.0.0.1")]) == []
     assert loopback_udp([forward(None)]) == leads
     assert forward_arguments([forward(None)])[0] == "--udp-ports", "from other addresses passt leads"
+    assert passt_udp([forward(None)]) == [(53, 56)], "and their answers go by passt"
+    assert passt_udp([forward("127.0.0.1"), forward(None, "tcp")]) == []
     many = PortForward(proto="udp", address="127.0.0.1", ranges=[PortRange(start=2000, end=2256)])
     with pytest.raises(ConfigUnsupported, match="256 are the most"):
         loopback_udp([many])

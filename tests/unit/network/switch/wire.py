@@ -9,6 +9,7 @@ from typing import Any
 
 from kvik.network.switch import dns
 from kvik.network.switch.gateway import Gateway
+from kvik.network.switch.outside import Outlet, Outside
 from kvik.network.switch.packets import IPV4, UDP, mac_bytes, write_ip, write_udp
 from kvik.network.switch.plane import Plane
 from kvik.network.switch.port import Port
@@ -77,8 +78,11 @@ class Machine:
 
 class Wire:
     def __init__(self, **settings: Any) -> None:
+        self.outlets: list[Outlet] = []
         self.gateway = Gateway(
-            from_json({**SETTINGS, **settings}), Resolver(lambda item: None, lambda item: None, "/nonexistent")
+            from_json({**SETTINGS, **settings}),
+            Resolver(lambda item: None, lambda item: None, "/nonexistent"),
+            Outside(self.outlets.append, self.outlets.remove, 64),
         )
         self.plane = Plane(self.gateway)
         self.plane.now = 1000.0
@@ -117,6 +121,7 @@ class Wire:
 
     def close(self) -> None:
         for machine in self.machines:
+            self.plane.remove(machine.port)
             machine.sock.close()
             machine.port.close()
 
