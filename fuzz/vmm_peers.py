@@ -31,7 +31,8 @@ from kvik.vmm.vhost_user import VhostUser
 from kvik.vmm.virtio.mock_machine import MockMachine
 
 # All but those that need a machine with KVM below; these have their own tests.
-COMMAND_NAMES = [name for name in COMMANDS if name not in ("migrate", "migrate-incoming", "x-kvik-snapshot-save")]
+WITH_KVM = ("migrate", "migrate-incoming", "x-kvik-snapshot-save", "x-kvik-save-stream")
+COMMAND_NAMES = [name for name in COMMANDS if name not in WITH_KVM]
 TARGETS = ("qmp", "qmp-bytes", "gdb", "stream-peer", "vhost-user")
 
 

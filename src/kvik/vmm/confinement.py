@@ -67,6 +67,7 @@ LATE_CONTROL = (
     "kvik.vmm.state.migration",
     "kvik.vmm.state.qmp",
     "kvik.vmm.state.rewind",
+    "kvik.vmm.state.saved_stream",
     "kvik.vmm.state.saving",
     "kvik.vmm.state.snapshot",
     "kvik.vmm.vhost",

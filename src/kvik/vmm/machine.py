@@ -224,19 +224,20 @@ class Machine:
         """Start the threads, and with them the guest unless `paused`."""
         self._started = True
         self.memory.allow_huge_pages()
+        if not paused:
+            self.status = "running"
+            self._going = True
+            self.emit("RESUME")  # before the guest can cause an event of its own
         for thread in self.vcpus:
             if paused:
                 thread.ask_to_park()
             thread.start()
         if not paused:
-            self.status = "running"
-            self._going = True
             if self._devices_held:
                 for device in self.devices.values():
                     device.resume()
             if self.vcpus:
                 self.vcpus[0].wait_begun()
-            self.emit("RESUME")
 
     def run(self, paused: bool = False) -> str:
         """Start, run the loop until the machine ends, give everything back; why it ended."""

@@ -38,13 +38,13 @@ MAX_CONFIG_SIZE = 256
 MAX_PAYLOAD = 4096
 DEADLINE = 5.0  # seconds for one answer
 
-_HEADER = struct.Struct("=III")
+HEADER = struct.Struct("=III")
 _U64 = struct.Struct("=Q")
-_STATE = struct.Struct("=II")  # index, number
-_ADDR = struct.Struct("=IIQQQQ")  # index, flags, descriptors, used, available, log: addresses in this process
-_REGION = struct.Struct("=QQQQ")  # guest address, size, address in this process, offset in the file
-_LOG = struct.Struct("=QQ")  # size, offset in the file
-_CONFIG = struct.Struct("=III")  # offset, size, flags
+STATE = struct.Struct("=II")  # index, number
+ADDR = struct.Struct("=IIQQQQ")  # index, flags, descriptors, used, available, log: addresses in this process
+REGION = struct.Struct("=QQQQ")  # guest address, size, address in this process, offset in the file
+LOG = struct.Struct("=QQ")  # size, offset in the file
+CONFIG = struct.Struct("=III")  # offset, size, flags
 
 
 class VhostUser:
@@ -102,7 +102,7 @@ class VhostUser:
         """`checked`: have the back end say that it took it, where it can."""
         checked = checked and bool(self.protocol & P_REPLY_ACK)
         flags = VERSION | (NEED_REPLY if checked else 0)
-        message = _HEADER.pack(request, flags, len(payload)) + payload
+        message = HEADER.pack(request, flags, len(payload)) + payload
         try:
             sent = socket.send_fds(self.socket, [message], list(fds)) if fds else self.socket.send(message)
             if sent < len(message):
@@ -115,7 +115,7 @@ class VhostUser:
             raise OperationFailed(f"the vhost-user back end at {self.name} refused request {request}")
 
     def _answer(self, request: int, size: int) -> bytes:
-        answered, flags, length = _HEADER.unpack(self._receive(request, _HEADER.size))
+        answered, flags, length = HEADER.unpack(self._receive(request, HEADER.size))
         if answered != request or not flags & REPLY or not size <= length <= MAX_PAYLOAD:
             raise OperationFailed(
                 f"the vhost-user back end at {self.name} answered request {request} with {answered}, {length} bytes"
@@ -163,7 +163,7 @@ class VhostUser:
 
     def set_log(self, fd: int, size: int) -> None:
         """The memfd where it sets a bit for each page of 4 KiB that it writes. It writes to no other from here on."""
-        self._send(SET_LOG_BASE, _LOG.pack(size, 0), [fd])
+        self._send(SET_LOG_BASE, LOG.pack(size, 0), [fd])
         self._answer(SET_LOG_BASE, 0)
 
     def set_memory(self, memory: GuestMemory) -> None:
@@ -177,26 +177,26 @@ class VhostUser:
             raise InvalidArgument(f"vhost-user carries {MAX_REGIONS} pieces of memory, not {len(regions)}")
         table = struct.pack("=II", len(regions), 0)
         for region in regions:
-            table += _REGION.pack(region.start, region.size, region.address, region.fd_offset)
+            table += REGION.pack(region.start, region.size, region.address, region.fd_offset)
         self._send(SET_MEM_TABLE, table, [region.fd for region in regions], checked=True)
 
     def set_addresses(self, index: int, addresses: tuple[int, int, int], *, log: int = -1) -> None:
         """`addresses`: descriptors, used, available, in this process. `log`: the used ring's guest-physical address, if
         writes to it are to be logged."""
         place = (VRING_F_LOG, *addresses, log) if log >= 0 else (0, *addresses, 0)
-        self._send(SET_VRING_ADDR, _ADDR.pack(index, *place), checked=True)
+        self._send(SET_VRING_ADDR, ADDR.pack(index, *place), checked=True)
 
     def start_queue(
         self, index: int, size: int, base: int, addresses: tuple[int, int, int], *, kick: int, call: int, log: int = -1
     ) -> None:
         """`base`: index of the next available entry. The rest is as for `set_addresses`."""
-        self._send(SET_VRING_NUM, _STATE.pack(index, size))
-        self._send(SET_VRING_BASE, _STATE.pack(index, base))
+        self._send(SET_VRING_NUM, STATE.pack(index, size))
+        self._send(SET_VRING_BASE, STATE.pack(index, base))
         self.set_addresses(index, addresses, log=log)
         self.set_call(index, call)
         self._send(SET_VRING_KICK, _U64.pack(index), [kick])
         if self.features & F_PROTOCOL_FEATURES:
-            self._send(SET_VRING_ENABLE, _STATE.pack(index, 1), checked=True)
+            self._send(SET_VRING_ENABLE, STATE.pack(index, 1), checked=True)
 
     def set_call(self, index: int, fd: int) -> None:
         """The eventfd by which the back end tells that it used buffers; -1: none."""
@@ -207,22 +207,22 @@ class VhostUser:
 
     def stop_queue(self, index: int) -> int:
         """Have the back end finish and let go of a queue: the index of the next available entry."""
-        self._send(GET_VRING_BASE, _STATE.pack(index, 0))
-        return int(_STATE.unpack_from(self._answer(GET_VRING_BASE, _STATE.size))[1]) & 0xFFFF
+        self._send(GET_VRING_BASE, STATE.pack(index, 0))
+        return int(STATE.unpack_from(self._answer(GET_VRING_BASE, STATE.size))[1]) & 0xFFFF
 
     def get_config(self, size: int) -> bytes:
         """The first `size` bytes of the device's configuration space; what the back end lacks of them is zero."""
         if not self.protocol & P_CONFIG:
             raise OperationFailed(f"the vhost-user back end at {self.name} tells no configuration")
-        self._send(GET_CONFIG, _CONFIG.pack(0, size, 0) + bytes(size))
+        self._send(GET_CONFIG, CONFIG.pack(0, size, 0) + bytes(size))
         data = self._answer(GET_CONFIG, 0)
-        if len(data) < _CONFIG.size:
+        if len(data) < CONFIG.size:
             raise OperationFailed(f"the vhost-user back end at {self.name} has no configuration of {size} bytes")
-        return data[_CONFIG.size : _CONFIG.size + size].ljust(size, b"\0")
+        return data[CONFIG.size : CONFIG.size + size].ljust(size, b"\0")
 
     def set_config(self, offset: int, data: bytes) -> None:
         if self.protocol & P_CONFIG:
-            self._send(SET_CONFIG, _CONFIG.pack(offset, len(data), 0) + data, checked=True)
+            self._send(SET_CONFIG, CONFIG.pack(offset, len(data), 0) + data, checked=True)
 
     def fileno(self) -> int:
         return self.socket.fileno()

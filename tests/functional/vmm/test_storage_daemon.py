@@ -1,4 +1,5 @@
-"""Disks of other formats under the manager: real qemu-storage-daemons, and guests of a few hundred bytes."""
+"""Disks of qcow2 and of other formats under the manager: real kvik-blks and qemu-storage-daemons, and guests of a few
+hundred bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from blk_guest import BlkDriver, say_memory, wait_key
 from guests import needs_kvm
 from tiny_kernel import IDLE, POWER_OFF, elf, say
 
-from kvik.errors import HypervisorError, KvikError, MissingPackages
+from kvik.errors import HypervisorError, KvikError, MissingPackages, OperationUnsupported
 from kvik.host.process import find, find_program
 from kvik.hypervisor.driver import HostVerdict
 from kvik.hypervisor.kvik.driver import KvikDriver
@@ -42,6 +43,7 @@ DOMAIN = """<domain type='kvm'><name>m</name><uuid>{uuid}</uuid><memory unit='Mi
 DISK = """<disk type='file'><driver name='{name}' type='{format}'{options}/><source file='{path}'/>
 <target dev='{dev}' bus='virtio'/>{more}<address type='pci' domain='0' bus='0' slot='{slot}' function='0'/></disk>"""
 SECONDS = 30.0
+PROGRAMS = pytest.mark.parametrize("name", ["qemu", "qemu-storage-daemon"])  # ours, and QEMU's
 UUID = "0e896d9e-a81e-4e2f-b06d-4a1c33d88bc7"
 
 
@@ -155,13 +157,16 @@ def copies(driver: BlkDriver, end: bytes = IDLE) -> bytes:
     return code + driver.flush() + say_memory(driver.status, 1) + say(b"done") + end
 
 
-async def test_a_guest_on_a_chain_of_qcow2_images(world: World) -> None:
+@PROGRAMS
+async def test_a_guest_on_a_chain_of_qcow2_images(world: World, name: str) -> None:
     base = image(world.root / "base.qcow2", first=b"the base")
     before = base.read_bytes()
     top = image(world.root / "top.qcow2", "qcow2", "-b", str(base), "-F", "qcow2")
-    domain = await world.start(copies(BlkDriver(5), POWER_OFF + IDLE), disk(top))
+    domain = await world.start(copies(BlkDriver(5), POWER_OFF + IDLE), disk(top, name=name))
     known = daemons(domain)
     assert alive(known) == 1
+    comm = Path(f"/proc/{known[0][0]}/comm").read_text().strip()
+    assert comm == ("kvik-blk" if name == "qemu" else "qemu-storage-da")
     argv = Path(f"/proc/{domain.pid}/cmdline").read_bytes().decode().split("\0")
     assert "shared=on" in argv[argv.index("--memory") + 1]
     # The VMM has no image open, and its daemon no right to open another file.
@@ -169,9 +174,13 @@ async def test_a_guest_on_a_chain_of_qcow2_images(world: World) -> None:
     assert not any(".qcow2" in item for item in opened)
     status = Path(f"/proc/{known[0][0]}/status").read_text()
     assert "NoNewPrivs:\t1" in status
+    if name == "qemu":  # the other one must open its images
+        assert "Seccomp:\t2" in status
+        assert all(f"{kind}:\t0000000000000000" in status for kind in ("CapEff", "CapPrm", "CapBnd"))
+        assert os.stat(f"/proc/{known[0][0]}/ns/net").st_ino != os.stat("/proc/self/ns/net").st_ino
     figures = await domain.stats()
     assert figures["block.0.capacity"] == 8 << 20 and figures["block.0.physical"] > 0
-    assert "block.0.rd.reqs" not in figures  # nobody counts them
+    assert ("block.0.rd.reqs" in figures) is (name == "qemu")  # the other one counts none
     world.key()
     await world.said(b"the base\0\0done")
     await soon(lambda: not domain.is_active)
@@ -197,20 +206,24 @@ async def test_other_formats_and_raw_on_request(world: World, format_: str) -> N
     assert content(path, format_)[16 * 512 :].startswith(b"by the guest")
 
 
-async def test_a_read_only_disk_stays_as_it_is(world: World) -> None:
+@PROGRAMS
+async def test_a_read_only_disk_stays_as_it_is(world: World, name: str) -> None:
     path = image(world.root / "disk.qcow2", first=b"a header")
     before = path.read_bytes()
-    await world.start(copies(BlkDriver(5)), disk(path, more="<readonly/>", options=" cache='none' discard='unmap'"))
+    await world.start(
+        copies(BlkDriver(5)), disk(path, name=name, more="<readonly/>", options=" cache='none' discard='unmap'")
+    )
     world.key()
     await world.said(b"a header\1\0done")  # VIRTIO_BLK_S_IOERR
     assert path.read_bytes() == before
 
 
-async def test_a_killed_daemon_is_the_disks_end_and_not_the_machines(world: World) -> None:
+@PROGRAMS
+async def test_a_killed_daemon_is_the_disks_end_and_not_the_machines(world: World, name: str) -> None:
     path = image(world.root / "disk.qcow2", first=b"a header")
     driver = BlkDriver(5)
     code = copies(driver, b"") + wait_key() + driver.ask_and_go_on(0) + say(b"alive") + IDLE
-    domain = await world.start(code, disk(path))
+    domain = await world.start(code, disk(path, name=name))
     known = daemons(domain)
     world.key()
     await world.said(b"done")
@@ -220,7 +233,8 @@ async def test_a_killed_daemon_is_the_disks_end_and_not_the_machines(world: Worl
     told = next(data for kind, data in world.events if kind == "io-error")
     assert (told["src_path"], told["dev_alias"]) == (str(path), "virtio-disk0")
     assert list(await domain.disk_errors()) == ["vda"]
-    await soon(lambda: "qemu-storage-daemon of virtio-disk0 ended: killed" in world.log() or "SIGKILL" in world.log())
+    program = "kvik-blk" if name == "qemu" else name
+    await soon(lambda: f"{program} of virtio-disk0 ended: killed" in world.log() or "SIGKILL" in world.log())
     world.key()
     await world.said(b"alive")
     assert domain.is_active
@@ -269,7 +283,7 @@ async def test_plugged_in_and_out_of_a_running_machine(world: World) -> None:
     known = daemons(domain)
     assert alive(known) == 2
     assert (await domain.stats())["block.1.capacity"] == 8 << 20
-    assert "starting qemu-storage-daemon for virtio-disk1" in world.log()
+    assert "starting kvik-blk for virtio-disk1" in world.log()
     world.key()
     await world.said(b"a second\0\0done")
     with pytest.raises(KvikError):  # one image, one writer
@@ -300,10 +314,16 @@ async def test_private_memory_refuses_such_a_disk_later(world: World) -> None:
 
 async def test_limits_while_it_runs(world: World) -> None:
     tune = "<iotune><total_iops_sec>100</total_iops_sec></iotune>"
-    domain = await world.start(IDLE, disk(image(world.root / "disk.qcow2"), more=tune))
+    theirs = disk(image(world.root / "theirs.qcow2"), slot=6, dev="vdb", more=tune, name="qemu-storage-daemon")
+    domain = await world.start(IDLE, disk(image(world.root / "disk.qcow2"), more=tune) + theirs)
     machine: Any = domain.require_machine()
     live = machine.domain.devices.disks[0]
-    asked = {"path": "/objects/virtio-disk0-limits", "property": "limits"}
+    assert (await machine.ask_storage(live, "query-block"))[0]["inserted"]["iops"] == 100
+    live.iotune.total_iops_sec = 50
+    await machine.update_device(live, live)
+    assert (await machine.ask_storage(live, "query-block"))[0]["inserted"]["iops"] == 50
+    live = machine.domain.devices.disks[1]
+    asked = {"path": "/objects/virtio-disk1-limits", "property": "limits"}
     assert (await machine.ask_storage(live, "qom-get", asked))["iops-total"] == 100
     live.iotune.total_iops_sec = 50
     await machine.update_device(live, live)
@@ -361,15 +381,53 @@ async def test_without_the_daemon_the_package_and_another_way_are_named(
 ) -> None:
     monkeypatch.setattr(storage_daemon, "KIND", "qemu-storage-daemon-that-is-not")
     with pytest.raises(MissingPackages) as missing:
-        await world.start(IDLE, disk(image(world.root / "disk.qcow2")))
-    assert "qemu-img convert -f qcow2 -O raw" in missing.value.remedy
+        await world.start(IDLE, disk(image(world.root / "disk.vdi", "vdi"), "vdi"))
+    assert "qemu-img convert -f vdi -O raw" in missing.value.remedy
+    await world.start(IDLE, disk(image(world.root / "disk.qcow2")))  # which needs none of QEMU's programs
+
+
+async def test_resized_while_it_runs(world: World) -> None:
+    ours, theirs = image(world.root / "disk.qcow2"), image(world.root / "theirs.qcow2")
+    xml = disk(ours) + disk(theirs, slot=6, dev="vdb", name="qemu-storage-daemon")
+    domain = await world.start(IDLE, xml)
+    machine: Any = domain.require_machine()
+    await domain.block_resize("vda", 24 << 20)
+    with pytest.raises(OperationUnsupported, match="vdb"):
+        await domain.block_resize("vdb", 24 << 20)
+    nodes = await machine.execute("query-named-block-nodes")
+    assert [item["image"]["virtual-size"] for item in nodes] == [24 << 20, 8 << 20]  # what the guest is told
+    await domain.destroy()
+    checked(ours)
+    assert (len(content(ours)), len(content(theirs))) == (24 << 20, 8 << 20)
+
+
+async def test_an_error_of_the_image_is_told(world: World) -> None:
+    """An entry that leads to a table of the image: reading is an error, the machine goes on."""
+    path = image(world.root / "disk.qcow2", first=b"a header")
+    with path.open("r+b") as file:  # the first L2 entry: a compressed cluster far behind the file's end
+        file.seek(40)
+        l1 = int.from_bytes(file.read(8), "big")
+        file.seek(l1)
+        l2 = int.from_bytes(file.read(8), "big") & 0x00FF_FFFF_FFFF_FE00
+        file.seek(l2)
+        file.write((1 << 62 | 1 << 40).to_bytes(8, "big"))
+    driver = BlkDriver(5)
+    code = wait_key() + driver.start() + driver.read(0) + say_memory(driver.status, 1) + say(b"done") + IDLE
+    domain = await world.start(code, disk(path))
+    world.key()
+    await world.said(b"\1done")  # VIRTIO_BLK_S_IOERR
+    await soon(lambda: any(kind == "io-error" for kind, _ in world.events))
+    told = next(data for kind, data in world.events if kind == "io-error")
+    assert (told["src_path"], told["dev_alias"]) == (str(path), "virtio-disk0")
+    await soon(lambda: "outside the file" in world.log())
+    assert domain.is_active
 
 
 @pytest.mark.skipif(not landlock.abi(), reason="needs a kernel with Landlock")
 async def test_a_daemon_opens_nothing_but_its_images(world: World) -> None:
     """What a hostile image could have it open, were it taken over: nothing that was not passed."""
     other = image(world.root / "other.qcow2")
-    domain = await world.start(IDLE, disk(image(world.root / "disk.qcow2")))
+    domain = await world.start(IDLE, disk(image(world.root / "disk.qcow2"), name="qemu-storage-daemon"))
     machine: Any = domain.require_machine()
     live = machine.domain.devices.disks[0]
     for path in (other, "/etc/passwd"):

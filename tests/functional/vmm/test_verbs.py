@@ -111,7 +111,31 @@ STEPS: list[tuple[str, str, str]] = [
     ("domrename n m", WORKS, ""),
     ("setmaxmem m 65536 --config", WORKS, ""),
     ("attach-device m @rng-config --config", WORKS, "attached"),
+    # snapshots while it is off; the last one that is deleted leaves the disk in its raw image
+    ("snapshot-create-as m s1", WORKS, "Domain snapshot s1 created"),
+    ("snapshot-create-as m s2", WORKS, "created"),
+    ("snapshot-create m", WORKS, "created"),
+    ("snapshot-list m --tree", WORKS, "+- "),
+    ("snapshot-info m s1", WORKS, "external"),
+    ("snapshot-dumpxml m s1", WORKS, "<domainsnapshot>"),
+    ("snapshot-current m --snapshotname s1", WORKS, "set as current"),
+    ("snapshot-parent m s2", WORKS, "s1"),
+    ("snapshot-edit m s1", "", ""),  # the editor of this test writes for machines
+    ("snapshot-revert m s1", WORKS, "reverted"),
+    ("snapshot-delete m s1 --children", WORKS, "deleted"),
     ("start m", WORKS, "started"),
+    ("snapshot-create-as m s1 --disk-only", "kvik shutdown m", ""),
+    # checkpoints and backups, of which it has none
+    ("checkpoint-create m", "does not track what changes on the disks", ""),
+    ("checkpoint-create-as m c1", "does not track what changes on the disks", ""),
+    ("checkpoint-list m --tree", WORKS, ""),
+    ("checkpoint-delete m c1", "no domain checkpoint", ""),
+    ("checkpoint-dumpxml m c1", "no domain checkpoint", ""),
+    ("checkpoint-edit m c1", "no domain checkpoint", ""),
+    ("checkpoint-info m c1", "no domain checkpoint", ""),
+    ("checkpoint-parent m c1", "no domain checkpoint", ""),
+    ("backup-begin m", "does not track what changes on the disks", ""),
+    ("backup-dumpxml m", "has no backup under way", ""),
     # what it is
     ("domid m", WORKS, "1"),
     ("domname 1", WORKS, "m"),
@@ -155,6 +179,21 @@ STEPS: list[tuple[str, str, str]] = [
     ("domblkinfo m vdb", WORKS, "4194304"),
     ("domblkstat m vdb", WORKS, "rd_req"),
     ("domblkerror m", WORKS, "No errors found"),
+    ("blockresize m vdb 8M", WORKS, "is resized"),
+    ("domblkinfo m vdb", WORKS, "8388608"),
+    ("blockcopy m vdb /tmp/copy", "cannot copy, merge or watch a disk's images while", ""),
+    ("blockpull m vdb", "cannot copy, merge or watch a disk's images while", ""),
+    ("blockcommit m vdb --active", "cannot copy, merge or watch a disk's images while", ""),
+    ("domblkthreshold m vdb 1M", "cannot copy, merge or watch a disk's images while", ""),
+    ("blockjob m vdb", WORKS, "No current block job for vdb"),
+    ("iothreadinfo m", "there are no I/O threads to change", ""),
+    ("iothreadadd m 1 --live", "there are no I/O threads to change", ""),
+    ("iothreadset m 1 --poll-grow 1 --live", "there are no I/O threads to change", ""),
+    ("iothreadpin m 1 0 --live", "there are no I/O threads to change", ""),
+    ("iothreaddel m 1 --live", "there are no I/O threads to change", ""),
+    ("blkdeviotune m vdb --total-iops-sec 500 --live", WORKS, ""),
+    ("blkdeviotune m vdb", WORKS, "total_iops_sec : 500"),
+    ("blkdeviotune m vdb --read-iops-sec 5 --live", "limits reads and writes together", ""),
     ("update-device m @disk --live", WORKS, "updated"),
     (QUERY % "query-block", WORKS, '"iops": 100'),
     ("update-device m @disk-other --live", "the image of disk vda cannot change while the machine runs", ""),
@@ -212,6 +251,18 @@ STEPS: list[tuple[str, str, str]] = [
     ("domfsinfo m", AGENT, ""),
     ("guestinfo m", AGENT, ""),
     ("exec m -- true", AGENT, ""),
+    # put aside with its memory; the guest goes on as it was
+    ("managedsave m --verbose", WORKS, "state saved"),
+    ("managedsave-dumpxml m", WORKS, "<name>m</name>"),
+    ("managedsave-edit m", "", ""),  # the editor of this test writes for machines
+    ("managedsave-define m @m", "", ""),  # what was plugged is not in the first document
+    ("managedsave-remove m", WORKS, "Removed managedsave image"),
+    ("start m", WORKS, "started"),
+    ("save m @m.save", WORKS, "saved to"),
+    ("save-image-dumpxml @m.save", WORKS, "<name>m</name>"),
+    ("save-image-edit @m.save", "", ""),
+    ("save-image-define @m.save @c", "", ""),  # of another machine: refused
+    ("restore @m.save", WORKS, "restored from"),
     # its end
     ("shutdown m --mode initctl", "by its agent or by ACPI only", ""),
     ("shutdown m --mode agent", NO_AGENT, ""),
@@ -334,7 +385,11 @@ def machine() -> Iterator[Machine]:
 
 
 def test_every_verb_of_a_machine_has_its_row_and_its_step() -> None:
-    wanted = {verb for verb, (_, group, _) in VERBS.items() if group in ("machine", "domain", "monitor", "events")}
+    wanted = {
+        verb
+        for verb, (_, group, _) in VERBS.items()
+        if group in ("machine", "domain", "monitor", "events", "snapshot", "checkpoint", "backup")
+    }
     assert set(table()) == wanted
     assert {line.split()[0] for line, _, _ in STEPS} | ALONE == wanted
     for verb, (word, note) in table().items():

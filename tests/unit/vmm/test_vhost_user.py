@@ -8,6 +8,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,29 +25,11 @@ from kvik.vmm.virtio import blk
 from kvik.vmm.virtio.fs import Fs
 from kvik.vmm.virtio.vhost_user_blk import VhostUserBlk
 
-from .ring import Driver, FakeMachine, FakeTransport
+from .blk_process import LAUNCHER, EventfdTransport
+from .ring import Driver, FakeMachine
 
+KVIK_BLK = str(LAUNCHER)
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
-
-
-class EventfdTransport(FakeTransport):
-    """Kicks and interrupts as descriptors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kicks: dict[int, int] = {}
-        self.calls: dict[int, int] = {}
-        self.taken: set[int] = set()
-
-    def notifier_fd(self, index: int) -> int:
-        self.taken.add(index)
-        return self.kicks.setdefault(index, os.eventfd(0, os.EFD_NONBLOCK))
-
-    def release_notifier(self, index: int) -> None:
-        self.taken.discard(index)
-
-    def interrupt_fd(self, index: int) -> int | None:
-        return self.calls.setdefault(index, os.eventfd(0, os.EFD_NONBLOCK))
 
 
 class Served(Driver):
@@ -63,6 +46,8 @@ class Served(Driver):
         if room:
             parts.append((answer, room, True))
         self.put(0, [*parts, (status, 1, True)])
+        ring = self.device.queues[0]
+        self.memory.put_u16(ring.avail + 4 + 2 * ring.size, self.used[0] & 0xFFFF)  # used_event: the next answer
         os.eventfd_write(self.transport.kicks[0], 1)
         for _ in range(100):
             if self.take(0):
@@ -94,7 +79,19 @@ def qcow2(tmp_path: Path) -> Path:
     return path
 
 
-def storage_daemon(image: Path, path: Path) -> subprocess.Popen[bytes]:
+def back_end(program: str, image: Path, path: Path) -> subprocess.Popen[bytes]:
+    """One that serves a qcow2 image at `path`."""
+    if program == "kvik-blk":
+        with socket.socket(socket.AF_UNIX) as listening, image.open("r+b") as file:
+            listening.bind(str(path))
+            listening.listen()
+            fds = (file.fileno(), listening.fileno())
+            return subprocess.Popen(
+                [sys.executable, "-I", "-S", KVIK_BLK, f"--image={fds[0]},qcow2", f"--socket={fds[1]}"],
+                pass_fds=fds,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
     process = subprocess.Popen(
         [
             *("qemu-storage-daemon", "--blockdev", f"driver=file,node-name=f,filename={image}"),
@@ -108,15 +105,20 @@ def storage_daemon(image: Path, path: Path) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.fixture(params=["kvik-blk", "qemu-storage-daemon"])
+def program(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def daemon(qcow2: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    process = storage_daemon(qcow2, tmp_path / "sock")
+def daemon(qcow2: Path, tmp_path: Path, program: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    process = back_end(program, qcow2, tmp_path / "sock")
     yield process, tmp_path / "sock"
     process.kill()
     process.communicate()
 
 
-def test_a_qcow2_disk_through_qemu_storage_daemon(daemon: Any, qcow2: Path) -> None:
+def test_a_qcow2_disk_through_a_back_end(daemon: Any, qcow2: Path) -> None:
     process, path = daemon
     driver = Served(VhostUserBlk("disk0", str(path)), machine=shared_machine())
     assert driver.device.config["capacity"] == 8 * MIB // 512
@@ -194,7 +196,7 @@ def test_requests_that_nobody_answers_keep_a_state_from_being_saved(daemon: Any,
     driver.close()
 
 
-def test_a_killed_back_end_is_an_error_an_event_and_no_more(daemon: Any, qcow2: Path) -> None:
+def test_a_killed_back_end_is_an_error_an_event_and_no_more(daemon: Any, qcow2: Path, program: str) -> None:
     process, path = daemon
     driver = Served(VhostUserBlk("disk0", str(path)), machine=shared_machine())
     assert driver.ask(blk.T_IN, 0, room=512)[0] == blk.S_OK
@@ -210,7 +212,7 @@ def test_a_killed_back_end_is_an_error_an_event_and_no_more(daemon: Any, qcow2: 
     assert driver.transport.taken == set()
     # A back end that is started again serves after the guest's reset of the device
     path.unlink()
-    again = storage_daemon(qcow2, path)
+    again = back_end(program, qcow2, path)
     try:
         driver.device.stop()
         driver.start()
@@ -223,7 +225,7 @@ def test_a_killed_back_end_is_an_error_an_event_and_no_more(daemon: Any, qcow2: 
 
 
 def test_a_driver_knows_of_the_write_cache(daemon: Any) -> None:
-    """What the guest flushed must outlive the daemon. This one says in `wce` that there is nothing to flush."""
+    """What the guest flushed must outlive the daemon. QEMU's says in `wce` that there is nothing to flush."""
     _, path = daemon
     device = VhostUserBlk("disk0", str(path))
     assert device.features & (blk.F_FLUSH | blk.CONFIG_WCE) == blk.F_FLUSH

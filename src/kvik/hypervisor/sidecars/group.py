@@ -24,7 +24,7 @@ from kvik.hypervisor import words
 __all__ = ["Command", "Sidecar", "Sidecars", "attach_sidecars", "program"]
 
 GRACE = 0.5  # seconds between asking and killing
-_GRACES = {"qemu-storage-daemon": 5.0}  # it writes what it has cached of its image's tables
+_GRACES = {"qemu-storage-daemon": 5.0, "kvik-blk": 5.0}  # they write what they have cached of an image's tables
 _LAST = 5.0  # seconds after which a process that even a kill does not end is left to the kernel
 _MOST = 64  # of them, in a status file
 
@@ -44,7 +44,7 @@ def program(what: str, *, path: str = process.SEARCH_PATH, others: Sequence[str]
 class Command:
     """What to run: `fds` are inherited under the numbers that `argv` mentions."""
 
-    kind: str  # "swtpm", "virtiofsd", "passt", "qemu-storage-daemon"
+    kind: str  # "swtpm", "virtiofsd", "passt", "qemu-storage-daemon", "kvik-blk"
     alias: str  # the device that it serves
     argv: Sequence[str]
     fds: Sequence[int] = ()

@@ -1,11 +1,14 @@
-"""qemu-storage-daemon(1): a disk's image in a process of its own, served to kvik-vmm over vhost-user.
+"""A disk's image in a process of its own, served to kvik-vmm over vhost-user: by qemu-storage-daemon(1), for what
+our own program (`kvik_blk.py`) does not read, or on request.
 
-    <disk type='file'><driver name='qemu' type='qcow2'/>...                    whatever is not raw
-    <disk type='file'><driver name='qemu-storage-daemon' type='raw'/>...       raw, on request
+    <disk type='file'><driver name='qemu' type='qcow2'/>...                    kvik-blk
+    <disk type='file'><driver name='qemu' type='vmdk'/>...                     qemu-storage-daemon: other formats
+    <disk type='file'><driver name='qemu-storage-daemon' type='qcow2'/>...     qemu-storage-daemon on request, raw too
     <disk type='vhostuser'><source type='unix' path='/run/x.sock'/>...         a back end that somebody else runs
 
-One daemon a disk, so what a hostile image does to it harms that disk alone. It is started by `vmm/sandbox/launch.py`,
-which leaves it the images that were opened here, and ends with the VMM: that holds the other end of its life line.
+One process a disk, so what a hostile image does to it harms that disk alone. QEMU's is started by
+`vmm/sandbox/launch.py`, which leaves it the images that were opened here. It ends with the VMM, which holds the other
+end of its life line.
 Formats and chain are the document's, as for QEMU (`qemu/argv/disks.py` makes the same nodes for both). Its own monitor
 listens in the machine's directory and tells sizes and takes limits.
 """
@@ -27,15 +30,16 @@ from typing import Any
 import kvik
 from kvik.conf.devices.disk import Disk, IoTune
 from kvik.conf.domain import Domain
-from kvik.errors import ConfigError, HostError, HypervisorError, KvikError, MissingPackages
+from kvik.errors import ConfigError, ConfigUnsupported, HostError, HypervisorError, KvikError, MissingPackages
 from kvik.hypervisor.descriptors import Opened, connected_listener, listen_unix
 from kvik.hypervisor.layers import layers
 from kvik.hypervisor.names import alias_of, image_name, life_name, vhost_user_name
 from kvik.hypervisor.qemu.argv.disks import FORMATS as QEMUS
 from kvik.hypervisor.qemu.argv.disks import block_nodes, top_node
 from kvik.hypervisor.qemu.argv.options import Files, node_name
+from kvik.hypervisor.sidecars import kvik_blk
 from kvik.hypervisor.sidecars.group import Command, Sidecar, Sidecars, program
-from kvik.qmp.aio import QmpConnection, connect_unix, short_unix_path
+from kvik.qmp.aio import EventCallback, QmpConnection, connect_unix, short_unix_path
 
 __all__ = [
     "FORMATS",
@@ -44,6 +48,7 @@ __all__ = [
     "bottom_node",
     "by_vhost_user",
     "connect",
+    "kind_of",
     "limits",
     "limits_name",
     "monitor_path",
@@ -67,7 +72,20 @@ def served(disk: Disk) -> bool:
     """Whether a daemon of ours has its image."""
     if disk.type not in ("file", "block") or disk.driver is None:
         return False
-    return disk.driver.type not in (None, "raw") or disk.driver.name == KIND
+    return disk.driver.type not in (None, "raw") or disk.driver.name in (KIND, kvik_blk.KIND)
+
+
+def kind_of(disk: Disk) -> str:
+    """Which program does it. Raises `ConfigUnsupported` for one that was asked for and cannot."""
+    if kvik_blk.serves(disk):
+        return kvik_blk.KIND
+    if disk.driver is not None and disk.driver.name == kvik_blk.KIND:
+        raise ConfigUnsupported(
+            f"disk {disk.target.dev}: kvik-blk reads raw and qcow2 images, and nothing more may be asked of it",
+            path="/domain/devices/disk/driver/@name",
+            remedy="write <driver name='qemu'>: qemu-storage-daemon then serves what kvik-blk does not",
+        )
+    return KIND
 
 
 def by_vhost_user(disk: Disk) -> bool:
@@ -98,6 +116,13 @@ def start(
     if disk.type == "vhostuser":
         opened.add(vhost_user_name(alias), _connect(disk).detach())
         return None
+    kind = kind_of(disk)
+    if kind == KIND and disk.serial:
+        raise ConfigUnsupported(
+            f"disk {disk.target.dev}: qemu-storage-daemon, which must serve it, tells no serial number",
+            path="/domain/devices/disk/serial",
+            remedy="leave <serial> out, or convert all of its chain to qcow2 or raw images",
+        )
     images = _take_images(opened, disk)
     _check_images(disk, images)
     path = monitor_path(directory, alias)
@@ -111,9 +136,11 @@ def start(
         export, client = connected_listener(directory / f"{alias}-export.sock")
         close.callback(export.close)
         opened.add(vhost_user_name(alias), client.detach())
-        command = storage_command(
-            disk, images, life=theirs.fileno(), monitor=monitor.fileno(), export=export.fileno(), vcpus=vcpus
-        )
+        ends = {"life": theirs.fileno(), "monitor": monitor.fileno(), "export": export.fileno()}
+        if kind == kvik_blk.KIND:
+            command = kvik_blk.blk_command(disk, images, queues=queues(disk, vcpus), **ends)
+        else:
+            command = storage_command(disk, images, vcpus=vcpus, **ends)
         member = sidecars.spawn(command, log_fd)
     return Waiting(disk, images, path, member, sidecars, log_fd)
 
@@ -133,7 +160,11 @@ class Waiting:
         """Its monitor answers when everything on its command line is done. `HypervisorError` with its own words."""
         try:
             connection = await connect(self.monitor, self.member.label, READY)
-            connection.close()
+            try:
+                if self.member.kind == kvik_blk.KIND and self.disk.iotune is not None:
+                    await connection.execute("block_set_io_throttle", kvik_blk.throttle(self.disk, self.disk.iotune))
+            finally:
+                connection.close()
         except KvikError as error:
             with contextlib.suppress(KvikError):
                 await self.member.process.wait_async(1.0)  # it hung up, and is about to be gone
@@ -159,10 +190,10 @@ def _explained(error: KvikError, disk: Disk, images: Mapping[str, int]) -> Hyper
     )
 
 
-async def connect(path: Path, name: str, deadline: float) -> QmpConnection:
+async def connect(path: Path, name: str, deadline: float, on_event: EventCallback | None = None) -> QmpConnection:
     """A session on a daemon's monitor. Raises `HypervisorError`, `OperationTimeout`."""
     sock = await connect_unix(path, deadline)
-    return await QmpConnection.open(sock, name=name, deadline=deadline)
+    return await QmpConnection.open(sock, name=name, deadline=deadline, on_event=on_event)
 
 
 def _connect(disk: Disk) -> socket.socket:
@@ -247,7 +278,7 @@ def _json(value: Mapping[str, Any]) -> str:
 
 def bottom_node(disk: Disk) -> str:
     """The block node of the image file that the guest writes to."""
-    return node_name(alias_of(disk), 0, "storage")
+    return node_name(alias_of(disk), disk.source.index or 0 if disk.source is not None else 0, "storage")
 
 
 def limits_name(alias: str) -> str:

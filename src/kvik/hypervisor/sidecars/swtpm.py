@@ -35,9 +35,7 @@ def emulated(domain: Domain) -> list[Tpm]:
 def check(backend: TpmBackend) -> None:
     """Raises `ConfigUnsupported`."""
     if backend.encryption is not None:
-        raise ConfigUnsupported(
-            "encrypted TPM state needs secrets, which kvik does not have yet", path="/domain/devices/tpm/backend"
-        )
+        raise ConfigUnsupported("encrypted TPM state is not supported yet", path="/domain/devices/tpm/backend")
     source = backend.source
     if source is not None and source.path and (source.type == "file" or "," in source.path):
         raise ConfigUnsupported(

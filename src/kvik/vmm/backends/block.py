@@ -85,6 +85,7 @@ class BlockImage:
         self._aio = aio
         # Whether a device may read and write `fd` without asking `now`: a class made from this one wants to be asked.
         self.plain = type(self) is BlockImage
+        self.mapped = False  # or it wants to be asked where in which file a range lies: `place`, `place_to_write`
         self.inline_write_limit = 0  # bytes; a write of no more is done at once
         self.read_flags = 0 if self.direct else RWF_NOWAIT  # of a read that shall not wait
         self._nowait = not self.direct
@@ -289,6 +290,14 @@ class BlockImage:
             return os.pwritev(self.fd, buffers, offset) == length
         except OSError:
             return False
+
+    def place(self, offset: int, length: int) -> tuple[int, int]:
+        """Where to read a range with one call: descriptor and offset; (-1, -1) where it does not lie in one place."""
+        return self.fd, offset
+
+    def place_to_write(self, offset: int, length: int) -> tuple[int, int]:
+        """The same for a write that changes nothing but those bytes."""
+        return self.fd, offset
 
     def flush(self) -> None:
         """Send off what `submit` queued."""

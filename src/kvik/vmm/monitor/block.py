@@ -241,6 +241,7 @@ def _inserted(context: Context, device: Any) -> dict[str, Any]:
     path, size, actual, mode, read_only, kind = "", 0, 0, "writeback", False, "raw"
     if image is not None:
         path, size, mode, read_only = str(image.name), image.size, image.cache, image.read_only
+        kind = getattr(getattr(image, "image", None), "format", kind)  # in kvik-blk
         with contextlib.suppress(OSError):  # beyond the sandbox
             path = os.readlink(f"/proc/self/fd/{image.fd}")  # noqa: PTH115
         with contextlib.suppress(OSError):

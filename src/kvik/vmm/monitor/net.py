@@ -158,27 +158,7 @@ def query_rx_filter(context: Context, arguments: Arguments) -> list[dict[str, An
         if nic is None:
             raise QmpError(f"invalid net client name: {wanted}")
         found = [nic]
-    return [_filter(nic) for nic in found]
-
-
-def _filter(nic: Any) -> dict[str, Any]:
-    told: dict[str, Any] = {
-        "name": nic.name,
-        "main-mac": ":".join(f"{octet:02x}" for octet in bytes(getattr(nic, "mac", bytes(6)))),
-        "promiscuous": True,
-        "multicast": "all",
-        "unicast": "all",
-        "vlan": "all",
-        "broadcast-allowed": True,
-        "multicast-overflow": False,
-        "unicast-overflow": False,
-        "vlan-table": [],
-        "unicast-table": [],
-        "multicast-table": [],
-    }
-    if hasattr(nic, "rx_filter"):
-        told |= nic.rx_filter()
-    return told
+    return [nic.rx_filter() for nic in found]
 
 
 COMMANDS: Sequence[Command] = (

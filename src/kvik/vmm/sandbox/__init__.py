@@ -5,6 +5,7 @@
     sandbox.enter("main", policy)        # main thread: limits, capabilities, Landlock, seccomp
     sandbox.enter("vcpu", policy)        # first thing in each vCPU thread: the narrower list
     sandbox.enter("io", policy)          # first thing in each I/O thread: the main thread's list
+    sandbox.enter("blk", policy)         # kvik-blk, which serves one disk's images to a VMM
 
 Landlock, capabilities and seccomp belong to a thread and pass on to threads it starts later. So a vCPU thread may be
 started before the main thread has imported its control plane: it confines itself, and the main thread enters before it
@@ -63,10 +64,17 @@ class Policy:
 
 
 def preload() -> None:
-    """Import what would otherwise be imported on first use."""
+    """Import what would otherwise be imported on first use, and load what the C library would: a thread that ends calls
+    pthread_exit, which opens libgcc_s, and aborts the process where it cannot."""
+    import ctypes
+
     for name in _LATE:
         if name not in sys.modules:
             __import__(name)
+    try:
+        ctypes.CDLL("libgcc_s.so.1")
+    except OSError:
+        pass  # another C library than GNU's
 
 
 # Filters as the kernel takes them, by what they depend on: one for all vCPUs, and those of a zygote for its forks. Made
@@ -105,15 +113,15 @@ def assemble(role: str, policy: Policy) -> bytes:
 
 
 def enter(role: str, policy: Policy, *, inherited: bool = False) -> dict[str, int | str]:
-    """Confine the calling thread, for good; the role "main" also bounds the whole process. Says what is in force.
-    `inherited`: the thread was started by a confined one, and needs only a narrower list of calls.
+    """Confine the calling thread, for good; the roles "main" and "blk" also bound the whole process. Says what is in
+    force. `inherited`: the thread was started by a confined one, and needs only a narrower list of calls.
 
     Threads started before are not touched: each enters by itself. Raises OSError when the kernel refuses a part; a
     kernel without Landlock is no error but told ("landlock": 0), since seccomp forbids opening as well.
     """
-    if role not in ("main", "io", "vcpu"):
-        raise ValueError(f"sandbox role {role!r}: main, io or vcpu")
-    if role == "main":
+    if role not in ("main", "io", "vcpu", "blk"):
+        raise ValueError(f"sandbox role {role!r}: main, io, vcpu or blk")
+    if role in ("main", "blk"):
         preload()
         privileges.limit(policy.descriptors)
     code = assemble(role, policy)

@@ -4,6 +4,10 @@
     --read=FD        an open file that the program may open again, through /proc/self/fd/FD, for reading
     --write=FD       the same for writing
     --lock=FD        hold QEMU's image lock on it as the image's only writer (after --write) or as a reader
+    --alone          no network, no sockets, no other process (isolation.py); and not at all without Landlock
+    --cpu=SECONDS    with --alone: of processor time
+    --memory=BYTES   with --alone: of address space
+    --size=BYTES     with --alone: of any file that it writes
 
 Landlock then lets the program open those files and what lies in the system's program directories, and no more; no TCP,
 no new privileges, and of root's capabilities only those that open files whatever their mode, which Landlock bounds.
@@ -35,9 +39,17 @@ def main(words: list[str]) -> int:
     split = words.index("--")
     program = words[split + 1 :]
     files: dict[int, bool] = {}
+    limits: dict[str, int] = {}
+    alone = False
     try:
         for word in words[:split]:
             option, _, value = word.partition("=")
+            if option == "--alone":
+                alone = True
+                continue
+            if option in ("--cpu", "--memory", "--size"):
+                limits[option[2:]] = int(value)
+                continue
             fd = int(value)
             if option == "--life":
                 _tie(fd)
@@ -45,13 +57,21 @@ def main(words: list[str]) -> int:
                 lock_image(fd, f"/proc/self/fd/{fd}", write=files.get(fd, False))
             else:
                 files[fd] = {"--read": False, "--write": True}[option]
+        if alone:
+            from kvik.vmm.sandbox import isolation
+
+            isolation.leave_namespaces()
         privileges.limit()
         privileges.no_new_privileges()
         privileges.bound_capabilities((_DAC_OVERRIDE, _DAC_READ_SEARCH))
         files |= {os.open(path, os.O_PATH | os.O_CLOEXEC): path == "/dev/null" for path in _SETTINGS}
         places = {*filter(os.path.isdir, _PROGRAMS), os.path.dirname(os.path.realpath(program[0]))}  # noqa: PTH120
         if not landlock.restrict(programs=tuple(sorted(places)), files=files):
+            if alone:
+                raise OSError(0, "this kernel has no Landlock, without which the program could open files of its own")
             sys.stderr.write("this kernel has no Landlock: the program can open whatever its user can\n")
+        if alone:
+            isolation.isolate(limits)
         os.execv(program[0], program)
     except (OSError, KvikError) as error:
         sys.stderr.write(f"{error}\n")

@@ -1,8 +1,9 @@
 """Which system calls the threads of a machine may make, and with which arguments.
 
-Two roles. A **vcpu** thread runs the guest and answers its exits: KVM_RUN, interrupts, eventfds, the interpreter's own
+Three roles. A **vcpu** thread runs the guest and answers its exits: KVM_RUN, interrupts, eventfds, the interpreter's
 needs. The **main** role is all else: the event loop, disks, nets, QMP, snapshots to descriptors that somebody passed.
-Neither can open a path, make a socket, run a program, map executable memory, touch another process or another user.
+A **blk** process (`vmm/blk`) turns requests in its VMM's memory into reads and writes of files that it was given.
+None can open a path, make a socket, run a program, map executable memory, touch another process or another user.
 """
 
 from __future__ import annotations
@@ -127,6 +128,13 @@ _MAIN = (
     "timerfd_create", "timerfd_settime", "timerfd_gettime", "close_range", "seccomp", "landlock_create_ruleset",
     "landlock_restrict_self", "futex_waitv", "wait4",
 )  # fmt: skip
+# A process that has one disk's images and its VMM's memory.
+_BLK = (
+    "epoll_wait", "epoll_pwait", "epoll_pwait2", "pread64", "pwrite64", "preadv2", "pwritev2", "io_uring_enter",
+    "recvmsg", "sendmsg", "recvfrom", "sendto", "accept", "accept4", "getsockname", "getsockopt", "setsockopt",
+    "fcntl", "fsync", "fdatasync", "ftruncate", "fallocate", "sync_file_range", "seccomp", "landlock_create_ruleset",
+    "landlock_restrict_self",
+)  # fmt: skip
 _PATHS = (
     "openat", "newfstatat", "statx", "stat", "lstat", "getdents64", "unlinkat", "unlink", "renameat", "renameat2",
     "rename", "mkdir", "mkdirat", "rmdir",
@@ -135,6 +143,20 @@ _PATHS = (
 _SOCKETS = ("sendto", "sendmsg", "recvfrom", "recvmsg")
 _FIONBIO = 0x5421
 _PRCTL = _one_of(0, 15, 22, 38)  # SET_NAME; SET_SECCOMP and SET_NO_NEW_PRIVS, which only take away
+
+
+def _blk(pid: int) -> dict[str, Conditions]:
+    return {
+        "ioctl": _ioctls(requests=(*_BLOCK, _FIONBIO)),
+        **dict.fromkeys(_RUNTIME + _BLK, _FREELY),
+        "newfstatat": [[Arg(3, _AT_EMPTY_PATH, _AT_EMPTY_PATH)]],
+        "mmap": _NOT_EXECUTABLE,
+        "mprotect": _NOT_EXECUTABLE,
+        "clone": [[Arg(0, _CLONE_THREAD, _CLONE_THREAD)]],
+        "tgkill": [[Arg(0, pid, _LOW)]],
+        "prctl": _PRCTL,
+        "prlimit64": [[Arg(0, 0, _LOW), Arg(2, 0)]],
+    }
 
 
 def allowed(
@@ -147,13 +169,15 @@ def allowed(
     sockets: bool = False,
     forks: bool = False,
 ) -> dict[int, Sequence[Sequence[Arg]]]:
-    """The list of `role` ("vcpu", "io" or "main") for the process `pid`: number -> alternatives of conditions.
+    """The list of `role` ("vcpu", "io", "main" or "blk") for the process `pid`: number -> alternatives of conditions.
 
     `paths`: Landlock lets some directory through, so opening must be possible. `remove`: it lets files be removed
     somewhere. `unix_connect`: a vsock device connects to Unix sockets on the host. `sockets`: vCPU threads use
     sockets that are open. `forks`: a migration forks senders, as the C library's fork(3) does it, and ends them.
     """
     vcpu = role == "vcpu"
+    if role == "blk":
+        return {NR[name]: conditions for name, conditions in _blk(pid).items()}
     calls: dict[str, Conditions] = {
         "ioctl": _ioctls(_VHOST, requests=_VCPU_KVM + _VCPU_STATE + _TUN + ((_FIONBIO,) if sockets else ()))
         if vcpu

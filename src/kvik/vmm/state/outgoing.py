@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from kvik.vmm.memory import Region
     from kvik.vmm.state.throttle import Throttle
 
-__all__ = ["AFTER", "GOING", "Outgoing", "header"]
+__all__ = ["AFTER", "GOING", "Outgoing", "header", "refuse_unseen_writers"]
 
 OVERHEAD = 0.02  # seconds of downtime beside the pages: pausing, state, the destination's restore
 BEFORE = ("setup", "active", "device", "cancelling")  # until then the guest is here
@@ -74,7 +74,7 @@ def header(machine: Machine, *, postcopy: bool = False) -> dict[str, Any]:
     }
 
 
-def _refuse_unseen_writers(machine: Machine, *, postcopy: bool = False) -> None:
+def refuse_unseen_writers(machine: Machine, *, postcopy: bool = False) -> None:
     """What another process writes into RAM without telling would be lost on the way. And with post-copy it would read
     zeroes where a page has not come yet: its mapping of the memfd is not ours, whose faults wait."""
     for name in machine.devices:
@@ -114,7 +114,7 @@ class Outgoing:
             raise InvalidArgument(f"{channels} connections: 1 to {MAX_CHANNELS} are possible")
         if channels > 1 and uri.startswith(("fd:", "fd=")):
             raise InvalidArgument("a descriptor is one connection", remedy="migrate with one channel")
-        _refuse_unseen_writers(machine, postcopy=postcopy)
+        refuse_unseen_writers(machine, postcopy=postcopy)
         self.machine, self.uri, self.downtime_limit = machine, uri, downtime_limit
         self.may_postcopy, self.postcopy_bandwidth = postcopy, postcopy_bandwidth
         self.postcopy = False  # asked for

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 
+from kvik.errors import HostError, InvalidArgument
 from kvik.vmm.state.migration import migration_of
+from kvik.vmm.state.saved_stream import save_stream_steps
 from kvik.vmm.state.saving import save_steps
 from kvik.vmm.state.snapshot import load
 
@@ -88,6 +90,22 @@ def snapshot_save(context: Context, arguments: Arguments) -> Generator[None, Non
         yield
 
 
+def save_stream(context: Context, arguments: Arguments) -> Generator[None, None, None]:
+    """Into a descriptor that came by `getfd`, which is closed afterwards."""
+    fd = context.server.named_fds.pop(arguments["fdname"], None)
+    if fd is None:
+        raise InvalidArgument(f"no descriptor named {arguments['fdname'][:40]!r} was passed", remedy="send it by getfd")
+    try:
+        for _ in save_stream_steps(context.machine, fd):
+            yield
+    except OSError as error:
+        if isinstance(error, HostError):
+            raise
+        raise HostError(f"the machine was not saved: {error.strerror}", errno=error.errno or 0) from error
+    finally:
+        os.close(fd)
+
+
 def snapshot_load(context: Context, arguments: Arguments) -> None:
     load(context.machine, arguments["directory"])
 
@@ -114,6 +132,7 @@ HANDLERS: dict[str, Handler] = {
     "query-migrate-capabilities": query_capabilities,
     "x-kvik-snapshot-save": snapshot_save,
     "x-kvik-snapshot-load": snapshot_load,
+    "x-kvik-save-stream": save_stream,
     "x-kvik-checkpoint": checkpoint,
     "x-kvik-reset-to-snapshot": reset_to_snapshot,
 }

@@ -20,7 +20,7 @@ from kvik.errors import InvalidArgument, OperationInvalid, OperationTimeout
 from kvik.vmm.backends.block_stats import BlockStats
 from kvik.vmm.backends.request import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, Request
 from kvik.vmm.ratelimit import RateLimiter
-from kvik.vmm.virtio.blkburst import BATCH_BYTES, REQUEST_COST, SECTOR, T_IN, T_OUT, serve
+from kvik.vmm.virtio.blkburst import BATCH_BYTES, HAND_OVER, REQUEST_COST, SECTOR, T_IN, T_OUT, serve
 from kvik.vmm.virtio.config import Field
 from kvik.vmm.virtio.device import VirtioDevice
 
@@ -257,7 +257,8 @@ class Blk(VirtioDevice):
             self._answer(queue, chain, status, S_IOERR)
             return True
         began = _clock()
-        if image.now(op, buffers, offset, size, self._write_through):
+        alone = size < HAND_OVER or not queue.pending()  # else it is copied while the next one is looked at
+        if alone and image.now(op, buffers, offset, size, self._write_through):
             self.block_stats.done(op, size, offset + size, began)
             self._copied += size + REQUEST_COST
             self._answer(queue, chain, status, S_OK)

@@ -28,6 +28,7 @@ SECTOR = 512
 T_IN, T_OUT = 0, 1  # VIRTIO_BLK_T_*, 5.2.6
 HEADER_SIZE = 16
 BATCH_BYTES = 256 << 10  # copied here before the driver sees the first: it can go on with those meanwhile
+HAND_OVER = 512 << 10  # bytes of a request whose copy another thread makes, if more requests wait
 REQUEST_COST = 4096  # what a request costs beside its copy, in bytes copied
 
 # A descriptor (2.7.5) as two words: addr; len, flags, next.
@@ -47,7 +48,8 @@ _clock = time.monotonic_ns
 def serve(queue: Queue, image: BlockImage, stats: BlockStats, limit: int, *, write_through: bool) -> int:
     """Answers up to `limit` requests from the ring's front, as long as they are usual ones; how many. The driver sees
     all of them at once; `queue.flush` then tells it."""
-    if type(queue) is not SplitQueue or not image.plain or queue.memory.dirty_log is not None:
+    mapped = image.mapped
+    if type(queue) is not SplitQueue or not (image.plain or mapped) or queue.memory.dirty_log is not None:
         return 0
     last, avail, size = queue._next_avail, queue._avail, queue.size
     ahead = (avail[1] - last) & 0xFFFF
@@ -101,17 +103,23 @@ def serve(queue: Queue, image: BlockImage, stats: BlockStats, limit: int, *, wri
             break
         kind, sector = _header(ram, header)
         offset = sector * SECTOR
-        if offset + length > image_size:
+        if offset + length > image_size or (length >= HAND_OVER and done + 1 < ahead):
             break
         try:
             if kind == T_IN and what == _READ and reads:
-                if preadv(fd, buffers, offset, flags) != length:
+                place = offset
+                if mapped:
+                    fd, place = image.place(offset, length)
+                if place < 0 or preadv(fd, buffers, place, flags) != length:
                     break
                 hits += 1
                 read += length
                 answer = length + 1
             elif kind == T_OUT and what == _WRITE and length <= writes:
-                if pwritev(fd, buffers, offset) != length:
+                place = offset
+                if mapped:
+                    fd, place = image.place_to_write(offset, length)
+                if place < 0 or pwritev(fd, buffers, place) != length:
                     break
                 written += length
                 highest = max(highest, offset + length)

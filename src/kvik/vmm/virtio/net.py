@@ -35,9 +35,10 @@ GUEST_OFFLOADS = F_GUEST_CSUM | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 54 | 1
 S_LINK_UP, S_ANNOUNCE = 1, 2
 _OK, _ERR = b"\0", b"\1"
 CTRL_RX, CTRL_MAC, CTRL_VLAN, CTRL_ANNOUNCE, CTRL_MQ, CTRL_GUEST_OFFLOADS = range(6)
-_RX_MODES = ("promiscuous", "all-multicast", "all-unicast", "no-multicast", "no-unicast", "no-broadcast")
+# 5.1.6.5.1: bits of `rx_modes`, in the order of the commands
+PROMISC, ALLMULTI, ALLUNI, NOMULTI, NOUNI, NOBCAST = (1 << number for number in range(6))
 _MAX_COMMAND = 1 << 16  # bytes
-_MAX_MACS = 64  # kept; a longer table is accepted as "all"
+_MAX_MACS = 64  # kept; of a longer table these, and it has run over
 MAX_QUEUE = 512
 
 
@@ -108,6 +109,7 @@ class NetDevice(VirtioDevice):
         self.gone = ""  # why the backend ended
         self.backend_errors = 0
         self._paused = False
+        self.rx_filter_told = False  # that it has changed; until somebody asks what it is now
         self._restored = False  # `activate` comes from a restored state, not from the driver
         self._totals = dict.fromkeys(
             ("rx_packets", "rx_bytes", "rx_dropped", "tx_packets", "tx_bytes", "tx_dropped"), 0
@@ -131,8 +133,9 @@ class NetDevice(VirtioDevice):
 
     def _forget_wishes(self) -> None:
         """What the driver told over the control queue, as before it told anything."""
-        self.rx_modes = 0
+        self.rx_modes = PROMISC  # until the driver chooses, as in QEMU: older drivers never do
         self.macs: list[bytes] = []
+        self.macs_ran_over = False
         self.vlans: set[int] = set()
         self.active_pairs = 1
         self.guest_offloads = 0
@@ -333,12 +336,16 @@ class NetDevice(VirtioDevice):
         command = chain.read_all(_MAX_COMMAND)
         kind, number, data = command[0], command[1], command[2:]
         if kind == CTRL_RX:
-            if number >= len(_RX_MODES) or len(data) != 1:
+            if 1 << number > NOBCAST or len(data) != 1:
                 return False
             self.rx_modes = self.rx_modes | 1 << number if data[0] else self.rx_modes & ~(1 << number)
+            self._rx_filter_changed()
             return True
         if kind == CTRL_MAC:
-            return self._set_macs(number, data)
+            if not self._set_macs(number, data):
+                return False
+            self._rx_filter_changed()
+            return True
         if kind == CTRL_VLAN:
             if number > 1 or len(data) != 2:
                 return False
@@ -346,6 +353,7 @@ class NetDevice(VirtioDevice):
             if vlan > 4095:
                 return False
             (self.vlans.add if number == 0 else self.vlans.discard)(vlan)
+            self._rx_filter_changed()
             return True
         if kind == CTRL_ANNOUNCE and number == 0:
             self.config["status"] = self.config["status"] & ~S_ANNOUNCE
@@ -391,8 +399,14 @@ class NetDevice(VirtioDevice):
                 return False
             macs += [data[at : at + 6] for at in range(0, 6 * count, 6)]
             data = data[6 * count :]
-        self.macs = macs[:_MAX_MACS]
+        self.macs, self.macs_ran_over = macs[:_MAX_MACS], len(macs) > _MAX_MACS
         return True
+
+    def _rx_filter_changed(self) -> None:
+        """Told once, and again only after somebody asked (QEMU's qapi/net.json): a guest cannot flood with it."""
+        if self.machine is not None and not self.rx_filter_told:
+            self.rx_filter_told = True
+            self.machine.emit("NIC_RX_FILTER_CHANGED", {"name": self.name, "path": f"/machine/peripheral/{self.name}"})
 
     # --- what the host does to it
 
@@ -431,14 +445,26 @@ class NetDevice(VirtioDevice):
                 self.config_changed(change)
 
     def rx_filter(self) -> State:
-        """What the driver asked to receive, for QMP's query-rx-filter."""
-        mac = self.config.raw("mac")
+        """What the driver asked to receive: QMP's RxFilterInfo. From now on a change is told again."""
+        self.rx_filter_told = False
+        modes = self.rx_modes
+
+        def of(no: int, every: int) -> str:
+            return "none" if modes & no else "all" if modes & every or self.macs_ran_over else "normal"
+
         return {
             "name": self.name,
-            "main-mac": mac.hex(":"),
-            "modes": [word for bit, word in enumerate(_RX_MODES) if self.rx_modes & 1 << bit],
-            "macs": [address.hex(":") for address in self.macs],
-            "vlans": sorted(self.vlans),
+            "main-mac": self.config.raw("mac").hex(":"),
+            "promiscuous": bool(modes & PROMISC),
+            "multicast": of(NOMULTI, ALLMULTI),
+            "unicast": of(NOUNI, ALLUNI),
+            "vlan": "all" if not self.has(F_CTRL_VLAN) else "normal" if self.vlans else "none",
+            "broadcast-allowed": not modes & NOBCAST,
+            "multicast-overflow": self.macs_ran_over,
+            "unicast-overflow": self.macs_ran_over,
+            "unicast-table": [mac.hex(":") for mac in self.macs if not mac[0] & 1],
+            "multicast-table": [mac.hex(":") for mac in self.macs if mac[0] & 1],
+            "vlan-table": sorted(self.vlans),
         }
 
     # --- vhost
@@ -489,6 +515,7 @@ class NetDevice(VirtioDevice):
             "guest_offloads": self.guest_offloads,
             "rx_modes": self.rx_modes,
             "macs": list(self.macs),
+            "macs_ran_over": self.macs_ran_over,
             "vlans": sorted(self.vlans),
             "receive_limit": self.receive_limit.state(),
             "transmit_limit": self.transmit_limit.state(),
@@ -505,6 +532,7 @@ class NetDevice(VirtioDevice):
         self.link = self.plugged and not self.gone and self.backend.carrier
         self.active_pairs, self.guest_offloads = pairs, offloads & GUEST_OFFLOADS
         self.rx_modes, self.macs, self.vlans = int(state["rx_modes"]), list(state["macs"]), set(state["vlans"])
+        self.macs_ran_over = bool(state.get("macs_ran_over", False))
         self.receive_limit.restore(state["receive_limit"])
         self.transmit_limit.restore(state["transmit_limit"])
         self._restored = self.active

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 
-from kvik.errors import KvikError
+from kvik.errors import InvalidArgument, KvikError, OperationInvalid
 from kvik.vmm.virtio.blk import FIELDS
+from kvik.vmm.virtio.blkburst import SECTOR
 from kvik.vmm.virtio.vhost_user import VhostUserDevice
 
 TYPE_CHECKING = False
@@ -46,6 +47,24 @@ class VhostUserBlk(VhostUserDevice):
     def load_config(self, back_end: VhostUser) -> None:
         self.config.restore(back_end.get_config(self.config.size))
         self.config["num_queues"] = len(self.queue_sizes)
+
+    def resize(self, size: int) -> None:
+        """The back end has made its image `size` bytes long: ask it again, and tell the guest (QMP block_resize)."""
+        with self.lock:
+            if self.back_end is None:
+                raise OperationInvalid(f"disk {self.name} has lost its back end", remedy="restart the machine")
+            told = self.back_end.get_config(self.config.size)
+            capacity = int.from_bytes(told[:8], "little") * SECTOR  # 5.2.4: the first field
+            if capacity != size:
+                raise InvalidArgument(
+                    f"the back end of disk {self.name} serves {capacity} bytes, not {size}",
+                    remedy="resize the image there first",
+                )
+
+            def change() -> None:
+                self.config["capacity"] = capacity // SECTOR
+
+            self.config_changed(change)
 
     def close(self) -> None:
         super().close()

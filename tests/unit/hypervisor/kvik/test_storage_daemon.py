@@ -60,7 +60,7 @@ async def test_a_chain_with_everything_said(disks: list[Disk]) -> None:
     cache = {"direct": True, "no-flush": False}
     assert base == {
         "driver": "file", "filename": "/proc/self/fd/21", "node-name": "virtio-disk0-1-storage", "aio": "native",
-        "read-only": True, "cache": cache, "discard": "unmap",
+        "auto-read-only": True, "cache": cache, "discard": "unmap",
     }  # fmt: skip
     assert (base_format["driver"], base_format["backing"]) == ("vmdk", None)
     assert (top["filename"], top["read-only"]) == ("/proc/self/fd/20", False)

@@ -152,7 +152,7 @@ def test_link_down_drops_both_ways_and_up_works_again(rig):
 
 
 def test_commands_of_the_control_queue(rig):
-    r = rig(FULL)
+    r = rig(FULL | net.F_CTRL_VLAN)
     assert r.command(net.CTRL_RX, 0, b"\1")
     assert r.command(net.CTRL_RX, 1, b"\1")
     assert r.command(net.CTRL_VLAN, 0, struct.pack("<H", 42))
@@ -162,12 +162,41 @@ def test_commands_of_the_control_queue(rig):
     assert r.device.rx_filter() == {
         "name": "net0",
         "main-mac": "52:54:00:00:00:01",
-        "modes": ["promiscuous", "all-multicast"],
-        "macs": ["52:54:00:00:00:02", "01:00:5e:00:00:01"],
-        "vlans": [42],
+        "promiscuous": True,
+        "multicast": "all",
+        "unicast": "normal",
+        "vlan": "normal",
+        "broadcast-allowed": True,
+        "multicast-overflow": False,
+        "unicast-overflow": False,
+        "unicast-table": ["52:54:00:00:00:02"],
+        "multicast-table": ["01:00:5e:00:00:01"],
+        "vlan-table": [42],
     }
     assert r.command(net.CTRL_VLAN, 1, struct.pack("<H", 42))
-    assert r.device.rx_filter()["vlans"] == []
+    assert r.device.rx_filter()["vlan-table"] == []
+
+
+def test_a_change_of_the_receive_filter_is_told_once_until_somebody_asks(rig):
+    r = rig(FULL)
+
+    def told():
+        return [data for name, data in r.machine.events if name == "NIC_RX_FILTER_CHANGED"]
+
+    assert not told()
+    for number in range(50):
+        assert r.command(net.CTRL_RX, 0, bytes([number & 1]))
+    assert told() == [{"name": "net0", "path": "/machine/peripheral/net0"}]
+    assert r.device.rx_filter()["promiscuous"] is True
+    assert not r.command(net.CTRL_MAC, 1, b"short")
+    assert len(told()) == 1, "what is refused changes nothing"
+    assert r.command(net.CTRL_MAC, 1, b"\x52\x54\0\0\0\1")
+    assert len(told()) == 2
+    many = struct.pack("<I", 65) + b"\x52\x54\0\0\0\2" * 65 + struct.pack("<I", 0)
+    assert r.command(net.CTRL_MAC, 0, many)
+    assert len(told()) == 2
+    found = r.device.rx_filter()
+    assert found["unicast-overflow"] and found["unicast"] == "all" and len(found["unicast-table"]) == 64
 
 
 @pytest.mark.parametrize(
@@ -220,7 +249,7 @@ def test_pause_leaves_nothing_in_flight_and_state_moves_to_another_device(rig):
     other.restore(state)
     other.activate()
     assert other.config.raw("mac") == parse_mac(MAC)
-    assert other.rx_filter()["vlans"] == [7]
+    assert other.rx_filter()["vlan-table"] == [7]
     assert {**other.state(), "queues": 0} == {**state, "queues": 0}
     other.close()
     far.close()
@@ -241,7 +270,7 @@ def test_reset_forgets_what_the_driver_told(rig):
     r.command(net.CTRL_VLAN, 0, b"\1\0")
     r.device.reset()
     assert r.device.config.raw("mac") == parse_mac(MAC)
-    assert r.device.rx_filter()["vlans"] == []
+    assert r.device.rx_filter()["vlan-table"] == []
     r.start(FULL)
     r.rx.add([], [2048])
     r.kick(0)

@@ -1,0 +1,57 @@
+"""A disk's chain of images from descriptors: what lies below which is told by the caller, never by an image."""
+
+from __future__ import annotations
+
+import os
+
+from kvik.errors import ImageError
+from kvik.image.lock import lock_image
+from kvik.image.opening import open_image
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvik.image.base import Image
+
+__all__ = ["name_of", "open_chain"]
+
+
+def open_chain(images: list[tuple[int, str]], *, read_only: bool, locking: bool = True) -> Image:
+    """(descriptor, format) from the top down; the descriptors become the images'. Those below are locked as readers
+    here, the top by whoever opens its data. Raises `ImageError`, `ResourceBusy`, `HostError`, OSError."""
+    below: Image | None = None
+    try:
+        for number, (fd, form) in reversed(list(enumerate(images))):
+            name = name_of(fd)
+            if locking and number:
+                lock_image(fd, name, write=False)
+            image = open_image(fd, format=form, writable=not number and not read_only, path=name)
+            image.backing, below = below, image
+            _check(image, image.backing)
+    except BaseException:
+        if below is not None:
+            below.release()
+        raise
+    assert below is not None
+    return below
+
+
+def _check(image: Image, below: Image | None) -> None:
+    header = getattr(image, "header", None)
+    if header is None:
+        if below is not None:
+            raise ImageError("is raw, and nothing can lie below it", file=image.path)
+        return
+    if header.crypt_method:
+        raise image.fault("is encrypted, which is not supported", 32)
+    if image.data_fd < 0:
+        raise image.fault("keeps its data in another file, which is not supported", 72)
+    if header.backing_file is not None and below is None:
+        raise image.fault(f"sits on {header.backing_file!r}, which was not passed", 8)
+
+
+def name_of(fd: int) -> str:
+    """What it was opened as, for messages."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - pathlib is not imported
+    except OSError:
+        return f"descriptor {fd}"
