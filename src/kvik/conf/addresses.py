@@ -22,9 +22,12 @@ from kvik.errors import ConfigError
 # bus of a disk -> prefix of its target names
 TARGET_PREFIX = {
     "ide": "hd", "fdc": "fd", "scsi": "sd", "sata": "sd", "usb": "sd", "virtio": "vd", "xen": "xvd", "uml": "ubd",
-    "sd": "sd",
+    "sd": "sd", "nvme": "nvme",
 }  # fmt: skip
 _TARGET = re.compile(r"(?:xvd|ubd|[fhsv]d)([a-z]{1,3})")
+_NVME_TARGET = re.compile(r"nvme([0-9]{1,3})n([1-9][0-9]{0,2})")
+NVME_NAMESPACES = 256  # of a controller, in QEMU
+NVME_SERIAL = 20  # characters: the NVM Express specification, Identify Controller, SN
 
 USB_PORTS = {
     "qemu-xhci": 4, "nec-xhci": 4, "piix3-uhci": 2, "piix4-uhci": 2, "vt82c686b-uhci": 2, "ich9-uhci1": 2,
@@ -36,7 +39,11 @@ _SCSI_UNITS = {"virtio-scsi": 7, "lsilogic": 7, "buslogic": 7}  # libvirt number
 
 
 def target_index(name: str) -> int | None:
-    """0 for vda, 26 for sdaa; None for a name that is not of that form."""
+    """0 for vda, 26 for sdaa, 257 for nvme1n2; None for a name that is not of that form."""
+    namespace = _NVME_TARGET.fullmatch(name)
+    if namespace is not None:
+        controller, number = int(namespace[1]), int(namespace[2]) - 1
+        return controller * NVME_NAMESPACES + number if number < NVME_NAMESPACES else None
     match = _TARGET.fullmatch(name)
     if match is None:
         return None
@@ -47,6 +54,8 @@ def target_index(name: str) -> int | None:
 
 
 def target_name(bus: str, index: int) -> str:
+    if bus == "nvme":
+        return f"nvme{index // NVME_NAMESPACES}n{index % NVME_NAMESPACES + 1}"
     letters = ""
     index += 1
     while index:
@@ -63,6 +72,8 @@ def drive_address(bus: str, index: int, controller_model: str | None = None) -> 
         )  # two channels of two
     if bus == "fdc":
         return Address(type="drive", controller=index // 2, bus=0, target=0, unit=index % 2)
+    if bus == "nvme":  # nvme1n2: namespace 2 of controller 1
+        return Address(type="drive", controller=index // NVME_NAMESPACES, bus=0, target=0, unit=index % NVME_NAMESPACES)
     units = 6 if bus == "sata" else _SCSI_UNITS.get(controller_model or "", 7)
     return Address(type="drive", controller=index // units, bus=0, target=0, unit=index % units)
 
@@ -80,7 +91,7 @@ def _drive_key(disk: Disk) -> tuple[str, int, int, int, int]:
 
 def assign_drives(domain: Domain) -> None:
     """By the number in the target's name, as libvirt does; the next free one if that place is taken."""
-    disks = [disk for disk in domain.devices.disks if disk.target.bus in ("ide", "sata", "scsi", "fdc")]
+    disks = [disk for disk in domain.devices.disks if disk.target.bus in ("ide", "sata", "scsi", "fdc", "nvme")]
     used = {_drive_key(disk) for disk in disks if not _unplaced(disk)}
     models = {item.index: item.model for item in domain.devices.controllers if item.type == "scsi"}
     for disk in disks:

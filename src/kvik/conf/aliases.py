@@ -41,7 +41,7 @@ def disk_alias(bus: str, dev: str, place: tuple[int, int, int, int]) -> str:
     controller, bus_number, target, unit = place
     if bus == "scsi":
         return f"scsi{controller}-{bus_number}-{target}-{unit}"
-    if bus in ("ide", "sata", "fdc"):
+    if bus in ("ide", "sata", "fdc", "nvme"):
         return f"{bus}{controller}-{bus_number}-{unit}"
     return f"{bus}-disk{target_index(dev) or 0}"
 

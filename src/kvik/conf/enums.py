@@ -418,6 +418,57 @@ class DomainMemoryStatTags(Numbers):
     HUGETLB_PGFAIL = 12
 
 
+class DomainBlockJobType(Numbers):
+    UNKNOWN = 0
+    PULL = 1
+    COPY = 2
+    COMMIT = 3
+    ACTIVE_COMMIT = 4
+    BACKUP = 5
+
+
+class ConnectDomainEventBlockJobStatus(Numbers):
+    COMPLETED = 0
+    FAILED = 1
+    CANCELED = 2
+    READY = 3
+
+
+class DomainBlockJobAbortFlags(Numbers):
+    ASYNC = 1 << 0
+    PIVOT = 1 << 1
+
+
+class DomainBlockRebaseFlags(Numbers):
+    SHALLOW = 1 << 0
+    REUSE_EXT = 1 << 1
+    COPY_RAW = 1 << 2
+    COPY = 1 << 3
+    RELATIVE = 1 << 4
+    COPY_DEV = 1 << 5
+    BANDWIDTH_BYTES = 1 << 6
+
+
+class DomainBlockCopyFlags(Numbers):
+    SHALLOW = 1 << 0
+    REUSE_EXT = 1 << 1
+    TRANSIENT_JOB = 1 << 2
+    SYNCHRONOUS_WRITES = 1 << 3
+
+
+class DomainBlockCommitFlags(Numbers):
+    SHALLOW = 1 << 0
+    DELETE = 1 << 1
+    ACTIVE = 1 << 2
+    RELATIVE = 1 << 3
+    BANDWIDTH_BYTES = 1 << 4
+
+
+class DomainBlockResizeFlags(Numbers):
+    BYTES = 1 << 0
+    CAPACITY = 1 << 1
+
+
 class DomainJobType(Numbers):
     NONE = 0
     BOUNDED = 1
@@ -753,3 +804,80 @@ class StorageVolWipeAlgorithm(Numbers):
     PFITZNER33 = 7
     RANDOM = 8
     TRIM = 9
+
+
+class DomainSnapshotXMLFlags(Numbers):
+    SECURE = 1
+
+
+class DomainSnapshotCreateFlags(Numbers):
+    REDEFINE = 1
+    CURRENT = 2
+    NO_METADATA = 4
+    HALT = 8
+    DISK_ONLY = 16
+    REUSE_EXT = 32
+    QUIESCE = 0x40
+    ATOMIC = 0x80
+    LIVE = 0x100
+    VALIDATE = 0x200
+
+
+class DomainSnapshotListFlags(Numbers):
+    """ROOTS means DESCENDANTS where the children of a snapshot are listed."""
+
+    ROOTS = 1
+    METADATA = 2
+    LEAVES = 4
+    NO_LEAVES = 8
+    NO_METADATA = 16
+    INACTIVE = 32
+    ACTIVE = 0x40
+    DISK_ONLY = 0x80
+    INTERNAL = 0x100
+    EXTERNAL = 0x200
+    TOPOLOGICAL = 0x400
+
+
+class DomainSnapshotRevertFlags(Numbers):
+    RUNNING = 1
+    PAUSED = 2
+    FORCE = 4
+    RESET_NVRAM = 8
+
+
+class DomainSnapshotDeleteFlags(Numbers):
+    CHILDREN = 1
+    METADATA_ONLY = 2
+    CHILDREN_ONLY = 4
+
+
+class DomainCheckpointXMLFlags(Numbers):
+    SECURE = 1
+    NO_DOMAIN = 2
+    SIZE = 4
+
+
+class DomainCheckpointCreateFlags(Numbers):
+    REDEFINE = 1
+    QUIESCE = 2
+    REDEFINE_VALIDATE = 4
+
+
+class DomainCheckpointListFlags(Numbers):
+    """ROOTS means DESCENDANTS where the children of a checkpoint are listed."""
+
+    ROOTS = 1
+    TOPOLOGICAL = 2
+    LEAVES = 4
+    NO_LEAVES = 8
+
+
+class DomainCheckpointDeleteFlags(Numbers):
+    CHILDREN = 1
+    METADATA_ONLY = 2
+    CHILDREN_ONLY = 4
+
+
+class DomainBackupBeginFlags(Numbers):
+    REUSE_EXTERNAL = 1

@@ -63,6 +63,8 @@ def _controller_slot(item: Controller) -> str:
     model = item.model or ""
     if item.type == "usb":
         return "" if model == "none" else EXPRESS if model in ("qemu-xhci", "nec-xhci") else CONVENTIONAL
+    if item.type == "nvme":
+        return EXPRESS
     if item.type == "scsi":
         return EXPRESS if model in ("virtio-scsi", "virtio-non-transitional", "vmpvscsi") else CONVENTIONAL
     if item.type == "virtio-serial":

@@ -8,7 +8,15 @@ card of a PCI Express machine is e1000e. Running it twice changes nothing.
 
 from __future__ import annotations
 
-from kvik.conf.addresses import assign_addresses, assign_drives, target_index, target_name, usb_devices
+from kvik.conf.addresses import (
+    NVME_NAMESPACES,
+    NVME_SERIAL,
+    assign_addresses,
+    assign_drives,
+    target_index,
+    target_name,
+    usb_devices,
+)
 from kvik.conf.cpu import Vcpu
 from kvik.conf.devices.chardev import (
     ChardevTargetModel,
@@ -32,7 +40,7 @@ from kvik.conf.os import OsBoot
 from kvik.conf.tree import clone
 
 _VIDEO_MEMORY = {"vga": 16384, "cirrus": 16384, "bochs": 16384, "vmvga": 16384, "qxl": 65536, "xen": 4096, "vbox": 8192}
-_IMPLIED = {"scsi": "scsi", "ide": "ide", "fdc": "fdc", "sata": "sata"}
+_IMPLIED = {"scsi": "scsi", "ide": "ide", "fdc": "fdc", "sata": "sata", "nvme": "nvme"}
 
 
 def postparse(domain: Domain, caps: MachineDefaults | None = None) -> None:
@@ -139,7 +147,7 @@ def _bus_of(disk: Disk, domain: Domain) -> Bus:
         return "fdc"
     name = disk.target.dev or ""
     prefixes: tuple[tuple[str, Bus], ...] = (
-        ("vd", "virtio"), ("hd", "ide"), ("fd", "fdc"), ("xvd", "xen"), ("sd", "scsi"),
+        ("vd", "virtio"), ("hd", "ide"), ("fd", "fdc"), ("xvd", "xen"), ("sd", "scsi"), ("nvme", "nvme"),
     )  # fmt: skip
     for prefix, bus in prefixes:
         if name.startswith(prefix):
@@ -271,6 +279,9 @@ def _network(domain: Domain, caps: MachineDefaults) -> None:
         if interface.model is None and interface.type not in ("hostdev", "vdpa"):
             model = {Q35: "e1000e", I440FX: "rtl8139"}.get(family(domain), "virtio")
             interface.model = InterfaceModel(type="virtio" if interface.type == "vhostuser" else model)
+        if interface.type in ("bridge", "direct") and interface.source is not None:
+            source = interface.source  # a live document's (libvirt's too) says by which network it came there
+            source.network = source.portgroup = source.portid = None
         port = interface.virtualport
         if port is not None and port.type == "openvswitch":
             port.parameters = port.parameters or VirtualPortParameters()
@@ -340,6 +351,13 @@ def _controllers(domain: Domain, caps: MachineDefaults) -> None:
             kind = _IMPLIED.get(disk.target.bus or "")
             if kind is not None and disk.address is not None:
                 _need(devices, kind, disk.address.controller or 0, caps.scsi_model if kind == "scsi" else None)
+    for item in devices.controllers:
+        if item.type == "nvme" and not item.serial:
+            # A guest finds its disks by it: fixed with the definition. At most 20 characters (NVM Express, SN).
+            item.serial = (
+                _disk_serial(devices, item.index or 0)
+                or f"{(domain.uuid or '').replace('-', '')[:16]}-{item.index or 0}"
+            )
     for hostdev in devices.hostdevs:
         if hostdev.type == "scsi":
             _need(devices, "scsi", 0, caps.scsi_model)
@@ -363,6 +381,17 @@ def _indexes(devices: Devices) -> None:
             item.index = next(number for number in range(start, 4096) if number not in taken)
         if item.type == "usb" and item.model == "ich9-ehci1":
             leader = item.index
+
+
+def _disk_serial(devices: Devices, controller: int) -> str | None:
+    """What the first disk on an NVMe controller says: an older place for the same."""
+    for disk in devices.disks:
+        number = disk.address.controller if disk.address is not None else None
+        if number is None:
+            number = (target_index(disk.target.dev or "") or 0) // NVME_NAMESPACES
+        if disk.target.bus == "nvme" and number == controller and disk.serial and len(disk.serial) <= NVME_SERIAL:
+            return disk.serial
+    return None
 
 
 def _need(devices: Devices, kind: str, index: int, model: str | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from kvik.conf.cpuset import parse_cpuset
 from kvik.conf.devices_xml import bootable_devices
 from kvik.conf.domain import Domain
+from kvik.conf.iothreads import iothreads, used
 from kvik.conf.units import MAX_KIB
 from kvik.conf.validate_devices import validate_devices
 from kvik.errors import ConfigError
@@ -231,6 +232,20 @@ def _tuning(domain: Domain) -> None:
         _unique(map(str, ids), "/domain/iothreadids/iothread", "I/O thread")
         if 0 in ids:
             raise ConfigError("I/O threads count from 1", path="/domain/iothreadids/iothread")
+        for item in domain.iothreadids.iothreads:
+            if (item.thread_pool_min or 0) > (item.thread_pool_max or item.thread_pool_min or 0):
+                raise ConfigError(
+                    f"thread_pool_min of I/O thread {item.id} is above its thread_pool_max",
+                    path="/domain/iothreadids/iothread",
+                )
+    known = {item.id for item in iothreads(domain)}
+    for number, who in used(domain):
+        if number not in known:
+            raise ConfigError(
+                f"{who} names I/O thread {number}, which the machine has not",
+                path="/domain/iothreads",
+                remedy=f"<iothreads>{max(number, 1)}</iothreads>, or name it in <iothreadids>",
+            )
     tune = domain.cputune
     if tune is not None:
         for index, pin in enumerate(tune.vcpupins, 1):
@@ -242,7 +257,11 @@ def _tuning(domain: Domain) -> None:
         if tune.emulatorpin is not None:
             _set(tune.emulatorpin.cpuset, "/domain/cputune/emulatorpin/@cpuset")
         for index, thread in enumerate(tune.iothreadpins, 1):
-            _set(thread.cpuset, f"/domain/cputune/iothreadpin[{index}]/@cpuset")
+            path = f"/domain/cputune/iothreadpin[{index}]"
+            _set(thread.cpuset, path + "/@cpuset")
+            if thread.iothread not in known:
+                raise ConfigError(f"there is no I/O thread {thread.iothread} to pin", path=path)
+        _unique((str(pin.iothread) for pin in tune.iothreadpins), "/domain/cputune/iothreadpin", "pinned I/O thread")
         for field in ("period", "global_period", "emulator_period", "iothread_period"):
             value = getattr(tune, field)
             if value is not None and not 1000 <= value <= 1_000_000:

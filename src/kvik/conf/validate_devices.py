@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from kvik.conf.addresses import TARGET_PREFIX, target_index
+from kvik.conf.addresses import NVME_SERIAL, TARGET_PREFIX, target_index
 from kvik.conf.devices.chardev import Chardev
 from kvik.conf.devices.common import Address, Device
 from kvik.conf.devices.controller import Controller
@@ -75,6 +75,13 @@ def validate_devices(domain: Domain) -> None:
             if device.mac is not None and device.mac.check is not False:
                 claim(("mac", device.mac.address), path, f"MAC address {device.mac.address}")
         elif isinstance(device, Controller):
+            if device.serial is not None and (
+                not _SERIAL.fullmatch(device.serial) or len(device.serial) > NVME_SERIAL or device.type != "nvme"
+            ):
+                raise ConfigError(
+                    f"serial {device.serial!r} is none of an NVMe controller: at most {NVME_SERIAL} letters and digits",
+                    path=path + "/serial",
+                )
             if device.master is None and not str(device.model).startswith("ich9-"):
                 claim(("controller", device.type, device.index), path, f"index {device.index} of {device.type}")
         elif isinstance(device, Chardev):
@@ -154,7 +161,7 @@ def _disk(disk: Disk, path: str) -> None:
     bus, name = disk.target.bus, disk.target.dev or ""
     if target_index(name) is None:
         raise ConfigError(f"{name!r} is not a target such as 'vda' or 'sdb'", path=path + "/target/@dev")
-    if bus is not None and bus in TARGET_PREFIX and not re.fullmatch(r"[a-z]+", name):
+    if bus is not None and bus in TARGET_PREFIX and (bus == "nvme") != name.startswith("nvme"):
         raise ConfigError(f"{name!r} is not a target of bus {bus}", path=path + "/target/@dev")
     if (disk.device == "floppy") != (bus == "fdc"):
         raise ConfigError(f"a {disk.device} cannot be on bus {bus!r}", path=path + "/target/@bus")

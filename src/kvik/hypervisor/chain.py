@@ -14,12 +14,13 @@ from pathlib import Path
 
 from kvik.errors import ConfigUnsupported
 
-__all__ = ["Backing", "check_qcow2", "qcow2_backing"]
+__all__ = ["Backing", "check_qcow2", "qcow2_backing", "qcow2_size"]
 
 _MAGIC = 0x514649FB
 _FORMAT_EXTENSION = 0xE2792ACA
 _EXTERNAL_DATA = 1 << 2
 _HEADER = struct.Struct(">IIQI")
+_SIZE = struct.Struct(">Q")
 _MAX_HEADER = 65536
 
 
@@ -32,6 +33,12 @@ class Backing:
 def check_qcow2(fd: int, image: str) -> None:
     """Raises `ConfigUnsupported` for what is no qcow2 image, or names another file that its data is in."""
     _header(fd, image)
+
+
+def qcow2_size(fd: int, image: str) -> int:
+    """Bytes of the disk in it. Raises `ConfigUnsupported` for what is no qcow2 image."""
+    data, *_ = _header(fd, image)
+    return int(_SIZE.unpack_from(data, 24)[0])
 
 
 def _header(fd: int, image: str) -> tuple[bytes, int, int, int]:

@@ -6,6 +6,7 @@ and QEMU itself needs no right to open anything.
     chardev:ALIAS     listening socket of a serial line or channel, or its output file
     log:ALIAS         pipe that carries the first line's output to us
     disk:ALIAS:N      image number N of a disk's chain
+    disk:ALIAS:overlay  what is written to a transient disk
     kernel, initrd    for direct boot
     loader, nvram     UEFI flash
     net:ALIAS:N       tap queue N (the network's part opened it)
@@ -17,6 +18,9 @@ and QEMU itself needs no right to open anything.
     switch:ALIAS      where a network's switch in user space connects (QEMU), or the connection (kvik-vmm)
     vublk:ALIAS       connection to a disk's vhost-user back end
     life:ALIAS        what that back end ends with
+    lease:N           a lease's lock, which is held for as long as it is open
+    state             connection by which kvik-vmm is filled with a saved machine
+    secret:ALIAS:N:.. a file in memory with a passphrase or password
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from kvik.conf.devices.other import Cid, Vsock
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported, HostError
 from kvik.host import files as host_files
+from kvik.host.filesystem import shared_as
 from kvik.hypervisor.chain import check_qcow2, qcow2_backing
 from kvik.hypervisor.layers import Layer, has_medium, layers
 from kvik.hypervisor.names import (
@@ -54,6 +59,10 @@ from kvik.hypervisor.names import (
     tap_name,
     vhost_name,
 )
+from kvik.hypervisor.overlay import open_overlay
+from kvik.hypervisor.secrets import SECRET_PREFIX, encryption_of, own_secrets
+from kvik.hypervisor.secrets import check_image as check_encrypted
+from kvik.image.lock import check_image, lock_for_hosts
 from kvik.qmp.aio import short_unix_path
 
 __all__ = [
@@ -82,13 +91,18 @@ class Opened:
         self.output: int | None = None  # our end of the first line's pipe
         self.made: list[Path] = []  # sockets to remove when the machine is gone
         self.passed = passed
+        self.next_index = 1  # of the next image: unique in the machine, as libvirt numbers them
         for name, fd in passed.items():
-            if name.startswith(("net:", "vhost:", "switch:", "vdpa:", "tpm:", "fs:")):
+            if name.startswith(("net:", "vhost:", "switch:", "vdpa:", "tpm:", "fs:", "lease:", SECRET_PREFIX)):
                 self.add(name, os.dup(fd))
 
     def add(self, name: str, fd: int) -> None:
         self.fds[name] = fd
         self.close.callback(os.close, fd)
+
+    def index(self) -> int:
+        self.next_index += 1
+        return self.next_index - 1
 
     def paths(self) -> dict[int, str]:
         """Descriptor -> file, for messages: QEMU knows its images by number only."""
@@ -134,7 +148,7 @@ def open_all(
         opened.add(log_name(alias_of(first)), writer)
         opened.output = reader
         undo.callback(opened.drop_output)
-    for disk in domain.devices.disks:
+    for disk in reversed(domain.devices.disks):  # libvirt numbers from the last disk
         open_disk(opened, disk)
     _open_boot(opened, domain, kernel)
     _open_networks(opened, domain)
@@ -216,44 +230,75 @@ def open_chardev(opened: Opened, device: Chardev, directory: Path) -> None:
 
 
 def open_disk(opened: Opened, disk: Disk) -> None:
-    """Opens every image of the chain; a chain that the document does not name is read from qcow2 headers."""
+    """Opens every image of the chain and numbers it; a chain that the document does not name is read from qcow2
+    headers. Afterwards the document has the chain in full, with its end."""
     if not has_medium(disk):
         return
     if disk.type in ("file", "block") and _optional_and_missing(disk):
         disk.source = None
         return
+    own_secrets(disk)
     alias = alias_of(disk)
-    top = disk.driver.type if disk.driver and disk.driver.type else "raw"
     above: Disk | BackingStore = disk
-    for number, layer in enumerate(list(layers(disk))):
-        if layer.type not in ("file", "block"):
-            return  # QEMU reaches it by protocol
-        fd = _open_image(opened, alias, number, layer.source, layer.read_only)
-        _check_kind(fd, layer, disk)
-        if layer.format == "qcow2":
-            check_qcow2(fd, layer.source.location or f"disk {disk.target.dev}")
-        if number:
+    last: Layer | None = None
+    for layer in list(layers(disk)):
+        if layer.number:
             assert above.backing_store is not None
             above = above.backing_store
-        top = layer.format
-    if above.backing_store is not None or top != "qcow2":
+        _set_index(above, opened.index())
+        if layer.type in ("file", "block"):  # others QEMU reaches by protocol
+            fd = _open_image(opened, image_name(alias, layer.number), layer.source, layer.read_only, disk.shareable)
+            _check_kind(fd, layer, disk)
+            if layer.format == "qcow2":
+                check_qcow2(fd, layer.source.location or f"disk {disk.target.dev}")
+            check_encrypted(fd, layer, encryption_of(disk, layer), f"disk {disk.target.dev}")
+        last = layer
+    if disk.transient is not None:
+        open_overlay(opened, disk)
+    if above.backing_store is not None or last is None:
         return
-    source = above.source
-    while source is not None and source.location:
-        found = qcow2_backing(opened.fds[image_name(alias, number)], source.location)
+    if last.format == "qcow2" and last.type in ("file", "block"):
+        above = _open_below(opened, disk, above, last.number)
+    above.backing_store = BackingStore()  # the end
+
+
+def _open_below(opened: Opened, disk: Disk, above: Disk | BackingStore, number: int) -> Disk | BackingStore:
+    """Follows qcow2 headers down from image `number` of the chain, which `above` describes; the last image."""
+    alias = alias_of(disk)
+    while above.source is not None and above.source.location:
+        found = qcow2_backing(opened.fds[image_name(alias, number)], above.source.location)
         if found is None:
             break
         number += 1
         if number > _MAX_CHAIN:
             raise ConfigUnsupported(f"disk {disk.target.dev}: its chain is longer than {_MAX_CHAIN} images")
-        source = DiskSource(file=found.path)
-        _open_image(opened, alias, number, source, True)
-        below = BackingStore(type="file", format=Format(type=found.format), source=source)
+        try:
+            fd = _open_image(opened, image_name(alias, number), DiskSource(file=found.path), True)
+        except HostError as error:
+            raise HostError(
+                f"disk {disk.target.dev}: {above.source.location} sits on {found.path}: {error.message}",
+                errno=error.errno,
+                remedy=error.remedy or "bring that image back, or name where it is now in <backingStore>",
+            ) from error
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise ConfigError(f"disk {disk.target.dev}: {found.path} is neither a file nor a block device")
+        block = stat.S_ISBLK(mode)
+        source = DiskSource(dev=found.path) if block else DiskSource(file=found.path)
+        below = BackingStore(type="block" if block else "file", format=Format(type=found.format), source=source)
+        _set_index(below, opened.index())
         above.backing_store = below
         above = below
         if found.format != "qcow2":
             break
-    above.backing_store = BackingStore()  # the end
+    return above
+
+
+def _set_index(image: Disk | BackingStore, index: int) -> None:
+    if isinstance(image, BackingStore):
+        image.index = index
+    elif image.source is not None:
+        image.source.index = index
 
 
 def _optional_and_missing(disk: Disk) -> bool:
@@ -263,8 +308,7 @@ def _optional_and_missing(disk: Disk) -> bool:
     return not Path(source.location).exists()
 
 
-def _open_image(opened: Opened, alias: str, number: int, source: DiskSource, read_only: bool) -> int:
-    name = image_name(alias, number)
+def _open_image(opened: Opened, name: str, source: DiskSource, read_only: bool, shareable: bool = False) -> int:
     if source.fdgroup:
         passed = opened.passed.get(source.fdgroup)
         if passed is None:
@@ -272,7 +316,12 @@ def _open_image(opened: Opened, alias: str, number: int, source: DiskSource, rea
         opened.add(name, os.dup(passed))
         return opened.fds[name]
     assert source.location
-    return opened.open(name, source.location, (os.O_RDONLY | os.O_NONBLOCK) if read_only else os.O_RDWR)
+    fd = opened.open(name, source.location, (os.O_RDONLY | os.O_NONBLOCK) if read_only else os.O_RDWR)
+    if shared_as(fd):
+        # Who has it open on another host is said before a VMM finds it locked; and where that could not, held off.
+        check_image(fd, source.location, write=not read_only, share_write=shareable)
+        lock_for_hosts(fd, source.location, write=not read_only, share_write=shareable)
+    return fd
 
 
 def _check_kind(fd: int, layer: Layer, disk: Disk) -> None:

@@ -10,12 +10,15 @@ else answers from memory and never blocks.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvik.conf.devices.disk import Disk, Mirror
 from kvik.conf.domain import Domain
+from kvik.conf.tuning import IoThread
+from kvik.hypervisor.state import StateSource, StateTarget
 
 
 class Feature(enum.StrEnum):
@@ -35,6 +38,8 @@ class Feature(enum.StrEnum):
     PASSTHROUGH = "passthrough"  # takes PCI devices of the host
     NET_PLUG_BY_PATH = "net-plug-by-path"  # plugged while it runs, a stream network's socket is made by the VMM
     RENAME_RUNNING = "rename-running"
+    SNAPSHOTS = "snapshots"  # puts new images on top of running disks
+    SNAPSHOTS_INSIDE = "snapshots-inside"  # puts a machine's memory into an image, with a snapshot of its disks
 
 
 class EventKind(enum.StrEnum):
@@ -59,6 +64,7 @@ class EventKind(enum.StrEnum):
     IO_ERROR = "io-error"  # detail: alias; data["reason"], data["action"]
     GRAPHICS = "graphics"  # detail: "connect", "initialize" or "disconnect"
     TRAY_CHANGE = "tray-change"  # detail: alias; data["open"]
+    WRITE_THRESHOLD = "write-threshold"  # detail: the VMM's name of an image; data["threshold"], data["excess"]: bytes
     SIDECAR_ENDED = "sidecar-ended"  # a side process (TPM, shared directory, network) is gone; detail: which and how
     RX_FILTER = "rx-filter"  # detail: alias; the guest listens to other addresses; told once until they are asked for
     GUEST_OUTPUT = "guest-output"  # first byte on the first serial line or console
@@ -92,6 +98,9 @@ class StartRequest:
     paused: bool = False  # stay paused after start
     files: Mapping[str, int] = field(default_factory=dict)  # descriptors the caller passed, by name
     sink: EventSink = lambda event: None
+    through: tuple[str, ...] = ()  # words before the VMM's own command line, a program that executes it in its place
+    inside: tuple[str, frozenset[str]] | None = None  # a snapshot inside the images of these disks to go on from
+    state: StateSource | None = None  # memory and devices to go on from, instead of booting
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,113 @@ class HostVerdict:
     remedy: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """A block job as it is now; `current` and `total` are bytes."""
+
+    current: int = 0
+    total: int = 0
+    ready: bool = False  # a copy, or a commit of the top image, that waits to be told how to end
+    concluded: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """A dirty bitmap of one image: what of it was written since the bitmap was added; figures in bytes."""
+
+    granularity: int
+    count: int  # what is marked
+    recording: bool
+    persistent: bool
+    inconsistent: bool  # a VMM that died did not write it into the image: what it says is worth nothing
+
+    @property
+    def usable(self) -> bool:
+        """Whether it has marked everything since it was added, through all runs of the machine."""
+        return self.recording and self.persistent and not self.inconsistent
+
+
+@dataclass(frozen=True, slots=True)
+class BackupPart:
+    """One disk of a backup. `path` is the target, or the scratch image of a pull; it exists and is empty."""
+
+    disk: Disk
+    job: str
+    path: str
+    block: bool
+    format: str
+    bitmap: str = ""  # the backup's own bitmap, if it is of changes only
+    since: Sequence[tuple[int, str]] = ()  # the bitmaps that tell of them: (image's number, name)
+    granularity: int = 65536
+    export: str = ""
+
+
+class DiskBackups(Protocol):
+    """Bitmaps and backups of a machine's disks: see `hypervisor/qemu/backup.py`."""
+
+    async def bitmaps(self, disk: Disk) -> dict[int, dict[str, Bitmap]]: ...  # by the image's number and their names
+    async def track(self, new: Sequence[tuple[Disk, str]]) -> None: ...  # persistent bitmaps, all or none
+    async def forget(self, disk: Disk, name: str) -> None: ...  # a bitmap, in every image of the chain
+    async def changed(self, disk: Disk, sources: Sequence[tuple[int, str]]) -> int: ...  # bytes marked in any of them
+    async def carry(self, disk: Disk, images: Sequence[int], into: int, *, new: bool, written: bool = False) -> None:
+        """What the bitmaps of `images` tell is told by those of `into` too, which is about to get their data. `new`:
+        also by names that it does not have. `written`: a job writes to it."""
+
+    async def begin(
+        self, parts: Sequence[BackupPart], *, pull: bool, track: Sequence[tuple[Disk, str]] = ()
+    ) -> int: ...
+    async def serve(self, parts: Sequence[BackupPart], listening: int) -> None: ...
+    async def silence(self, parts: Sequence[BackupPart]) -> None: ...
+    async def clear(self, parts: Sequence[BackupPart]) -> None: ...
+
+
+class DiskJobs(Protocol):
+    """Block jobs on a machine's disks: see `hypervisor/qemu/disk_jobs.py`. Images are named by their `index` in the
+    live document, jobs by the caller. Of a job's end nothing is forgotten before `dismiss`."""
+
+    async def number(self, disk: Disk, mirror: Mirror, *, fresh: bool) -> None: ...
+    async def copy(
+        self,
+        job: str,
+        disk: Disk,
+        mirror: Mirror,
+        *,
+        shallow: bool = False,
+        fresh: bool = False,
+        speed: int = 0,
+        granularity: int = 0,
+        buffer: int = 0,
+        synchronous: bool = False,
+        secrets: Mapping[str, int] = ...,
+    ) -> None: ...
+    async def pull(self, job: str, disk: Disk, base: int | None, backing: str | None, *, speed: int = 0) -> None: ...
+    async def commit(
+        self, job: str, disk: Disk, top: int, base: int, backing: str | None, *, speed: int = 0
+    ) -> None: ...
+    async def states(self) -> dict[str, JobState]: ...
+    def follow(self, job: str) -> AsyncIterator[JobState]: ...
+    async def speed(self, job: str) -> int: ...
+    async def set_speed(self, job: str, speed: int) -> None: ...
+    async def complete(self, job: str) -> None: ...
+    async def cancel(self, job: str, *, force: bool) -> None: ...
+    async def dismiss(self, job: str) -> None: ...
+    async def chain(self, disk: Disk) -> list[int]: ...  # what the guest has now, from the top down
+    async def tidy(self, disk: Disk) -> None: ...
+    def image_of(self, disk: Disk, name: str) -> int | None: ...  # by the VMM's name in a WRITE_THRESHOLD event
+    async def set_threshold(self, disk: Disk, image: int, threshold: int) -> None: ...
+
+
+class IoThreads(Protocol):
+    """Threads that serve devices instead of the VMM's main loop, by their numbers in the document."""
+
+    async def running(self) -> dict[int, frozenset[int]]: ...  # number -> host CPUs that it may run on
+    async def add(self, thread: IoThread) -> None: ...
+    async def delete(self, number: int) -> None: ...
+    async def change(self, number: int, values: Mapping[str, int]) -> None: ...  # names: conf.iothreads.PARAMETERS
+    async def pin(self, number: int, cpus: Iterable[int]) -> None: ...
+
+
 class Machine(Protocol):
     """One running VMM process. All coroutines raise `HypervisorError`s (or `OperationTimeout`)."""
 
@@ -112,6 +228,18 @@ class Machine(Protocol):
     @property
     def output_tail(self) -> bytes:
         """The last output of the first serial line or console that was seen: where a boot stalled."""
+
+    @property
+    def disk_jobs(self) -> DiskJobs:
+        """Raises `OperationUnsupported` from a VMM that has none."""
+
+    @property
+    def backups(self) -> DiskBackups:
+        """Raises `OperationUnsupported` from a VMM that has none."""
+
+    @property
+    def iothreads(self) -> IoThreads:
+        """Raises `OperationUnsupported` from a VMM that has none."""
 
     def handle(self) -> dict[str, Any]:
         """JSON-able facts from which `Driver.attach` finds this machine again; goes into the status file."""
@@ -133,6 +261,10 @@ class Machine(Protocol):
         A VMM that is stopped or stuck costs the whole grace.
         """
 
+    async def save_state(self, target: StateTarget) -> None:
+        """Send memory and devices there; `target.finish` has returned when this does. The guest is stopped then, and
+        `resume` lets it go on. On an error it is here as it was."""
+
     async def inject_nmi(self) -> None: ...
     async def set_action(self, event: str, action: str) -> None:
         """What the VMM does by itself on "poweroff", "reboot" or "crash": "exit", "pause", "reset" or "none".
@@ -152,11 +284,27 @@ class Machine(Protocol):
     async def attach_device(self, device: Any, files: Mapping[str, int]) -> None: ...
     async def detach_device(self, device: Any) -> None: ...  # returns when asked; DEVICE_REMOVED tells the end
     async def update_device(self, old: Any, new: Any) -> None: ...
+    async def set_limits(self, disk: Disk) -> None: ...  # of its <iotune>; none: no limits
     async def devices(self) -> frozenset[str] | None:
         """Aliases of what is plugged in, whoever did it; None from a VMM that cannot tell."""
 
     async def clear_remains(self, device: Any) -> None:
         """Take away what an attach that was broken off, or a detach nobody saw, left of a device that is not there."""
+
+    # snapshots, with Feature.SNAPSHOTS: `new` are disks as they are to be, by `old`'s aliases as they are
+    async def next_image(self) -> int:
+        """A number that no image of the machine has: the `index` of a new one in the live document."""
+
+    async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
+        """All of them or none; for how many microseconds at most the disks' requests were held back."""
+
+    async def has_on_top(self, new: Sequence[Disk]) -> bool: ...  # whether the guest writes to them
+    async def clear_image(self, new: Sequence[Disk]) -> None:
+        """Take away what was made ready for images that were not put on top."""
+
+    # with Feature.SNAPSHOTS_INSIDE; `disks` are live ones. The guest stands still
+    async def save_inside(self, tag: str, disks: Sequence[Disk]) -> None: ...
+    async def delete_inside(self, tag: str, disks: Sequence[Disk]) -> None: ...
 
     # interaction
     async def screenshot(self, screen: int) -> tuple[str, bytes]: ...  # MIME type, image
@@ -171,6 +319,8 @@ class Machine(Protocol):
     async def monitor(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any: ...
     async def human_monitor(self, line: str) -> str: ...
 
+    async def disk_size(self, disk: Disk) -> int: ...  # bytes, as the guest sees it
+    async def resize_disk(self, disk: Disk, size: int) -> None: ...
     async def disk_errors(self) -> Mapping[str, int]: ...  # disk's alias -> virDomainDiskErrorCode, if not 0
 
     # figures: flat names as libvirt's domstats ("block.0.rd.bytes", "net.0.rx.pkts", "cpu.time", ...)
@@ -205,6 +355,9 @@ class Driver(Protocol):
 
         `keep_tpm` None: as the document says (`persistent_state`), which without a word is to remove it.
         """
+
+    def tpm_state(self, definition: Domain) -> Path | None:
+        """The directory that keeps the state of its emulated TPM; None for a machine without one."""
 
     async def native(self, definition: Domain) -> str: ...  # the command line, for domxml-to-native
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str: ...  # XML

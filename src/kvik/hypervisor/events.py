@@ -8,6 +8,8 @@ Reference: QEMU's qapi/*.json.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +19,7 @@ from kvik.qmp.protocol import Event
 __all__ = ["translate"]
 
 Data = Mapping[str, Any]
+_NO_SPACE = os.strerror(errno.ENOSPC)
 Translator = Callable[[Data], tuple[EventKind, str, Data] | None]
 
 
@@ -61,12 +64,12 @@ def _panicked(data: Data) -> tuple[EventKind, str, Data]:
 
 
 def _io_error(data: Data) -> tuple[EventKind, str, Data]:
-    reason = "enospc" if data.get("nospace") is True else _text(data, "reason")
-    return (
-        EventKind.IO_ERROR,
-        _alias(data, "qom-path", "device"),
-        {"reason": reason, "action": _text(data, "action"), "operation": _text(data, "operation")},
-    )
+    reason = _text(data, "reason")
+    if data.get("nospace") is True or reason == _NO_SPACE:  # the first is told of disks that stop the machine only
+        reason = "enospc"
+    details = {"reason": reason, "action": _text(data, "action"), "operation": _text(data, "operation")}
+    # Before 9.2 QEMU names a disk by its block node alone: the machine, which made that, knows whose it is.
+    return EventKind.IO_ERROR, _alias(data, "qom-path", "device"), details | {"node": _text(data, "node-name")}
 
 
 def _back_end_gone(data: Data) -> tuple[EventKind, str, Data]:
@@ -88,6 +91,11 @@ def _tray(data: Data) -> tuple[EventKind, str, Data]:
     return EventKind.TRAY_CHANGE, _alias(data, "id", "device"), {"open": data.get("tray-open") is True}
 
 
+def _threshold(data: Data) -> tuple[EventKind, str, Data]:
+    numbers = {"threshold": _number(data, "write-threshold"), "excess": _number(data, "amount-exceeded")}
+    return EventKind.WRITE_THRESHOLD, _text(data, "node-name"), numbers
+
+
 def _graphics(phase: str) -> Translator:
     def translator(data: Data) -> tuple[EventKind, str, Data]:
         ends = {}
@@ -104,6 +112,7 @@ TABLE: Mapping[str, Translator] = {
     "ACPI_DEVICE_OST": lambda data: None,
     "BALLOON_CHANGE": lambda data: (EventKind.BALLOON_CHANGE, "", {"actual": _number(data, "actual")}),
     "BLOCK_IO_ERROR": _io_error,
+    "BLOCK_WRITE_THRESHOLD": _threshold,
     "DEVICE_DELETED": _deleted,
     "DEVICE_TRAY_MOVED": _tray,
     "DEVICE_UNPLUG_GUEST_ERROR": lambda data: (

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
 from kvik.conf.domain import Domain
-from kvik.errors import ConfigError, KvikError
+from kvik.errors import ConfigError, KvikError, OperationFailed
 from kvik.host.process import ProcessHandle, find
 from kvik.hypervisor.descriptors import Opened
 from kvik.hypervisor.driver import StartRequest
@@ -45,6 +45,13 @@ async def bring_up(
         await machine.connect(START_DEADLINE)
         await machine.refresh()
         await settings(machine)
+        if request.state is not None:
+            await machine.load_state(request.state)
+            await machine.refresh()
+        if request.inside is not None:
+            tag, targets = request.inside
+            disks = [disk for disk in request.definition.devices.disks if disk.target.dev in targets]
+            await machine.load_inside(tag, disks)
         if opened.output is not None:
             machine.watch_output(opened.output)
             opened.output = None
@@ -55,7 +62,8 @@ async def bring_up(
             await machine.resume()
     except BaseException as error:
         reason = error
-        if isinstance(error, KvikError):
+        # A saved state that is damaged says so itself, whatever the VMM made of it.
+        if isinstance(error, KvikError) and not isinstance(error, OperationFailed):
             reason = await explain(error)
             reason = machine.sidecars.failure(request.log_fd, qemu_alive=machine.process.alive) or reason
         await asyncio.shield(machine.quit(0.0))

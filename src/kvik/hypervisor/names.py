@@ -27,6 +27,7 @@ __all__ = [
     "life_name",
     "listens",
     "log_name",
+    "overlay_name",
     "passt_name",
     "switch_name",
     "tap_name",
@@ -50,6 +51,11 @@ def alias_of(device: Device) -> str:
     if device.alias is None or not device.alias.name:
         raise ConfigUnsupported(f"a {type(device).__name__.lower()} has no alias")
     return device.alias.name
+
+
+def overlay_name(alias: str) -> str:
+    """What is written to a transient disk: an image without a name, gone with whoever has it open."""
+    return f"disk:{alias}:overlay"
 
 
 def chardev_name(alias: str) -> str:

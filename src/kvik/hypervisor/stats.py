@@ -16,7 +16,7 @@ from kvik.hypervisor import cpus
 if TYPE_CHECKING:
     from kvik.hypervisor.machine import QmpMachine
 
-__all__ = ["balloon", "collect", "disk_errors"]
+__all__ = ["balloon", "collect", "disk_errors", "disk_figures"]
 
 _DEADLINE = 2.0
 _NET = tuple(f"{side}.{what}" for side in ("rx", "tx") for what in ("bytes", "pkts", "errs", "drop"))
@@ -109,18 +109,24 @@ async def _block(machine: QmpMachine) -> dict[str, int | str]:
             figures[f"{prefix}.path"] = location
         if disk.alias is None:
             continue
-        counted = by_device.get(disk.alias.name, {})
-        for key, name in _BLOCK:
-            value = counted.get(name)
-            if isinstance(value, int):
-                figures[f"{prefix}.{key}"] = value
-        sizes = nodes.get(machine.top_node(disk))
-        if sizes is not None:
-            figures |= {f"{prefix}.capacity": sizes[0], f"{prefix}.physical": sizes[1]}
-            offset = counted.get("wr_highest_offset")
-            if isinstance(offset, int):
-                figures[f"{prefix}.allocation"] = offset
+        figures |= disk_figures(prefix, by_device.get(disk.alias.name, {}), nodes.get(machine.top_node(disk), {}))
     return figures
+
+
+def disk_figures(prefix: str, counted: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, int]:
+    """Of one disk: `counted` as query-blockstats has it, `image` as query-named-block-nodes has it; both may lack
+    anything."""
+    found: dict[str, int] = {}
+    for key, name in _BLOCK:
+        value = counted.get(name)
+        if isinstance(value, int):
+            found[f"{prefix}.{key}"] = value
+    size, actual, offset = (image.get("virtual-size"), image.get("actual-size"), counted.get("wr_highest_offset"))
+    if isinstance(size, int):
+        found |= {f"{prefix}.capacity": size, f"{prefix}.physical": actual if isinstance(actual, int) else 0}
+        if isinstance(offset, int):
+            found[f"{prefix}.allocation"] = offset
+    return found
 
 
 _ERRORS = {"failed": DomainDiskErrorCode.UNSPEC, "nospace": DomainDiskErrorCode.NO_SPACE}  # io-status -> ours
@@ -137,15 +143,14 @@ async def disk_errors(machine: QmpMachine) -> dict[str, int]:
     return found
 
 
-async def _image_sizes(machine: QmpMachine) -> dict[str, tuple[int, int]]:
-    """node name -> (virtual size, size on the host), in bytes."""
-    found: dict[str, tuple[int, int]] = {}
+async def _image_sizes(machine: QmpMachine) -> dict[str, dict[str, Any]]:
+    """node name -> what is told of its image."""
+    found: dict[str, dict[str, Any]] = {}
     reply = await machine.execute("query-named-block-nodes", {"flat": True}, deadline=_DEADLINE)
     for item in reply if isinstance(reply, list) else []:
         image = item.get("image") if isinstance(item, dict) else None
-        if isinstance(image, dict) and isinstance(image.get("virtual-size"), int):
-            actual = image.get("actual-size")
-            found[str(item.get("node-name"))] = (image["virtual-size"], actual if isinstance(actual, int) else 0)
+        if isinstance(image, dict):
+            found[str(item.get("node-name"))] = image
     return found
 
 

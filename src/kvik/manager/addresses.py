@@ -1,4 +1,5 @@
-"""A guest's addresses without its help: the DHCP leases of our networks, and who answered the host's ARP and ND."""
+"""A guest's addresses without its help: the DHCP leases of our networks, what is heard on its interfaces, and who
+answered the host's ARP and ND."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from kvik.manager.networks import NetworkObject, Networks
     from kvik.network.dnsmasq import LeaseEntry
 
-__all__ = ["from_leases", "from_neighbours"]
+__all__ = ["from_arp", "from_leases"]
 
 IPV4, IPV6 = 0, 1  # virIPAddrType
 
@@ -53,8 +54,9 @@ async def _from_switch(domain: DomainObject, interface: Interface, mac: str) -> 
     return [(IPV4, str(lease["ip"]), int(lease["prefix"])) for lease in leases if lease["mac"] == mac]
 
 
-async def from_neighbours(domain: DomainObject) -> list[InterfaceAddress]:
-    """Who answered the host with the MAC of one of the machine's interfaces. No prefix is known: it is 0."""
+async def from_arp(domain: DomainObject) -> list[InterfaceAddress]:
+    """What a machine said of its addresses on its interfaces (network/tap_watch.py), last heard first; then who else
+    answered the host with one of its MACs. No prefix is known: it is 0."""
 
     def known() -> dict[str, list[tuple[int, str, int]]]:
         by_mac: dict[str, list[tuple[int, str, int]]] = {}
@@ -66,11 +68,13 @@ async def from_neighbours(domain: DomainObject) -> list[InterfaceAddress]:
         return by_mac
 
     by_mac = await domain.manager.networks.run(known)
-    return [
-        InterfaceAddress(_name(interface), mac, sorted(by_mac[mac])[:ADDRESSES_MAX])
-        for interface, mac in _interfaces(domain)
-        if mac in by_mac
-    ]
+    found = []
+    for interface, mac in _interfaces(domain):
+        heard = [(IPV6 if ":" in one else IPV4, one, 0) for one in domain.manager.taps.heard(_name(interface))]
+        told = list(dict.fromkeys([*heard, *sorted(by_mac.get(mac, []))]))
+        if told:
+            found.append(InterfaceAddress(_name(interface), mac, told[:ADDRESSES_MAX]))
+    return found
 
 
 def network_of(networks: Networks, interface: Interface) -> NetworkObject | None:

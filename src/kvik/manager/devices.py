@@ -18,7 +18,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.hostdev import Hostdev
 from kvik.conf.devices.interface import Interface
 from kvik.conf.devices.memory import Memballoon, Memory
-from kvik.conf.devices.other import Filesystem
+from kvik.conf.devices.other import Filesystem, Lease
 from kvik.conf.devices_xml import (
     FIELDS,
     add_device,
@@ -37,13 +37,18 @@ from kvik.errors import (
     NoDevice,
     OperationFailed,
     OperationUnsupported,
+    ResourceBusy,
 )
 from kvik.hypervisor.driver import Feature
-from kvik.manager import disks, filtering, interface_changes, ports, prepare
+from kvik.hypervisor.layers import next_index
+from kvik.manager import disks, filtering, interface_changes, lease_changes, ports, prepare, volume_disks
 from kvik.manager.interfaces import open_interfaces, plugged
+from kvik.manager.secrets import open_secrets
+from kvik.manager.storage import check_idle
 
 if TYPE_CHECKING:
-    from kvik.manager.domain import DomainObject, Run
+    from kvik.manager.domain import DomainObject
+    from kvik.manager.run import Run
 
 LIVE, CONFIG, FORCE = 1, 2, 4
 REMOVAL_WAIT = 5.0  # seconds; libvirt's own figure
@@ -54,6 +59,8 @@ REMOVAL_WAIT = 5.0  # seconds; libvirt's own figure
 
 def find(document: Domain, kind: str, given: Element) -> Element:
     """The device of the document that `given` means: by alias, target, MAC or address, else by being the same."""
+    if isinstance(given, Lease):
+        return lease_changes.find_lease(document, given)
     candidates = device_list(document.devices, kind)
     found = [device for device in candidates if _means(given, device)]
     if len(found) == 1:
@@ -174,8 +181,13 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
     machine = domain.require_machine()
     run = domain.run
     assert run is not None
+    if isinstance(given, Lease):
+        await lease_changes.attach(domain, given)
+        return
     if run.arriving is not None:
         await settle(domain)
+    if isinstance(given, Disk):
+        volume_disks.resolve_disk(domain.manager, given)
     _check_new(run.live, kind, given)
     trial = run.live.copy()
     add_device(trial.devices, given)
@@ -189,6 +201,7 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
         use = await domain.manager.store.run(disks.use_of, given)
         if use is not None:
             disks.check_unused([use], domain.manager.disk_uses(domain))
+            check_idle(domain.manager, [use])
             run.uses.append(use)  # before the VMM opens it: nobody else gets it meanwhile
     try:
         # What the device needs (a controller that was not there) goes first.
@@ -201,12 +214,16 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
             attachments = {}
             if isinstance(device, Interface) and Feature.TAPS in domain.driver.features():
                 attachments = ports.join(domain, [device])
+            if isinstance(device, Disk) and device.source is not None:
+                device.source.index = next_index(run.live.devices.disks)
             run.arriving = device
             await domain.save_status()  # the next daemon must know what to look for, should this one be killed
             with ExitStack() as taps:
                 files: dict[str, int] = {}
                 if isinstance(device, Interface):
                     files = await open_interfaces(domain, run.directory, [device], taps, attachments)
+                if isinstance(device, Disk):
+                    files = open_secrets(domain.manager.secrets, [device], taps)
                 await machine.attach_device(device, files)
                 if isinstance(device, Interface):
                     await plugged(domain, run.directory, device)
@@ -309,9 +326,17 @@ async def _detach_live(domain: DomainObject, kind: str, given: Element) -> None:
     machine = domain.require_machine()
     run = domain.run
     assert run is not None
+    if isinstance(given, Lease):
+        await lease_changes.detach(domain, given)
+        return
     device = find(run.live, kind, given)
     if not isinstance(device, Device) or device.alias is None:
         raise ConfigUnsupported(f"a {kind} cannot be detached from a running machine")
+    if isinstance(device, Disk) and device.target.dev in run.block_jobs:
+        raise ResourceBusy(
+            f"disk '{device.target.dev}' has an active block job",
+            remedy=f"end it first: kvik blockjob {domain.name} {device.target.dev} --abort",
+        )
     alias = device.alias.name
     waiting = run.removals.get(alias)
     if waiting is None:
@@ -333,8 +358,8 @@ def removed(domain: DomainObject, run: Run, alias: str) -> None:
             if isinstance(device, Interface):
                 domain.spawn(ports.release(domain.manager, domain, [device]))
             if isinstance(device, Disk):
-                use = disks.use_of(device)
-                run.uses = [other for other in run.uses if use is None or other.path != use.path]
+                images = {use.path for use in disks.uses_of(device)}
+                run.uses = [other for other in run.uses if other.path not in images]
             if isinstance(device, Interface):
                 domain.spawn(filtering.release(domain, [device]))
             break
@@ -356,8 +381,11 @@ async def update(domain: DomainObject, xml: str, flags: int) -> None:
         await _update_live(domain, kind, given)
         return
     async with domain.manager.editing(domain) as document:
-        old = find(document, kind, given)
         _, new = parse_device(format_device(given, secure=True))
+        if _only_alias(new) and isinstance(new, Disk):  # a live alias is not the definition's: its target is
+            new.alias = None
+        old = find(document, kind, new)
+        interface_changes.as_defined(old, new)
         _replace(document, kind, old, new)
         prepare.fill(document)
         if impact & LIVE:
@@ -370,10 +398,12 @@ async def _update_live(domain: DomainObject, kind: str, given: Element) -> None:
     assert run is not None
     old = find(run.live, kind, given)
     if isinstance(given, Disk) and isinstance(old, Disk):
+        volume_disks.resolve_disk(domain.manager, given)
         await domain.manager.store.run(disks.check_disk, given, domain.name)
         use = await domain.manager.store.run(disks.use_of, given)
         if use is not None:
             disks.check_unused([use], domain.manager.disk_uses(domain))
+            check_idle(domain.manager, [use])
     if isinstance(given, Device) and isinstance(old, Device):
         given.alias = old.alias
         given.address = given.address or old.address

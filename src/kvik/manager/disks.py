@@ -12,11 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from kvik.conf.devices.disk import Disk
+from kvik.conf.devices.disk import Disk, DiskSource
 from kvik.conf.domain import Domain
 from kvik.errors import HostError, ResourceBusy
-
-Identity = tuple[int, int]
+from kvik.host.files import Identity, identify
 
 
 class Use(NamedTuple):
@@ -33,26 +32,42 @@ class Use(NamedTuple):
         return not ((self.readonly and other.readonly) or (self.shareable and other.shareable))
 
 
-def identify(path: str) -> Identity | None:
-    """A block device by its number, anything else by its inode; None if it cannot be looked at."""
-    try:
-        info = os.stat(path)  # noqa: PTH116
-    except OSError:
-        return None
-    return (0, info.st_rdev) if stat.S_ISBLK(info.st_mode) else (info.st_dev, info.st_ino)
-
-
 def use_of(disk: Disk) -> Use | None:
-    if disk.type not in ("file", "block") or disk.source is None or not disk.source.location:
+    if disk.type not in ("file", "block"):
         return None
-    identity = identify(disk.source.location)
-    if identity is None:
+    readonly = disk.readonly or disk.device == "cdrom"
+    if disk.transient is not None and disk.transient.share_backing:
+        readonly = True  # what is written goes elsewhere, and others may do the same
+    return image_use(disk.source, shareable=disk.shareable, readonly=readonly)
+
+
+def image_use(source: DiskSource | None, *, shareable: bool = False, readonly: bool = False) -> Use | None:
+    """None for what is no file of this host, or is not there."""
+    if source is None or not source.location:
         return None
-    return Use(identity, disk.source.location, disk.shareable, disk.readonly or disk.device == "cdrom")
+    identity = identify(source.location)
+    return Use(identity, source.location, shareable, readonly) if identity is not None else None
 
 
 def uses(definition: Domain) -> list[Use]:
-    return [use for disk in definition.devices.disks if (use := use_of(disk))]
+    """Of every image of every disk: what lies below is read, the copy that is being made is written."""
+    return [use for disk in definition.devices.disks for use in uses_of(disk)]
+
+
+def uses_of(disk: Disk) -> Iterator[Use]:
+    top = use_of(disk)
+    if top is not None:
+        yield top
+    mirror = disk.mirror
+    if mirror is not None and (copy := image_use(mirror.source)) is not None:
+        yield copy
+    for chain in (disk, mirror):
+        below = chain.backing_store if chain is not None else None
+        while below is not None:
+            lower = image_use(below.source, readonly=True)
+            if lower is not None and not (mirror is not None and lower.identity == (copy.identity if copy else None)):
+                yield lower
+            below = below.backing_store
 
 
 def check_disk(disk: Disk, name: str) -> None:
@@ -63,7 +78,7 @@ def check_disk(disk: Disk, name: str) -> None:
     if source.startup_policy in ("optional", "requisite") and not Path(source.location).exists():
         return
     what = f"{disk.device} {disk.target.dev} of machine {name!r}"
-    _check_file(source.location, what, writable=not disk.readonly and disk.device != "cdrom")
+    _check_file(source.location, what, writable=not (disk.readonly or disk.device == "cdrom" or disk.transient))
 
 
 def check_files(definition: Domain, given: Iterable[str] = ()) -> None:

@@ -1,23 +1,23 @@
 """One machine: its definition, its live state, and everything that can be asked of it.
 
 Reads are plain functions that answer from memory, whatever the VMM is doing. What changes a machine is a coroutine
-that holds the machine's one job; the work is in the modules named like it: `lifecycle`, `tuning`, `devices`, `guest`,
-`figures`. Attributes without an underscore that are not documented here belong to those modules.
+that holds the machine's one job; the work is in the modules named like it: `starting`, `power`, `tuning`,
+`devices`, `guest`, `figures`. Attributes without an underscore that are not documented here belong to those modules.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid as uuids
-from collections.abc import Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Coroutine, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvik.conf.devices_xml import format_device
 from kvik.conf.domain import Domain, format_domain
 from kvik.conf.enums import (
+    DomainBlockJobType,
     DomainInterfaceAddressesSource,
     DomainJobOperation,
     DomainJobType,
@@ -29,17 +29,38 @@ from kvik.conf.enums import (
 )
 from kvik.errors import InvalidArgument, KvikError, NoDevice, OperationFailed, OperationInvalid
 from kvik.hypervisor.driver import Driver, Machine
-from kvik.manager import addresses, devices, exec, figures, guest, interface_changes, lifecycle, metadata, tuning
+from kvik.manager import (
+    addresses,
+    block_copy,
+    block_jobs,
+    block_tuning,
+    devices,
+    exec,
+    figures,
+    guest,
+    interface_changes,
+    interfaces,
+    iothreads,
+    lifecycle,
+    metadata,
+    power,
+    starting,
+    tuning,
+    volume_disks,
+)
+from kvik.manager.block_jobs import JobInfo
+from kvik.manager.checkpoints.tree import Checkpoints
 from kvik.manager.definition import Definition
-from kvik.manager.disks import Use
 from kvik.manager.events import DomainRef
 from kvik.manager.exec import ExecResult
 from kvik.manager.guest import InterfaceAddress
 from kvik.manager.jobs import JobSlot
 from kvik.manager.keycodes import to_linux
 from kvik.manager.log import MachineLog
-from kvik.manager.stages import BootStages, Stage
-from kvik.manager.states import Trigger, state_text
+from kvik.manager.run import Run
+from kvik.manager.snapshots.tree import Tree
+from kvik.manager.stages import Stage
+from kvik.manager.states import state_text
 from kvik.manager.store import Status
 
 if TYPE_CHECKING:
@@ -60,71 +81,14 @@ class DomainInfo(NamedTuple):
     cpu_time_ns: int
 
 
-class Run:
-    """What exists only while a machine is on; one object per start, so that nothing of an old run can leak in."""
-
-    __slots__ = (
-        "agent_error",
-        "arriving",
-        "asked",
-        "autodestroy",
-        "balloon_kib",
-        "cpu_time",
-        "directory",
-        "early",
-        "ended",
-        "figures",
-        "interfaces",
-        "live",
-        "live_text",
-        "machine",
-        "overdue",
-        "pause_cause",
-        "pending",
-        "pid",
-        "pid_start",
-        "reboot_wanted",
-        "removals",
-        "stages",
-        "started",
-        "tasks",
-        "uses",
-    )
-
-    def __init__(self, live: Domain, directory: Path, stages: BootStages) -> None:
-        self.live = live
-        self.live_text: dict[int, str] = {}  # flags -> text
-        self.directory = directory
-        self.stages = stages
-        self.machine: Machine | None = None  # None while starting, or while a found VMM does not answer
-        self.pid = 0
-        self.pid_start = 0  # clock ticks since boot; tells the process from a later one with its pid
-        self.started = time.time()
-        self.early: list[Any] | None = []  # events that came before the machine was ours; then None
-        self.ended = asyncio.Event()
-        self.arriving: Any = None  # device that the VMM is being given: in the status, should the daemon be killed
-        self.pending: Trigger | None = None  # how the coming end is to be understood
-        self.pause_cause = ""  # why the next pause happens
-        self.reboot_wanted = False  # the coming power-off is to be a reboot
-        self.autodestroy: Hashable | None = None
-        self.interfaces: list[InterfaceAddress] = []
-        self.agent_error = ""
-        self.uses: list[Use] = []
-        self.figures: dict[str, int | str] = {}  # the last that the VMM told
-        self.cpu_time = 0  # ns
-        self.asked: asyncio.Task[None] | None = None  # the question for figures under way
-        self.overdue = False  # its answer did not come in time
-        self.balloon_kib = live.current_memory or live.memory
-        self.removals: dict[str, asyncio.Future[bool]] = {}  # alias -> removed?
-        self.tasks: set[asyncio.Task[None]] = set()
-
-
 class DomainObject:
     """`state` and `reason` are virDomainState and its reason; `id` is -1 while the machine is off."""
 
     __slots__ = (
         "autostart",
+        "checkpoints",
         "cleaning",
+        "completed_job",
         "config",
         "crashes",
         "encoded",
@@ -138,6 +102,7 @@ class DomainObject:
         "reason",
         "reason_text",
         "run",
+        "snapshots",
         "starting",
         "state",
         "updated",
@@ -159,6 +124,9 @@ class DomainObject:
         self.has_managed_save = False
         self.keep_tpm: bool | None = None  # what undefine said while the machine ran; None: as the document says
         self.run: Run | None = None
+        self.snapshots = Tree()
+        self.checkpoints = Checkpoints()
+        self.completed_job: tuple[int, dict[str, int | str | bool]] | None = None  # virDomainJobType, its figures
         self.starting: asyncio.Task[Machine] | None = None
         self.cleaning: asyncio.Task[None] | None = None
         self.crashes: list[float] = []
@@ -270,8 +238,11 @@ class DomainObject:
         secure = flags & DomainXMLFlags.SECURE
         text = run.live_text.get(secure)
         if text is None:
-            text = run.live_text[secure] = format_domain(run.live, secure=bool(secure))
+            text = run.live_text[secure] = format_domain(self._shown(run.live), secure=bool(secure))
         return text
+
+    def _shown(self, live: Domain) -> Domain:
+        return interfaces.shown(volume_disks.shown(live), self.manager.networks)
 
     def info(self) -> DomainInfo:
         run = self.run
@@ -296,14 +267,20 @@ class DomainObject:
     def job_info(self) -> dict[str, Any]:
         """`type` and `operation` are virDomainJobType and virDomainJobOperation."""
         job = self.jobs.current
+        if self.run is not None and self.run.backup is not None:
+            figures = self.run.backup.figures()
+            return {"type": DomainJobType.UNBOUNDED, "elapsed_ms": figures["time_elapsed"], "name": "backup", **figures}
         if job is None:
             return {"type": DomainJobType.NONE, "operation": DomainJobOperation.UNKNOWN, "elapsed_ms": 0, "name": ""}
-        operation = DomainJobOperation.START if job.name == "start" else DomainJobOperation.UNKNOWN
+        operation = DomainJobOperation.START if job.name == "start" else job.operation
+        done, total = job.progress() if job.progress is not None else (0, 0)
         return {
             "type": DomainJobType.UNBOUNDED,
             "operation": operation,
             "elapsed_ms": int(job.elapsed * 1000),
             "name": job.name,
+            "done": done,
+            "total": total,
         }
 
     def open_console(self, device: str | None = None) -> int:
@@ -395,6 +372,8 @@ class DomainObject:
             stages=run.stages.reached,
             reason_text=self.reason_text,
             arriving=format_device(run.arriving, secure=True) if run.arriving is not None else "",
+            block_jobs=[item.facts() for item in run.block_jobs.values() if item.type != DomainBlockJobType.BACKUP],
+            unfinished=run.unfinished,
         )
 
     async def save_status(self) -> None:
@@ -427,23 +406,23 @@ class DomainObject:
         autodestroy: Hashable | None = None,
     ) -> None:
         """`flags` are virDomainCreateFlags."""
-        await lifecycle.start(self, paused, flags, files or {}, autodestroy)
+        await starting.start(self, paused, flags, files or {}, autodestroy)
 
     async def shutdown(self, mode: int = 0) -> None:
         """Ask the guest to power off (virDomainShutdownFlags; 0: by its agent if connected, else by ACPI)."""
-        await lifecycle.shutdown(self, mode)
+        await power.shutdown(self, mode)
 
     async def reboot(self, mode: int = 0) -> None:
-        await lifecycle.reboot(self, mode)
+        await power.reboot(self, mode)
 
     async def reset(self) -> None:
-        await lifecycle.reset(self)
+        await power.reset(self)
 
     async def suspend(self) -> None:
-        await lifecycle.suspend(self)
+        await power.suspend(self)
 
     async def resume(self) -> None:
-        await lifecycle.resume(self)
+        await power.resume(self)
 
     async def destroy(self, graceful: bool = False) -> None:
         """End the VMM at once, whatever else is going on. Waits for no job."""
@@ -480,10 +459,36 @@ class DomainObject:
         async with self.jobs.hold("set-memory"):
             await tuning.set_memory(self, kib, flags)
 
+    async def iothread_affinities(self, flags: int = 0) -> dict[int, frozenset[int] | None]:
+        """I/O thread -> host CPUs that it may run on; None: all."""
+        return await iothreads.affinities(self, flags)
+
+    async def add_iothread(self, number: int, flags: int = 0) -> None:
+        async with self.jobs.hold("add-iothread"):
+            await iothreads.add(self, number, flags)
+
+    async def delete_iothread(self, number: int, flags: int = 0) -> None:
+        async with self.jobs.hold("delete-iothread"):
+            await iothreads.delete(self, number, flags)
+
+    async def set_iothread(self, number: int, values: Mapping[str, int], flags: int = 0) -> None:
+        """By libvirt's names, such as "poll_max_ns"."""
+        async with self.jobs.hold("set-iothread"):
+            await iothreads.change(self, number, values, flags)
+
+    async def pin_iothread(self, number: int, cpus: Iterable[int], flags: int = 0) -> None:
+        async with self.jobs.hold("pin-iothread"):
+            await iothreads.pin(self, number, cpus, flags)
+
     async def set_interface_parameters(self, device: str, values: Mapping[str, int], flags: int = 0) -> None:
         """Bandwidth of an interface, by libvirt's names, such as "inbound.average"."""
         async with self.jobs.hold("set-interface-parameters"):
             await interface_changes.set_parameters(self, device, values, flags)
+
+    async def set_block_io_tune(self, disk: str, values: Mapping[str, int | str], flags: int = 0) -> None:
+        """Limits of a disk's requests, by libvirt's names, such as "total_bytes_sec"."""
+        async with self.jobs.hold("set-block-io-tune"):
+            await block_tuning.set_limits(self, disk, values, flags)
 
     async def set_memory_stats_period(self, seconds: int, flags: int = 0) -> None:
         """How often the guest reports its memory figures; 0: never."""
@@ -505,6 +510,43 @@ class DomainObject:
     async def update_device(self, xml: str, flags: int = 0) -> None:
         async with self.jobs.hold("update-device"):
             await devices.update(self, xml, flags)
+
+    # disks
+
+    async def block_rebase(self, disk: str, base: str | None, bandwidth: int, flags: int = 0) -> None:
+        """`flags` are virDomainBlockRebaseFlags; `bandwidth` is MiB a second, unless they say bytes."""
+        async with self.jobs.hold("block-rebase"):
+            await block_copy.rebase(self, disk, base, bandwidth, flags)
+
+    async def block_copy(self, disk: str, xml: str, params: Mapping[str, int], flags: int = 0) -> None:
+        async with self.jobs.hold("block-copy"):
+            await block_copy.copy(self, disk, xml, params, flags)
+
+    async def block_commit(
+        self, disk: str, base: str | None, top: str | None, bandwidth: int = 0, flags: int = 0
+    ) -> None:
+        async with self.jobs.hold("block-commit"):
+            await block_jobs.commit(self, disk, base, top, bandwidth=bandwidth, flags=flags)
+
+    async def block_job_abort(self, disk: str, flags: int = 0) -> None:
+        async with self.jobs.hold("block-job-abort"):
+            await block_jobs.abort(self, disk, flags)
+
+    async def block_job_info(self, disk: str) -> JobInfo | None:
+        return await block_jobs.info(self, disk)
+
+    async def block_job_speed(self, disk: str, bandwidth: int, *, in_bytes: bool) -> None:
+        async with self.jobs.hold("block-job-speed"):
+            await block_jobs.set_speed(self, disk, bandwidth, in_bytes)
+
+    async def set_block_threshold(self, device: str, threshold: int) -> None:
+        async with self.jobs.hold("set-block-threshold"):
+            await block_jobs.set_threshold(self, device, threshold)
+
+    async def block_resize(self, disk: str, size: int, *, to_capacity: bool = False) -> None:
+        """`size` in bytes; with `to_capacity` 0: all that the block device has."""
+        async with self.jobs.hold("block-resize"):
+            await block_jobs.resize(self, disk, size, to_capacity=to_capacity)
 
     # interaction
 
@@ -563,7 +605,7 @@ class DomainObject:
         if source == DomainInterfaceAddressesSource.LEASE:
             return await addresses.from_leases(self)
         if source == DomainInterfaceAddressesSource.ARP:
-            return await addresses.from_neighbours(self)
+            return await addresses.from_arp(self)
         if source != DomainInterfaceAddressesSource.AGENT:
             raise InvalidArgument(f"there is no source of addresses {source}")
         return await guest.interface_addresses(self)

@@ -12,7 +12,8 @@ from kvik.errors import KvikError
 from kvik.host import process
 
 if TYPE_CHECKING:
-    from kvik.manager.domain import DomainObject, Run
+    from kvik.manager.domain import DomainObject
+    from kvik.manager.run import Run
 
 Figures = dict[str, int | str]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
 
-__all__ = ["changed", "protector", "release", "repair"]
+__all__ = ["changed", "follow", "protector", "release", "repair"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,13 @@ async def changed(domain: DomainObject, old: object, new: object) -> AsyncIterat
     except BaseException:
         await run(protect, old)
         raise
+
+
+async def follow(domain: DomainObject, interface: Interface) -> None:
+    """Its tap is on another bridge, or that has other addresses: an allow-list by name has to do with those of the
+    gateway. Raises as `Filters.bind`."""
+    if interface.filterref is not None:
+        await domain.manager.store.run(protector(domain), interface)
 
 
 async def release(domain: DomainObject, interfaces: Iterable[Interface]) -> None:

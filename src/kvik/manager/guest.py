@@ -13,7 +13,8 @@ from kvik.errors import AgentError, InvalidArgument, KvikError, MonitorError
 from kvik.manager.stages import AGENT_CHANNEL, Stage
 
 if TYPE_CHECKING:
-    from kvik.manager.domain import DomainObject, Run
+    from kvik.manager.domain import DomainObject
+    from kvik.manager.run import Run
 
 __all__ = ["AGENT_CHANNEL", "InterfaceAddress", "agent_command", "agent_is_up", "interface_addresses", "wait_ready"]
 

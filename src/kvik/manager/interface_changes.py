@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kvik.conf.codec import Element
 from kvik.conf.devices.interface import Bandwidth, Interface, Rate
 from kvik.conf.domain import Domain
 from kvik.conf.network_validate import validate_bandwidth
@@ -17,15 +18,15 @@ from kvik.conf.tree import clone
 from kvik.errors import ConfigError, InvalidArgument, KvikError, OperationUnsupported
 from kvik.hypervisor.changes import check_interface, complete_change
 from kvik.hypervisor.driver import Feature
-from kvik.manager import ports
-from kvik.manager.interfaces import on_switch
+from kvik.manager import filtering, ports
+from kvik.manager.interfaces import SHOWN, on_switch
 from kvik.network.attachment import Attachment, macvtap_mode, resolve
 from kvik.network.tap_changes import change_tap
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
 
-__all__ = ["changed", "parameters", "set_parameters"]
+__all__ = ["as_defined", "changed", "parameters", "set_parameters"]
 
 LIVE, CONFIG = 1, 2
 NAMES = {"inbound": ("average", "peak", "burst", "floor"), "outbound": ("average", "peak", "burst")}
@@ -40,6 +41,7 @@ async def changed(domain: DomainObject, old: object, new: object) -> AsyncIterat
     if not isinstance(old, Interface) or not isinstance(new, Interface):
         yield
         return
+    as_defined(old, new)
     complete_change(old, new)
     check_interface(old, new)
     if Feature.TAPS not in domain.driver.features():
@@ -75,11 +77,16 @@ async def changed(domain: DomainObject, old: object, new: object) -> AsyncIterat
     try:
         await _promise(domain, new, after)
         await run(change_tap, new, before, after)
+        moved = before is None or before.device != after.device
         try:
+            if moved and old.filterref == new.filterref:  # else it gets a new filter, where it is now
+                await filtering.follow(domain, new)
             yield
         except BaseException:
             if before is not None:
                 await run(change_tap, old, after, before)
+                if moved:
+                    await filtering.follow(domain, old)
             raise
     except BaseException:
         if joined:
@@ -92,6 +99,15 @@ async def changed(domain: DomainObject, old: object, new: object) -> AsyncIterat
         ports.leave(domain, [old])
         if before is not None:
             await _keep_promises(domain, before)
+
+
+def as_defined(old: Element, new: Element) -> None:
+    """Whoever took `new` from the document of a running machine (`interfaces.shown`) means the network it is on."""
+    if not isinstance(old, Interface) or not isinstance(new, Interface) or old.type != "network":
+        return
+    one, other = old.source, new.source
+    if new.type in SHOWN and one is not None and other is not None and other.network and one.network == other.network:
+        new.type = "network"
 
 
 async def _promise(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:

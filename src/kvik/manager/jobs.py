@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -25,6 +25,9 @@ class Job:
     name: str
     since: float = field(default_factory=time.time)  # seconds since the epoch
     began: float = field(default_factory=time.monotonic)
+    operation: int = 0  # virDomainJobOperation
+    progress: Callable[[], tuple[int, int]] | None = None  # bytes that are done, and of how many
+    cancel: Callable[[], object] | None = None  # ask it to give up
 
     @property
     def elapsed(self) -> float:

@@ -27,21 +27,34 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Driver
-from kvik.manager import figures, filtering, lifecycle, ports, prepare, recover
+from kvik.manager import figures, filtering, host_names, ports, prepare, recover, starting
+from kvik.manager.backup import job as backups
+from kvik.manager.checkpoints import resume as checkpoints
+from kvik.manager.checkpoints.store import store_of as checkpoints_of
+from kvik.manager.checkpoints.tree import Checkpoints
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
 from kvik.manager.events import EventHub
 from kvik.manager.interfaces import look_after_networks
+from kvik.manager.jobs import LIMIT
 from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
+from kvik.manager.saved import machine as saved_machine
+from kvik.manager.saved.machine import Saved
+from kvik.manager.secrets import Secrets
+from kvik.manager.snapshots import apply as snapshots
+from kvik.manager.snapshots import resume
+from kvik.manager.snapshots.tree import Tree
 from kvik.manager.states import needs_daemon
 from kvik.manager.storage import Pools, users
 from kvik.manager.store import Store, check_name
 from kvik.network import bridges
 from kvik.network.filters.filters import Filters
+from kvik.network.host_names import HostNames
 from kvik.network.interfaces.interfaces import Interfaces
 from kvik.network.switch.session import SessionNetworks
+from kvik.network.tap_watch import TapWatch
 from kvik.paths import Paths
 
 logger = logging.getLogger(__name__)
@@ -71,11 +84,16 @@ class Manager:
         self.default_network = default_network
         self.events = EventHub()
         self.filters = Filters(paths)
+        self.taps = TapWatch()
+        self.host_names = HostNames(paths)
         self.session_networks = SessionNetworks(paths) if paths.scope == "session" else None
         self.networks = Networks(paths, rules_gone=self._rules_gone, switches=self.session_networks)
         self.pools = Pools(paths)
         self.pools.users = lambda: users(self)
         self.store = Store(paths)
+        self.secrets = Secrets(paths, self.store)
+        self.pools.secret = lambda kind, which: self.secrets.value(kind, uuid=which.uuid, usage=which.usage)
+        self.pools.secret_for = self.secrets.for_volume
         self.interfaces = Interfaces(paths)
         self.bridges = bridges
         self.warnings: list[str] = []  # what `open` had to put right or set aside
@@ -94,6 +112,8 @@ class Manager:
         """
         await self.store.run(self.filters.open)
         self.warnings += self.filters.warnings
+        await self.secrets.open()
+        self.warnings += self.secrets.warnings
         await self.networks.open()
         if self.default_network:  # a slow host is not made to wait for it: clients give a daemon seconds to listen
             await asyncio.wait([self.spawn(self._make_default_network())], timeout=DEFAULT_NETWORK_WAIT)
@@ -101,12 +121,24 @@ class Manager:
         await self.pools.open()
         self.warnings += self.pools.warnings
         await recover.recover(self)
+        await saved_machine.load(self)
+        await resume.load(self)
+        await self._load_checkpoints()
         await ports.settle(self)
         ports.watch(self)
+        host_names.watch(self)
         self.warnings += await self.interfaces.open()
         self.autostarting = self.spawn(recover.autostart(self))
         self.spawn(self._watch_logs())
         self.spawn(look_after_networks(self))
+
+    async def _load_checkpoints(self) -> None:
+        """Of machines that run they are known already."""
+        await backups.sweep(self)
+        if await self.store.run(self.paths.checkpoints.is_dir):
+            for domain in self.domains():
+                if domain.run is None:
+                    await checkpoints.load(domain)
 
     async def _make_default_network(self) -> None:
         try:
@@ -132,6 +164,7 @@ class Manager:
         self.pools.close()
         self.interfaces.close()
         self.filters.close()
+        self.taps.close()
         self.store.close()
         if self.session_networks is not None:
             self.session_networks.close()
@@ -314,8 +347,10 @@ class Manager:
         validate: bool = False,
         files: Mapping[str, int] | None = None,
         autodestroy: Hashable | None = None,
+        saved: Saved | None = None,
     ) -> DomainObject:
-        """Start a machine that is forgotten when it ends; or run a defined one for once by this document."""
+        """Start a machine that is forgotten when it ends; or run a defined one for once by this document. `saved`: what
+        it goes on from instead of booting."""
         document, config = await self._prepare(xml)
         if validate:
             _refuse_unknown(document)
@@ -328,9 +363,10 @@ class Manager:
                 raise OperationInvalid(
                     f"machine {domain.name!r} is already running", remedy="give the document another <name> and <uuid>"
                 )
+        saved_machine.check_no_managed_save(domain, "running it by another document")
         try:
-            async with domain.jobs.hold("start"):
-                await lifecycle.boot(domain, paused, files or {}, autodestroy, config)
+            async with domain.jobs.hold("start", limit=starting.LONG if saved is not None else LIMIT):
+                await starting.boot(domain, paused, files or {}, autodestroy, config=config, saved=saved)
         except BaseException:
             if not domain.persistent and not domain.is_active:
                 self.forget(domain)
@@ -348,6 +384,21 @@ class Manager:
         async with self._claim(domain.name, domain.uuid):
             if not domain.persistent:
                 raise OperationInvalid(f"machine {domain.name!r} is transient: there is nothing to undefine")
+            if len(domain.snapshots) and not flags & DomainUndefineFlags.SNAPSHOTS_METADATA:
+                raise OperationInvalid(
+                    f"cannot delete inactive domain with {len(domain.snapshots)} snapshots",
+                    remedy="delete them first, or undefine with --snapshots-metadata, which leaves their images behind",
+                )
+            if len(domain.checkpoints) and not flags & DomainUndefineFlags.CHECKPOINTS_METADATA:
+                raise OperationInvalid(
+                    f"cannot delete inactive domain with {len(domain.checkpoints)} checkpoints",
+                    remedy="delete them first, or undefine with --checkpoints-metadata, which leaves their bitmaps",
+                )
+            if domain.has_managed_save and not flags & DomainUndefineFlags.MANAGED_SAVE:
+                raise OperationInvalid(
+                    "Refusing to undefine while domain managed save image exists",
+                    remedy="undefine with --managed-save to give its saved memory up",
+                )
             nvram = domain.definition.os.nvram
             path = Path(nvram.value) if nvram and nvram.value else None
             if path is not None and not flags & _NVRAM and await self.store.run(path.exists):
@@ -361,6 +412,13 @@ class Manager:
                     await self.store.run(path.unlink, missing_ok=True)
             keep_tpm = None if not flags & _TPM else bool(flags & DomainUndefineFlags.KEEP_TPM)
             await self._forget_state(domain, keep_tpm)
+            if domain.has_managed_save:
+                await saved_machine.forget_managed(domain)
+            await self.store.run(snapshots.store_of(domain).forget)
+            domain.snapshots = Tree()
+            if domain.run is None:  # a backup that runs has its facts there
+                await self.store.run(checkpoints_of(domain).forget)
+                domain.checkpoints = Checkpoints()
             domain.autostart = False
             domain.persistent = False
             domain.updated = False
@@ -390,6 +448,17 @@ class Manager:
                 raise OperationInvalid(f"machine {domain.name!r} is running", remedy="shut it down first")
             if domain.cleaning:
                 await asyncio.shield(domain.cleaning)
+            if len(domain.snapshots):
+                raise OperationInvalid(
+                    f"machine {domain.name!r} has {len(domain.snapshots)} snapshots and cannot be renamed",
+                    remedy="delete them first",
+                )
+            if len(domain.checkpoints):
+                raise OperationInvalid(
+                    f"machine {domain.name!r} has {len(domain.checkpoints)} checkpoints and cannot be renamed",
+                    remedy="delete them first",
+                )
+            saved_machine.check_no_managed_save(domain, "another name")
             if new == domain.name:
                 raise AlreadyExists(f"machine {new!r} has this name already")
             if new in self._names:

@@ -13,20 +13,22 @@ from uuid import uuid4
 from kvik.conf.devices.common import pci_address
 from kvik.conf.devices.interface import Interface, InterfaceSource, InterfaceTarget, VirtualPortParameters
 from kvik.conf.enums import NetworkEventLifecycleType
-from kvik.errors import ConfigUnsupported, KvikError
+from kvik.conf.tree import clone
+from kvik.errors import ConfigUnsupported, KvikError, ResourceBusy
 from kvik.host.macvtap import free_name
 from kvik.host.netlink import Netlink
 from kvik.hypervisor.driver import Feature
+from kvik.manager import filtering
 from kvik.network.attachment import Attachment, resolve
-from kvik.network.tap_changes import reconnect_tap
-from kvik.network.taps import release_taps
+from kvik.network.tap_changes import put_back_tap, reconnect_tap
+from kvik.network.taps import on_openvswitch, release_taps
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
     from kvik.network.network import NetworkObject
 
-__all__ = ["join", "leave", "rejoin", "release", "say", "settle", "watch"]
+__all__ = ["join", "leave", "put_back", "rejoin", "release", "say", "settle", "watch"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +47,16 @@ def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Att
             if attachment is None:
                 continue
             if attachment.kind == "hostdev" and Feature.PASSTHROUGH not in domain.driver.features():
+                who = f"network {attachment.network!r}" if attachment.network else "an interface of type hostdev"
                 raise ConfigUnsupported(
-                    f"network {attachment.network!r} gives PCI devices of the host, and the VMM of machine "
-                    f"{domain.name!r} takes none",
+                    f"{who} gives PCI devices of the host, and the VMM of machine {domain.name!r} takes none",
                     path="/domain/devices/interface",
                     remedy="run it on QEMU, or use another network",
+                )
+            if attachment.kind == "hostdev" and (other := _user_of(domain, attachment.device)):
+                raise ResourceBusy(
+                    f"PCI device {attachment.device} is with machine {other!r}",
+                    remedy=f"stop it: kvik shutdown {other}",
                 )
             attachments[interface.alias.name if interface.alias else ""] = attachment
             say(domain, interface, attachment)
@@ -64,6 +71,16 @@ def join(domain: DomainObject, interfaces: Iterable[Interface]) -> dict[str, Att
         leave(domain, joined)
         raise
     return attachments
+
+
+def _user_of(domain: DomainObject, function: str) -> str:
+    """The name of another machine that has this PCI function, or ""."""
+    for machine in domain.manager.domains():
+        if machine is not domain and machine.run is not None:
+            arriving = [machine.run.arriving] if isinstance(machine.run.arriving, Interface) else []
+            if any(nic.host_function == function for nic in [*machine.run.live.devices.interfaces, *arriving]):
+                return machine.name
+    return ""
 
 
 def say(domain: DomainObject, interface: Interface, attachment: Attachment) -> None:
@@ -138,6 +155,7 @@ async def _reconnect(manager: Manager, network: NetworkObject) -> None:
                 if attachment is None:
                     continue
                 await manager.store.run(reconnect_tap, interface, attachment)
+                await filtering.follow(domain, interface)
                 source.bridge = attachment.device
                 network.connect(source.portid, domain.name)
                 if attachment.floor:
@@ -192,11 +210,38 @@ def rejoin(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
             logger.warning("machine %s: %s", domain.name, error)
 
 
+async def put_back(domain: DomainObject, interfaces: Iterable[Interface]) -> None:
+    """Of a machine that was found again: its taps are where its live document has them. Never raises."""
+    manager = domain.manager
+    for interface in interfaces:
+        source, target = interface.source, interface.target
+        named = source is not None and (source.network if interface.type == "network" else source.bridge)
+        if interface.type not in ("network", "bridge") or not named or target is None or not target.dev:
+            continue
+        if manager.session_networks is not None and interface.type == "network":
+            continue
+        try:
+            if interface.type == "network" and not manager.networks.lookup_name(str(named)).is_active:
+                continue  # its tap waits for it
+            if interface.is_macvtap or interface.host_function or on_openvswitch(interface):
+                continue
+            attachment = resolve(clone(interface), manager.networks)
+            if attachment is not None and await manager.store.run(put_back_tap, interface, attachment):
+                logger.warning(
+                    "machine %s: %s was not on %s, where it belongs, and is again",
+                    domain.name, target.dev, attachment.device,
+                )  # fmt: skip
+        except KvikError as error:
+            logger.warning("machine %s: interface %s: %s", domain.name, target.dev, error)
+
+
 async def release(manager: Manager, domain: DomainObject, interfaces: Iterable[Interface]) -> None:
     """After the machine, or a device of it, is gone: count it no more, and leave nothing of it on the host."""
     interfaces = list(interfaces)
     leave(domain, interfaces)
     await _keep_promises(manager, _networks_of(interfaces))
+    # A PCI function that another machine has was refused to this one, and must not be taken from that.
+    interfaces = [nic for nic in interfaces if not (nic.host_function and _user_of(domain, nic.host_function))]
     if any((nic.target is not None and nic.target.dev) or nic.host_function for nic in interfaces):
         await manager.store.run(release_taps, interfaces)
 

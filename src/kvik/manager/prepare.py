@@ -15,10 +15,11 @@ from kvik.conf.prepare import located
 from kvik.conf.validate import validate
 from kvik.errors import ConfigError, InvalidArgument
 from kvik.hypervisor.driver import Driver
+from kvik.hypervisor.layers import forget_live
 from kvik.manager.states import check_actions
 from kvik.manager.store import check_name
 
-__all__ = ["complete", "default_vcpu", "fill", "fill_live", "parse"]
+__all__ = ["complete", "default_vcpu", "fill", "fill_live", "forget_run", "parse"]
 
 _DEFAULTS = MachineDefaults()
 _LIVE_DEFAULTS = MachineDefaults(spare_root_ports=0)  # no new slots can be had while the machine runs
@@ -51,13 +52,20 @@ async def complete(domain: Domain, driver: Driver, xml: str | bytes = "") -> Non
 
 def fill(domain: Domain) -> None:
     """The defaults that need no VMM, and the checks that need no host; what only a running machine has goes."""
-    domain.id = None
-    for _, device in guest_devices(domain.devices):
-        if device.alias is not None and not device.alias.name.startswith(USER_PREFIX):
-            device.alias = None
+    forget_run(domain)
     postparse(domain, _DEFAULTS)
     validate(domain)
     check_actions(domain.on_poweroff, domain.on_reboot, domain.on_crash)
+
+
+def forget_run(domain: Domain) -> None:
+    """What only a running machine has: its id, the numbers of its images, its devices' names."""
+    domain.id = None
+    for disk in domain.devices.disks:
+        forget_live(disk)
+    for _, device in guest_devices(domain.devices):
+        if device.alias is not None and not device.alias.name.startswith(USER_PREFIX):
+            device.alias = None
 
 
 def fill_live(domain: Domain) -> None:

@@ -22,9 +22,14 @@ from kvik.errors import ConfigError, InvalidArgument, KvikError
 from kvik.host import process
 from kvik.host.documents import SUFFIX, set_aside
 from kvik.hypervisor.driver import EventKind, MachineEvent
-from kvik.manager import devices, disks, guest, lifecycle, ports, prepare, rx_filters
+from kvik.manager import block_following, devices, disks, guest, lifecycle, ports, prepare, rx_filters
+from kvik.manager.backup import job as backup_job
+from kvik.manager.checkpoints import resume as checkpoints
 from kvik.manager.definition import Definition
-from kvik.manager.domain import DomainObject, Run
+from kvik.manager.domain import DomainObject
+from kvik.manager.interfaces import listen
+from kvik.manager.run import Run
+from kvik.manager.saved import machine as saved_machine
 from kvik.manager.stages import BootStages
 from kvik.manager.states import Trigger
 from kvik.manager.store import Loaded, Status
@@ -188,8 +193,11 @@ async def _adopt(manager: Manager, status: Status) -> None:
     domain.state, domain.reason, domain.reason_text = status.state, status.reason, status.reason_text
     manager.activated(domain)
     ports.rejoin(domain, live.devices.interfaces)
+    await ports.put_back(domain, live.devices.interfaces)
     run.stages.restore(status.stages)
+    block_following.remember(domain, run, status.block_jobs)
     run.uses = await manager.store.run(disks.uses, live)
+    await checkpoints.load(domain)
     if not await _attach(domain, run, status, ATTACH_WAIT):
         domain.spawn(_attach_later(domain, run, status))
 
@@ -223,9 +231,26 @@ async def _attach(domain: DomainObject, run: Run, status: Status, wait: float) -
             await devices.settle(domain)
     except (KvikError, TimeoutError) as error:
         domain.log.note(f"its devices were not compared: {error or 'no reply'}")
+    try:
+        async with asyncio.timeout(CURIOSITY):
+            await block_following.take_up(domain, run)
+    except (KvikError, TimeoutError) as error:
+        domain.log.note(f"its block jobs were not looked at: {error or 'no reply'}")
+    try:
+        async with asyncio.timeout(CURIOSITY):
+            await backup_job.take_up(domain, run)
+            await checkpoints.settle(domain)
+    except (KvikError, TimeoutError) as error:
+        domain.log.note(f"its backup was not looked at: {error or 'no reply'}")
     early, run.early = run.early or [], None
     for event in early:
         lifecycle.heard(domain, run, event)
+    run.unfinished = status.unfinished
+    if status.unfinished:
+        try:
+            await saved_machine.settle(domain, run, status.unfinished)
+        except KvikError as error:
+            domain.log.note(f"what was broken off when it was saved or restored is not ended: {error}")
     domain.log.note(f"found again by the daemon: pid {run.pid}")
     if domain.run is run:
         domain.spawn(_catch_up(domain, run))
@@ -247,7 +272,7 @@ _MISSED = {"running": "resumed", "paused": "paused", "shutdown": "shutdown", "cr
 
 async def _catch_up(domain: DomainObject, run: Run) -> None:
     """What happened while nobody listened: a guest that powered off, panicked, was paused; an agent that is up."""
-
+    await listen(domain.manager, run.live.devices.interfaces)
     with contextlib.suppress(KvikError, TimeoutError):
         async with asyncio.timeout(CURIOSITY):
             if run.machine is None:

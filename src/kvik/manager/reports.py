@@ -16,10 +16,12 @@ from kvik.conf.enums import (
     DomainEventWatchdogAction,
 )
 from kvik.hypervisor.driver import MachineEvent
+from kvik.hypervisor.layers import layers
 from kvik.manager import devices, guest, rx_filters
 
 if TYPE_CHECKING:
-    from kvik.manager.domain import DomainObject, Run
+    from kvik.manager.domain import DomainObject
+    from kvik.manager.run import Run
 
 _WATCHDOG = {
     "none": DomainEventWatchdogAction.NONE,
@@ -164,6 +166,29 @@ def _graphics(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     )
 
 
+def _threshold(domain: DomainObject, run: Run, event: MachineEvent) -> None:
+    """Told for the image by its number and, of the one that the guest writes to, for the disk, as libvirt does."""
+    if run.machine is None:
+        return
+    jobs = run.machine.disk_jobs
+    for disk in run.live.devices.disks:
+        key = jobs.image_of(disk, event.detail)
+        if key is None:
+            continue
+        layer = next((item for item in layers(disk) if item.key == key), None)
+        path = layer.source.location if layer is not None else None
+        names = [f"{disk.target.dev}[{key}]"]
+        names += [disk.target.dev or ""] if layer is not None and layer.number == 0 else []
+        for name in names:
+            domain.emit(
+                "block-threshold",
+                dev=name,
+                path=path,
+                threshold=event.data["threshold"],
+                excess=event.data["excess"],
+            )
+
+
 def _output(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     seconds = run.stages.reach("first output")
     if seconds is not None:
@@ -187,6 +212,7 @@ _HANDLERS: Mapping[str, Callable[[DomainObject, Run, MachineEvent], None]] = {
     "agent": _agent,
     "tray-change": _tray,
     "graphics": _graphics,
+    "write-threshold": _threshold,
     "guest-output": _output,
     "rx-filter": _rx_filter,
     "monitor": _monitor,

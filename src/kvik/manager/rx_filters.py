@@ -15,7 +15,8 @@ from kvik.host.macvtap import follow_guest
 from kvik.host.netlink import Netlink
 
 if TYPE_CHECKING:
-    from kvik.manager.domain import DomainObject, Run
+    from kvik.manager.domain import DomainObject
+    from kvik.manager.run import Run
 
 __all__ = ["follow", "follow_all"]
 

@@ -36,10 +36,16 @@ class Trigger(enum.StrEnum):
 
     BOOTED = "booted"
     BOOTED_PAUSED = "booted paused"
+    RESTORED = "restored"
+    RESTORED_PAUSED = "restored paused"
+    REVERTED = "gone back to a snapshot"
+    REVERTED_PAUSED = "gone back to a snapshot, paused"
     START_FAILED = "start failed"
     PAUSED_BY_USER = "paused by the user"
     PAUSED_BY_IO_ERROR = "paused by an I/O error"
     PAUSED_BY_WATCHDOG = "paused by the watchdog"
+    PAUSED_TO_SAVE = "paused to be saved"
+    PAUSED_FOR_SNAPSHOT = "paused for a snapshot"
     RESUMED = "resumed"
     SUSPENDED = "suspended by the guest"
     WOKEN = "woken"
@@ -49,6 +55,7 @@ class Trigger(enum.StrEnum):
     RESTARTED = "restarted in place"
     SHUT_DOWN = "ended after a shutdown"
     DESTROYED = "destroyed"
+    SAVED = "saved"
     CRASHED = "ended after a panic"
     VMM_DIED = "the VMM died"
     LOST = "gone when the daemon came back"
@@ -64,6 +71,8 @@ class Next(NamedTuple):
 _S, _E = DomainState, DomainEventType
 _STOPPED = DomainEventStoppedDetailType
 _STARTED = (_E.STARTED, DomainEventStartedDetailType.BOOTED)
+_RESTORED = (_E.STARTED, DomainEventStartedDetailType.RESTORED)
+_REVERTED = (_E.STARTED, DomainEventStartedDetailType.FROM_SNAPSHOT)
 _RESUMED = (_E.RESUMED, DomainEventResumedDetailType.UNPAUSED)
 _SUSPENDED = DomainEventSuspendedDetailType
 _UP = (_S.RUNNING, _S.PAUSED)  # the guest exists and has not ended
@@ -75,6 +84,16 @@ _TABLE: Mapping[Trigger, tuple[tuple[int, ...], Next]] = {
     Trigger.BOOTED_PAUSED: (
         (_S.SHUTOFF,),
         Next(_S.PAUSED, DomainPausedReason.USER, (_STARTED, (_E.SUSPENDED, _SUSPENDED.PAUSED))),
+    ),
+    Trigger.RESTORED: ((_S.SHUTOFF,), Next(_S.RUNNING, DomainRunningReason.RESTORED, (_RESTORED,))),
+    Trigger.RESTORED_PAUSED: (
+        (_S.SHUTOFF,),
+        Next(_S.PAUSED, DomainPausedReason.USER, (_RESTORED, (_E.SUSPENDED, _SUSPENDED.RESTORED))),
+    ),
+    Trigger.REVERTED: ((_S.SHUTOFF,), Next(_S.RUNNING, DomainRunningReason.FROM_SNAPSHOT, (_REVERTED,))),
+    Trigger.REVERTED_PAUSED: (
+        (_S.SHUTOFF,),
+        Next(_S.PAUSED, DomainPausedReason.FROM_SNAPSHOT, (_REVERTED, (_E.SUSPENDED, _SUSPENDED.FROM_SNAPSHOT))),
     ),
     Trigger.START_FAILED: ((_S.SHUTOFF,), Next(_S.SHUTOFF, DomainShutoffReason.FAILED)),
     Trigger.PAUSED_BY_USER: (
@@ -88,6 +107,14 @@ _TABLE: Mapping[Trigger, tuple[tuple[int, ...], Next]] = {
     Trigger.PAUSED_BY_WATCHDOG: (
         (_S.RUNNING,),
         Next(_S.PAUSED, DomainPausedReason.WATCHDOG, ((_E.SUSPENDED, _SUSPENDED.WATCHDOG),)),
+    ),
+    Trigger.PAUSED_TO_SAVE: (
+        (_S.RUNNING,),
+        Next(_S.PAUSED, DomainPausedReason.SAVE, ((_E.SUSPENDED, _SUSPENDED.PAUSED),)),
+    ),
+    Trigger.PAUSED_FOR_SNAPSHOT: (
+        (_S.RUNNING,),
+        Next(_S.PAUSED, DomainPausedReason.SNAPSHOT, ((_E.SUSPENDED, _SUSPENDED.PAUSED),)),
     ),
     Trigger.RESUMED: ((_S.PAUSED,), Next(_S.RUNNING, DomainRunningReason.UNPAUSED, (_RESUMED,))),
     Trigger.SUSPENDED: (
@@ -123,6 +150,7 @@ _TABLE: Mapping[Trigger, tuple[tuple[int, ...], Next]] = {
         _ACTIVE,
         Next(_S.SHUTOFF, DomainShutoffReason.DESTROYED, ((_E.STOPPED, _STOPPED.DESTROYED),)),
     ),
+    Trigger.SAVED: (_ACTIVE, Next(_S.SHUTOFF, DomainShutoffReason.SAVED, ((_E.STOPPED, _STOPPED.SAVED),))),
     Trigger.CRASHED: (_ACTIVE, Next(_S.SHUTOFF, DomainShutoffReason.CRASHED, ((_E.STOPPED, _STOPPED.CRASHED),))),
     Trigger.VMM_DIED: (_ACTIVE, Next(_S.SHUTOFF, DomainShutoffReason.CRASHED, ((_E.STOPPED, _STOPPED.FAILED),))),
     Trigger.LOST: (_ACTIVE, Next(_S.SHUTOFF, DomainShutoffReason.DAEMON, ((_E.STOPPED, _STOPPED.FAILED),))),

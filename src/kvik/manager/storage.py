@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from kvik.manager.snapshots.files import kept_disks
 from kvik.storage import volumes
 from kvik.storage.capabilities import capabilities
 from kvik.storage.pool import PoolObject
 from kvik.storage.pools import REFRESHED, Pools
+from kvik.storage.resolve import Resolved, resolve
 from kvik.storage.sparse import extents, punch
 from kvik.storage.threads import in_thread
 from kvik.storage.types import find_sources
 from kvik.storage.volumes import Opened
 
 if TYPE_CHECKING:
+    from kvik.manager.disks import Use
     from kvik.manager.manager import Manager
 
 __all__ = [
-    "REFRESHED", "Opened", "PoolObject", "Pools", "capabilities", "extents", "find_sources", "in_thread", "punch",
-    "users", "volumes",
+    "REFRESHED", "Opened", "PoolObject", "Pools", "Resolved", "capabilities", "check_idle", "extents", "find_sources",
+    "in_thread", "punch", "resolve", "users", "volumes",
 ]  # fmt: skip
 
 
+def check_idle(manager: Manager, uses: Iterable[Use]) -> None:
+    """ResourceBusy if a volume among the images that a machine is about to open is being wiped, written to, ..."""
+    for use in uses:
+        manager.pools.check_idle(use.identity, use.path, not use.readonly)
+
+
 def users(manager: Manager) -> Iterator[tuple[str, str, bool]]:
-    """What running machines have open: (path, machine, whether it writes)."""
+    """What machines that run, or are about to, have open, and what snapshots are kept in: (path, machine, whether it
+    writes)."""
     for domain in manager.domains():
-        live = domain.live
-        if live is None:
+        for snapshot in domain.snapshots.snapshots.values():
+            for disk, _ in kept_disks(snapshot):
+                if disk.source is not None and disk.source.location:
+                    yield disk.source.location, domain.name, False
+        if domain.run is None:
             continue
-        for disk in live.devices.disks:
-            if disk.source is None:
-                continue
-            writes = not disk.readonly and disk.device != "cdrom"
-            if disk.source.location:
-                yield disk.source.location, domain.name, writes
+        for use in domain.run.uses:
+            yield use.path, domain.name, not use.readonly
+        for disk in domain.run.live.devices.disks:
             store = disk.backing_store
             while store is not None and store.source is not None:
                 if store.source.location:

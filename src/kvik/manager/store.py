@@ -71,6 +71,8 @@ class Status:
     stages: dict[str, float] = field(default_factory=dict)  # boot stages reached, seconds since the start
     reason_text: str = ""
     arriving: str = ""  # document of a device that the VMM has been asked to take, and has not confirmed
+    block_jobs: list[dict[str, Any]] = field(default_factory=list)  # `BlockJob.facts` of each
+    unfinished: dict[str, Any] = field(default_factory=dict)  # saving or restoring under way: `saved.machine.settle`
 
     def to_xml(self) -> bytes:
         attributes = {
@@ -94,6 +96,8 @@ class Status:
             f"<job>{escape(self.job)}</job>\n"
             f"<why>{escape(self.reason_text)}</why>\n"
             f"<arriving>{escape(self.arriving)}</arriving>\n"
+            f"<blockjobs>{escape(json.dumps(self.block_jobs))}</blockjobs>\n"
+            f"<unfinished>{escape(json.dumps(self.unfinished))}</unfinished>\n"
             f"{self.document}</domstatus>\n"
         ).encode()
 
@@ -105,12 +109,17 @@ class Status:
             root = etree.fromstring(data, parser)
             handle = json.loads(root.findtext("handle") or "{}")
             stages = json.loads(root.findtext("stages") or "{}")
+            block_jobs = json.loads(root.findtext("blockjobs") or "[]")
+            unfinished = json.loads(root.findtext("unfinished") or "{}")
             document = root.find("domain")
             if (
                 root.tag != "domstatus"
                 or document is None
                 or not isinstance(handle, dict)
                 or not isinstance(stages, dict)
+                or not isinstance(unfinished, dict)
+                or not isinstance(block_jobs, list)
+                or not all(isinstance(item, dict) for item in block_jobs)
             ):
                 raise ValueError("not a complete status document")
             document.tail = None
@@ -134,6 +143,8 @@ class Status:
                 stages={str(name): float(seconds) for name, seconds in stages.items()},
                 reason_text=root.findtext("why") or "",
                 arriving=root.findtext("arriving") or "",
+                block_jobs=block_jobs,
+                unfinished=unfinished,
             )
         except (etree.XMLSyntaxError, KeyError, TypeError) as error:
             raise ValueError(f"not a status document: {error}") from error

@@ -22,7 +22,7 @@ from typing import Any
 from kvik.errors import HypervisorError, OperationTimeout, ResourceBusy
 from kvik.qmp.protocol import Client, Event, Failure, Greeting, Ready, Reply
 
-__all__ = ["QmpConnection", "connect_unix", "short_unix_path"]
+__all__ = ["EventCallback", "QmpConnection", "connect_unix", "short_unix_path"]
 
 DEFAULT_DEADLINE = 5.0
 _CHUNK = 65536
@@ -207,6 +207,7 @@ class QmpConnection:
                 self._loop.add_writer(self._sock.fileno(), self._writable)
                 return
             except OSError as error:
+                self.drain()  # what it said before it went is an answer to those who wait
                 self._shut(HypervisorError(f"{self.name}: the monitor cannot be written to: {error.strerror}"))
                 return
             self._queued -= sent

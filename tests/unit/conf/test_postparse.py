@@ -138,7 +138,9 @@ def test_target_names_count_like_spreadsheet_columns() -> None:
         "vdaaa",
     ]
     assert all(target_index(target_name("sata", number)) == number for number in range(2000))
-    assert target_index("nvme0n1") is None
+    assert all(target_index(target_name("nvme", number)) == number for number in range(600))
+    assert [target_name("nvme", number) for number in (0, 1, 256)] == ["nvme0n1", "nvme0n2", "nvme1n1"]
+    assert [target_index(name) for name in ("nvme0n0", "nvme0n257", "nvme", "nvme0")] == [None] * 4
 
 
 def test_a_console_becomes_the_first_serial_line() -> None:

@@ -28,6 +28,44 @@ def document(**parts: str) -> str:
     return (HEAD + BODY).format(**{**values, **parts})
 
 
+@pytest.mark.parametrize(
+    ("more", "devices", "reason"),
+    [
+        ("<iothreads>1</iothreads><cputune><iothreadpin iothread='2' cpuset='0'/></cputune>", "", "no I/O thread 2"),
+        (
+            "<iothreads>1</iothreads><cputune><iothreadpin iothread='1' cpuset='0'/>"
+            "<iothreadpin iothread='1' cpuset='1'/></cputune>",
+            "",
+            "pinned I/O thread",
+        ),
+        (
+            "<iothreadids><iothread id='2' thread_pool_min='3' thread_pool_max='2'/></iothreadids>",
+            "",
+            "above its thread_pool_max",
+        ),
+        (
+            "<iothreads>1</iothreads>",
+            "<disk type='file'><driver iothread='2'/><source file='/a'/><target dev='vda'/></disk>",
+            "names I/O thread 2",
+        ),
+        (
+            "",
+            "<disk type='file'><driver><iothreads><iothread id='1'/></iothreads></driver><source file='/a'/>"
+            "<target dev='vda'/></disk>",
+            "names I/O thread 1",
+        ),
+        ("", "<controller type='nvme'><serial>more than twenty letters</serial></controller>", "NVMe controller"),
+        (
+            "",
+            "<disk type='file'><source file='/a'/><target dev='nvme0n1' bus='virtio'/></disk>",
+            "not a target of bus virtio",
+        ),
+    ],
+)
+def test_threads_and_buses_that_are_not_there(more: str, devices: str, reason: str) -> None:
+    assert reason in str(load(document(more=more, devices=devices)))
+
+
 def load(xml: str | bytes) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         load_domain(xml, MachineDefaults())

@@ -73,7 +73,7 @@ class Bench:
         return [event.kind for event in self.events if event.kind != "stage"]
 
 
-async def until(condition: Callable[[], object], seconds: float = 2.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen in time"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,26 @@ def test_an_interface_is_on_a_network_by_name_or_by_its_bridge(
     interface = Interface(type=kind, source=InterfaceSource(**source) if source is not None else None)
     found = network_of(Networks(), interface)  # type: ignore[arg-type]
     assert (found.name if found is not None else None) == name
+
+
+async def test_what_is_heard_comes_before_what_the_host_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = await Bench(tmp_path).open()
+    try:
+        domain = await manager.create_xml(document(devices=INTERFACES))
+        heard = ["10.0.0.7", "fd00::7", "10.0.0.5"]
+        monkeypatch.setattr(manager.taps, "heard", lambda device: heard)
+        answered = [
+            SimpleNamespace(usable=True, mac=MAC, address=ip_address(text)) for text in ("10.0.0.5", "10.0.0.9")
+        ]
+        monkeypatch.setattr(addresses, "neighbours", lambda netlink: answered)
+        first, second = await domain.interface_addresses(2)
+        told = [(0, "10.0.0.7", 0), (1, "fd00::7", 0), (0, "10.0.0.5", 0)]
+        assert (first.hwaddr, first.addresses) == (MAC, [*told, (0, "10.0.0.9", 0)])
+        assert second.addresses == told
+    finally:
+        await manager.close()
 
 
 async def test_leases_are_found_by_the_machines_own_macs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

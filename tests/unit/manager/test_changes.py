@@ -22,6 +22,7 @@ from kvik.errors import (
 from kvik.hypervisor.driver import EventKind, Feature
 from kvik.hypervisor.test.driver import Behaviour
 from kvik.manager import devices
+from kvik.manager.storage import volumes
 
 LIVE, CONFIG, BOTH, MAXIMUM = 1, 2, 3, 4
 NIC = "<interface type='user'><mac address='52:54:00:00:00:09'/><model type='virtio'/></interface>"
@@ -152,6 +153,29 @@ async def test_a_disk_in_use_is_refused_naming_the_other_machine(bench: Bench, i
     manager = await bench.reopen()
     with pytest.raises(ResourceBusy, match="'b'"):
         await manager.lookup_name("a").start()
+
+
+async def test_no_machine_starts_from_a_volume_that_is_being_changed(bench: Bench, tmp_path: Path) -> None:
+    pools = bench.manager.pools
+    pool = await pools.create_xml(
+        f"<pool type='dir'><name>p</name><target><path>{tmp_path}/p</path></target></pool>", lambda pool: pool.build()
+    )
+    made = await volumes.create(pools, pool, "<volume><name>v</name><capacity>4096</capacity></volume>")
+    one = await bench.manager.define(document("a", devices=disk(Path(made.path))))
+    two = await bench.manager.define(document("b"))
+    await two.start()
+    async with volumes.open_bytes(pools, pool, "v", 0, 0, writable=True):
+        for forbidden in (one.start(), two.attach_device(disk(Path(made.path)), LIVE)):
+            with pytest.raises(ResourceBusy, match="volume 'v' of storage pool 'p': it is being written to"):
+                await forbidden
+    async with volumes.open_bytes(pools, pool, "v", 0, 0, writable=False):
+        await one.start()  # who only reads is in nobody's way
+    with pytest.raises(ResourceBusy, match="machine 'a' is running from it"):
+        await volumes.wipe(pools, pool, "v", 0)
+    with pytest.raises(ResourceBusy, match="machine 'a' is running from it"):
+        await volumes.copy(pools, pool, "<volume><name>w</name></volume>", pool, "v")
+    await one.destroy()
+    await volumes.wipe(pools, pool, "v", 0)
 
 
 @pytest.mark.parametrize("extra", ["<shareable/>", "<readonly/>"])

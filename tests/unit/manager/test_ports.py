@@ -130,6 +130,17 @@ def test_of_a_pool_of_virtual_functions_the_first_free_one_is_taken() -> None:
         resolve(card("<source network='h'/>"), networks)
 
 
+def test_a_pci_function_may_be_named_without_a_network() -> None:
+    address = "<source><address type='pci' domain='0x0000' bus='0x03' slot='0x10' function='0x2'/></source>"
+    found = resolve(card(f"{address}<vlan><tag id='7'/></vlan>", "hostdev' managed='yes"), FakeNetworks())
+    assert found is not None and found.vlan is not None
+    assert (found.kind, found.device, found.managed, found.network) == ("hostdev", "0000:03:10.2", True, "")
+    found = resolve(card(address, "hostdev"), FakeNetworks())
+    assert found is not None and not found.managed
+    with pytest.raises(ConfigUnsupported, match="names no PCI device"):
+        resolve(card("<source dev='eth0'/>", "hostdev"), FakeNetworks())
+
+
 def test_what_needs_nothing_of_the_host_goes_nowhere() -> None:
     assert resolve(card("", "user"), FakeNetworks()) is None
     assert resolve(card("<target dev='mine' managed='no'/>", "ethernet"), FakeNetworks()) is None

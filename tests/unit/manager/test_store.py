@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guillotine import Guillotine, Killed
 from manager_bench import Bench, document, until
 
 from kvik.conf.enums import DomainShutoffReason, DomainState
@@ -17,36 +18,6 @@ from kvik.hypervisor.test.driver import Behaviour
 from kvik.manager.manager import Manager
 from kvik.manager.store import Status, Store, check_name
 from kvik.paths import Paths
-
-
-class Killed(BaseException):
-    """The daemon died here."""
-
-
-class Guillotine:
-    """Lets `steps` changes to the file system happen, then none ever again."""
-
-    PRIMITIVES = ("open", "write", "fsync", "rename", "unlink", "symlink", "mkdir", "rmdir", "truncate")
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-        self.left = steps
-        self.fell = False
-        for name in self.PRIMITIVES:
-            monkeypatch.setattr(os, name, self._guard(getattr(os, name), name))
-
-    def _guard(self, primitive: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            flags = args[1] if name == "open" and len(args) > 1 else 0
-            if name == "open" and not flags & (os.O_CREAT | os.O_TRUNC):
-                return primitive(*args, **kwargs)
-            if self.left <= 0:
-                self.fell = True
-                raise Killed
-            self.left -= 1
-            return primitive(*args, **kwargs)
-
-        return guarded
-
 
 Operation = Callable[[Manager], Awaitable[Any]]
 

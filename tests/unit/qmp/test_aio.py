@@ -158,6 +158,24 @@ async def test_a_peer_that_does_not_read_blocks_only_its_own_commands(
     connection.close()
 
 
+async def test_an_answer_that_came_before_the_peer_went_is_heard_though_the_next_command_finds_nobody(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    server = Server((7, 2, 0))
+    pair[1].sendall(server.greeting())
+    opening = asyncio.ensure_future(QmpConnection.open(pair[0], name="m"))
+    pair[1].sendall(server.receive(await asyncio.to_thread(pair[1].recv, 65536))[1])
+    connection = await opening
+    first = asyncio.ensure_future(connection.execute("last"))
+    (command,) = server.receive(await asyncio.to_thread(pair[1].recv, 65536))[0]
+    second = asyncio.ensure_future(connection.execute("quit"))  # begins before the loop looks at the socket
+    pair[1].sendall(server.reply(command.id, {"did": "last"}))
+    pair[1].close()
+    assert await first == {"did": "last"}
+    with pytest.raises(HypervisorError):
+        await second
+
+
 async def test_descriptors_travel_with_their_command(pair: tuple[socket.socket, socket.socket]) -> None:
     received: list[int] = []
 
@@ -173,7 +191,8 @@ async def test_descriptors_travel_with_their_command(pair: tuple[socket.socket, 
             commands, answer = server.receive(data)
             pair[1].sendall(answer + b"".join(server.reply(command.id, {}) for command in commands))
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     connection = await QmpConnection.open(pair[0], name="m")
     reader, writer = os.pipe()
     await connection.execute("getfd", {"fdname": "a"}, fds=[writer])
@@ -183,6 +202,8 @@ async def test_descriptors_travel_with_their_command(pair: tuple[socket.socket, 
     assert os.read(reader, 10) == b"hello"
     os.close(received[0])
     os.close(reader)
+    connection.close()
+    await asyncio.to_thread(thread.join, 10)  # it reads the end before the fixture takes its socket away
     connection.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from kvik.conf.codec import CHILD, KIB, Element, Hex, OnOff
+from kvik.conf.codec import CHILD, KIB, Element, Hex, OnOff, Text
 from kvik.conf.devices.common import Device, VirtioOptions
 
 PciModel = Literal[
@@ -51,9 +51,9 @@ class Master(Element):
 
 
 class Controller(Device):
-    """`pcihole64` in KiB."""
+    """`pcihole64` in KiB; `serial` is an NVMe controller's."""
 
-    type: Literal["ide", "fdc", "scsi", "sata", "virtio-serial", "ccid", "usb", "pci", "xenbus", "isa"]
+    type: Literal["ide", "fdc", "scsi", "sata", "virtio-serial", "ccid", "usb", "pci", "xenbus", "isa", "nvme"]
     index: int | None = None
     model: Annotated[str | None, "model"] = None
     ports: int | None = None
@@ -65,3 +65,4 @@ class Controller(Device):
     driver: ControllerDriver | None = None
     pcihole64: Annotated[int | None, CHILD, KIB] = None
     master: Master | None = None
+    serial: Text = None

@@ -19,7 +19,7 @@ from kvik.conf.codec import (
 from kvik.conf.devices.common import Address, BootableDevice, DeviceSeclabel, Reconnect, VirtioOptions
 
 SourceType = Literal["file", "block", "dir", "network", "volume", "nvme", "vhostuser", "vhostvdpa"]
-Bus = Literal["ide", "fdc", "scsi", "virtio", "xen", "usb", "uml", "sata", "sd"]
+Bus = Literal["ide", "fdc", "scsi", "virtio", "xen", "usb", "uml", "sata", "sd", "nvme"]
 Iops = Annotated[int | None, CHILD]
 
 
@@ -122,6 +122,26 @@ class Bytes(Element):
     seconds: int | None = None
 
 
+class Identity(Element):
+    """Who a server is told one is: `user` and `group` (nfs), `username` (ssh)."""
+
+    user: str | None = None
+    group: str | None = None
+    username: str | None = None
+    keyfile: str | None = None
+    agentsock: str | None = None
+
+
+class KnownHosts(Element):
+    path: str
+
+
+class NetworkReconnect(Reconnect):
+    """Seconds: `delay` for how long a request of a network disk waits for a server that is gone."""
+
+    delay: int | None = None
+
+
 class Ssl(Element):
     verify: YesNo = None
 
@@ -173,7 +193,9 @@ class DiskSource(Element):
     cookies: Cookies | None = None
     readahead: Bytes | None = None
     timeout: Bytes | None = None
-    reconnect: Reconnect | None = None
+    reconnect: NetworkReconnect | None = None
+    identity: Identity | None = None
+    known_hosts: Annotated[KnownHosts | None, "knownHosts"] = None
 
     @property
     def location(self) -> str | None:
@@ -204,6 +226,21 @@ class Mirror(Element):
     backing_store: Annotated[BackingStore | None, "backingStore"] = None
 
 
+class DiskQueue(Element):
+    id: int
+
+
+class DiskIoThread(Element):
+    """Which of a disk's queues an I/O thread serves; none named: in turn with the others."""
+
+    id: int
+    queues: Annotated[list[DiskQueue], "queue"] = []
+
+
+class DiskIoThreads(Element):
+    iothreads: Annotated[list[DiskIoThread], "iothread"] = []
+
+
 class DiskDriver(VirtioOptions):
     name: str | None = None
     type: str | None = None
@@ -222,6 +259,7 @@ class DiskDriver(VirtioOptions):
     queue_size: int | None = None
     max_bootsize: int | None = None
     metadata_cache: MetadataCache | None = None
+    iothreads: DiskIoThreads | None = None
 
 
 class DiskTarget(Element):
@@ -230,6 +268,7 @@ class DiskTarget(Element):
     tray: Literal["open", "closed"] | None = None
     removable: OnOff = None
     rotation_rate: int | None = None
+    dpofua: OnOff = None
 
 
 class IoTune(Element):

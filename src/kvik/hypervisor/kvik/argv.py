@@ -116,6 +116,9 @@ def _options(domain: Domain, files: Files, now: float, cached_kernel: bool) -> I
     yield "on-panic", "shutdown" if domain.on_crash in (None, "destroy") else "pause"
     fd = files.get(MONITOR)
     yield "qmp", f"fd={fd}" if fd is not None else "monitor.sock"
+    incoming = files.get("state")
+    if incoming is not None:
+        yield "incoming", f"fd={incoming}"
     devices = domain.devices
     for serial in devices.serials:
         yield "serial", _chardev(serial, files)

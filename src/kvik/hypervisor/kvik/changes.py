@@ -13,7 +13,7 @@ from kvik.hypervisor import cpus
 from kvik.hypervisor.changes import check_disk, check_interface
 from kvik.hypervisor.kvik import support
 from kvik.hypervisor.names import alias_of
-from kvik.hypervisor.sidecars import storage_daemon
+from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
@@ -48,6 +48,9 @@ async def update(machine: KvikMachine, old: Any, new: Any) -> None:
 
 async def throttle(machine: KvikMachine, disk: Disk, tune: IoTune) -> None:
     """Bytes and requests a second, reads and writes together; 0: no limit. Its daemon's, for a disk that has one."""
+    if storage_daemon.served(disk) and machine.storage_kind(disk) == kvik_blk.KIND:
+        await machine.ask_storage(disk, "block_set_io_throttle", kvik_blk.throttle(disk, tune))
+        return
     if storage_daemon.served(disk):
         group = {"path": f"/objects/{storage_daemon.limits_name(alias_of(disk))}", "property": "limits"}
         await machine.ask_storage(disk, "qom-set", group | {"value": storage_daemon.limits(tune)})

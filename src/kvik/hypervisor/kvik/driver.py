@@ -28,7 +28,7 @@ from kvik.hypervisor.descriptors import open_all
 from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
 from kvik.hypervisor.firmware import complete_firmware
 from kvik.hypervisor.kernels import unpacked_kernel
-from kvik.hypervisor.kvik import changes, program, support
+from kvik.hypervisor.kvik import changes, program, state, support
 from kvik.hypervisor.kvik.argv import CommandLine, build
 from kvik.hypervisor.kvik.machine import KvikMachine
 from kvik.hypervisor.kvik.models import Models, ModelSource
@@ -118,6 +118,9 @@ class KvikDriver:
             self._zygote.warm()  # a machine comes, sooner or later
         await self._models.check(definition, emulator)
 
+    def tpm_state(self, definition: Domain) -> Path | None:
+        return None
+
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         """Nothing is kept between runs: there is no TPM."""
 
@@ -148,6 +151,9 @@ class KvikDriver:
                 undo=undo,
                 disks=storage_daemon.of(domain),
             )
+            incoming = state.connection(opened) if request.state is not None else None
+            if incoming is not None:
+                undo.callback(incoming.close)
             line = build(
                 domain,
                 domain.devices.emulator or EMULATOR,
@@ -169,6 +175,7 @@ class KvikDriver:
                 sidecars=sidecars,
                 log=self._log(domain),
             )
+            machine.incoming = incoming
             return await bring_up(
                 machine,
                 request,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvik.conf.devices.disk import Disk
+from kvik.conf.devices.disk import Disk, IoTune
 from kvik.conf.domain import Domain
 from kvik.errors import KvikError, OperationUnsupported
 from kvik.host.process import ProcessHandle
+from kvik.hypervisor import stats
 from kvik.hypervisor.driver import EventSink
-from kvik.hypervisor.kvik import changes, hotplug
-from kvik.hypervisor.machine import QmpMachine
+from kvik.hypervisor.kvik import changes, hotplug, state
+from kvik.hypervisor.machine import SLOW_DEADLINE, QmpMachine
 from kvik.hypervisor.names import alias_of
-from kvik.hypervisor.sidecars import storage_daemon
-from kvik.hypervisor.sidecars.group import Sidecars
+from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
+from kvik.hypervisor.sidecars.group import Sidecar, Sidecars
+from kvik.hypervisor.state import StateSource, StateTarget
+from kvik.qmp.aio import QmpConnection
 
 __all__ = ["KvikMachine"]
 
@@ -27,6 +31,13 @@ _STORAGE_DEADLINE = 2.0
 def _counted(number: int) -> tuple[str, ...]:
     """Figures of requests, which go past this VMM, and which the daemon does not count."""
     return tuple(f"block.{number}.{kind}." for kind in ("rd", "wr", "fl"))
+
+
+def first_of(reply: Any, key: str) -> dict[str, Any]:
+    """That member of a reply's first item, if it is what it should be."""
+    item = reply[0] if isinstance(reply, list) and reply else None
+    found = item.get(key) if isinstance(item, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 class KvikMachine(QmpMachine):
@@ -48,29 +59,93 @@ class KvikMachine(QmpMachine):
     ) -> None:
         super().__init__(domain, directory, process, emulator=emulator, version=version, sink=sink, sidecars=sidecars)
         self.log = log
+        self._storages: dict[str, QmpConnection] = {}  # by alias: of those that tell events
+        self.incoming: socket.socket | None = None  # our end of the connection that fills it
+
+    async def save_state(self, target: StateTarget) -> None:
+        await state.save(self, target)
+
+    async def load_state(self, source: StateSource) -> None:
+        await state.load(self, source)
 
     def top_node(self, disk: Disk) -> str:
         return hotplug.node_name(alias_of(disk))
 
-    async def ask_storage(self, disk: Disk, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """A command for the daemon that serves `disk`, on its own monitor. Raises `HypervisorError`."""
+    # -- disks that another process serves
+
+    def storage_kind(self, disk: Disk) -> str:
+        """The program that serves it: the one that runs, whatever a newer manager would choose."""
+        members: Iterator[Sidecar] = iter(self.sidecars)
+        running = (member.kind for member in members if member.alias == alias_of(disk))
+        return next(running, None) or storage_daemon.kind_of(disk)
+
+    async def ask_storage(
+        self,
+        disk: Disk,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        deadline: float = _STORAGE_DEADLINE,
+    ) -> Any:
+        """A command for the process that serves `disk`, on its own monitor. Raises `HypervisorError`."""
         path = storage_daemon.monitor_path(self.directory, alias_of(disk))
-        label = f"{storage_daemon.KIND} of {alias_of(disk)}"
+        label = f"{self.storage_kind(disk)} of {alias_of(disk)}"
         connection = await storage_daemon.connect(path, label, _STORAGE_DEADLINE)
         try:
-            return await connection.execute(command, arguments, deadline=_STORAGE_DEADLINE)
+            return await connection.execute(command, arguments, deadline=deadline)
         finally:
             connection.close()
+
+    async def resize_disk(self, disk: Disk, size: int) -> None:
+        """The process that has the image makes it bigger; the VMM then asks it again, and tells the guest."""
+        if storage_daemon.by_vhost_user(disk):
+            if disk.type == "vhostuser" or self.storage_kind(disk) != kvik_blk.KIND:
+                raise OperationUnsupported(
+                    f"what serves disk {disk.target.dev} of machine {self.name} tells no new size while it runs",
+                    remedy="shut the machine down and resize its image: kvik img resize",
+                )
+            arguments = {"device": alias_of(disk), "size": size}
+            await self.ask_storage(disk, "block_resize", arguments, deadline=SLOW_DEADLINE)
+        await super().resize_disk(disk, size)
+
+    def watch_sidecars(self, lost: Sequence[str] = ()) -> None:
+        super().watch_sidecars(lost)
+        for member in self.sidecars:
+            self._listen(member)
+
+    def watch_sidecar(self, member: Sidecar) -> None:
+        super().watch_sidecar(member)
+        self._listen(member)
+
+    def _listen(self, member: Sidecar) -> None:
+        if member.kind == kvik_blk.KIND:
+            self._background(self._hear(member))
+
+    async def _hear(self, member: Sidecar) -> None:
+        """Errors of an image are told by the process that has it."""
+        path = storage_daemon.monitor_path(self.directory, member.alias)
+        connection = await storage_daemon.connect(path, member.label, _STORAGE_DEADLINE, self._on_event)
+        old = self._storages.pop(member.alias, None)
+        if old is not None:
+            old.close()
+        self._storages[member.alias] = connection
+
+    def _close_output(self) -> None:
+        super()._close_output()
+        for connection in self._storages.values():
+            connection.close()
+        self._storages.clear()
 
     async def stats(self, groups: frozenset[str]) -> dict[str, int | str]:
         figures = await super().stats(groups)
         if not groups or "block" in groups:
             for number, disk in enumerate(self.domain.devices.disks):
-                if storage_daemon.by_vhost_user(disk):
+                if storage_daemon.by_vhost_user(disk):  # this VMM sees no requests
                     figures = {key: figures[key] for key in figures if not key.startswith(_counted(number))}
                 if storage_daemon.served(disk):
+                    blk = self.storage_kind(disk) == kvik_blk.KIND
                     with contextlib.suppress(KvikError):  # it has ended: the machine goes on without its figures
-                        figures |= await self._storage_figures(disk, f"block.{number}")
+                        figures |= await (self._blk_figures if blk else self._storage_figures)(disk, f"block.{number}")
         return figures
 
     async def _storage_figures(self, disk: Disk, prefix: str) -> dict[str, int]:
@@ -91,6 +166,12 @@ class KvikMachine(QmpMachine):
                 found[f"{prefix}.allocation"] = highest
         return found
 
+    async def _blk_figures(self, disk: Disk, prefix: str) -> dict[str, int]:
+        """Counters and sizes, by kvik-blk, which has this one disk."""
+        nodes = await self.ask_storage(disk, "query-named-block-nodes")
+        counted = await self.ask_storage(disk, "query-blockstats")
+        return stats.disk_figures(prefix, first_of(counted, "stats"), first_of(nodes, "image"))
+
     async def attach_device(self, device: Any, files: Mapping[str, int]) -> None:
         await hotplug.attach(self, device, files)
 
@@ -99,6 +180,9 @@ class KvikMachine(QmpMachine):
 
     async def update_device(self, old: Any, new: Any) -> None:
         await changes.update(self, old, new)
+
+    async def set_limits(self, disk: Disk) -> None:
+        await changes.throttle(self, disk, disk.iotune or IoTune())
 
     # -- what it has not
 

@@ -12,6 +12,7 @@ from kvik.conf.domain import Domain
 from kvik.conf.os import Os
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.names import TAP_TYPES, is_passt
+from kvik.hypervisor.sidecars import kvik_blk
 from kvik.hypervisor.sidecars.storage_daemon import FORMATS, by_vhost_user
 
 __all__ = [
@@ -32,6 +33,7 @@ MAX_VCPUS = 1024
 CHARDEVS = ("null", "pty", "file", "unix")
 QEMU = "use QEMU: name it in <emulator>, or leave <emulator> out"
 _SERIAL = "let the guest find it by label, UUID or PCI address; or convert it to raw"
+_THREADS = "serves each disk by a thread of its own, and has no I/O threads beside those"
 _DISKS = "write <disk type='file' device='disk'> with <target dev='vda' bus='virtio'/>, or use QEMU"
 
 
@@ -98,6 +100,8 @@ def _machine(domain: Domain) -> Iterator[Refusal]:
     if vcpus > MAX_VCPUS:
         yield "/domain/vcpu", f"has at most {MAX_VCPUS} vCPUs", f"ask for 1 to {MAX_VCPUS}"
     yield from _cpu(domain.cpu)
+    if domain.devices.leases:
+        yield "/domain/devices/lease", "holds no leases", QEMU
     if domain.launch_security is not None:
         yield "/domain/launchSecurity", "has no encrypted machines", QEMU
     if domain.qemu_commandline is not None:
@@ -177,6 +181,7 @@ def _disk(disk: Disk) -> Iterator[Refusal]:
         yield "/encryption", "does not decrypt disks", "let the guest do it (LUKS), or use QEMU"
     if disk.backing_store is not None and disk.backing_store.type is not None and not other:
         yield "/backingStore", "reads raw images, which have no backing chain", QEMU
+    yield from _not_told(disk, other)
     if disk.model not in (None, "virtio", "virtio-non-transitional"):
         yield "/@model", "has modern virtio devices only", "leave the model out"
     tune = disk.iotune
@@ -188,10 +193,34 @@ def _disk(disk: Disk) -> Iterator[Refusal]:
         yield "/iotune", "limits reads and writes together", "write total_bytes_sec and total_iops_sec"
 
 
+def _not_told(disk: Disk, other: bool) -> Iterator[Refusal]:
+    """What QEMU's disks have and these have not; `other`: another process serves it."""
+    driver = disk.driver
+    if disk.transient is not None:
+        yield "/transient", "writes to a disk's own image", "put an overlay on it (kvik img create -b), or use QEMU"
+    for field in ("wwn", "vendor", "product", "geometry"):
+        if getattr(disk, field) is not None:
+            yield f"/{field}", f"tells the guest no {field} of a disk", "leave it out, or use QEMU"
+    if disk.blockio is not None and not (other and disk.blockio.physical_block_size is None):
+        yield "/blockio", "has disks with blocks of 512 bytes", "leave it out, or use QEMU"
+    if driver is None:
+        return
+    if driver.iothread is not None or driver.iothreads is not None:
+        yield "/driver/@iothread", _THREADS, "leave iothread out, or use QEMU"
+    if other:
+        return  # its daemon has QEMU's block layer
+    if driver.copy_on_read:
+        yield "/driver/@copy_on_read", "copies nothing on read", "leave it out, or use QEMU"
+    if driver.detect_zeroes not in (None, "off"):
+        yield "/driver/@detect_zeroes", "looks for no zeros", "leave it out, or use QEMU"
+    if driver.io == "native":
+        yield "/driver/@io", "has no io mode native", "write io='io_uring' or 'threads'"
+
+
 def _served(disk: Disk) -> Iterator[Refusal]:
     """Of a disk whose requests this VMM never sees: what its back end cannot do."""
     driver = disk.driver
-    if disk.serial:
+    if disk.serial and not kvik_blk.serves(disk):
         # Its vhost-user-blk export answers every guest with a serial of its own.
         yield "/serial", "cannot tell a serial number of a disk that another process serves", _SERIAL
     if driver is not None and (
@@ -236,6 +265,8 @@ def _others(domain: Domain) -> Iterator[Refusal]:
         (devices.cryptos, "crypto", "has no crypto device", QEMU),
         ([devices.iommu] if devices.iommu is not None else [], "iommu", "has no IOMMU", QEMU),
     )  # fmt: skip
+    if domain.iothreads or domain.iothreadids is not None:
+        yield "/domain/iothreads", _THREADS, "leave them out, or use QEMU"
     for items, name, what, remedy in refused:
         if items:
             yield f"{root}/{name}", what, remedy

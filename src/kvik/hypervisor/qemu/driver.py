@@ -33,6 +33,7 @@ from kvik.hypervisor.launch import bring_up, find_running, take_up
 from kvik.hypervisor.qemu import hotplug
 from kvik.hypervisor.qemu.argv.build import build
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
+from kvik.hypervisor.qemu.disk_checks import check_disks
 from kvik.hypervisor.qemu.machine import QemuMachine
 from kvik.hypervisor.qemu.remedies import remedy_for
 from kvik.hypervisor.sidecars import swtpm
@@ -106,6 +107,12 @@ class QemuDriver:
     def _tpm_states(self) -> Path:
         return self._paths.data / "qemu" / "swtpm"
 
+    def tpm_state(self, definition: Domain) -> Path | None:
+        for device in swtpm.emulated(definition):
+            if device.backend is not None and definition.uuid is not None:
+                return swtpm.state_directory(self._tpm_states, definition, device.backend)
+        return None
+
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         tpms = swtpm.emulated(definition)
         if keep_tpm is None:
@@ -144,6 +151,7 @@ class QemuDriver:
                 f"machine type {machine.name} has 1 to {machine.max_cpus} vCPUs, not {vcpus}", path="/domain/vcpu"
             )
         _check_time_zone(definition)
+        check_disks(definition, capabilities.version)
         model = definition.cpu.model.value if definition.cpu and definition.cpu.model else None
         if model and definition.cpu and definition.cpu.mode in (None, "custom"):
             known = {item.name for item in capabilities.cpus}
@@ -178,9 +186,9 @@ class QemuDriver:
             sidecars = await start_sidecars(
                 domain, request.directory, opened, tpm_states=self._tpm_states, log_fd=request.log_fd, undo=undo
             )
-            line = build(domain, capabilities, opened.fds, now=time.time())
+            line = build(domain, capabilities, opened.fds, now=time.time(), incoming=request.state is not None)
             handle, position = process.spawn(
-                line.argv,
+                [*request.through, *line.argv],
                 line.fds,
                 request.directory,
                 request.log_fd,
@@ -302,7 +310,7 @@ def _domain_capabilities(capabilities: QemuCapabilities, machine: str, vcpus: in
     devices: dict[str, dict[str, list[str]]] = {
         "disk": {
             "diskDevice": ["disk", "cdrom", "floppy", "lun"],
-            "bus": ["ide", "fdc", "scsi", "virtio", "usb", "sata"],
+            "bus": ["ide", "fdc", "scsi", "virtio", "usb", "sata", "nvme"],
             "model": ["virtio", "virtio-transitional", "virtio-non-transitional"],
         },
         "graphics": {"type": [*graphics, "egl-headless", "dbus"]},

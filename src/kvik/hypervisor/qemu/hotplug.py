@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Mapping
+import re
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from kvik.conf.devices.chardev import Channel, Chardev
 from kvik.conf.devices.controller import Controller
-from kvik.conf.devices.disk import Disk
+from kvik.conf.devices.disk import Disk, IoTune
 from kvik.conf.devices.display import Graphics, Input
 from kvik.conf.devices.hostdev import Hostdev, Redirdev
 from kvik.conf.devices.interface import Interface
@@ -33,15 +36,17 @@ from kvik.errors import (
 )
 from kvik.host.unix_socket import listens
 from kvik.hypervisor import cpus
-from kvik.hypervisor.changes import check_disk, check_interface
+from kvik.hypervisor.changes import check_disk, check_drive, check_interface, keep_chain
 from kvik.hypervisor.consoles import set_pty
 from kvik.hypervisor.descriptors import Opened, open_chardev, open_disk, with_paths
-from kvik.hypervisor.layers import has_medium
+from kvik.hypervisor.layers import has_medium, indices
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.build import make_context, parts_of
-from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props
+from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props, node_name
+from kvik.hypervisor.qemu.iothreads import pin_listed
 from kvik.hypervisor.qemu.remedies import remedy_for
+from kvik.hypervisor.secrets import SECRET_PREFIX, needs
 
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
@@ -50,6 +55,7 @@ __all__ = [
     "attach",
     "finish_detach",
     "query_graphics",
+    "set_limits",
     "start_settings",
     "update",
 ]
@@ -58,6 +64,7 @@ _DEADLINE = 20.0
 _TRAY_DEADLINE = 5.0
 _LISTEN_DEADLINE = 10.0
 SUN_PATH = 107  # bytes of a path in sockaddr_un, without its NUL
+_NODE = re.compile(r"-(\d{1,9})-(format|storage|spare|cor|over|overfile)$")  # what `node_name` makes
 _PLUGGABLE = (Disk, Interface, Hostdev, Redirdev, Channel, Rng, Memory, Shmem, Input, Controller, Vsock)
 
 
@@ -78,10 +85,13 @@ async def attach(machine: QemuMachine, device: Any, files: Mapping[str, int]) ->
     with ExitStack() as close, ExitStack() as undo:
         opened = Opened(close, undo, files)
         if isinstance(device, Disk):
+            # Who keeps a record of what is being attached has numbered it already.
+            given = device.source.index if device.source is not None else None
+            opened.next_index = given or await fresh_index(machine)
             open_disk(opened, device)
         elif isinstance(device, Chardev):
             open_chardev(opened, device, machine.directory)
-        undone = _Undo(machine)
+        undone = Undo(machine)
         try:
             await _attach(machine, device, opened, undone)
         except BaseException:
@@ -91,7 +101,7 @@ async def attach(machine: QemuMachine, device: Any, files: Mapping[str, int]) ->
         await settle(machine, device)
 
 
-class _Undo:
+class Undo:
     """Monitor commands that take back what was done, last first; their own failures are passed over."""
 
     def __init__(self, machine: QemuMachine) -> None:
@@ -107,11 +117,15 @@ class _Undo:
                 await self._machine.execute(command, arguments)
 
 
-async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: _Undo) -> None:
+async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: Undo) -> None:
     paths: dict[str, str] = {}
+    lent: list[int] = []
     as_files = ("disk:", "log:", *(["chardev:"] if isinstance(device, Chardev) and device.type == "file" else []))
     for name, fd in opened.fds.items():
-        if name.startswith(as_files):
+        if name.startswith(SECRET_PREFIX):
+            number, paths[name] = await lend(machine, fd, name)
+            lent.append(number)
+        elif name.startswith(as_files):
             paths[name] = await add_fd(machine, fd, name)
             undone.add("remove-fd", fdset_id=int(paths[name].rsplit("/", 1)[-1]))
     files = Files(opened.fds, paths)
@@ -132,14 +146,31 @@ async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: _Un
         await _add_parts(machine, device, parts, undone)
     except MonitorError as error:
         images = opened.paths()
-        names = {int(path.rsplit("/", 1)[-1]): images.get(opened.fds[name], path) for name, path in paths.items()}
+        names = {
+            int(path.rsplit("/", 1)[-1]): images.get(opened.fds[name], path)
+            for name, path in paths.items()
+            if not name.startswith(SECRET_PREFIX)
+        }
         text = with_paths(error.message, names)
         if names and not any(name in text for name in names.values()):
             text = f"{', '.join(names.values())}: {text}"
         raise MonitorError(text, qmp_class=error.qmp_class, remedy=error.remedy or remedy_for(text)) from error
+    finally:  # QEMU has read the secrets, or will not
+        for number in lent:
+            with contextlib.suppress(KvikError):
+                await machine.execute("remove-fd", {"fdset-id": number})
 
 
-async def _add_parts(machine: QemuMachine, device: Any, parts: Parts, undone: _Undo) -> None:
+async def lend(machine: QemuMachine, fd: int, name: str) -> tuple[int, str]:
+    """A descriptor for something that QEMU opens by itself: its set's number, and the name by which it is opened."""
+    reply = await machine.execute("add-fd", {"opaque": name}, fds=[fd])
+    number, theirs = (reply.get("fdset-id"), reply.get("fd")) if isinstance(reply, dict) else (None, None)
+    if not isinstance(number, int) or not isinstance(theirs, int):
+        raise HypervisorError(f"{machine.name}: the reply to add-fd is malformed")
+    return number, f"/proc/self/fd/{theirs}"
+
+
+async def _add_parts(machine: QemuMachine, device: Any, parts: Parts, undone: Undo) -> None:
     for item in parts.objects:
         await machine.execute("object-add", _clean(item), deadline=_DEADLINE)
         undone.add("object-del", id=item["id"])
@@ -210,6 +241,8 @@ async def finish_detach(machine: QemuMachine, device: Any) -> None:
         return
     await _remove_host_side(machine, parts)
     await machine.sidecars.end(alias_of(device))
+    if isinstance(device, Disk):
+        await _remove_images(machine, alias_of(device))
     if isinstance(device, Disk | Chardev):
         await remove_fdsets(machine, alias_of(device))
     if isinstance(device, Chardev) and device.source and device.source.path:
@@ -227,6 +260,48 @@ async def _remove_host_side(machine: QemuMachine, parts: Parts) -> None:
     for command, arguments in steps:
         with contextlib.suppress(KvikError):
             await machine.execute(command, arguments)
+
+
+async def fresh_index(machine: QemuMachine) -> int:
+    """Above that of every image in the document, and of every node in QEMU, should one have been left behind."""
+    known = [index for disk in machine.domain.devices.disks for index in indices(disk)]
+    reply = await machine.execute("query-named-block-nodes", {"flat": True})
+    for item in reply if isinstance(reply, list) else ():
+        found = _NODE.search(str(item.get("node-name", ""))) if isinstance(item, dict) else None
+        if found is not None:
+            known.append(int(found[1]))
+    return max(known, default=0) + 1
+
+
+def node_key(alias: str, name: Any) -> int | None:
+    """Which image of a disk a block node is of; None if it is of none."""
+    if not isinstance(name, str) or not name.startswith(node_name(alias, 0, "").removesuffix("0-")):
+        return None
+    found = _NODE.search(name)
+    return int(found[1]) if found is not None and name == node_name(alias, int(found[1]), found[2]) else None
+
+
+async def remove_nodes(machine: QemuMachine, names: Sequence[str]) -> None:
+    """From the top down: a node goes when none above it is left. What something uses stays."""
+    left = list(names)
+    while left:
+        refused = []
+        for name in left:
+            try:
+                await machine.execute("blockdev-del", {"node-name": name})
+            except MonitorError:
+                refused.append(name)
+        if len(refused) == len(left):
+            return
+        left = refused
+
+
+async def _remove_images(machine: QemuMachine, alias: str) -> None:
+    """All of a disk that is gone, whatever jobs made of its chain."""
+    with contextlib.suppress(KvikError):
+        reply = await machine.execute("query-named-block-nodes", {"flat": True})
+        names = [str(item.get("node-name", "")) for item in reply if isinstance(item, dict)]
+        await remove_nodes(machine, [name for name in names if node_key(alias, name) is not None])
 
 
 async def remove_fdsets(machine: QemuMachine, alias: str) -> None:
@@ -249,9 +324,13 @@ async def update(machine: QemuMachine, old: Any, new: Any) -> None:
     """Changes what can be changed while the guest runs. Raises `OperationUnsupported` for the rest."""
     if isinstance(new, Disk) and isinstance(old, Disk):
         if new.device in ("cdrom", "floppy"):
+            check_drive(old, new)
             await _change_medium(machine, old, new)
         else:
             check_disk(old, new)
+            keep_chain(old, new)
+        if new.iotune is None and old.iotune is not None:
+            await set_limits(machine, new)  # none
         await _limits(machine, new)
     elif isinstance(new, Interface) and isinstance(old, Interface):
         await _update_interface(machine, old, new)
@@ -277,8 +356,15 @@ async def _link(machine: QemuMachine, nic: Interface) -> None:
 
 async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
     alias = alias_of(old)
+    new.alias = old.alias
+    if next(needs(new), None) is not None:
+        raise OperationUnsupported(
+            f"a medium that needs a secret cannot be put into {alias} while the machine runs",
+            remedy="put it into the definition (--config) and start the machine anew",
+        )
     with ExitStack() as close, ExitStack() as undo:
         opened = Opened(close, undo, {})
+        opened.next_index = await fresh_index(machine)
         new.alias = old.alias
         open_disk(opened, new)  # a medium that cannot be opened leaves the old one in
         await _take_medium(machine, alias)
@@ -288,7 +374,7 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
                 await machine.execute("blockdev-del", {"node-name": node["node-name"]})
         await remove_fdsets(machine, alias)
         if has_medium(new):
-            undone = _Undo(machine)
+            undone = Undo(machine)
             try:
                 paths = {name: await add_fd(machine, fd, name) for name, fd in opened.fds.items()}
                 for node in disks.block_nodes(_context(machine, opened.fds, paths).files, new):
@@ -333,6 +419,7 @@ async def start_settings(machine: QemuMachine) -> None:
     """Before the first instruction: vCPUs that can go again, passwords, links, limits, balloon."""
     domain = machine.domain
     await cpus.plug_listed(machine)
+    await pin_listed(machine)
     waits: list[Awaitable[None]] = [_password(machine, item) for item in domain.devices.graphics if item.passwd]
     waits += [_link(machine, nic) for nic in domain.devices.interfaces if nic.link and nic.link.state == "down"]
     waits += [_limits(machine, disk) for disk in domain.devices.disks if disk.iotune is not None]
@@ -374,8 +461,22 @@ _LIMITS = {
 async def _limits(machine: QemuMachine, disk: Disk) -> None:
     if disk.iotune is None:
         return
-    tune = disk.iotune
-    arguments: Props = {"id": alias_of(disk)}
+    if disk.iotune.group_name and disk.iotune == IoTune(group_name=disk.iotune.group_name):
+        for other in machine.domain.devices.disks:  # it says only whose limits it shares
+            theirs = other.iotune
+            if theirs is not None and theirs.group_name == disk.iotune.group_name and theirs != disk.iotune:
+                disk.iotune = msgspec.structs.replace(theirs)
+                break
+    await set_limits(machine, disk)
+
+
+async def set_limits(machine: QemuMachine, disk: Disk) -> None:
+    """QEMU's own throttle group for the disk or, by its name, for all that share it: one that has the last word sets
+    the limits of all."""
+    tune = disk.iotune or IoTune()
+    # The device that has the block backend is not always the one that was plugged.
+    inner = {"virtio": "/virtio-backend", "usb": f"/{alias_of(disk)}.0/legacy[0]"}.get(disk.target.bus or "", "")
+    arguments: Props = {"id": f"/machine/peripheral/{alias_of(disk)}{inner}"}
     for ours, theirs in _LIMITS.items():
         arguments[theirs] = getattr(tune, ours) or 0  # these six must be there
         for suffix in ("max", "max_length"):

@@ -25,6 +25,8 @@ class Behaviour:
     ignores_acpi: bool = False
     poweroff_delay: float = 0.0  # what a good guest takes to power off
     refuses_unplug: bool = False
+    refuses_snapshot: str = ""  # putting images on top fails with this text
+    refuses_save: str = ""  # sending its state fails with this text
     command_delay: float = 0.0  # every command takes this long
     command_deadline: float = 5.0  # a command to a hung VMM fails after this long
     dies_after: float | None = None  # the VMM ends, unasked

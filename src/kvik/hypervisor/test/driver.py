@@ -40,6 +40,8 @@ class TestDriver:
         self.starts: dict[str, int] = {}
         self.forgotten: list[tuple[str, bool | None]] = []  # what was asked of `forget`
         self.without: set[Feature] = set()
+        self.inside: dict[str, dict[str, bytes]] = {}  # memory in images, by machine and snapshot
+        self.tpms: dict[str, Path] = {}  # where a machine's emulated TPM has its state
         self._pids = itertools.count(_PID_BASE)
 
     def features(self) -> frozenset[Feature]:
@@ -77,10 +79,17 @@ class TestDriver:
         if behaviour.fail_start and self.starts[name] > behaviour.fail_after:
             os.write(request.log_fd, f"{behaviour.fail_start}\n".encode())
             raise HypervisorError(f"cannot start {name!r}: {behaviour.fail_start}")
+        memory = b""
+        while request.state is not None and (data := await asyncio.to_thread(request.state.read, 4096)):
+            memory += data
         sink = request.sink
         assign_aliases(definition)
         machine = TestMachine(next(self._pids), definition, str(request.directory), behaviour, sink)
         machine.sink = self._watch(name, machine, sink)
+        machine.memory = memory or machine.memory
+        machine.inside = self.inside.setdefault(name, {})
+        if request.inside is not None:
+            machine.memory = machine.inside[request.inside[0]]
         self.machines[name] = machine
         (request.directory / "pid").write_text(f"{machine.pid}\n")
         devices = definition.devices
@@ -108,6 +117,9 @@ class TestDriver:
                 machine.sink = self._watch(name, machine, sink)
                 return machine
         return None
+
+    def tpm_state(self, definition: Domain) -> Path | None:
+        return self.tpms.get(definition.name)
 
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         self.forgotten.append((definition.name, keep_tpm))

@@ -11,10 +11,24 @@ import zlib
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
+from kvik.conf.devices.disk import Disk
 from kvik.conf.domain import Domain
-from kvik.errors import AgentError, HypervisorError, MonitorError, NoDevice, OperationTimeout
-from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
+from kvik.errors import (
+    AgentError,
+    HypervisorError,
+    MonitorError,
+    NoDevice,
+    OperationFailed,
+    OperationTimeout,
+    OperationUnsupported,
+)
+from kvik.hypervisor.driver import DiskBackups, DiskJobs, EventKind, EventSink, IoThreads, MachineEvent
+from kvik.hypervisor.state import StateTarget
 from kvik.hypervisor.test.behaviour import Behaviour, GuestAgent
+from kvik.image.opening import Opener
+from kvik.image.qcow2.snapshots import find_by_name
+from kvik.image.qcow2.snapshotting import create_snapshot, delete_snapshot
+from kvik.image.qcow2.writer import Qcow2Writer
 
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
@@ -41,6 +55,10 @@ class TestMachine:
         self.nmis = 0
         self.balloon_period = 0
         self.failed_disks: dict[str, int] = {}
+        self.last_image = 100
+        self.images: set[str] = set()  # that were put on top of its disks
+        self.inside: dict[str, bytes] = {}  # memory that was put into its images
+        self.memory = b"booted"  # what the guest knows: saved and restored
         self._state = "paused"
         self._go = asyncio.Event()  # set while the guest's CPUs run
         self._free = asyncio.Event()  # cleared while the VMM is hung
@@ -195,6 +213,41 @@ class TestMachine:
             self._boot_task.cancel()
         self._boot_task = self._spawn(self._boot())
 
+    # snapshots
+
+    async def next_image(self) -> int:
+        await self._command("next-image")
+        self.last_image += 1
+        return self.last_image
+
+    async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
+        await self._command("put-on-top")
+        if self.behaviour.refuses_snapshot:
+            raise MonitorError(self.behaviour.refuses_snapshot)
+        self.images.update({(disk.source.file if disk.source else None) or "" for disk in new})
+        return 1000
+
+    async def has_on_top(self, new: Sequence[Disk]) -> bool:
+        await self._command("has-on-top")
+        return all(disk.source is not None and disk.source.file in self.images for disk in new)
+
+    async def clear_image(self, new: Sequence[Disk]) -> None:
+        await self._command("clear-image")
+
+    async def save_inside(self, tag: str, disks: Sequence[Disk]) -> None:
+        """The disks' images are real ones; the memory is kept here."""
+        await self._command("save-inside")
+        if self.behaviour.refuses_save:
+            raise MonitorError(self.behaviour.refuses_save)
+        self.inside[tag] = self.memory
+        for disk in disks:
+            await asyncio.to_thread(_change_inside, disk, "create", tag)
+
+    async def delete_inside(self, tag: str, disks: Sequence[Disk]) -> None:
+        await self._command("delete-inside")
+        for disk in disks:
+            await asyncio.to_thread(_change_inside, disk, "delete", tag)
+
     # run state
 
     async def state(self) -> str:
@@ -213,6 +266,19 @@ class TestMachine:
         if self._state != "running":
             self._run()
             self._emit(EventKind.RESUMED)
+
+    async def save_state(self, target: StateTarget) -> None:
+        await self._command("save-state")
+        target.total = len(self.memory)
+        for at in range(0, len(self.memory), 4096):
+            if target.cancelled:
+                raise OperationFailed("it was cancelled")
+            if self.behaviour.refuses_save:
+                raise MonitorError(self.behaviour.refuses_save)
+            await asyncio.to_thread(target.write, memoryview(self.memory)[at : at + 4096])
+        await asyncio.to_thread(target.finish)
+        self._go.clear()
+        self._state = "paused"
 
     async def powerdown(self) -> None:
         await self._command("powerdown")
@@ -285,6 +351,9 @@ class TestMachine:
     async def update_device(self, old: Any, new: Any) -> None:
         await self._command("update-device")
 
+    async def set_limits(self, disk: Any) -> None:
+        await self._command("set-limits")
+
     # interaction
 
     async def screenshot(self, screen: int) -> tuple[str, bytes]:
@@ -340,6 +409,25 @@ class TestMachine:
         with ours:
             ours.send(f"display {index}{' without password' if skip_auth else ''}".encode())
         return theirs.detach()
+
+    @property
+    def disk_jobs(self) -> DiskJobs:
+        raise OperationUnsupported("the test driver's machines have no block jobs")
+
+    @property
+    def backups(self) -> DiskBackups:
+        raise OperationUnsupported("the test driver's machines have no bitmaps")
+
+    @property
+    def iothreads(self) -> IoThreads:
+        raise OperationUnsupported("the test driver's machines have no I/O threads")
+
+    async def disk_size(self, disk: Disk) -> int:
+        await self._command("disk-size")
+        return 1 << 30
+
+    async def resize_disk(self, disk: Disk, size: int) -> None:
+        await self._command("resize-disk")
 
     async def disk_errors(self) -> Mapping[str, int]:
         await self._command("disk-errors")
@@ -400,6 +488,16 @@ class TestMachine:
                 found[f"net.{number}.{direction}.bytes"] = ticks * 100
                 found[f"net.{number}.{direction}.pkts"] = ticks
         return found if not groups else {key: value for key, value in found.items() if key.split(".")[0] in groups}
+
+
+def _change_inside(disk: Disk, what: str, tag: str) -> None:
+    assert disk.source is not None and disk.source.location
+    with Opener().open(disk.source.location, "qcow2", writable=True, chain=False) as image:
+        assert isinstance(image, Qcow2Writer)
+        if what == "create":
+            create_snapshot(image, tag)
+        elif any(one.name == tag for one in image.snapshots):  # QEMU does not mind that there is none
+            delete_snapshot(image, find_by_name(image.snapshots, tag, image.path))
 
 
 def _grey_png(width: int, height: int) -> bytes:

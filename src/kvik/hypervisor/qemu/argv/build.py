@@ -14,14 +14,17 @@ from typing import Any
 from kvik.conf.devices import chardev, controller, disk, hostdev, interface, memory, other
 from kvik.conf.devices import display as screens
 from kvik.conf.domain import Domain
+from kvik.conf.iothreads import iothreads
+from kvik.conf.tuning import IoThread, IoThreadPoll
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.names import MONITOR
 from kvik.hypervisor.qemu.argv import chardevs, controllers, disks, display, interfaces, machine, processor, small
 from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, json_text, keyval
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
 
-__all__ = ["CommandLine", "build", "make_context", "netdev_argument", "parts_of"]
+__all__ = ["CommandLine", "build", "iothread_object", "make_context", "netdev_argument", "parts_of"]
 
+POOL_LIMITS = 7_001_000  # QEMU's version from which on a pool of threads has limits
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -59,8 +62,10 @@ def build(
     *,
     paused: bool = True,
     now: float = 0.0,
+    incoming: bool = False,
 ) -> CommandLine:
-    """`now`, in seconds since the epoch, matters to <clock offset='variable'> only. Raises `ConfigUnsupported` for what
+    """`now`, in seconds since the epoch, matters to <clock offset='variable'> only. `incoming`: QEMU waits to be filled
+    instead of booting. Raises `ConfigUnsupported` for what
     this QEMU cannot do."""
     fds = dict(files or {})
     passed = Files(fds)
@@ -69,6 +74,7 @@ def build(
         "-name",
         keyval("", {"guest": domain.name, "debug-threads": True}),
         *(["-S"] if paused else []),
+        *(["-incoming", "defer"] if incoming else []),
         *("-no-user-config", "-nodefaults", "-sandbox", SANDBOX, "-msg", "timestamp=on"),
     ]
     memory_argv, memory_backend = processor.memory(context)
@@ -78,7 +84,7 @@ def build(
         *processor.cpu(context),
         *memory_argv,
         *processor.topology(context),
-        *_iothreads(domain),
+        *_iothreads(domain, capabilities),
         *(["-uuid", domain.uuid] if domain.uuid else []),
         *machine.smbios(domain),
         *_monitor(passed),
@@ -112,17 +118,34 @@ def _monitor(files: Files) -> list[str]:
     return ["-chardev", chardev, "-mon", "chardev=charmonitor,id=monitor,mode=control"]
 
 
-def _iothreads(domain: Domain) -> list[str]:
-    numbers = [thread.id for thread in domain.iothreadids.iothreads] if domain.iothreadids else []
-    candidate = 1
-    while len(numbers) < (domain.iothreads or 0):
-        if candidate not in numbers:
-            numbers.append(candidate)
-        candidate += 1
+def _iothreads(domain: Domain, capabilities: QemuCapabilities) -> list[str]:
     argv: list[str] = []
-    for number in numbers:
-        argv += ["-object", json_text({"qom-type": "iothread", "id": f"iothread{number}"})]
+    for thread in iothreads(domain):
+        argv += ["-object", json_text(iothread_object(thread, capabilities))]
+    pool = domain.defaultiothread
+    if pool is not None:  # of the main loop, which serves whatever no I/O thread does
+        limits = {"thread-pool-min": pool.thread_pool_min, "thread-pool-max": pool.thread_pool_max}
+        argv += ["-object", json_text({"qom-type": "main-loop", "id": "main-loop", **limits})]
     return argv
+
+
+def iothread_object(thread: IoThread, capabilities: QemuCapabilities) -> dict[str, object]:
+    """QAPI's IothreadProperties. Raises `ConfigUnsupported` for a pool's limits where QEMU has none."""
+    pooled = {"thread-pool-min": thread.thread_pool_min, "thread-pool-max": thread.thread_pool_max}
+    if any(value is not None for value in pooled.values()) and capabilities.version < POOL_LIMITS:
+        raise ConfigUnsupported(
+            f"{capabilities.binary} cannot limit the threads of an I/O thread's pool: QEMU 7.1 can",
+            path="/domain/iothreadids",
+        )
+    poll = thread.poll or IoThreadPoll()
+    return {
+        "qom-type": "iothread",
+        "id": f"iothread{thread.id}",
+        **pooled,
+        "poll-max-ns": poll.max,
+        "poll-grow": poll.grow,
+        "poll-shrink": poll.shrink,
+    }
 
 
 def _generation(domain: Domain) -> list[str]:

@@ -23,7 +23,7 @@ _USB = {
     "qemu-xhci": "qemu-xhci",
 }
 _SCSI = {
-    "lsilogic": "lsi",
+    "lsilogic": "lsi53c895a",
     "lsisas1068": "mptsas1068",
     "lsisas1078": "megasas",
     "vmpvscsi": "pvscsi",
@@ -77,6 +77,9 @@ def _controller(context: Context, device: Controller) -> Props | None:
         return None if context.is_i440fx else {"driver": "isa-fdc", "id": "fdc"}
     if kind == "ccid":
         return {"driver": context.require("usb-ccid"), "id": alias_of(device), **context.address(device)}
+    if kind == "nvme":
+        props = {"driver": context.require("nvme"), "id": alias_of(device), "serial": device.serial}
+        return {**props, **context.address(device)}
     if kind == "isa":
         return None
     raise ConfigUnsupported(f"QEMU has no controller of type {kind!r}")

@@ -6,11 +6,20 @@ the chain names the next layer or it ends with `backing: null`.
 
 from __future__ import annotations
 
-from kvik.conf.devices.disk import Disk, DiskSource, Encryption, Host
+from kvik.conf.devices.disk import Disk, DiskDriver, Host
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.layers import Layer, layers
-from kvik.hypervisor.names import alias_of, image_name
+from kvik.hypervisor.names import alias_of, image_name, overlay_name
 from kvik.hypervisor.qemu.argv.options import Chardev, Context, Files, Parts, Props, node_name, on_off, virtio_options
+from kvik.hypervisor.secrets import (
+    auth_of,
+    auth_secret,
+    cookie_secret,
+    cookies_of,
+    encryption_of,
+    luks_secret,
+    needs,
+)
 
 __all__ = ["block_nodes", "disk_parts", "top_node"]
 
@@ -25,11 +34,18 @@ CACHE: dict[str, tuple[bool, bool, bool]] = {
     "directsync": (True, False, False),
     "unsafe": (False, True, True),
 }
+# SCSI adapters whose targets have one unit each: what libvirt numbers as units are targets there.
+_ONE_UNIT = frozenset({"lsilogic", "am53c974", "dc390", "vmpvscsi", "lsisas1068"})
+QUEUE_MAPPING = 9_000_000  # QEMU's version
 _PORTS = {"nbd": "10809", "iscsi": "3260", "rbd": "6789", "ssh": "22", "gluster": "24007"}
 
 
 def top_node(disk: Disk) -> str:
-    return node_name(alias_of(disk), 0, "format")
+    """What the drive reads and writes."""
+    kind = "cor" if disk.driver is not None and disk.driver.copy_on_read else "format"
+    if disk.transient is not None:
+        kind = "over"
+    return node_name(alias_of(disk), disk.source.index or 0 if disk.source is not None else 0, kind)
 
 
 def block_nodes(files: Files, disk: Disk) -> list[Props]:
@@ -39,32 +55,36 @@ def block_nodes(files: Files, disk: Disk) -> list[Props]:
     nodes: list[Props] = []
     below: str | None = None
     for layer in reversed(chain):
-        if layer.source.encryption or (layer.number == 0 and disk.encryption):
-            _refuse_encryption(layer.source.encryption or disk.encryption)
+        encrypted = encryption_of(disk, layer) is not None
         if layer.format not in FORMATS:
             raise ConfigUnsupported(f"disk {disk.target.dev}: QEMU knows no image format {layer.format!r}")
-        storage = node_name(alias, layer.number, "storage")
+        storage = node_name(alias, layer.key, "storage")
         cache = _cache(disk)
         discard = _discard(disk)
         node = {
             **_storage(files, disk, layer),
             "node-name": storage,
-            # Some protocols can only tell by trying whether they may write; a passed descriptor knows.
-            "auto-read-only": True if layer.type == "network" else None,
-            "read-only": layer.read_only,
+            # Some protocols can only tell by trying whether they may write; a passed descriptor knows. What lies below
+            # is opened for reading, and for writing when a commit brings a descriptor that can be written.
+            "auto-read-only": True if layer.type == "network" or layer.number else None,
+            "read-only": layer.read_only if not layer.number else None,
             "cache": cache,
             "discard": discard,
         }
         nodes.append(node)
         node = {
-            "node-name": node_name(alias, layer.number, "format"),
+            "node-name": node_name(alias, layer.key, "format"),
             "read-only": layer.read_only,
             "cache": cache,
             "discard": discard,
             "detect-zeroes": _detect_zeroes(disk) if layer.number == 0 else None,
-            "driver": layer.format,
+            "driver": "luks" if encrypted and layer.format == "raw" else layer.format,
             "file": storage,
         }
+        if encrypted and layer.format == "raw":
+            node["key-secret"] = luks_secret(disk, layer)
+        elif encrypted:
+            node["encrypt"] = {"format": "luks", "key-secret": luks_secret(disk, layer)}
         if layer.source.slices is not None and layer.format == "raw" and layer.source.slices.slices:
             piece = layer.source.slices.slices[0]
             node |= {"offset": piece.offset, "size": piece.size}
@@ -76,13 +96,32 @@ def block_nodes(files: Files, disk: Disk) -> list[Props]:
             node["backing"] = below
             node["__backing__"] = True  # null is meaningful here: it ends the chain
         nodes.append(node)
-        below = node_name(alias, layer.number, "format")
+        below = node_name(alias, layer.key, "format")
     if disk.driver is not None and disk.driver.copy_on_read and chain:
-        top = nodes[-1]
-        top["node-name"] = node_name(alias, 0, "image")
-        cor = {"driver": "copy-on-read", "node-name": below, "file": top["node-name"], "discard": _discard(disk)}
-        nodes.append(cor)
+        nodes.append({"driver": "copy-on-read", "node-name": top_node(disk), "file": below, "discard": _discard(disk)})
+    if disk.transient is not None and chain:
+        nodes += _overlay(files, disk, chain[0], below)
     return [_clean(node) for node in nodes]
+
+
+def _overlay(files: Files, disk: Disk, top: Layer, below: str | None) -> list[Props]:
+    """What a transient disk is written to: it refers to nothing by itself, for it is read by nobody else."""
+    alias = alias_of(disk)
+    storage = node_name(alias, top.key, "overfile")
+    image = files.path(overlay_name(alias), f"{top.source.location}.TRANSIENT")
+    common = {"cache": _cache(disk), "discard": _discard(disk)}
+    aio = disk.driver.io if disk.driver else None
+    return [
+        {"driver": "file", "filename": image, "aio": aio, "node-name": storage, **common},
+        {
+            "driver": "qcow2",
+            "node-name": top_node(disk),
+            **common,
+            "detect-zeroes": _detect_zeroes(disk),
+            "file": storage,
+            "backing": below,
+        },
+    ]
 
 
 def _clean(node: Props) -> Props:
@@ -90,9 +129,12 @@ def _clean(node: Props) -> Props:
     return {key: value for key, value in node.items() if value is not None or (key == "backing" and keep_backing)}
 
 
-def _refuse_encryption(encryption: Encryption | None) -> None:
-    kind = encryption.format if encryption else None
-    raise ConfigUnsupported(f"disk encryption ({kind}) needs a store of secrets, which kvik does not have yet")
+def secret_objects(files: Files, disk: Disk) -> list[Props]:
+    """What the nodes' `key-secret` and `password-secret` name. A value comes as a descriptor, never in words."""
+    return [
+        {"qom-type": "secret", "id": need.id, "format": "raw", "file": files.own_path(need.file)}
+        for need in needs(disk)
+    ]
 
 
 def _cache(disk: Disk) -> Props | None:
@@ -143,7 +185,7 @@ def _storage(files: Files, disk: Disk, layer: Layer) -> Props:
             raise ConfigUnsupported(f"disk {disk.target.dev}: an nvme source needs an address")
         return {"driver": "nvme", "device": source.address.pci_text, "namespace": source.namespace}
     if layer.type == "network":
-        return _network(disk, source)
+        return _network(disk, layer)
     raise ConfigUnsupported(f"disk {disk.target.dev}: source type {layer.type} is not supported here")
 
 
@@ -153,20 +195,27 @@ def _host(host: Host, protocol: str) -> tuple[str, str]:
     return host.name, host.port or _PORTS.get(protocol, "")
 
 
-def _network(disk: Disk, source: DiskSource) -> Props:
+def _network(disk: Disk, layer: Layer) -> Props:
+    source = layer.source
     protocol = source.protocol or ""
     name = source.name or ""
     hosts = source.hosts
-    if source.auth is not None or disk.auth is not None:
-        raise ConfigUnsupported(
-            f"disk {disk.target.dev}: <auth> needs a store of secrets, which kvik does not have yet"
-        )
+    auth = auth_of(disk, source, layer.number)
+    user = auth.username if auth is not None else None
+    secret = auth_secret(disk, layer) if auth is not None else None
+    if auth is not None and protocol not in ("http", "https", "ftp", "ftps", "iscsi", "rbd"):
+        raise ConfigUnsupported(f"disk {disk.target.dev}: {protocol} has no <auth>")
     if protocol not in ("rbd",) and not hosts:
         raise ConfigUnsupported(f"disk {disk.target.dev}: a {protocol} source needs a host")
     if protocol == "nbd":
         if source.tls:
             raise ConfigUnsupported(f"disk {disk.target.dev}: NBD over TLS is not supported yet")
-        return {"driver": "nbd", "server": _socket_address(hosts[0], protocol), "export": name or None}
+        return {
+            "driver": "nbd",
+            "server": _socket_address(hosts[0], protocol),
+            "export": name or None,
+            "reconnect-delay": source.reconnect.delay if source.reconnect is not None else None,
+        }
     if protocol in ("http", "https", "ftp", "ftps"):
         host, port = _host(hosts[0], protocol)
         url = f"{protocol}://{host}{':' + port if port else ''}/{name.lstrip('/')}"
@@ -175,6 +224,8 @@ def _network(disk: Disk, source: DiskSource) -> Props:
             props["sslverify"] = source.ssl.verify
         props["readahead"] = source.readahead.size if source.readahead else None
         props["timeout"] = source.timeout.seconds if source.timeout else None
+        props |= {"username": user, "password-secret": secret}
+        props["cookie-secret"] = cookie_secret(disk, layer) if cookies_of(source) else None
         return props
     if protocol == "iscsi":
         host, port = _host(hosts[0], protocol)
@@ -186,6 +237,8 @@ def _network(disk: Disk, source: DiskSource) -> Props:
             "lun": int(lun) if lun.isdecimal() else 0,
             "transport": "tcp",
             "initiator-name": source.initiator.iqn.name if source.initiator and source.initiator.iqn else None,
+            "user": user,
+            "password-secret": secret,
         }
     if protocol == "rbd":
         pool, _, image = name.partition("/")
@@ -197,10 +250,13 @@ def _network(disk: Disk, source: DiskSource) -> Props:
             "server": servers or None,
             "conf": source.config.file if source.config else None,
             "snapshot": source.snapshot.name if source.snapshot else None,
+            "user": user,
+            "key-secret": secret,
         }
     if protocol == "ssh":
         host, port = _host(hosts[0], protocol)
-        return {"driver": "ssh", "path": name, "server": {"host": host, "port": port}}
+        who = source.identity.username if source.identity is not None else None
+        return {"driver": "ssh", "path": name, "server": {"host": host, "port": port}, "user": who}
     if protocol == "gluster":
         volume, _, path = name.partition("/")
         return {
@@ -210,8 +266,27 @@ def _network(disk: Disk, source: DiskSource) -> Props:
             "server": [_socket_address(host, protocol) for host in hosts],
         }
     if protocol == "nfs":
-        return {"driver": "nfs", "server": {"type": "inet", "host": _host(hosts[0], protocol)[0]}, "path": name}
+        identity = source.identity
+        return {
+            "driver": "nfs",
+            "server": {"type": "inet", "host": _host(hosts[0], protocol)[0]},
+            "path": name,
+            "user": _number(disk, identity.user if identity is not None else None),
+            "group": _number(disk, identity.group if identity is not None else None),
+        }
     raise ConfigUnsupported(f"disk {disk.target.dev}: network protocol {protocol!r} is not supported")
+
+
+def _number(disk: Disk, text: str | None) -> int | None:
+    """A user or group of an NFS server: a number, as in libvirt with or without its `+`."""
+    if text is None:
+        return None
+    digits = text.removeprefix("+")
+    if not (digits.isascii() and digits.isdecimal()) or len(digits) > 10:
+        raise ConfigUnsupported(
+            f"disk {disk.target.dev}: {text!r} is no user or group of an NFS server", remedy="write its number"
+        )
+    return int(digits)
 
 
 def _socket_address(host: Host, protocol: str) -> Props:
@@ -235,7 +310,12 @@ def disk_parts(context: Context, disk: Disk) -> Parts:
     if disk.target.bus == "fdc" and boot is not None:  # the boot order of a floppy is its controller's
         drive = "AB"[min((disk.address.unit if disk.address else 0) or 0, 1)]
         arguments = ["-global", f"isa-fdc.bootindex{drive}={boot}"]
-    return Parts(blockdevs=nodes, arguments=arguments, devices=[_drive(context, disk, bool(nodes))])
+    return Parts(
+        objects=secret_objects(context.files, disk),
+        blockdevs=nodes,
+        arguments=arguments,
+        devices=[_drive(context, disk, bool(nodes))],
+    )
 
 
 def _vhost_user(context: Context, disk: Disk) -> Parts:
@@ -243,11 +323,13 @@ def _vhost_user(context: Context, disk: Disk) -> Parts:
     path = disk.source.path if disk.source else None
     if not path:
         raise ConfigUnsupported(f"disk {disk.target.dev}: a vhostuser source needs a path")
+    again = disk.source.reconnect if disk.source is not None else None
+    seconds = (again.timeout or 1) if again is not None and again.enabled else None
     chardev = Chardev(
         f"chr-vu-{alias}",
         "socket",
-        {"path": path},
-        {"addr": {"type": "unix", "data": {"path": path}}, "server": False},
+        {"path": path, "reconnect": seconds},
+        {"addr": {"type": "unix", "data": {"path": path}}, "server": False, "reconnect": seconds},
     )
     device = {
         "driver": context.require("vhost-user-blk-pci"),
@@ -277,6 +359,7 @@ def _drive(context: Context, disk: Disk, medium: bool) -> Props:
         common["werror"] = "enospc" if driver.error_policy == "enospace" else driver.error_policy
         common["rerror"] = driver.rerror_policy or ("ignore" if driver.error_policy == "ignore" else None)
     if disk.geometry is not None:
+        common["bios-chs-trans"] = disk.geometry.trans
         common |= {"cyls": disk.geometry.cyls, "heads": disk.geometry.heads, "secs": disk.geometry.secs}
     bus = disk.target.bus
     if bus == "virtio":
@@ -285,6 +368,8 @@ def _drive(context: Context, disk: Disk, medium: bool) -> Props:
         return {**_scsi(context, disk), **common}
     if bus in ("ide", "sata"):
         return {**_ata(context, disk, bus), **common}
+    if bus == "nvme":
+        return {**_nvme(context, disk), **common, "serial": None}  # the controller has it
     if bus == "usb":
         removable = disk.target.removable
         return {"driver": "usb-storage", **context.address(disk), "removable": removable, **common}
@@ -302,22 +387,43 @@ def _virtio(context: Context, disk: Disk) -> Props:
             "ioeventfd": driver.ioeventfd,
             "event_idx": driver.event_idx,
             "iothread": f"iothread{driver.iothread}" if driver.iothread else None,
+            "iothread-vq-mapping": _mapping(context, driver),
             "num-queues": driver.queues,
             "queue-size": driver.queue_size,
         }
     return props
 
 
+def _mapping(context: Context, driver: DiskDriver) -> list[Props] | None:
+    """Which I/O thread serves which queue: QEMU 9.0 and later. Raises `ConfigUnsupported`."""
+    if driver.iothreads is None:
+        return None
+    if context.capabilities.version < QUEUE_MAPPING:
+        raise ConfigUnsupported(
+            f"{context.capabilities.binary} cannot give a disk several I/O threads: QEMU 9.0 can",
+            path="/domain/devices/disk/driver/iothreads",
+            remedy="one of them: <driver iothread='...'>",
+        )
+    return [
+        {"iothread": f"iothread{item.id}", **({"vqs": [queue.id for queue in item.queues]} if item.queues else {})}
+        for item in driver.iothreads.iothreads
+    ]
+
+
 def _scsi(context: Context, disk: Disk) -> Props:
     address = disk.address
     controller = (address.controller if address else 0) or 0
     kind = {"cdrom": "scsi-cd", "lun": "scsi-block"}.get(disk.device, "scsi-hd")
+    target, unit = (address.target if address else 0) or 0, (address.unit if address else 0) or 0
+    models = {item.index or 0: item.model for item in context.domain.devices.controllers if item.type == "scsi"}
+    if models.get(controller) in _ONE_UNIT:
+        target, unit = target or unit, 0
     props: Props = {
         "driver": kind,
         "bus": f"{context.controller('scsi', controller)}.0",
         "channel": (address.bus if address else 0) or 0,
-        "scsi-id": (address.target if address else 0) or 0,
-        "lun": (address.unit if address else 0) or 0,
+        "scsi-id": target,
+        "lun": unit,
     }
     if kind != "scsi-block":
         props |= {
@@ -327,8 +433,20 @@ def _scsi(context: Context, disk: Disk) -> Props:
             "product": disk.product or None,
         }
     if kind == "scsi-hd":
-        props["rotation_rate"] = disk.target.rotation_rate
+        props |= {"rotation_rate": disk.target.rotation_rate, "removable": disk.target.removable}
+        props["dpofua"] = disk.target.dpofua
     return props
+
+
+def _nvme(context: Context, disk: Disk) -> Props:
+    """A namespace: its number is the second one in nvme0n1."""
+    address = disk.address
+    controller = context.controller("nvme", (address.controller if address else 0) or 0)
+    return {
+        "driver": context.require("nvme-ns"),
+        "bus": controller,
+        "nsid": ((address.unit if address else 0) or 0) + 1,
+    }
 
 
 def _ata(context: Context, disk: Disk, bus: str) -> Props:

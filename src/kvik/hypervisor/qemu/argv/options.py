@@ -66,7 +66,7 @@ def on_off(value: bool) -> str:
 def node_name(alias: str, layer: int, kind: str) -> str:
     """A block node's name: at most 31 bytes (QEMU's limit), the same for the same alias for ever.
 
-    `layer` 0 is the top image, 1 the image below it, ...; `kind` is "format" or "storage".
+    `layer` is a `Layer.key`; `kind` is "format", "storage", or "cor" for what copies on read above them.
     """
     base = alias if len(alias) <= 14 else "d" + hashlib.sha1(alias.encode()).hexdigest()[:13]
     return f"{base}-{layer}-{kind}"
@@ -118,6 +118,12 @@ class Files:
             self.sets[name] = self.fds[name]
             return f"/dev/fdset/{self.fds[name]}"
         return fallback
+
+    def own_path(self, name: str) -> str:
+        """A name that QEMU opens by itself, past its fdsets, as it does with a secret's file."""
+        if name in self.paths:
+            return self.paths[name]
+        return f"/proc/self/fd/{self.fds[name]}" if name in self.fds else name
 
     def fd(self, name: str) -> str | None:
         """What QEMU calls a descriptor that it uses as such (a tap, a socket); None if it is not passed."""

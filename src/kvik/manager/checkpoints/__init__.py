@@ -1,0 +1,1 @@
+"""Checkpoints of a machine: points in time since which dirty bitmaps tell what changed on its disks."""
