@@ -6,13 +6,17 @@ KvikError
 │       └── ConfigUnsupported a document asks for what this hypervisor or host cannot do
 ├── NotFound                  the named object does not exist
 │   ├── NoDomain, NoNetwork, NoNetworkPort, NoFilter, NoFilterBinding, NoInterface,
-│   └── NoStoragePool, NoStorageVolume, NoSnapshot, NoMetadata, NoDevice
+│   └── NoStoragePool, NoStorageVolume, NoSnapshot, NoCheckpoint, NoBackup, NoSecret, NoMetadata, NoDevice
 ├── AlreadyExists             a name, UUID or address is taken
 │   └── StorageVolumeExists
+├── StorageProbeFailed        what a pool is to be made of is not what its document says
+├── StoragePoolBuilt          building a pool would overwrite what is there
+├── InvalidSecret             a secret is private, or of another kind
 ├── OperationInvalid          the object is not in a state that allows this
 ├── OperationUnsupported      nobody could do this here
 │   └── NoSupport             the procedure itself is unknown
 ├── OperationFailed           it was tried and did not work
+│   ├── CheckpointInconsistent  what changed since a checkpoint is not known (any more)
 │   └── ImageError            a kernel, disk or package file is damaged, or of a kind that is not read
 ├── OperationTimeout          it did not finish within its deadline
 ├── ResourceBusy              somebody else holds it
@@ -39,6 +43,7 @@ __all__ = [
     "AgentError",
     "AlreadyExists",
     "AuthenticationFailed",
+    "CheckpointInconsistent",
     "ConfigError",
     "ConfigUnsupported",
     "ConnectError",
@@ -47,9 +52,12 @@ __all__ = [
     "HypervisorError",
     "ImageError",
     "InvalidArgument",
+    "InvalidSecret",
     "KvikError",
     "MissingPackages",
     "MonitorError",
+    "NoBackup",
+    "NoCheckpoint",
     "NoDevice",
     "NoDomain",
     "NoFilter",
@@ -58,6 +66,7 @@ __all__ = [
     "NoMetadata",
     "NoNetwork",
     "NoNetworkPort",
+    "NoSecret",
     "NoSnapshot",
     "NoStoragePool",
     "NoStorageVolume",
@@ -69,6 +78,8 @@ __all__ = [
     "OperationUnsupported",
     "ResourceBusy",
     "RpcError",
+    "StoragePoolBuilt",
+    "StorageProbeFailed",
     "StorageVolumeExists",
 ]
 
@@ -158,6 +169,11 @@ class NoStoragePool(NotFound):
     domain = 18
 
 
+class NoSecret(NotFound):
+    code = 66  # VIR_ERR_NO_SECRET
+    domain = 30  # VIR_FROM_SECRET
+
+
 class NoStorageVolume(NotFound):
     code = 50
     domain = 18
@@ -165,6 +181,14 @@ class NoStorageVolume(NotFound):
 
 class NoSnapshot(NotFound):
     code = 72
+
+
+class NoCheckpoint(NotFound):
+    code = 103
+
+
+class NoBackup(NotFound):
+    code = 104
 
 
 class NoMetadata(NotFound):
@@ -184,6 +208,23 @@ class StorageVolumeExists(AlreadyExists):
     domain = 18
 
 
+class StorageProbeFailed(KvikError):
+    """What a pool is to be made of is not what its document says."""
+
+    code = 75  # VIR_ERR_STORAGE_PROBE_FAILED
+
+
+class StoragePoolBuilt(KvikError):
+    """Building a pool would overwrite what is there."""
+
+    code = 76  # VIR_ERR_STORAGE_POOL_BUILT
+
+
+class InvalidSecret(KvikError):
+    code = 65  # VIR_ERR_INVALID_SECRET
+    domain = 30  # VIR_FROM_SECRET
+
+
 class OperationInvalid(KvikError):
     code = 55
 
@@ -198,6 +239,12 @@ class NoSupport(OperationUnsupported):
 
 class OperationFailed(KvikError):
     code = 9
+
+
+class CheckpointInconsistent(OperationFailed):
+    """What changed since a checkpoint is not known (any more): an incremental backup from it would lack data."""
+
+    code = 109  # VIR_ERR_CHECKPOINT_INCONSISTENT
 
 
 class ImageError(OperationFailed):

@@ -93,6 +93,11 @@ class Paths(NamedTuple):
         return self.data / "network"
 
     @property
+    def secrets(self) -> Path:
+        """Secrets, `UUID.xml`, and their values beside them, `UUID.base64`."""
+        return self.config / "secrets"
+
+    @property
     def pools(self) -> Path:
         """Persistent storage pool documents, `NAME.xml`; links in `autostart/` below it."""
         return self.config / "storage"
@@ -123,6 +128,21 @@ class Paths(NamedTuple):
     @property
     def nvram(self) -> Path:
         return self.data / "qemu" / "nvram"
+
+    @property
+    def snapshots(self) -> Path:
+        """A directory for each machine that has snapshots, with their documents."""
+        return self.data / "qemu" / "snapshot"
+
+    @property
+    def checkpoints(self) -> Path:
+        """A directory for each machine that has checkpoints or a backup, with their documents."""
+        return self.data / "qemu" / "checkpoint"
+
+    @property
+    def saves(self) -> Path:
+        """Machines that were saved by `managedsave`, `NAME.save`."""
+        return self.data / "qemu" / "save"
 
     @classmethod
     def system(cls, root: str | Path | None = None, environ: Mapping[str, str] = os.environ) -> Paths:

@@ -237,6 +237,30 @@ class Source:
         except Exception:
             return []
 
+    def snapshots(self, key: str) -> list[str]:
+        """Names of the snapshots of a machine."""
+        from kvik.client import connect, snapshot
+
+        try:
+            if self.context is not None:
+                return [item.name for item in snapshot.snapshots(self.context.connection.domain(key))]
+            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
+                return [item.name for item in snapshot.snapshots(connection.domain(key))]
+        except Exception:
+            return []
+
+    def checkpoints(self, key: str) -> list[str]:
+        """Names of the checkpoints of a machine."""
+        from kvik.client import checkpoint, connect
+
+        try:
+            if self.context is not None:
+                return [item.name for item in checkpoint.checkpoints(self.context.connection.domain(key))]
+            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
+                return [item.name for item in checkpoint.checkpoints(connection.domain(key))]
+        except Exception:
+            return []
+
     def ports(self, name: str) -> list[str]:
         """UUIDs of the ports of a network."""
         try:
@@ -246,6 +270,19 @@ class Source:
 
             with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
                 return [port.uuid for port in connection.network(name).ports()]
+        except Exception:
+            return []
+
+    def secrets(self) -> list[tuple[str, str]]:
+        """UUIDs of secrets, and what each is for."""
+        from kvik.client import connect
+        from kvik.client.secret import secrets
+
+        try:
+            if self.context is not None:
+                return [(one.uuid, one.usage_id) for one in secrets(self.context.connection)]
+            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
+                return [(one.uuid, one.usage_id) for one in secrets(connection)]
         except Exception:
             return []
 
@@ -340,9 +377,12 @@ COMPLETERS: dict[str, Callable[[Source, dict[str, str]], list[tuple[str, str]]]]
     "network-event": _network_events,
     "nwfilter": lambda source, used: [(name, "") for name in source.filters(False)],
     "nwfilter-binding": lambda source, used: [(name, "") for name in source.filters(True)],
+    "secret": lambda source, used: source.secrets(),
     "pool": lambda source, used: [(name, "") for name in source.pools(None)],
     "pool-active": lambda source, used: [(name, "") for name in source.pools(True)],
     "pool-inactive": lambda source, used: [(name, "") for name in source.pools(False)],
+    "snapshot": lambda source, used: [(name, "") for name in source.snapshots(used.get("domain", ""))],
+    "checkpoint": lambda source, used: [(name, "") for name in source.checkpoints(used.get("domain", ""))],
     "volume": lambda source, used: [(name, "") for name in source.volumes(used.get("pool", ""))],
     "verb": _verbs,
     "key": _keys,

@@ -72,6 +72,10 @@ class Context:
             self._connection = self._connector(self.uri, self.readonly)
         return self._connection
 
+    def another_connection(self) -> Connection:
+        """A read-only one beside the first, for what is asked while that waits; the caller closes it."""
+        return self._connector(self.uri, True)
+
     @property
     def connected(self) -> bool:
         return self._connection is not None
@@ -216,6 +220,25 @@ class Context:
         self.stderr.write(question)
         self.stderr.flush()
         return self.stdin.readline().strip()
+
+    def ask_secret(self, question: str) -> str:
+        """One line that the terminal does not show while it is typed; without its end."""
+        self.write(question)
+        self.stdout.flush()
+        if not term.is_terminal(self.stdin):
+            return self.stdin.readline().rstrip("\n")
+        import termios
+
+        fd = self.stdin.fileno()
+        before = termios.tcgetattr(fd)
+        silent = termios.tcgetattr(fd)
+        silent[3] &= ~termios.ECHO
+        try:
+            termios.tcsetattr(fd, termios.TCSADRAIN, silent)
+            return self.stdin.readline().rstrip("\n")
+        finally:
+            termios.tcsetattr(fd, termios.TCSADRAIN, before)
+            self.line()
 
     # files
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kvik.cli import document, flags
-from kvik.cli.common import DOMAIN, pretty_size
+from kvik.cli.common import DOMAIN, pretty_size, scaled
 from kvik.cli.domain_stats import device_stats, stats_of
-from kvik.cli.options import FLAG, TEXT, Option, UsageError, Verb
+from kvik.cli.options import DATA, FLAG, TEXT, Option, UsageError, Verb
 from kvik.cli.table import Table
 from kvik.errors import NoDevice, OperationInvalid
 
@@ -114,6 +114,13 @@ def domblkerror(ctx: Context, options: Options) -> int:
     return 0
 
 
+def domblkthreshold(ctx: Context, options: Options) -> int:
+    domain, device = ctx.domain(options.data("domain")), options.data("dev")
+    threshold = scaled(options.data("threshold"), "threshold", 1)
+    ctx.connection.call("DOMAIN_SET_BLOCK_THRESHOLD", domain.ref, device, threshold, 0)
+    return 0
+
+
 DEVICE = Option("device", TEXT, "block device", complete="disk")
 
 COMMANDS = {
@@ -138,6 +145,13 @@ COMMANDS = {
         DOMAIN,
         DEVICE,
         Option("human", FLAG, "print a more human readable output"),
+    ),
+    "domblkthreshold": Verb(
+        domblkthreshold,
+        "set threshold for block-threshold event for a block device",
+        DOMAIN,
+        Option("dev", DATA, "device to set threshold for", complete="disk"),
+        Option("threshold", DATA, "threshold as a scaled number (by default bytes)", metavar="number"),
     ),
     "domblkerror": Verb(domblkerror, "Show block device errors", DOMAIN),
 }

@@ -7,7 +7,7 @@ import contextlib
 from kvik.cli import flags
 from kvik.cli.common import DOMAIN, INACTIVE, chosen
 from kvik.cli.options import DATA, FLAG, Option, UsageError, Verb
-from kvik.errors import KvikError
+from kvik.errors import KvikError, OperationInvalid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +51,12 @@ def undefine(ctx: Context, options: Options) -> int:
             raise UsageError(f"Options --{remove} and --{keep} are mutually exclusive")
     domain = ctx.domain(options.data("domain"))
     ctx.doing = f"Failed to undefine domain '{domain.name}'"
-    domain.undefine(bits)
+    try:
+        domain.undefine(bits)
+    except OperationInvalid as error:
+        if "managed save" in error.message:
+            ctx.doing = ""  # virsh looks for one itself before it begins
+        raise
     ctx.say(f"Domain '{domain.name}' has been undefined")
     return 0
 

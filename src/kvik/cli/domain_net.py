@@ -71,10 +71,13 @@ class Found(NamedTuple):
     sources: tuple[str, ...]
 
 
+ANY = "any"
+
+
 def addresses(domain: Domain, source: str | None) -> list[Found]:
-    """Addresses from `source`; without one, what leases, agent and the host's ARP table know together."""
-    if source is not None:
-        number = choice(source, flags.ADDRESSES, "address source")
+    """Addresses from `source`; without one, or of any, what leases, agent and what is heard tell together."""
+    if source not in (None, ANY):
+        number = choice(source or "", flags.ADDRESSES, "address source")
         return [Found(address, (source,)) for address in domain.interface_addresses(number)]
     merged: dict[tuple[str, str], Found] = {}
     first: KvikError | None = None
@@ -105,7 +108,7 @@ def domifaddr(ctx: Context, options: Options) -> int:
     if ctx.put([{**one.address._asdict(), "sources": [*one.sources]} for one in found]):
         return 0
     # virsh's columns, and one more where it would have shown less: it asks for the leases alone.
-    several = source is None and any("lease" not in one.sources for one in found)
+    several = source == ANY or (source is None and any("lease" not in one.sources for one in found))
     width = max((len(f"{one.address.address}/{one.address.prefix}") for one in found), default=0)
     ctx.extra(
         f" {'Name':<10} {'MAC address':<20} {'Protocol':<8}     "
@@ -137,7 +140,7 @@ def ip(ctx: Context, options: Options) -> int:
     found = sorted(addresses(domain, options.text("source")), key=rank)
     if not found:
         raise OperationFailed(
-            "nobody knows one: there is no lease, no agent in the guest, and the host has not heard of it",
+            "nobody knows one: there is no lease, no agent in the guest, and it was not heard on its interfaces",
             remedy="wait until it has booted, or look on its console",
         )
     if not options.flag("all"):
@@ -213,14 +216,14 @@ COMMANDS = {
         ACTIVE,
         Option("interface", TEXT, "network interface name"),
         Option("full", FLAG, "always display names and MACs of interfaces"),
-        Option("source", TEXT, "address source: 'lease', 'agent', or 'arp'", complete=tuple(flags.ADDRESSES)),
+        Option("source", TEXT, "address source: 'lease', 'agent', 'arp', or 'any'", complete=(*flags.ADDRESSES, ANY)),
     ),
     "ip": Verb(
         ip,
         "Print the address of a running domain: one line that a script can use.",
         ACTIVE,
         Option("all", FLAG, "print every address, the best first"),
-        Option("source", TEXT, "address source: 'lease', 'agent', or 'arp'", complete=tuple(flags.ADDRESSES)),
+        Option("source", TEXT, "address source: 'lease', 'agent', 'arp', or 'any'", complete=(*flags.ADDRESSES, ANY)),
     ),
     "domiftune": Verb(
         domiftune,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from kvik.cli.context import Context
     from kvik.cli.options import Options
-    from kvik.client.events import DomainEvent, NetworkEvent, PoolEvent
+    from kvik.client.events import AnyEvent, DomainEvent
 
     Fields = Mapping[str, Any]
 
@@ -109,16 +109,14 @@ def event(ctx: Context, options: Options) -> int:
     for wanted in EVENT_IDS if every else (kind or "",):
         connection.register(wanted, domain)
 
-    def print_one(found: DomainEvent | NetworkEvent | PoolEvent) -> None:
+    def print_one(found: AnyEvent) -> None:
         if isinstance(found, DomainEvent):
             show(ctx, found, timestamp=timestamp)
 
     return wait_for(ctx, print_one, loop=loop, seconds=seconds)
 
 
-def wait_for(
-    ctx: Context, show: Callable[[DomainEvent | NetworkEvent | PoolEvent], None], *, loop: bool, seconds: float | None
-) -> int:
+def wait_for(ctx: Context, show: Callable[[AnyEvent], None], *, loop: bool, seconds: float | None) -> int:
     """Show events of what was registered until one came (`loop`: until interrupted), or `seconds` have passed."""
     from kvik.client.events import ConnectionClosed
 

@@ -189,10 +189,8 @@ def _apply_global(context: Context, name: str, value: str | None) -> int | None:
 # virsh's commands for what is still to come: no spelling mistakes of anything.
 ABSENT = frozenset(
     """
-    blockcommit blockcopy blockjob blockpull blockresize checkpoint-create checkpoint-list domjobinfo-all dump
-    managedsave managedsave-remove migrate migrate-setspeed nodedev-list restore save save-image-dumpxml save-image-edit
-    secret-define secret-list snapshot-create snapshot-create-as snapshot-current snapshot-delete snapshot-dumpxml
-    snapshot-info snapshot-list snapshot-parent snapshot-revert
+    domjobinfo-all dump
+    migrate migrate-setspeed nodedev-list
     """.split()  # noqa: SIM905 - a list of a hundred lines is harder to read
 )
 
@@ -268,11 +266,12 @@ def run_verb(context: Context, words: Sequence[str]) -> int:
 
 
 OWN_FAILURE = 125  # as docker, env and timeout report that they, not the command that they run, failed
+SSH_FAILURE = 255  # as ssh(1) itself ends when it does not get there
 
 
 def failure(name: str, words: Sequence[str], error: BaseException) -> int:
     """The exit code of an error; where a command's own code is handed on, one that commands do not use."""
-    own = OWN_FAILURE if name == "exec" or (name == "run" and "--" in words) else 1
+    own = OWN_FAILURE if name == "exec" or (name == "run" and "--" in words) else SSH_FAILURE if name == "ssh" else 1
     code: int | None = getattr(error, "exit_code", None)
     return own if code is None else code
 

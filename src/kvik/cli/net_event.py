@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.cli.context import Context
     from kvik.cli.options import Options
-    from kvik.client.events import DomainEvent, NetworkEvent, PoolEvent
+    from kvik.client.events import AnyEvent, NetworkEvent
 
 
 def detail(event: NetworkEvent) -> str:
@@ -38,7 +38,7 @@ def net_event(ctx: Context, options: Options) -> int:
     name, timestamp = options.text("network"), options.flag("timestamp")
     ctx.connection.register_network(kind, ctx.network(name) if name else None)
 
-    def show(event: DomainEvent | NetworkEvent | PoolEvent) -> None:
+    def show(event: AnyEvent) -> None:
         if not isinstance(event, NetworkEvent):
             return
         text, when = detail(event), stamp() if timestamp else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from kvik.cli.common import NETWORK
+from kvik.cli.net_lifecycle import warn
 from kvik.cli.options import DATA, FLAG, TEXT, Option, UsageError, Verb
 from kvik.cli.table import Table
 from kvik.errors import KvikError, NoNetwork
@@ -69,6 +70,7 @@ def net_info(ctx: Context, options: Options) -> int:
     except KvikError:
         pass  # a network without a bridge: macvtap, or a pool of host devices
     ctx.pairs(pairs)
+    warn(ctx, network)
     return 0
 
 
@@ -115,6 +117,7 @@ def net_dhcp_leases(ctx: Context, options: Options) -> int:
         cells = (lease.mac or "-", lease.family, address, lease.hostname or "-", lease.client_id or "-")
         table.add(expiry(lease.expiry), *cells)
     ctx.table(table)
+    warn(ctx, network)
     return 0
 
 

@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.cli.context import Context
     from kvik.cli.options import Options
-    from kvik.client.events import DomainEvent, NetworkEvent, PoolEvent
+    from kvik.client.events import AnyEvent
 
 
 def pool_event(ctx: Context, options: Options) -> int:
@@ -32,7 +32,7 @@ def pool_event(ctx: Context, options: Options) -> int:
     name, timestamp = options.text("pool"), options.flag("timestamp")
     ctx.connection.register_pool(kind, pool_of(ctx, name) if name else None)
 
-    def show(event: DomainEvent | NetworkEvent | PoolEvent) -> None:
+    def show(event: AnyEvent) -> None:
         if not isinstance(event, PoolEvent):
             return
         text, when = str(event), stamp() if timestamp else ""

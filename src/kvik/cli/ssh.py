@@ -79,11 +79,12 @@ def where(ctx: Context, domain: Domain, port: int, host: Address, timeout: float
             found = candidates()
             if found and host.transport == "ssh":
                 return found[0], port  # only ssh itself gets there
-            heard = ""
+            heard = ""  # at the best of them
             for address in found:
-                heard = banner(address, port)
-                if not heard:
+                said = banner(address, port)
+                if not said:
                     return address, port
+                heard = heard or said
             left = deadline - time.monotonic()
             if left <= 0:
                 raise stalled(domain, found, port, heard, timeout)

@@ -72,6 +72,7 @@ def edit(
     define: Callable[[str, bool], str],
     *,
     validate: bool = True,
+    edited: str = "XML configuration edited.",
 ) -> int:
     """Edit, validate, define; on an error the person chooses what next, and no keystroke is lost.
 
@@ -98,7 +99,7 @@ def edit(
             except KvikError as error:
                 ctx.error(error)
             else:
-                ctx.say(f"{now[0].upper()}{now[1:]} XML configuration edited.")
+                ctx.say(f"{now[0].upper()}{now[1:]} {edited}")
                 return 0
             answer = again(ctx, validate=validate)
             if answer == "n":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvik.client.domain import Domain
     from kvik.client.events import AnyEvent
     from kvik.client.network import Network, NetworkFacts
+    from kvik.client.secret import Secret
     from kvik.client.storage import StoragePool
     from kvik.rpc.xdr import Record
 
@@ -383,6 +384,16 @@ class Connection:
 
     def deregister_pool(self, callback: int) -> None:
         self.call("CONNECT_STORAGE_POOL_EVENT_DEREGISTER_ANY", callback)
+
+    def register_secret(self, kind: str = "lifecycle", secret: Secret | None = None) -> int:
+        """Ask for events of secrets (`kvik.client.events.SECRET_EVENT_IDS`), of one or all."""
+        from kvik.client.events import SECRET_EVENT_IDS
+        from kvik.errors import InvalidArgument
+
+        if kind not in SECRET_EVENT_IDS:
+            raise InvalidArgument(f"unknown kind of event {kind!r}", remedy=f"there are {', '.join(SECRET_EVENT_IDS)}")
+        ref = secret.ref if secret is not None else None
+        return int(self.call("CONNECT_SECRET_EVENT_REGISTER_ANY", SECRET_EVENT_IDS[kind], ref)[0])
 
     def register_network(self, kind: str = "lifecycle", network: Network | None = None) -> int:
         """Ask for events of networks (`kvik.client.events.NETWORK_EVENT_IDS`), of one or all."""

@@ -278,6 +278,28 @@ class Domain:
         cut = range(0, len(maps), length)
         return [VcpuInfo._make((*row, maps[at : at + length])) for row, at in zip(rows, cut, strict=False)]
 
+    def iothreads(self, flags: int = 0) -> list[tuple[int, bytes]]:
+        """(number, map of the host CPUs that it may run on, least significant bit first)."""
+        return [(int(number), bytes(cpumap)) for number, cpumap in self._call("DOMAIN_GET_IOTHREAD_INFO", flags)[0]]
+
+    def pin_iothread(self, number: int, cpumap: bytes, flags: int = 0) -> None:
+        self._call("DOMAIN_PIN_IOTHREAD", number, cpumap, flags)
+
+    def add_iothread(self, number: int, flags: int = 0) -> None:
+        self._call("DOMAIN_ADD_IOTHREAD", number, flags)
+
+    def delete_iothread(self, number: int, flags: int = 0) -> None:
+        self._call("DOMAIN_DEL_IOTHREAD", number, flags)
+
+    def set_iothread(self, number: int, values: Mapping[str, int], flags: int = 0) -> None:
+        """By libvirt's names, such as "poll_max_ns", "thread_pool_min"."""
+        from kvik.rpc.typed_params import INT, UINT, ULLONG
+        from kvik.rpc.xdr import TypedParam
+
+        kinds = {"poll_max_ns": ULLONG, "thread_pool_min": INT, "thread_pool_max": INT}
+        params = [TypedParam(name, kinds.get(name, UINT), value) for name, value in values.items()]
+        self._call("DOMAIN_SET_IOTHREAD_PARAMS", number, params, flags)
+
     def max_memory(self) -> int:
         """KiB."""
         return int(self._call("DOMAIN_GET_MAX_MEMORY")[0])
@@ -302,6 +324,22 @@ class Domain:
         # libvirt's own types: shares and periods unsigned, quotas signed.
         params = [TypedParam(name, LLONG if name.endswith("quota") else ULLONG, n) for name, n in values.items()]
         self._call("DOMAIN_SET_SCHEDULER_PARAMETERS_FLAGS", params, flags)
+
+    def block_io_tune(self, disk: str, flags: int = 0) -> dict[str, Any]:
+        """Limits of its requests by libvirt's names, such as "total_bytes_sec"; 0 no limit. `disk` is its target or
+        the path of its image."""
+        from kvik.rpc.typed_params import to_dict
+
+        flags |= 4  # VIR_TYPED_PARAM_STRING_OKAY: without it the group's name is left out
+        count = self._call("DOMAIN_GET_BLOCK_IO_TUNE", disk, 0, flags)[1]
+        return to_dict(self._call("DOMAIN_GET_BLOCK_IO_TUNE", disk, count, flags)[0])
+
+    def set_block_io_tune(self, disk: str, values: Mapping[str, int | str], flags: int = 0) -> None:
+        from kvik.rpc.typed_params import STRING, ULLONG
+        from kvik.rpc.xdr import TypedParam
+
+        params = [TypedParam(name, STRING if isinstance(v, str) else ULLONG, v) for name, v in values.items()]
+        self._call("DOMAIN_SET_BLOCK_IO_TUNE", disk, params, flags)
 
     def interface_parameters(self, interface: str, flags: int = 0) -> dict[str, Any]:
         """Its bandwidth by libvirt's names, such as "inbound.average": kilobytes a second, burst KiB, 0 no bound.
@@ -380,7 +418,10 @@ class Domain:
         return self.connection.all_stats([self], stats, flags)[0].stats
 
     def interface_addresses(self, source: int = 0) -> list[InterfaceAddress]:
-        """virDomainInterfaceAddressesSource: 0 DHCP leases, 1 the guest's agent, 2 the host's ARP table."""
+        """virDomainInterfaceAddressesSource: 0 DHCP leases, 1 the guest's agent, 2 ARP and ND.
+
+        With 2 comes what was heard on its interfaces, last heard first, and what the host's own neighbour tables have;
+        no prefix is known then."""
         return [
             InterfaceAddress(name, mac, "ipv6" if family else "ipv4", address, prefix)
             for name, mac, addresses in self._call("DOMAIN_INTERFACE_ADDRESSES", source, 0)[0]

@@ -61,6 +61,15 @@ POOL_EVENT_IDS: Final = {kind: number for number, (kind, _) in POOL_EVENTS.items
 _POOL_KINDS: Final = {procedure: kind for kind, procedure in POOL_EVENTS.values()}
 POOL_LIFECYCLE: Final = ("Defined", "Undefined", "Started", "Stopped", "Created", "Deleted")
 
+# virSecretEventID -> (kind, procedure)
+SECRET_EVENTS: Final[dict[int, tuple[str, str]]] = {
+    0: ("lifecycle", "SECRET_EVENT_LIFECYCLE"),
+    1: ("value-changed", "SECRET_EVENT_VALUE_CHANGED"),
+}
+SECRET_EVENT_IDS: Final = {kind: number for number, (kind, _) in SECRET_EVENTS.items()}
+_SECRET_KINDS: Final = {procedure: kind for kind, procedure in SECRET_EVENTS.values()}
+SECRET_LIFECYCLE: Final = ("Defined", "Undefined")  # virSecretEventLifecycleType
+
 # virDomainEventType -> (name, names of its details). Source: libvirt-domain.h, the names virsh prints.
 LIFECYCLE: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("Defined", ("Added", "Updated", "Renamed", "Snapshot")),
@@ -143,17 +152,38 @@ class PoolEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class SecretEvent:
+    """`kind` as in SECRET_EVENTS; `fields` are the procedure's, without the secret."""
+
+    kind: str
+    uuid: bytes
+    callback: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def uuid_text(self) -> str:
+        text = self.uuid.hex()
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+    def __str__(self) -> str:
+        if self.kind != "lifecycle":
+            return ""
+        number = self.fields["event"]
+        return SECRET_LIFECYCLE[number] if 0 <= number < len(SECRET_LIFECYCLE) else f"event {number}"
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectionClosed:
     """The daemon says goodbye; `reason` is virConnectCloseReason."""
 
     reason: int
 
 
-AnyEvent = DomainEvent | NetworkEvent | PoolEvent | ConnectionClosed
+AnyEvent = DomainEvent | NetworkEvent | PoolEvent | SecretEvent | ConnectionClosed
 
 
 def decode_event(message: Event) -> AnyEvent | None:
-    """An event message -> typed; None for what this client has no use for (devices, secrets)."""
+    """An event message -> typed; None for what this client has no use for (devices)."""
     procedure = message.lookup()
     record = message.decode()
     if procedure.name == "CONNECT_EVENT_CONNECTION_CLOSED":
@@ -166,6 +196,10 @@ def decode_event(message: Event) -> AnyEvent | None:
         values = record.asdict()
         pool, callback = values.pop("pool"), values.pop("callbackID")
         return PoolEvent(_POOL_KINDS[procedure.name], pool[0], pool[1], callback, values)
+    if message.program == REMOTE_NUMBER and procedure.name in _SECRET_KINDS:
+        values = record.asdict()
+        secret, callback = values.pop("secret"), values.pop("callbackID")
+        return SecretEvent(_SECRET_KINDS[procedure.name], secret[0], callback, values)
     if message.program == KVIK_NUMBER:
         kind = "stage"
     elif message.program == QEMU_NUMBER:

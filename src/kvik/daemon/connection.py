@@ -366,6 +366,7 @@ class Connection:
         self.server.events.drop(self)
         self.server.network_events.drop(self)
         self.server.pool_events.drop(self)
+        self.server.secret_events.drop(self)
         # Whoever asked is gone: calls that only look or wait are given up, those that change something finish.
         for task in list(self._abandonable):
             task.cancel()

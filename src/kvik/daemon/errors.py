@@ -16,10 +16,8 @@ from kvik.errors import HostError, KvikError, NoSupport, NotFound, OperationTime
 
 __all__ = [
     "MultipleInterfaces",
-    "NoCheckpoint",
     "NoConnection",
     "NoNodeDevice",
-    "NoSecret",
     "OperationAborted",
     "OperationDenied",
     "UnknownProcedure",
@@ -53,15 +51,6 @@ class NoNodeDevice(NotFound):
 class MultipleInterfaces(KvikError):
     code = 59  # VIR_ERR_MULTIPLE_INTERFACES
     domain = 26  # VIR_FROM_INTERFACE
-
-
-class NoSecret(NotFound):
-    code = 66  # VIR_ERR_NO_SECRET
-    domain = 30  # VIR_FROM_SECRET
-
-
-class NoCheckpoint(NotFound):
-    code = 103  # VIR_ERR_NO_DOMAIN_CHECKPOINT
 
 
 class UnknownProcedure(NoSupport):

@@ -29,6 +29,7 @@ from kvik.daemon.eventing import EventRouter
 from kvik.daemon.instance import InstanceLock, bind_socket, private_directory
 from kvik.daemon.network_events import NetworkEvents
 from kvik.daemon.pool_events import PoolEvents
+from kvik.daemon.secret_events import SecretEvents
 from kvik.daemon.streams import Stream
 from kvik.paths import Paths
 
@@ -95,6 +96,7 @@ class Server:
         self.events = EventRouter(manager.events)
         self.network_events = NetworkEvents(manager.networks)
         self.pool_events = PoolEvents(manager.pools)
+        self.secret_events = SecretEvents(manager.secrets)
         self.connections: set[Connection] = set()
         self.consoles: dict[tuple[bytes, str], Stream] = {}  # (machine's UUID, device) -> who has it
         self.served = 0  # connections since the start
@@ -177,6 +179,7 @@ class Server:
         self.events.close()
         self.network_events.close()
         self.pool_events.close()
+        self.secret_events.close()
         await self.manager.close()
         self._lock.release()
 

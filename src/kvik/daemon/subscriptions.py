@@ -1,4 +1,4 @@
-"""Who asked for events of objects of one kind (networks, storage pools), of one of them or of all."""
+"""Who asked for events of objects of one kind (networks, storage pools, secrets), of one of them or of all."""
 
 from __future__ import annotations
 
@@ -66,7 +66,13 @@ class Subscriptions:
 
     def deliver(self, name: str, uuid: bytes, number: int, procedure: str, *fields: int | str | None) -> None:
         """Event `number` of the object with this name and UUID, to all who asked for it."""
+        self.send((name, uuid), uuid, number, procedure, *fields)
+
+    def send(
+        self, reference: tuple[object, ...], uuid: bytes, number: int, procedure: str, *fields: int | str | None
+    ) -> None:
+        """The same of an object that the wire names by `reference`."""
         for id_, callback in list(self._callbacks.items()):
             if callback.number == number and callback.uuid in (None, uuid):
-                data = m.event(programs.remote()[procedure], (id_, (name, uuid), *fields))
+                data = m.event(programs.remote()[procedure], (id_, reference, *fields))
                 callback.connection.send_event(data)

@@ -38,7 +38,7 @@ FIRMWARE: dict[str, tuple[str, ...]] = {
 # What each tool is for, and where besides the search path it may lie.
 TOOLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "qemu-img": ("converts and checks disk images that kvik does not itself", ()),
-    "qemu-storage-daemon": ("qcow2 and other formats for kvik-vmm", ()),
+    "qemu-storage-daemon": ("formats other than raw and qcow2 for kvik-vmm", ()),
     "dnsmasq": ("gives addresses and names in virtual networks", ()),
     "nft": ("NAT and filtering of virtual networks", ()),
     "passt": ("fast networking without root", ()),

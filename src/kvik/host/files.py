@@ -20,6 +20,7 @@ from pathlib import Path
 from kvik.errors import HostError, ResourceBusy
 
 AnyPath = str | os.PathLike[str]
+Identity = tuple[int, int]  # of a file or device, whatever its name
 
 _TEMPORARY_PREFIX = ".kvik-"
 _TEMPORARY_SUFFIX = ".tmp"
@@ -46,6 +47,15 @@ def host_error(action: str, path: AnyPath, error: OSError) -> HostError:
 
 
 # Writing --------------------------------------------------------------------------------------------------------
+
+
+def identify(path: AnyPath) -> Identity | None:
+    """What a path leads to: a block device by its number, others by their inode; None if it cannot be looked at."""
+    try:
+        info = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return None
+    return (0, info.st_rdev) if stat.S_ISBLK(info.st_mode) else (info.st_dev, info.st_ino)
 
 
 def fsync_directory(path: AnyPath) -> None:

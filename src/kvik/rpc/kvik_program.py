@@ -6,6 +6,8 @@ Numbers are never reused; a new field means a new procedure. From 100 on: events
   (0: the daemon's own limit); result: the stages so far and whether it is ready.
 - DOMAIN_EXEC: runs a command in the guest through its agent, for at most `timeout` ms (0: without limit). `signal` is 0
   if the command exited by itself.
+- DOMAIN_SNAPSHOT_PLAN: what deleting a snapshot with these flags (virDomainSnapshotDeleteFlags) would do, a line each;
+  nothing is done.
 - DOMAIN_OVERVIEW: everything that `list`, `ps` and `top` show, in one call. Flags are virConnectListAllDomainsFlags;
   `uptime` is in seconds, 0 while the machine is off.
 - NETWORK_MESSAGES: what is to be said of a network: what its document says and nobody here understands, what was found
@@ -17,6 +19,8 @@ Numbers are never reused; a new field means a new procedure. From 100 on: events
   by libvirt's INTERFACE_CHANGE_COMMIT (0: for good at once). INTERFACE_BEGIN is libvirt's INTERFACE_CHANGE_BEGIN with
   such a time. INTERFACE_PENDING: `state` is "" (nothing), "open", "kept" (what to write could not be written) or
   "reverted".
+- DNS_*: names of machines on the host (kvik dns). `resolver` is who answers the host's questions, "" for nobody who
+  could be told; a zone without servers is not known to it, and `why` says the reason.
 - A stage is {name, seconds since the start, state}: state is 0 waiting, 1 done, 2 stalled, 3 not expected,
   4 failed (it will not come: a kernel panic, nothing to boot); `detail` says why.
 """
@@ -54,6 +58,7 @@ STRUCTS: dict[str, str] = {
     ),
     "bridge_fdb": "mac:string port:string vlan:uint kind:string age:double",
     "bridge_vlan": "port:string first:uint last:uint pvid:int untagged:int",
+    "dns_zone": "network:string domain:string servers:string<1024> why:string",
     "exec_result": "exitcode:int signal:int stdout:opaque<16777216> stderr:opaque<8388608> truncated:int",
 }
 
@@ -76,6 +81,7 @@ PROCEDURES: dict[int, tuple[str, str, str, str]] = {
     # 5 was an overview without `uptime`.
     6: ("DAEMON_SHUTDOWN", "", "", "h"),
     7: ("DOMAIN_OVERVIEW", "flags:uint", "rows:overview_row<16384>", "h"),
+    8: ("DOMAIN_SNAPSHOT_PLAN", "dom:domain name:string flags:uint", "steps:string<16384>", ""),
     20: ("BRIDGE_LIST", "", "bridges:bridge<4096>", ""),
     21: ("BRIDGE_SHOW", "name:string", "bridge:bridge ports:bridge_port<4096>", ""),
     22: ("BRIDGE_ADD", "name:string mac:string? settings:typed_param<64>", "", ""),
@@ -104,6 +110,9 @@ PROCEDURES: dict[int, tuple[str, str, str, str]] = {
     42: ("INTERFACE_BEGIN", "seconds:uint", "", ""),
     43: ("INTERFACE_PENDING", "", "state:string what:string seconds:double outcome:string", ""),
     50: ("NETWORK_MESSAGES", "net:network", "messages:string<256>", "h"),
+    51: ("DNS_STATUS", "", "enabled:int resolver:string file:string zones:dns_zone<16384>", ""),
+    52: ("DNS_ENABLE", "", "resolver:string", ""),
+    53: ("DNS_DISABLE", "", "was:int", ""),
     60: ("STORAGE_POOL_MESSAGES", "pool:storage_pool", "messages:string<256>", "h"),
     100: ("DOMAIN_EVENT_STAGE", "dom:domain stage:stage", "", "e"),
 }

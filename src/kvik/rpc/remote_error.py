@@ -45,6 +45,8 @@ _BY_CODE: Final[dict[int, type[KvikError]]] = {
     50: errors.NoStorageVolume,
     55: errors.OperationInvalid,
     62: errors.NoFilter,
+    65: errors.InvalidSecret,
+    66: errors.NoSecret,
     67: errors.ConfigUnsupported,
     68: errors.OperationTimeout,
     72: errors.NoSnapshot,
@@ -55,6 +57,9 @@ _BY_CODE: Final[dict[int, type[KvikError]]] = {
     88: errors.AccessDenied,
     99: errors.NoDevice,
     101: errors.NoFilterBinding,
+    103: errors.NoCheckpoint,
+    104: errors.NoBackup,
+    109: errors.CheckpointInconsistent,
 }
 # How daemons say that they lack a program or procedure: ours (the first is libvirt's too), and libvirt's.
 UNKNOWN: Final = ("unknown procedure", "unknown program", "Cannot find program")

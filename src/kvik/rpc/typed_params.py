@@ -27,6 +27,7 @@ Value = int | float | str | bool
 # Statistics that are not unsigned 64-bit, by name with every number replaced by "*".
 # Source: libvirt's documentation of virConnectGetAllDomainStats.
 _KNOWN: Final[dict[str, int]] = {
+    "operation": INT,  # of a job: virDomainGetJobStats
     "state.state": INT,
     "state.reason": INT,
     "vcpu.current": UINT,
@@ -37,6 +38,8 @@ _KNOWN: Final[dict[str, int]] = {
     "block.count": UINT,
     "block.*.backingIndex": UINT,
     "iothread.count": UINT,
+    "iothread.*.poll-grow": UINT,
+    "iothread.*.poll-shrink": UINT,
     "cpu.cache.monitor.count": UINT,
     "memory.bandwidth.monitor.count": UINT,
     "dirtyrate.calc_status": INT,

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kvik as package
 from kvik.cli.context import Context
-from kvik.cli.main import load, parse_globals, run_verb
+from kvik.cli.main import load, main, parse_globals, run_verb
 from kvik.cli.options import parse
-from kvik.client import Connection, Domain, Network
+from kvik.client import Connection, Domain, Network, connect
 from kvik.client.connection import DaemonStatus, DomainStats, NodeInfo, OverviewRow
 from kvik.client.domain import (
     BlockInfo,
@@ -248,6 +257,7 @@ class FakeConnection:
             "port_xml": "<networkport><uuid>x</uuid></networkport>\n",
         }
         self.low: dict[str, Any] = {
+            "DOMAIN_SET_BLOCK_THRESHOLD": (),
             "DOMAIN_GET_DISK_ERRORS": ([("vda", 2)], 1),
             "DOMAIN_GET_FSINFO": ([("/", "vda1", "ext4", ["vda"])], 1),
             "DOMAIN_GET_SCHEDULER_TYPE": ("posix", 9),
@@ -298,6 +308,11 @@ class FakeConnection:
             "BRIDGE_VLAN": ([("vnet0", 1, 1, 1, 1), ("vnet0", 100, 199, 0, 0)],),
             "INTERFACE_BRIDGE": (["the configuration is netplan's"],),
             "INTERFACE_UNBRIDGE": ([],),
+            "DNS_STATUS": (1, "dnsmasq", "/etc/dnsmasq.d/kvik.conf", [
+                ("lan", "lab", ["10.0.0.1", "fd00::1"], ""), ("lab", "", [], "it is not active"),
+            ]),
+            "DNS_ENABLE": ("dnsmasq",),
+            "DNS_DISABLE": (1,),
             "INTERFACE_PENDING": ("open", "eth0 into bridge br0", 59.6, ""),
             **dict.fromkeys(
                 ("BRIDGE_ADD", "BRIDGE_DELETE", "BRIDGE_ADD_PORT", "BRIDGE_DELETE_PORT", "BRIDGE_SET",
@@ -420,3 +435,42 @@ def tty() -> type[Tty]:
 @pytest.fixture
 def no_metadata() -> NoMetadata:
     return NoMetadata("no metadata")
+
+
+@pytest.fixture(scope="module")
+def uri() -> Iterator[str]:
+    """A daemon of its own with machines in memory."""
+    with tempfile.TemporaryDirectory(prefix="ks") as directory:
+        socket = Path(directory, "s")
+        argv = [sys.executable, "-m", "kvik.daemon", "--system", "--root", directory, "--driver", "test"]
+        environ = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parent.parent)}
+        daemon = subprocess.Popen([*argv, "--socket", str(socket)], env=environ, stderr=subprocess.DEVNULL)
+        try:
+            uri = f"qemu+unix:///system?socket={socket}"
+            end = time.monotonic() + 30
+            while True:
+                try:
+                    connect(uri).close()
+                    break
+                except KvikError:
+                    assert daemon.poll() is None and time.monotonic() < end
+                    time.sleep(0.05)
+            yield uri
+        finally:
+            daemon.terminate()
+            daemon.wait(30)
+
+
+@pytest.fixture
+def kvik_(uri: str) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command on it: its exit code and what it said."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            code = main(["-c", uri, *words])
+        for stream in (out, errors):
+            stream.seek(0)
+        return code, out.read(), errors.read()
+
+    return run

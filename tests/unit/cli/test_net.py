@@ -64,10 +64,12 @@ def test_a_name_that_is_not_known_gets_a_suggestion(kvik: Any) -> None:
     assert kvik("net-uuid", "11111111-2222-3333-4444-555555555555") == 1  # by name only, as virsh does
 
 
-def test_what_the_daemon_has_to_say_follows_define_and_start(kvik: Any) -> None:
+def test_what_the_daemon_has_to_say_follows_define_start_and_leases(kvik: Any) -> None:
     kvik.connection.replies["net_messages"] = ["chain FORWARD of docker drops its packets"]
     assert kvik("net-start", "lab") == 0
     assert kvik.out == "Network lab started\n\n"
+    assert kvik.err == "warning: chain FORWARD of docker drops its packets\n"
+    assert kvik("net-dhcp-leases", "lan") == 0
     assert kvik.err == "warning: chain FORWARD of docker drops its packets\n"
     kvik.connection.replies["net_messages"] = KvikError("the daemon knows no such call")
     assert kvik("net-start", "lab") == 0
@@ -160,6 +162,8 @@ def test_what_the_sources_know_is_put_together_and_who_knows_it_is_said(kvik: An
         " eth1       52:54:00:00:00:99    ipv4         10.9.9.9/8     agent\n"
         "\n"
     )
+    assert kvik("domifaddr", "tiny-1", "--source", "any") == 0
+    assert kvik.out.splitlines()[2].endswith("10.0.0.5/24    lease, agent, arp")
     assert kvik("--json", "domifaddr", "tiny-1") == 0
     assert next((one["address"], one["sources"]) for one in json.loads(kvik.out)) == (
         "10.0.0.5",

@@ -112,14 +112,22 @@ def test_a_port_forward_is_taken_where_there_is_one(kvik: Any, server: socket.so
     argv = shlex.split(kvik.out)
     assert argv[argv.index("-p") + 1] == str(port) and argv[-1] == address
     kvik.connection.replies["xml"] = "<domain><devices><interface type='user'/></devices></domain>"
-    assert kvik("ssh", "tiny-1", "--print") == 1
+    assert kvik("ssh", "tiny-1", "--print") == 255, "as ssh itself: its own failure is none of the command's codes"
     assert "behind user networking" in kvik.err and "<portForward" in kvik.err
+
+
+def test_of_several_addresses_the_best_is_named_with_what_it_said(kvik: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"10.9.9.9": "connection refused", "2001:db8::9": "network is unreachable"}
+    monkeypatch.setattr("kvik.cli.ssh.banner", lambda address, port: said[address])
+    told(kvik.connection, lease=[("ipv4", "10.9.9.9")], arp=[("ipv6", "2001:db8::9")])
+    assert kvik("ssh", "tiny-1", "--timeout", "0.01") == 255
+    assert "has the address 10.9.9.9" in kvik.err and "connection refused" in kvik.err
 
 
 def test_what_does_not_come_is_named(kvik: Any) -> None:
     told(kvik.connection)
     kvik.connection.replies["stages"] = Readiness(False, [Stage("agent", 0.0, 0, "")])
-    assert kvik("ssh", "tiny-1", "--timeout", "0.01") == 1
+    assert kvik("ssh", "tiny-1", "--timeout", "0.01") == 255
     assert "nobody knows an address" in kvik.err and "stage 'agent' is waiting" in kvik.err
     with closing(socket.create_server(("127.0.0.9", 0))) as free:
         port = free.getsockname()[1]

@@ -18,6 +18,15 @@ A = object()  # "no matter what"
 
 # (command line, the one call that matters or None, text that the output has)
 CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
+    # machines' names on the host
+    ("dns enable", ("call_kvik", "DNS_ENABLE"), "Names of machines resolve on this host, by dnsmasq\n"),
+    ("dns disable", ("call_kvik", "DNS_DISABLE"), "no longer resolve"),
+    (
+        "dns status",
+        ("call_kvik", "DNS_STATUS"),
+        " lan       *.lab   10.0.0.1, fd00::1\n lab       -       it is not active\n",
+    ),
+    ("--json dns status", ("call_kvik", "DNS_STATUS"), '"file": "/etc/dnsmasq.d/kvik.conf"'),
     # the host's bridges
     ("bridge list", ("call_kvik", "BRIDGE_LIST"), " br0    up      on    on      8000.525400000001   192.0.2.1/24"),
     ("bridge show br0", ("call_kvik", "BRIDGE_SHOW", "br0"), "isolated, guard, no flood"),
@@ -199,6 +208,11 @@ CASES: list[tuple[str, tuple[Any, ...] | None, str]] = [
         "Device: vda\n number of read operations:      10\n",
     ),
     ("domblkstat tiny-1", ("stats", "tiny-1", 32), "rd_req 10\n"),
+    (
+        "domblkthreshold tiny-1 vda[2] --threshold 1M",
+        ("call", "DOMAIN_SET_BLOCK_THRESHOLD", A, "vda[2]", 1 << 20, 0),
+        "",
+    ),
     ("domblkerror tiny-1", ("call", "DOMAIN_GET_DISK_ERRORS", A, A, A), "vda: no space\n"),
     # interfaces
     ("domiflist tiny-1", ("xml", "tiny-1", 0), " vnet0       bridge   br0      virtio   52:54:00:aa:bb:cc\n"),
@@ -565,6 +579,13 @@ ELSEWHERE = {
 ELSEWHERE |= {
     name: "test_storage.py" for name in VERBS if name.startswith(("pool-", "vol-", "find-storage-pool-sources"))
 }
+ELSEWHERE |= {name: "test_secret.py" for name in VERBS if name.startswith("secret-")}
+ELSEWHERE |= dict.fromkeys(("blockcommit", "blockcopy", "blockjob", "blockpull", "blockresize"), "test_block_jobs.py")
+ELSEWHERE |= {name: "test_snapshots.py" for name in VERBS if name.startswith("snapshot-")}
+ELSEWHERE |= {name: "test_checkpoints.py" for name in VERBS if name.startswith(("checkpoint-", "backup-"))}
+ELSEWHERE |= {name: "test_saved.py" for name in VERBS if name.startswith(("save", "managedsave", "restore"))}
+ELSEWHERE["blkdeviotune"] = "test_block_tune.py"
+ELSEWHERE |= {name: "test_iothreads.py" for name in VERBS if name.startswith("iothread")}
 ELSEWHERE_OPTIONS = {
     ("desc", "edit"): "test_edit.py",
     ("metadata", "edit"): "test_edit.py",

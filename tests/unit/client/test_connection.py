@@ -311,6 +311,23 @@ SIMPLE: list[tuple[Callable[[Domain], Any], str, tuple[Any, ...], Any, tuple[Any
         ([("cpu_shares", 4, 5), ("vcpu_quota", 3, -1)], 0),
     ),
     (
+        lambda d: d.iothreads(2),
+        "DOMAIN_GET_IOTHREAD_INFO",
+        ([(1, b"\x03"), (5, b"\x01")], 2),
+        [(1, b"\x03"), (5, b"\x01")],
+        (2,),
+    ),
+    (lambda d: d.add_iothread(5, 2), "DOMAIN_ADD_IOTHREAD", (), None, (5, 2)),
+    (lambda d: d.delete_iothread(5, 1), "DOMAIN_DEL_IOTHREAD", (), None, (5, 1)),
+    (lambda d: d.pin_iothread(5, b"\x02", 1), "DOMAIN_PIN_IOTHREAD", (), None, (5, b"\x02", 1)),
+    (
+        lambda d: d.set_iothread(5, {"poll_max_ns": 9, "poll_grow": 2, "thread_pool_min": 1}, 1),
+        "DOMAIN_SET_IOTHREAD_PARAMS",
+        (),
+        None,
+        (5, [("poll_max_ns", 4, 9), ("poll_grow", 2, 2), ("thread_pool_min", 1, 1)], 1),
+    ),
+    (
         lambda d: d.exec(["uname", "-a"], stdin=b"in", timeout=1.5),
         "DOMAIN_EXEC",
         ((3, 0, b"out", b"err", 0),),
@@ -341,7 +358,7 @@ def test_every_public_method_of_a_domain_is_exercised() -> None:
     names = {name for name in vars(Domain) if not name.startswith("_")} - {"connection", "id", "name", "uuid_bytes"}
     used = {name for method, *_ in SIMPLE for name in method.__code__.co_names}
     elsewhere = {"uuid", "ref", "stats", "screenshot", "console", "channel", "vcpu_info", "scheduler_parameters"}
-    elsewhere |= {"interface_parameters", "set_interface_parameters"}
+    elsewhere |= {"interface_parameters", "set_interface_parameters", "block_io_tune", "set_block_io_tune"}
     assert names - used - elsewhere == set()
 
 
@@ -368,6 +385,20 @@ def test_vcpus_with_their_affinity(daemon: Make) -> None:
         domain = Domain(connection, *DOM)
         assert domain.vcpu_info(2) == [(0, 1, 5, 0, b"\x01"), (1, 1, 6, 1, b"\x02")]
         assert domain.scheduler_parameters() == {"cpu_shares": 1024}
+
+
+def test_the_limits_of_a_disk(daemon: Make) -> None:
+    fake = daemon(
+        DOMAIN_GET_BLOCK_IO_TUNE=(from_dict({"total_bytes_sec": 100, "group_name": "g"}), 2),
+        DOMAIN_SET_BLOCK_IO_TUNE=(),
+    )
+    with fake.connect() as connection:
+        domain = Domain(connection, *DOM)
+        assert domain.block_io_tune("vda") == {"total_bytes_sec": 100, "group_name": "g"}
+        domain.set_block_io_tune("vda", {"read_iops_sec": 7, "group_name": "h"}, 1)
+    (dom, disk, params, flags), *_ = fake.args("DOMAIN_SET_BLOCK_IO_TUNE")
+    assert (dom, disk, flags) == (DOM, "vda", 1)
+    assert [(one.name, one.value) for one in params] == [("read_iops_sec", 7), ("group_name", "h")]
 
 
 def test_the_bandwidth_of_an_interface(daemon: Make) -> None:
@@ -427,7 +458,7 @@ def test_descriptors_go_both_ways(daemon: Make) -> None:
 def test_events_that_arrive_during_a_call_are_kept(daemon: Make) -> None:
     def interrupted(fake: FakeDaemon, call: m.Call) -> None:
         fake.event("DOMAIN_EVENT_CALLBACK_LIFECYCLE", 4, (DOM, 2, 0))
-        fake.event("SECRET_EVENT_LIFECYCLE", 1, (bytes(16), 0, ""), 0, 0)  # nobody here asks for these
+        fake.event("NODE_DEVICE_EVENT_LIFECYCLE", 1, ("card0",), 0, 0)  # nobody here asks for these
         fake.event("DOMAIN_EVENT_CALLBACK_TRAY_CHANGE", 4, (DOM, "cdrom0", 1))
         fake.event("CONNECT_EVENT_CONNECTION_CLOSED", 1)
         fake.send(m.reply(call, ("QEMU",)))

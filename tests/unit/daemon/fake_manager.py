@@ -14,7 +14,9 @@ from fake_networks import FakeNetworks
 
 from kvik.errors import NoDomain, OperationInvalid
 from kvik.manager.events import DomainRef, EventHub
+from kvik.manager.secrets import Secrets
 from kvik.manager.storage import Pools
+from kvik.manager.store import Store
 from kvik.paths import Paths
 
 
@@ -81,6 +83,8 @@ class FakeManager:
         self.events = EventHub()
         self.networks = FakeNetworks()
         self.pools = Pools(Paths.system(root))
+        self.store = Store(Paths.system(root))
+        self.secrets = Secrets(Paths.system(root), self.store)
         self.all = [FakeDomain(f"m{number}") for number in range(count)]
         self.drivers: dict[str, Any] = {}
         self.is_open = False
@@ -93,6 +97,7 @@ class FakeManager:
 
     async def close(self) -> None:
         self.is_open = False
+        self.store.close()
 
     async def client_gone(self, client: object) -> None:
         self.gone.append(client)

@@ -80,6 +80,9 @@ class FakeNetwork:
         if config:
             change(self.definition)
 
+    def messages(self) -> list[str]:
+        return [*self.warnings]
+
     def leases(self, mac: str | None = None) -> list[LeaseEntry]:
         return [lease for lease in self.lent if mac in (None, lease.mac)]
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from daemon_harness import running
@@ -18,15 +15,9 @@ from kvik.paths import Paths
 XML = "<filter name='mail'><rule action='drop' direction='out'><tcp dstportstart='25'/></rule></filter>"
 
 
-class Store:
-    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.to_thread(function, *args)
-
-
 class Manager(FakeManager):
     def __init__(self, directory: Path) -> None:
         super().__init__()
-        self.store = Store()
         self.filters = Filters(Paths.system(directory))
         self.filters.open()
 

@@ -13,7 +13,18 @@ from kvik.rpc.xdr import Encoded, TypedParam
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
 
-__all__ = ["LIST_MAX", "bitmap", "check_flags", "params", "reference", "references", "require_active", "take_params"]
+__all__ = [
+    "LIST_MAX",
+    "bitmap",
+    "check_flags",
+    "named",
+    "params",
+    "reference",
+    "references",
+    "require_active",
+    "take_params",
+    "told",
+]
 
 LIST_MAX = 16384  # REMOTE_DOMAIN_LIST_MAX: beyond it clients cannot decode a list
 
@@ -23,6 +34,16 @@ INT, UINT, LLONG, ULLONG, DOUBLE, BOOLEAN, STRING = range(1, 8)
 def reference(domain: DomainObject) -> tuple[str, bytes, int]:
     """How the wire names a machine."""
     return (domain.name, domain.uuid, domain.id)
+
+
+def named(domain: DomainObject, name: str) -> tuple[str, tuple[str, bytes, int]]:
+    """How the wire names a snapshot or a checkpoint of a machine."""
+    return (name, reference(domain))
+
+
+def told(domain: DomainObject, names: Sequence[str], need_results: int) -> tuple[list[Any], int]:
+    """Those of a list, or how many there are."""
+    return ([named(domain, name) for name in names] if need_results else [], len(names))
 
 
 def references(domains: Sequence[DomainObject]) -> Encoded:

@@ -14,9 +14,10 @@ from kvik.conf.enums import (
     DomainXMLFlags,
 )
 from kvik.daemon.dispatch import Access
-from kvik.daemon.errors import NoCheckpoint, OperationDenied
+from kvik.daemon.errors import OperationDenied
 from kvik.daemon.handlers.common import LIST_MAX, check_flags, reference, references, require_active
-from kvik.errors import InvalidArgument, NoSnapshot, OperationInvalid, OperationUnsupported
+from kvik.errors import InvalidArgument, OperationInvalid, OperationUnsupported
+from kvik.manager.backup import job as backup_job
 
 if TYPE_CHECKING:
     from kvik.daemon.connection import Connection
@@ -45,8 +46,8 @@ def _filter(flags: int) -> Any:
         (ListFlags.PERSISTENT, ListFlags.TRANSIENT, lambda domain: domain.persistent),
         (ListFlags.AUTOSTART, ListFlags.NO_AUTOSTART, lambda domain: domain.autostart),
         (ListFlags.MANAGEDSAVE, ListFlags.NO_MANAGEDSAVE, lambda domain: domain.has_managed_save),
-        (ListFlags.HAS_SNAPSHOT, ListFlags.NO_SNAPSHOT, lambda domain: False),
-        (ListFlags.HAS_CHECKPOINT, ListFlags.NO_CHECKPOINT, lambda domain: False),
+        (ListFlags.HAS_SNAPSHOT, ListFlags.NO_SNAPSHOT, lambda domain: len(domain.snapshots) > 0),
+        (ListFlags.HAS_CHECKPOINT, ListFlags.NO_CHECKPOINT, lambda domain: len(domain.checkpoints) > 0),
     ):
         chosen = flags & (yes | no)
         if chosen == yes:
@@ -338,74 +339,73 @@ async def send_key(connection: Connection, args: Any) -> None:
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
+STATS_COMPLETED, STATS_KEEP_COMPLETED = 1, 2  # virDomainGetJobStatsFlags
+DISK_FIGURES = ("disk_total", "disk_processed", "disk_remaining")
+
+
 def get_job_info(connection: Connection, args: Any) -> tuple[int, ...]:
     job = connection.domain(args[0]).job_info()
     kind = int(job.get("type", 0))
     elapsed = int(job.get("elapsed_ms", 0)) if kind else 0
-    return (kind, elapsed, *[0] * 10)
+    done, total = (int(job.get("done", 0)), int(job.get("total", 0))) if kind else (0, 0)
+    memory = (total, done, total - done)
+    disks = tuple(int(job.get(name, 0)) for name in DISK_FIGURES)
+    data = tuple(map(sum, zip(memory, disks, strict=True)))
+    return (kind, elapsed, 0, *data, *memory, *disks)
 
 
 def get_job_stats(connection: Connection, args: Any) -> tuple[int, list[Any]]:
     from kvik.daemon.handlers.common import INT, ULLONG, params
 
-    check_flags(args[1], 3, "job statistics")
-    job = connection.domain(args[0]).job_info()
+    check_flags(args[1], STATS_COMPLETED | STATS_KEEP_COMPLETED, "job statistics")
+    domain = connection.domain(args[0])
+    if args[1] & STATS_COMPLETED:
+        return _completed_job(domain, keep=bool(args[1] & STATS_KEEP_COMPLETED))
+    job = domain.job_info()
     kind = int(job.get("type", 0))
-    if not kind or args[1] & 1:  # nothing about jobs that are over is kept
+    if not kind:
         return (0, [])
-    return (
-        kind,
-        params(
-            ("operation", INT, int(job.get("operation", 0))), ("time_elapsed", ULLONG, int(job.get("elapsed_ms", 0)))
-        ),
-    )
+    rows = [("operation", INT, int(job.get("operation", 0))), ("time_elapsed", ULLONG, int(job.get("elapsed_ms", 0)))]
+    done, total = int(job.get("done", 0)), int(job.get("total", 0))
+    for kind_of in ("data", "memory") if total else ():
+        figures = (("total", total), ("processed", done), ("remaining", total - done))
+        rows += [(f"{kind_of}_{name}", ULLONG, value) for name, value in figures]
+    rows += [(name, ULLONG, int(job[name])) for name in DISK_FIGURES if name in job]
+    return (kind, params(*rows))
+
+
+def _completed_job(domain: DomainObject, *, keep: bool) -> tuple[int, list[Any]]:
+    """Of the last job that ended; told once unless it is to be kept."""
+    from kvik.daemon.handlers.common import INT, STRING, ULLONG, params
+
+    if domain.completed_job is None:
+        return (0, [])
+    kind, figures = domain.completed_job
+    if not keep:
+        domain.completed_job = None
+    rows = [("operation", INT, figures["operation"])]
+    rows += [(name, ULLONG, figures[name]) for name in ("time_elapsed", *DISK_FIGURES) if name in figures]
+    rows += [("errmsg", STRING, figures["errmsg"])] if "errmsg" in figures else []
+    return (kind, params(*rows))
 
 
 async def abort_job(connection: Connection, args: Any) -> None:
     domain = connection.domain(args[0])
     require_active(domain)
+    if domain.run is not None and domain.run.backup is not None:
+        await backup_job.abort(domain)
+        return
     job = domain.job_info()
     if not job.get("type"):
         raise OperationInvalid(f"no job is active on machine '{domain.name}'")
+    current = domain.jobs.current
+    if current is not None and current.cancel is not None:
+        current.cancel()
+        return
     raise OperationUnsupported(f"the job '{job.get('name', '')}' of machine '{domain.name}' cannot be given up")
 
 
 # --- what there is none of yet ----------------------------------------------------------------------------------------
-
-
-def has_managed_save(connection: Connection, args: Any) -> tuple[int]:
-    return (int(connection.domain(args[0]).has_managed_save),)
-
-
-def none_of_domain(connection: Connection, args: Any) -> tuple[int]:
-    """Zero, for a machine that exists."""
-    connection.domain(args[0])
-    return (0,)
-
-
-def no_names_of_domain(connection: Connection, args: Any) -> tuple[list[str]]:
-    connection.domain(args[0])
-    return ([],)
-
-
-def empty_list_of_domain(connection: Connection, args: Any) -> tuple[list[Any], int]:
-    connection.domain(args[0])
-    return ([], 0)
-
-
-def no_snapshot(connection: Connection, args: Any) -> None:
-    domain = connection.domain(args[0])
-    raise NoSnapshot(f"machine '{domain.name}' has no snapshot '{args[1]}'")
-
-
-def no_current_snapshot(connection: Connection, args: Any) -> None:
-    domain = connection.domain(args[0])
-    raise NoSnapshot(f"machine '{domain.name}' has no current snapshot")
-
-
-def no_checkpoint(connection: Connection, args: Any) -> None:
-    domain = connection.domain(args[0])
-    raise NoCheckpoint(f"machine '{domain.name}' has no checkpoint '{args[1]}'")
 
 
 def get_launch_security_info(connection: Connection, args: Any) -> tuple[list[Any]]:

@@ -168,15 +168,6 @@ def get_emulator_pin_info(connection: Connection, args: Any) -> tuple[bytes, int
     return (bitmap(_cpus(connection, pin.cpuset if pin is not None else None), size), 1)
 
 
-def get_iothread_info(connection: Connection, args: Any) -> tuple[list[Any], int]:
-    reference, flags = args
-    document = _document(connection.domain(reference), flags, "I/O threads")
-    count = int(document.iothreads or 0)
-    cpus = _online(connection)
-    everywhere = bitmap(cpus, (max(cpus, default=0) + 8) // 8)
-    return ([(number + 1, everywhere) for number in range(min(count, VCPUS_MAX))], count)
-
-
 # --- tuning, as the document says it ----------------------------------------------------------------------------------
 
 SCHEDULER = {  # libvirt's parameter -> (field of <cputune>, type)

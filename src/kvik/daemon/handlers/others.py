@@ -1,4 +1,4 @@
-"""Secrets and host devices: none yet, said in the way clients expect.
+"""Host devices: none yet, said in the way clients expect.
 
 Lists are empty, looking one up says which kind of thing was not found, and events can be subscribed to: clients such
 as virt-manager do all that before they show the first machine.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from kvik.daemon.errors import NoNodeDevice, NoSecret
+from kvik.daemon.errors import NoNodeDevice
 from kvik.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -42,10 +42,6 @@ def _what(args: Any) -> str:
     while isinstance(first, tuple):  # an object's reference starts with its name
         first = first[0]
     return _uuid(first) if isinstance(first, bytes) else str(first)
-
-
-def no_secret(connection: Connection, args: Any) -> None:
-    raise NoSecret(f"no secret '{_what(args)}'")
 
 
 def no_node_device(connection: Connection, args: Any) -> None:
