@@ -1,4 +1,4 @@
-"""In which order tests run, and which of them run with no other test beside them."""
+"""In which order tests run, and of which of them only few run at once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ORDER = ("unit", "functional", "interop", "security", "lab")  # the directories below tests/
 
-ALONE = {  # the beginning of a test's node id -> why nothing may run beside it (tests/schedule.py)
-    "tests/lab/": "emulates a host with both cores",
-}
+HEAVY = ("tests/lab/",)  # the beginnings of the node ids of tests that keep a core busy from first to last
+FEW = 2  # files of them that run at once: one a core
 
 
 def directory(path: Path) -> str:
@@ -23,5 +22,5 @@ def place(path: Path) -> int:
     return ORDER.index(name) if name in ORDER else len(ORDER) - 1 if name else 0
 
 
-def is_alone(nodeid: str) -> bool:
-    return nodeid.startswith(tuple(ALONE))
+def is_heavy(nodeid: str) -> bool:
+    return nodeid.startswith(HEAVY)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -37,9 +38,12 @@ def kill_the_rest() -> None:
     while time.monotonic() < deadline and (pids := children()):
         for pid in pids:
             with contextlib.suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if command:  # a zombie has none
-                    print(f"left behind, killed: {pid} {command.strip()[:200]}", flush=True)
+                process = Path(f"/proc/{pid}")
+                _, name, state = re.split(r" \((.*)\) ", (process / "stat").read_text(), maxsplit=1, flags=re.DOTALL)
+                if not state.startswith("Z"):
+                    words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    words = words.strip() or name  # one that just becomes another program has none
+                    print(f"left behind, killed: {pid} {words[:200]}", flush=True)
                 os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)

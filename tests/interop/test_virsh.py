@@ -162,7 +162,8 @@ def test_what_there_is_none_of(virsh: Virsh, web: str) -> None:
     assert "Name" in virsh("snapshot-list", web)
     assert "Name" in virsh("checkpoint-list", web)
     virsh("net-info", "default", fails="no network with name 'default'")
-    virsh("managedsave", web, fails="not supported|unknown procedure")
+    virsh("managedsave", web, fails="is not running")
+    virsh("dump", web, "/nowhere/dump", fails="not supported|unknown procedure")
 
 
 def test_read_only(virsh: Virsh, web: str) -> None:

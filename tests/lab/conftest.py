@@ -89,6 +89,13 @@ def lab(labs: Labs) -> Lab:
     return labs.get()
 
 
+@pytest.fixture
+def new_lab(labs: Labs) -> Lab:
+    """One in which nothing ran before: for what makes a used one stand still more often than not."""
+    labs.close()
+    return labs.get()
+
+
 @pytest.fixture(scope="session")
 def image() -> tuple[Paths, TinyImage]:
     return host_image()

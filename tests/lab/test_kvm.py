@@ -11,14 +11,15 @@ from lab.harness import REPOSITORY, Lab
 OTHER_HOSTS = "KVM-PVM"  # a test of another kind of KVM is the one that may be skipped here
 
 
-def test_the_tests_of_the_binding_and_of_the_probe_pass_with_a_true_kvm(lab: Lab) -> None:
+def test_the_tests_of_the_binding_and_of_the_probe_pass_with_a_true_kvm(new_lab: Lab) -> None:
+    lab = new_lab
     report = lab.share / "kvm.xml"
     done = lab.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "--junitxml=/run/lab/kvm.xml"),
             *("tests/unit/kvm", "tests/unit/host/test_probe.py", "tests/functional/test_kvm_examples.py"),
         ],
-        timeout=150,
+        timeout=100,
         cwd=str(REPOSITORY),
     ).check()
     cases = ET.parse(report).getroot().iter("testcase")

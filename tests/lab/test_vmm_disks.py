@@ -47,7 +47,7 @@ def play(lab: Lab, script: str, *options: str, modules: tuple[str, ...], files: 
     command = vmm_command(
         "--kernel", str(lab.kernel.image), "--initrd", f"{SHARE}/initrd", "--append", append, *options
     )
-    done: Completed = lab.python(HERE / "vmm_disk_turns.py", json.dumps(command), timeout=200)
+    done: Completed = lab.python(HERE / "vmm_disk_turns.py", json.dumps(command), timeout=130)
     assert done.code == 0, f"{done.stdout}\n{done.stderr}"
     return done.stderr
 

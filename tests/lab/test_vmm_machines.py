@@ -175,8 +175,8 @@ def inside(lab: Lab, command: str) -> str:
 
 @pytest.mark.lab(deadline=400)
 def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: tuple[Paths, TinyImage]) -> None:
-    """One qcow2 disk from the start, which makes the memory one that a storage daemon can map; one that is plugged in;
-    and the first one's daemon killed."""
+    """One qcow2 disk from the start, which makes the memory one that another process can map, and grows; one that is
+    plugged in, with a serial number; and the first one's kvik-blk killed."""
     lab.sh("for n in a c; do qemu-img create -q -f qcow2 /tmp/$n.qcow2 8M; done")
     paths, files = image
     kernel, initrd = in_lab(files.kernel, paths), in_lab(files.initrd, paths)
@@ -186,16 +186,23 @@ def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: t
     wait_for_agent(lab)
     assert inside(lab, "cat /sys/block/vda/size") == "16384\n"
     inside(lab, "seq 60000 >/p; dd if=/p of=/dev/vda bs=4k count=64 oflag=direct conv=fsync 2>/dev/null")
-    (lab.share / "disk.xml").write_text(PLUGGED)
+    lab.kvik("blockresize", "one", "vda", "16M").check()
+    assert inside(lab, "for n in $(seq 50); do grep -q 32768 /sys/block/vda/size && break; sleep 0.2; done;"
+                       " cat /sys/block/vda/size") == "32768\n"  # fmt: skip
+    inside(lab, "dd if=/p of=/dev/vda bs=64k count=4 seek=200 oflag=direct conv=fsync 2>/dev/null")
+    (lab.share / "disk.xml").write_text(PLUGGED.replace("<target", "<serial>plugged</serial><target"))
     before = inside(lab, "ls /sys/block")
     lab.kvik("attach-device", "one", "/run/lab/disk.xml", "--live").check()
     # The guest calls it by the first free name.
     found = inside(lab, "for n in $(seq 50); do cat /sys/block/vdb/size && exit; sleep 0.2; done").split()
     assert found == ["16384"]
+    assert inside(lab, "cat /sys/block/vdb/serial") == "plugged"
+    assert "wr_req" in lab.kvik("domblkstat", "one", "vdc").check().stdout
     inside(lab, "dd if=/p of=/dev/vdb bs=4k count=64 oflag=direct conv=fsync 2>/dev/null")
     lab.kvik("detach-disk", "one", "vdc", "--live").check()
     assert inside(lab, "ls /sys/block") == before
-    lab.sh("kill -KILL $(pgrep -f 'qemu-storage-[d]aemon.*virtio-disk0')")
+    assert not lab.sh("pgrep -f 'qemu-storage-[d]aemon' || true")
+    lab.sh("kill -KILL $(pgrep -f 'vmm/[b]lk/.*id=virtio-disk0')")
     for _ in range(50):
         if "vda" in lab.kvik("domblkerror", "one").stdout:
             break
@@ -212,6 +219,7 @@ def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: t
             seq 60000 | cmp -n 262144 - /tmp/{name}.raw
             """
         )
+    lab.sh("seq 60000 | cmp -n 262144 - /tmp/a.raw 0 13107200")  # in what came with the new size
 
 
 @pytest.mark.lab(deadline=400)

@@ -17,6 +17,7 @@ from kvik.errors import KvikError
 from kvik.host.process import find_program
 
 from .conftest import AGENT, CONSOLE, Kvikd, until
+from .processes import qemu_of
 
 pytestmark = [
     pytest.mark.root,
@@ -49,16 +50,6 @@ def ports(kvikd: Kvikd) -> str:
     return inside(kvikd, "ip", "-o", "link", "show", "master", "br0")
 
 
-def qemu_of(name: str) -> int:
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and f"guest={name},".encode() in (entry / "cmdline").read_bytes():
-                return int(entry.name)
-        except OSError:
-            continue
-    raise AssertionError(f"no QEMU for {name}")
-
-
 def test_the_tap_is_a_port_and_carries_packets(make: Any, kvikd: Kvikd) -> None:
     domain = make("linked", CONSOLE + AGENT + BRIDGE.format(""))
     assert ports(kvikd) == ""
@@ -68,9 +59,16 @@ def test_the_tap_is_a_port_and_carries_packets(make: Any, kvikd: Kvikd) -> None:
     assert "<target dev='vnet0'/>" in domain.xml()
     assert "vnet0" in kvikd.virsh("domiflist", "linked").stdout
     assert "vnet0" not in domain.xml(2)  # a name of this run only
-    inside(kvikd, "ip", "addr", "replace", "192.0.2.1/24", "dev", "br0")
     until(lambda: domain.stages().stages[4].state == 1)  # the agent
-    domain.exec(["/bin/sh", "-c", "ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up"])
+    # The bridge is the user's, without DHCP of ours and without an address of the host: what the machine says is heard.
+    take = "ip addr add 192.0.2.2/24 dev eth0; ip addr add fd00::2/64 dev eth0; ip link set eth0 up; ping -c 1 -W 1 "
+    domain.exec(["/bin/sh", "-c", f"{take} 192.0.2.9"])
+    until(lambda: {"192.0.2.2", "fd00::2"} <= {one.address for one in domain.interface_addresses(2)})
+    (found,) = [one for one in domain.interface_addresses(2) if one.address == "192.0.2.2"]
+    assert (found.interface, found.mac, found.family) == ("vnet0", "52:54:00:00:00:07", "ipv4")
+    assert domain.interface_addresses(0) == [], "nobody lent it"
+    assert kvikd.kvik("ip", "linked", "--source", "arp").stdout == "192.0.2.2\n"
+    inside(kvikd, "ip", "addr", "replace", "192.0.2.1/24", "dev", "br0")
     assert domain.exec(["/bin/ping", "-c", "1", "-W", "5", "192.0.2.1"]).exitcode == 0
     stats = kvikd.virsh("domstats", "--interface", "linked").stdout
     assert "net.0.name=vnet0" in stats and "net.0.rx.bytes=" in stats and "net.0.rx.bytes=0\n" not in stats
@@ -82,14 +80,14 @@ def test_it_goes_with_a_killed_qemu(make: Any, kvikd: Kvikd) -> None:
     domain = make("shot", CONSOLE + BRIDGE.format(""))
     domain.start()
     assert ports(kvikd)
-    os.kill(qemu_of("shot"), signal.SIGKILL)
+    os.kill(qemu_of(domain), signal.SIGKILL)
     until(lambda: ports(kvikd) == "")
 
 
 def test_it_stays_with_the_machine_when_the_daemon_is_killed(make: Any, kvikd: Kvikd) -> None:
     domain = make("outlives", CONSOLE + BRIDGE.format(""))
     domain.start()
-    pid = qemu_of("outlives")
+    pid = qemu_of(domain)
     daemon = kvikd.process.pid
     enter = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--net=/proc/{pid}/ns/net"]
     assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL

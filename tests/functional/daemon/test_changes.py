@@ -11,6 +11,7 @@ import pytest
 from kvik.errors import KvikError
 
 from .conftest import AGENT, CONSOLE, NIC, until
+from .processes import qemu_of
 
 LIVE, CONFIG, INACTIVE = 1, 2, 2
 BOTH = LIVE | CONFIG
@@ -108,13 +109,7 @@ def test_a_disk_as_virsh_attaches_and_detaches_it(make: Any, kvikd: Any, tmp_pat
 
 def open_in(domain: Any, path: Path) -> bool:
     """Whether the machine's QEMU still has the file open."""
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdecimal() and f"guest={domain.name},".encode() in (entry / "cmdline").read_bytes():
-                return any(fd.readlink() == path for fd in (entry / "fd").iterdir())
-        except OSError:
-            continue
-    return False
+    return any(fd.readlink() == path for fd in Path(f"/proc/{qemu_of(domain)}/fd").iterdir())
 
 
 def test_an_interface_comes_changes_and_goes(make: Any, kvikd: Any) -> None:

@@ -17,7 +17,7 @@ import pytest
 from kvik.errors import KvikError
 
 from .conftest import AGENT, CONSOLE, Kvikd, until
-from .test_bridge import qemu_of
+from .processes import qemu_of
 from .test_machines_on_networks import NetworkedKvikd, inside, pytestmark  # noqa: F401  the same needs
 
 NAMESPACE = (
@@ -116,9 +116,9 @@ def test_machines_on_one_interface_get_addresses_through_it_and_reach_each_other
     assert one.exec(["/bin/ping", "-c", "1", "-W", "5", "192.168.122.1"]).exitcode == 0
 
     # The daemon is killed, then a machine: the next daemon takes away what that one had, and finds the other again.
-    enter = ("nsenter", "-t", str(qemu_of("one")), "-m", "-n")
+    enter = ("nsenter", "-t", str(qemu_of(one)), "-m", "-n")
     assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
-    os.kill(qemu_of("two"), signal.SIGKILL)
+    os.kill(qemu_of(two), signal.SIGKILL)
     kvikd.prefix = enter
     kvikd.start()
     until(lambda: macvtaps(kvikd) == {"52:54:00:00:00:72": "e0"})
@@ -131,7 +131,7 @@ def test_machines_on_one_interface_get_addresses_through_it_and_reach_each_other
     assert macvtaps(kvikd)["52:54:00:00:00:33"] == "e0"
     one.detach_device(direct(0x33), 1)
     until(lambda: "52:54:00:00:00:33" not in macvtaps(kvikd))
-    os.kill(qemu_of("one"), signal.SIGKILL)
+    os.kill(qemu_of(one), signal.SIGKILL)
     until(lambda: macvtaps(kvikd) == {})
 
 
@@ -147,14 +147,14 @@ def test_a_pool_is_shared_evenly_and_counted_and_passthrough_takes_one_alone(mak
     spread.start()
     assert macvtaps(kvikd) == {f"52:54:00:00:00:{at}": dev for at, dev in (("43", "e1"), ("44", "e2"), ("45", "e1"))}
     assert connections(kvikd, "pool") == ["3", "2", "1"]
-    assert "dev='e2' mode='bridge'" in spread.xml() and "e2" not in spread.xml(2)
+    assert "dev='e2' mode='bridge'" in spread.xml() and "'e2'" not in spread.xml(2)
     live = spread.xml()
     spread.set_interface_parameters("52:54:00:00:00:44", {"outbound.average": 100}, 1)
     bounded = "      <bandwidth>\n        <outbound average='100'/>\n      </bandwidth>\n"
     assert spread.xml() != live and spread.xml().replace(bounded, "") == live  # nothing else has changed
     refused = kvikd.virsh("net-update", "pool", "delete", "forward-interface", "<interface dev='e1'/>", "--live")
     assert refused.returncode == 1 and "2" in refused.stderr
-    enter = ("nsenter", "-t", str(qemu_of("spread")), "-m", "-n")
+    enter = ("nsenter", "-t", str(qemu_of(spread)), "-m", "-n")
     assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
     kvikd.prefix = enter
     kvikd.start()
@@ -194,3 +194,18 @@ def test_a_pci_device_that_cannot_be_given_away_is_refused_with_the_reason(make:
         with pytest.raises(KvikError, match=r"PCI device 0000:00:00.0 cannot be given to a machine: "):
             domain.start()
         until(lambda: connections(kvikd, "functions")[0] == "0")
+    # The same without a network, and one that is not there.
+    for number, (slot, words) in enumerate(
+        (
+            ("0x00", r"PCI device 0000:00:00.0 cannot be given to a machine: "),
+            ("0x1e", "this host has no PCI device 0000:"),
+        )
+    ):
+        named = (
+            f"<interface type='hostdev' managed='yes'><source><address type='pci' domain='0' bus='0' slot='{slot}' "
+            f"function='{7 * number}'/></source><mac address='52:54:00:00:00:72'/></interface>"
+        )
+        domain = make(f"named{number}", CONSOLE + named)
+        with pytest.raises(KvikError, match=words):
+            domain.start()
+        assert not domain.is_active()

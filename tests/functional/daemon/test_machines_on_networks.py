@@ -16,7 +16,7 @@ from kvik.errors import KvikError
 from kvik.host.process import find_program
 
 from .conftest import AGENT, CONSOLE, Kvikd, until
-from .test_bridge import qemu_of
+from .processes import qemu_of
 
 pytestmark = [
     pytest.mark.root,
@@ -157,11 +157,19 @@ def test_a_network_counts_its_machines_also_after_the_daemon_was_killed(make: An
     domain = make("counted", CONSOLE + card("default", 0x28) + card("default", 0x29))
     domain.start()
     assert connections(kvikd, "default") == "<network connections='2'>"
-    enter = ("nsenter", "-t", str(qemu_of("counted")), "-m", "-n")
+    enter = ("nsenter", "-t", str(qemu_of(domain)), "-m", "-n")
+    taps = [f"fe:54:00:00:00:{number:02x}" for number in (0x28, 0x29)]
+    lines = [line for line in ports(kvikd, "virbr0").splitlines() if any(mac in line for mac in taps)]
+    names = [line.split(":")[1].strip() for line in lines]
     assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
+    # As if it was killed amid a move: one is on another bridge, one on none.
+    for name, words in zip(names, (["master", "br0"], ["nomaster", "down"]), strict=True):
+        subprocess.run([*enter, "ip", "link", "set", name, *words], check=True)
     kvikd.prefix = enter
     kvikd.start()
     assert connections(kvikd, "default") == "<network connections='2'>"
+    assert all(mac in ports(kvikd, "virbr0") for mac in taps)
+    assert kvikd.messages().count("where it belongs") == 2
     kvikd.connection.lookup_name("counted").destroy()
     until(lambda: connections(kvikd, "default") == "<network>")
 
@@ -246,6 +254,15 @@ def test_a_running_interface_moves_and_its_walls_and_link_change(make: Any, kvik
     assert connections(kvikd, "lan") == "<network connections='1'>"
     assert connections(kvikd, "default") == (f"<network connections='{before - 1}'>" if before > 1 else "<network>")
     assert "<source network='lan' portid='" in domain.xml() and "bridge='br0'" in domain.xml()
+    # As libvirt has it: the bridge is not the network's own. Whoever sends that back has changed nothing.
+    rows = {row.split()[4][-2:]: row.split()[1:3] for row in kvikd.kvik("-q", "domiflist", "moves").stdout.splitlines()}
+    assert rows == {"32": ["bridge", "lan"], "33": ["network", "apart"]}
+    assert kvikd.virsh("domif-setlink", "moves", "52:54:00:00:00:32", "down").returncode == 0
+    shown = next(one for one in domain.xml().split("</interface>") if ":32'" in one).partition("<interface ")[2]
+    assert shown.startswith("type='bridge'") and "<link state='down'/>" in shown
+    domain.update_device(f"<interface {shown}</interface>", 1)
+    assert connections(kvikd, "lan") == "<network connections='1'>"
+    assert "<interface type='network'>" in domain.xml(2) and "<interface type='bridge'>" not in domain.xml(2)
     change("", "default")
     domain.update_device(
         "<interface type='bridge'><source bridge='br0'/><mac address='52:54:00:00:00:32'/></interface>", 1
@@ -312,7 +329,7 @@ def test_a_part_of_a_networks_bandwidth_is_promised_kept_and_given_back(make: An
     with pytest.raises(KvikError, match="cannot promise"):
         domain.set_interface_parameters("52:54:00:00:00:41", {"inbound.average": 0, "inbound.floor": 1701}, 1)
     before = promised(kvikd)
-    enter = ("nsenter", "-t", str(qemu_of("promised")), "-m", "-n")
+    enter = ("nsenter", "-t", str(qemu_of(domain)), "-m", "-n")
     assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
     kvikd.prefix = enter
     kvikd.start()
@@ -327,7 +344,7 @@ def test_a_part_of_a_networks_bandwidth_is_promised_kept_and_given_back(make: An
     holder = subprocess.Popen([*enter, "sleep", "60"])
     kvikd.prefix = ("nsenter", "-t", str(holder.pid), "-m", "-n")
     assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
-    os.kill(qemu_of("promised"), signal.SIGKILL)
+    os.kill(qemu_of(domain), signal.SIGKILL)
     kvikd.start()
     holder.kill()
     holder.wait()

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from kvik.client.domain import Domain
 from kvik.errors import KvikError
 from kvik.host.process import find_program
 
 from .conftest import AGENT, CONSOLE, Kvikd, until
-from .test_bridge import qemu_of
+from .processes import qemu_of
 from .test_machines_on_networks import card, inside
 
 pytestmark = [
@@ -89,8 +90,13 @@ def taps(kvikd: Kvikd) -> list[str]:
     return [name for name in vsctl(kvikd, "list-ports", "ovsbr0").split() if name != "world"]
 
 
+def heard(domain: Domain) -> set[tuple[str, str]]:
+    return {(one.mac, one.address) for one in domain.interface_addresses(2)}
+
+
 def test_portgroups_are_vlans_of_the_switch_and_carry_packets(make: Any, kvikd: Kvikd) -> None:
-    domain = make("switched", CONSOLE + AGENT + card("ovs", 0x31, portgroup="five") + card("ovs", 0x32))
+    alone = "<interface type='ethernet'><mac address='52:54:00:00:00:36'/><model type='virtio'/></interface>"
+    domain = make("switched", CONSOLE + AGENT + card("ovs", 0x31, portgroup="five") + card("ovs", 0x32) + alone)
     domain.start()
     until(lambda: domain.stages().stages[4].state == 1)  # the agent
     live = domain.xml()
@@ -104,6 +110,9 @@ def test_portgroups_are_vlans_of_the_switch_and_carry_packets(make: Any, kvikd: 
     script = "ip addr add 192.0.2.2/24 dev eth{}; ip link set eth{} up"
     domain.exec(["/bin/sh", "-c", script.format(0, 0)])
     until(lambda: domain.exec(["/bin/ping", "-c", "1", "-W", "1", "192.0.2.1"]).exitcode == 0)
+    # What it says on its taps is heard: on the switch's, and on one that is on no bridge.
+    domain.exec(["/bin/sh", "-c", "ip addr add 198.51.100.2/24 dev eth2; ping -c 1 -W 1 198.51.100.1"])
+    until(lambda: heard(domain) >= {("52:54:00:00:00:31", "192.0.2.2"), ("52:54:00:00:00:36", "198.51.100.2")})
     domain.exec(["/bin/sh", "-c", "ip link set eth0 down; " + script.format(1, 1)])
     assert domain.exec(["/bin/ping", "-c", "2", "-W", "1", "192.0.2.1"]).exitcode != 0
     domain.destroy()
@@ -131,15 +140,17 @@ def test_a_bridge_interface_may_say_that_it_is_open_vswitchs(make: Any, kvikd: K
 
 
 def test_its_port_goes_with_a_killed_machine_also_while_the_daemon_is_away(make: Any, kvikd: Kvikd) -> None:
-    make("shot", CONSOLE + card("ovs", 0x35)).start()
+    shot = make("shot", CONSOLE + card("ovs", 0x35))
+    shot.start()
     assert len(taps(kvikd)) == 1
-    pid = qemu_of("shot")
+    pid = qemu_of(shot)
     os.kill(pid, signal.SIGKILL)
     until(lambda: taps(kvikd) == [])
-    make("again", CONSOLE + card("ovs", 0x36)).start()
+    again = make("again", CONSOLE + card("ovs", 0x36))
+    again.start()
     (holder,) = (int(inside(kvikd, "cat", f"{RUN}/{name}.pid")) for name in SERVERS[:1])
     assert kvikd.end(signal.SIGKILL) == -signal.SIGKILL
-    os.kill(qemu_of("again"), signal.SIGKILL)
+    os.kill(qemu_of(again), signal.SIGKILL)
     kvikd.prefix = ("nsenter", "-t", str(holder), "-m", "-n")
     kvikd.start()
     until(lambda: taps(kvikd) == [])

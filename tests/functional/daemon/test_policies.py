@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from kvik.client.events import lifecycle_text
 from kvik.errors import KvikError
 
 from .conftest import AGENT, CONSOLE, DEADLINE, until
+from .processes import qemu_of
 
 RUNNING, PAUSED, SHUTDOWN, SHUTOFF, CRASHED = 1, 3, 4, 5, 6
 ACPI = 1  # virDomainShutdownFlags, virDomainRebootFlags
@@ -156,14 +156,6 @@ def test_a_panic(make: Any, watch: Watch, crash: str, last: str, state: int) -> 
 
 def test_killed_qemu_is_told_as_failed(make: Any, watch: Watch, kvikd: Any) -> None:
     domain = make.ready("shot")
-    pid = next(int(line) for line in os.listdir("/proc") if line.isdecimal() and _is(line, "shot"))
-    os.kill(pid, signal.SIGKILL)
+    os.kill(qemu_of(domain), signal.SIGKILL)
     assert watch.until("Stopped Failed") == ["Started Booted", "Stopped Failed"]
     assert domain.state()[0] == SHUTOFF
-
-
-def _is(entry: str, name: str) -> bool:
-    try:
-        return f"guest={name},".encode() in (Path("/proc") / entry / "cmdline").read_bytes()
-    except OSError:
-        return False

@@ -138,7 +138,7 @@ def test_virt_install_makes_its_disk_in_a_pool(storage: Kvikd, place: Path) -> N
     )
     try:
         assert done.returncode == 0, done.stdout + done.stderr
-        assert f"<source file='{pool}/made.qcow2'/>" in ok(storage, "dumpxml made")
+        assert f"<source file='{pool}/made.qcow2'" in ok(storage, "dumpxml made")
         for verb in ("vol-delete", "vol-wipe"):
             refused = storage.virsh(verb, "made.qcow2", "default")
             assert refused.returncode == 1 and "machine 'made' is running from it" in refused.stderr

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -167,9 +167,10 @@ class Host:
     def uri(self) -> str:
         return f"kvik+unix:///{self.paths.scope}?socket={self.paths.socket}"
 
-    def daemon_command(self, *options: str, start_deadline: float = 0) -> list[str]:
+    def daemon_command(
+        self, *options: str, start_deadline: float = 0, program: Sequence[str] = ("-m", "kvik.daemon.main")
+    ) -> list[str]:
         scope = ["--session"] if self.session else ["--system", "--root", str(self.root)]
-        program = ["-m", "kvik.daemon.main"]
         if start_deadline:
             lines = (
                 "from kvik.daemon.main import main",
@@ -177,7 +178,7 @@ class Host:
                 f"launch.START_DEADLINE = {start_deadline}",
                 "raise SystemExit(main())",
             )
-            program = ["-c", "\n".join(lines)]
+            program = ("-c", "\n".join(lines))
         return [sys.executable, "-P", *program, *scope, *options]
 
     def start(
@@ -186,10 +187,12 @@ class Host:
         wrapper: tuple[str, ...] = (),
         environ: dict[str, str] | None = None,
         start_deadline: float = 0,
+        program: Sequence[str] = ("-m", "kvik.daemon.main"),
     ) -> Connection:
-        """Start the daemon and wait until it answers. `start_deadline`: seconds a VMM has for it, if not the usual."""
+        """Start the daemon and wait until it answers. `start_deadline`: seconds a VMM has for it, if not the usual;
+        `program`: what Python is to run in the daemon's place."""
         self.close_connection()
-        command = self.daemon_command(*options, start_deadline=start_deadline)
+        command = self.daemon_command(*options, start_deadline=start_deadline, program=program)
         self.daemon = self.spawn(*wrapper, *command, environ=environ)
         connection = self.connected()
         self.daemon_fds = self.fd_count()

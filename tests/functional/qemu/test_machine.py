@@ -199,7 +199,7 @@ async def test_a_disk_comes_and_goes(lab, place: Path) -> None:  # type: ignore[
     await machine.attach_device(device, {})
     assert device.backing_store.source.file == str(base)
     nodes = {item["node-name"] for item in await machine.monitor("query-named-block-nodes", {"flat": True})}
-    assert {"virtio-disk1-0-format", "virtio-disk1-1-format"} <= nodes
+    assert {"virtio-disk1-1-format", "virtio-disk1-2-format"} <= nodes
     await machine.detach_device(device)
     await machine.reset()  # no guest that could let go: a reset lets QEMU complete it
     await until(lambda: "device-removed" in lab.kinds())
@@ -250,11 +250,11 @@ async def test_a_medium_is_changed_and_ejected(lab, place: Path) -> None:  # typ
         (place / name).write_bytes(bytes(1 << 20))
     machine = await lab.start(document(disk(place / "a.iso", "sda", "sata", "raw", "cdrom")))
     (old,) = machine.domain.devices.disks
-    for name in ("b.iso", "a.iso"):
+    for index, name in enumerate(("b.iso", "a.iso"), 2):
         _, new = parse_device(disk(place / name, "sda", "sata", "raw", "cdrom"))
         await machine.update_device(old, new)
         blocks = await machine.monitor("query-block")
-        assert [item["inserted"]["node-name"] for item in blocks] == ["sata0-0-0-0-format"]
+        assert [item["inserted"]["node-name"] for item in blocks] == [f"sata0-0-0-{index}-format"]
         old = new
     _, empty = parse_device("<disk type='file' device='cdrom'><target dev='sda' bus='sata'/></disk>")
     await machine.update_device(old, empty)
@@ -415,7 +415,7 @@ async def test_starting_and_ending_many_times_leaks_no_descriptor(lab) -> None: 
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(10):
         await (await lab.start(document(AGENT))).quit()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before  # fewer: the test's own, collected meanwhile
 
 
 async def test_native_and_domain_capabilities(driver, lab) -> None:  # type: ignore[no-untyped-def]
