@@ -39,6 +39,7 @@ class Feature(enum.StrEnum):
     NET_PLUG_BY_PATH = "net-plug-by-path"  # plugged while it runs, a stream network's socket is made by the VMM
     RENAME_RUNNING = "rename-running"
     SNAPSHOTS = "snapshots"  # puts new images on top of running disks
+    SNAPSHOTS_STOP = "snapshots-stop"  # and stops the guest for that
     SNAPSHOTS_INSIDE = "snapshots-inside"  # puts a machine's memory into an image, with a snapshot of its disks
 
 
@@ -295,6 +296,7 @@ class Machine(Protocol):
     async def next_image(self) -> int:
         """A number that no image of the machine has: the `index` of a new one in the live document."""
 
+    def check_on_top(self, disks: Sequence[Disk]) -> None: ...  # `OperationUnsupported` for one that can have none now
     async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
         """All of them or none; for how many microseconds at most the disks' requests were held back."""
 

@@ -253,6 +253,9 @@ class QmpMachine(MonitoredProcess):
     async def next_image(self) -> int:
         raise OperationUnsupported(f"{self.product} cannot put images on top of running disks")
 
+    def check_on_top(self, disks: Sequence[Disk]) -> None:
+        """Those that the manager lets have snapshots all can."""
+
     async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
         raise OperationUnsupported(f"{self.product} cannot put images on top of running disks")
 

@@ -26,7 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["check_image", "lock_for_hosts", "lock_image", "unlock_image"]
+__all__ = ["check_image", "lock_for_hosts", "lock_image", "stop_writing", "unlock_image"]
 
 USED = 100  # RAW_LOCK_PERM_BASE
 UNSHARED = 200  # RAW_LOCK_SHARED_BASE
@@ -131,6 +131,11 @@ def unlock_image(fd: int) -> None:
             _set(fd, fcntl.F_UNLCK, byte)
         except OSError:
             return
+
+
+def stop_writing(fd: int) -> None:
+    """A writer becomes a reader: another descriptor may be locked for reading then, and still none for writing."""
+    _set(fd, fcntl.F_UNLCK, USED + WRITE)
 
 
 def _bytes(uses: Iterable[int], refuses: Iterable[int]) -> list[int]:

@@ -51,6 +51,8 @@ _FEATURES = frozenset(
         Feature.NMI,
         Feature.AGENT,
         Feature.TAPS,
+        Feature.SNAPSHOTS,
+        Feature.SNAPSHOTS_STOP,
     }
 )
 
@@ -219,6 +221,7 @@ class KvikDriver:
             sidecars=found.sidecars,
             log=self._log(definition),
         )
+        machine.overlays_in_doubt = True  # a daemon before us may have been killed amid a snapshot
         return await take_up(machine, handle, found)
 
     def _log(self, domain: Domain) -> Path:

@@ -14,7 +14,8 @@ from kvik.errors import KvikError, OperationUnsupported
 from kvik.host.process import ProcessHandle
 from kvik.hypervisor import stats
 from kvik.hypervisor.driver import EventSink
-from kvik.hypervisor.kvik import changes, hotplug, state
+from kvik.hypervisor.kvik import changes, hotplug, snapshots, state
+from kvik.hypervisor.layers import next_index
 from kvik.hypervisor.machine import SLOW_DEADLINE, QmpMachine
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
@@ -61,6 +62,7 @@ class KvikMachine(QmpMachine):
         self.log = log
         self._storages: dict[str, QmpConnection] = {}  # by alias: of those that tell events
         self.incoming: socket.socket | None = None  # our end of the connection that fills it
+        self.overlays_in_doubt = False  # whether some of its disks may have new images on top and others not
 
     async def save_state(self, target: StateTarget) -> None:
         await state.save(self, target)
@@ -70,6 +72,31 @@ class KvikMachine(QmpMachine):
 
     def top_node(self, disk: Disk) -> str:
         return hotplug.node_name(alias_of(disk))
+
+    async def resume(self) -> None:
+        await snapshots.settle(self)
+        await super().resume()
+
+    async def go_on(self) -> None:
+        """`resume` where nothing is in doubt."""
+        await super().resume()
+
+    # -- snapshots
+
+    async def next_image(self) -> int:
+        return next_index(self.domain.devices.disks)
+
+    def check_on_top(self, disks: Sequence[Disk]) -> None:
+        snapshots.check(self, disks)
+
+    async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
+        return await snapshots.put_on_top(self, new, old)
+
+    async def has_on_top(self, new: Sequence[Disk]) -> bool:
+        return await snapshots.stands(self, new)
+
+    async def clear_image(self, new: Sequence[Disk]) -> None:
+        await snapshots.clear(self, new)
 
     # -- disks that another process serves
 

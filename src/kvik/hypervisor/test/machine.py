@@ -220,6 +220,9 @@ class TestMachine:
         self.last_image += 1
         return self.last_image
 
+    def check_on_top(self, disks: Sequence[Disk]) -> None:
+        """All can."""
+
     async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
         await self._command("put-on-top")
         if self.behaviour.refuses_snapshot:

@@ -297,9 +297,9 @@ async def _take(domain: DomainObject, snapshot: Snapshot, document: Domain, flag
     if inside.asked(snapshot):
         await _take_inside(domain, snapshot, document)
         return
-    if domain.is_active:
-        live.check(domain, flags)
     new = {disk.name: disk.source.file for disk in snapshot.disks.disks if disk.source is not None and disk.source.file}
+    if domain.is_active:
+        live.check(domain, flags, new)
     if len(set(new.values())) != len(new):
         raise ConfigError("two disks cannot have the same new image")
     below = await in_thread(_look, document, new)

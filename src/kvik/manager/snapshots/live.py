@@ -7,7 +7,8 @@ the snapshot. With `quiesce` the guest's agent writes its file systems out and h
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Collection
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from kvik.conf.devices.disk import Disk
@@ -34,14 +35,16 @@ FREEZE_DEADLINE = 60.0  # seconds for a guest to write out what it has in memory
 THAW_DEADLINE = 30.0
 
 
-def check(domain: DomainObject, flags: int) -> None:
-    """`OperationUnsupported`, `OperationInvalid` before anything is begun."""
+def check(domain: DomainObject, flags: int, targets: Collection[str]) -> None:
+    """`OperationUnsupported`, `OperationInvalid` before anything is begun; `targets`: the disks of the snapshot."""
     if Feature.SNAPSHOTS not in domain.driver.features():
         raise OperationUnsupported(
             f"{domain.driver.name} cannot put new images on top of the disks of a machine that runs",
             remedy=f"shut it down first: kvik shutdown {domain.name}; a snapshot of it can be taken then",
         )
-    domain.require_machine()
+    machine = domain.require_machine()
+    if domain.run is not None:
+        machine.check_on_top([disk for disk in domain.run.live.devices.disks if disk.target.dev in targets])
     if flags & Flags.QUIESCE:
         if domain.state != DomainState.RUNNING:
             raise OperationInvalid(f"machine {domain.name!r} is not running: its agent cannot quiesce it")
@@ -73,9 +76,10 @@ async def take(domain: DomainObject, journal: Journal, snapshot: Snapshot, flags
     try:
         if paused:
             await machine.pause()
-        with ExitStack() as lent:
-            secrets = open_secrets(domain.manager.secrets, new, lent)
-            held = await _step(machine, new, old, secrets, quiesce=bool(flags & Flags.QUIESCE))
+        async with _told_before(domain):
+            with ExitStack() as lent:
+                secrets = open_secrets(domain.manager.secrets, new, lent)
+                held = await _step(machine, new, old, secrets, quiesce=bool(flags & Flags.QUIESCE))
     except KvikError as error:
         if not await _stands(domain, machine, journal, error):
             await apply.abandon(domain)
@@ -90,6 +94,25 @@ async def take(domain: DomainObject, journal: Journal, snapshot: Snapshot, flags
     await apply.commit(domain, journal)
     if flags & Flags.HALT:
         await lifecycle.destroy(domain, False)
+
+
+@asynccontextmanager
+async def _told_before(domain: DomainObject) -> AsyncIterator[None]:
+    """A VMM that stops its guest for that may be found stopped by the next daemon: the status says that it ran. Nothing
+    where the guest stands still already, for its memory."""
+    run = domain.run
+    if Feature.SNAPSHOTS_STOP not in domain.driver.features() or run is None or run.unfinished:
+        yield
+        return
+    running = domain.state == DomainState.RUNNING
+    run.unfinished = {"operation": "snapshot", "run": running}
+    await domain.save_status()
+    run.pause_cause = "snapshot" if running else ""
+    try:
+        yield
+    finally:
+        run.unfinished, run.pause_cause = {}, ""
+        await domain.save_quietly()
 
 
 async def _step(

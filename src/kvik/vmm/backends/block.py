@@ -152,9 +152,7 @@ class BlockImage:
     def _set_direct(self) -> int:
         """O_DIRECT on our descriptor, and a second, buffered one for requests that are not aligned. The kernel keeps
         the two coherent: direct I/O writes back and drops what the page cache holds of its range (open(2), NOTES)."""
-        self._buffered = os.open(
-            f"/proc/self/fd/{self.fd}", (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_CLOEXEC
-        )
+        self._buffered = self._open_buffered()
         try:
             fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) | os.O_DIRECT)
         except OSError as error:
@@ -171,6 +169,10 @@ class BlockImage:
                 raise HostError(f"disk {self.name} cannot be read: {error.strerror}", errno=error.errno or 0) from error
             return size
         return 4096
+
+    def _open_buffered(self) -> int:
+        """Another open file, without O_DIRECT."""
+        return os.open(f"/proc/self/fd/{self.fd}", (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_CLOEXEC)
 
     # Size --------------------------------------------------------------------------------------------------------
 
@@ -224,6 +226,13 @@ class BlockImage:
                         remedy="use aio=threads, or see sysctl kernel.io_uring_disabled",
                     ) from error
         return ThreadPool()
+
+    def take_over(self, other: BlockImage) -> None:
+        """Serve with the engine of another image, which has nothing in flight and serves no more. A process that may
+        make no other goes on so when its disk's storage changes."""
+        assert self._engine is None and not other.in_flight
+        self._engine, other._engine = other._engine, None
+        self._loop, self.inline_write_limit = other._loop, other.inline_write_limit
 
     @property
     def aio(self) -> str:

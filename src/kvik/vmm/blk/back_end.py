@@ -353,6 +353,7 @@ class BackEnd:
             return
         if ring.addresses is None or not ring.size:
             raise HostError(f"the VMM starts ring {index} without saying where it is")
+        self._host.ring_starts()
         memory, queue = self._host.memory, device.queues[index]
         features = self._features & ~(v.F_LOG_ALL | v.F_PROTOCOL_FEATURES)
         size = queue.size = ring.size

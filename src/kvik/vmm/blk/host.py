@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.virtio.blk import Blk
 
 __all__ = ["BlkHost"]
@@ -42,6 +43,7 @@ class BlkHost:
         self._listener: socket.socket | None = None
         self._back_end: BackEnd | None = None
         self.life: socket.socket | None = None  # kept open
+        self.overlays: Overlays | None = None  # of the device
         self.loop.on_error = self._failed
 
     # What a device and a monitor ask of a machine
@@ -69,6 +71,11 @@ class BlkHost:
             self.loop.add_reader(sock.fileno(), lambda: self._accept(device))
         else:
             self._begin(device, sock)
+
+    def ring_starts(self) -> None:
+        """From here on the guest may write: an image that was put on top is there to stay."""
+        if self.overlays is not None:
+            self.overlays.keep()
 
     def _accept(self, device: Blk) -> None:
         assert self._listener is not None
@@ -122,6 +129,8 @@ class BlkHost:
         """Let go of the VMM; close the devices, which completes their images."""
         if self._back_end is not None:
             self._back_end.close("")
+        if self.overlays is not None:
+            self.overlays.close()
         for device in self.devices.values():
             device.close()
         if self._listener is not None:

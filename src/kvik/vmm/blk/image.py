@@ -59,6 +59,9 @@ class FormatImage(BlockImage):
         )
         self.mapped = True
 
+    def _open_buffered(self) -> int:
+        return os.dup(self.image.fd)  # tables go through the page cache anyway
+
     # Size --------------------------------------------------------------------------------------------------------
 
     def refresh_size(self) -> bool:

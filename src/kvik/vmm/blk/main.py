@@ -108,6 +108,7 @@ def main(words: list[str]) -> int:
 def build(options: Options) -> tuple[BlkHost, Blk]:
     """Everything that is opened, bound and imported, before the sandbox. Raises `KvikError`, OSError."""
     from kvik.vmm.blk.host import BlkHost
+    from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.virtio.blk import Blk
 
     host = BlkHost()
@@ -127,6 +128,7 @@ def build(options: Options) -> tuple[BlkHost, Blk]:
     inner = getattr(image, "image", None)
     if inner is not None and inner.format == "qcow2":
         device.config["discard_sector_alignment"] = inner.cluster_size // 512
+    host.overlays = Overlays(device, locking="no-lock" not in options.flags, log=host.log)
     if numbers["monitor"] >= 0:
         from kvik.vmm.blk.monitor import COMMANDS
         from kvik.vmm.monitor.server import MonitorServer
@@ -204,10 +206,13 @@ LATE = (
     "kvik.image.create",
     "kvik.image.fallocate",
     "kvik.image.qcow2.preallocate",
+    "kvik.image.qcow2.reader",
     "kvik.image.qcow2.refcount",
     "kvik.image.qcow2.resize",
     "kvik.image.qcow2.snapshots",
     "kvik.image.qcow2.tracking",
+    "kvik.image.qcow2.writer",
+    "kvik.image.raw",
     "kvik.image.resize",
     "kvik.image.zstd",
     "linecache",

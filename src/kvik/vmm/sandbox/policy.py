@@ -25,7 +25,8 @@ NR = {
     "accept": 43, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "getsockname": 51,
     "getpeername": 52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55, "clone": 56, "exit": 60, "wait4": 61,
     "uname": 63, "fcntl": 72, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "rename": 82, "mkdir": 83, "rmdir": 84,
-    "unlink": 87, "getrusage": 98, "sigaltstack": 131, "mlock": 149, "munlock": 150, "prctl": 157, "gettid": 186,
+    "unlink": 87, "getrusage": 98, "sigaltstack": 131, "fstatfs": 138, "mlock": 149, "munlock": 150, "prctl": 157,
+    "gettid": 186,
     "futex": 202, "sched_setaffinity": 203, "sched_getaffinity": 204, "getdents64": 217, "restart_syscall": 219,
     "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232,
     "epoll_ctl": 233, "tgkill": 234, "openat": 257, "mkdirat": 258, "newfstatat": 262, "unlinkat": 263,
@@ -132,8 +133,8 @@ _MAIN = (
 _BLK = (
     "epoll_wait", "epoll_pwait", "epoll_pwait2", "pread64", "pwrite64", "preadv2", "pwritev2", "io_uring_enter",
     "recvmsg", "sendmsg", "recvfrom", "sendto", "accept", "accept4", "getsockname", "getsockopt", "setsockopt",
-    "fcntl", "fsync", "fdatasync", "ftruncate", "fallocate", "sync_file_range", "seccomp", "landlock_create_ruleset",
-    "landlock_restrict_self",
+    "fcntl", "fsync", "fdatasync", "ftruncate", "fallocate", "sync_file_range", "fstatfs", "seccomp",
+    "landlock_create_ruleset", "landlock_restrict_self",
 )  # fmt: skip
 _PATHS = (
     "openat", "newfstatat", "statx", "stat", "lstat", "getdents64", "unlinkat", "unlink", "renameat", "renameat2",
@@ -141,13 +142,13 @@ _PATHS = (
 )  # fmt: skip
 # For a vCPU thread that speaks to a vhost-user back end over a socket that is open.
 _SOCKETS = ("sendto", "sendmsg", "recvfrom", "recvmsg")
-_FIONBIO = 0x5421
+_FIONBIO, _FIOCLEX = 0x5421, 0x5451
 _PRCTL = _one_of(0, 15, 22, 38)  # SET_NAME; SET_SECCOMP and SET_NO_NEW_PRIVS, which only take away
 
 
 def _blk(pid: int) -> dict[str, Conditions]:
     return {
-        "ioctl": _ioctls(requests=(*_BLOCK, _FIONBIO)),
+        "ioctl": _ioctls(requests=(*_BLOCK, _FIONBIO, _FIOCLEX)),
         **dict.fromkeys(_RUNTIME + _BLK, _FREELY),
         "newfstatat": [[Arg(3, _AT_EMPTY_PATH, _AT_EMPTY_PATH)]],
         "mmap": _NOT_EXECUTABLE,

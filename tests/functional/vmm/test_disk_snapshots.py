@@ -1,0 +1,242 @@
+"""Snapshots of a kvik-vmm that runs: real kvik-blks, a guest of a few hundred bytes that writes when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blk_guest import BlkDriver, say_memory, wait_key
+from guests import needs_kvm
+from test_storage_daemon import World, checked, disk, image, soon, world
+from tiny_kernel import IDLE, say
+
+from kvik.conf.enums import DomainSnapshotCreateFlags as Create
+from kvik.conf.enums import DomainSnapshotRevertFlags as Revert
+from kvik.conf.enums import DomainState
+from kvik.errors import KvikError, OperationUnsupported
+from kvik.image.opening import Opener
+from kvik.manager.domain import DomainObject
+from kvik.manager.snapshots import create, delete, revert
+from kvik.manager.store import Store
+from kvik.qmp.aio import QmpConnection
+
+pytestmark = [pytest.mark.functional, needs_kvm]
+__all__ = ["world"]
+
+WORDS = (b"one", b"two", b"three", b"four")
+
+
+def writes(*drivers: BlkDriver) -> bytes:
+    """Starts the disks; at each key writes the next word to sector 16 of each, says what is read there, and a dot."""
+    code = b"".join(driver.start() for driver in drivers) + say(b"up.")
+    for word in WORDS:
+        code += wait_key()
+        for driver in drivers:
+            code += driver.write(16, word) + driver.read(16) + say_memory(driver.data, len(word))
+        code += say(b".")
+    return code + IDLE
+
+
+async def told(world: World, *words: bytes) -> None:
+    world.text = b""
+    world.key()
+    await world.said(b"".join(words) + b".")
+
+
+def word(path: Path | str) -> bytes:
+    """What an image shows in sector 16, beside whoever has it open."""
+    with Opener(share=True, lock=False).open(str(path), "qcow2") as opened:
+        return opened.read(16 * 512, 512).rstrip(b"\0")
+
+
+def tops(domain: DomainObject) -> list[str]:
+    documents = [domain.config.parse(), *([domain.run.live] if domain.run is not None else [])]
+    found = [
+        [Path(disk_.source.location or "").name for disk_ in one.devices.disks if disk_.source] for one in documents
+    ]
+    assert found[0] == found[-1]
+    return found[0]
+
+
+async def take(domain: DomainObject, name: str, flags: int = Create.DISK_ONLY) -> int:
+    """Microseconds that the guest stood still."""
+    await create.create(domain, f"<domainsnapshot><name>{name}</name></domainsnapshot>", flags)
+    taken = domain.snapshots.snapshots[name].taken
+    assert taken is not None and taken.pause is not None
+    return taken.pause
+
+
+async def idle(domain: DomainObject) -> None:
+    async with domain.jobs.hold("see the end of", wait=20):
+        pass
+
+
+async def test_what_the_guest_writes_goes_to_the_new_images_of_all_disks(world: World) -> None:
+    paths = [image(world.root / "a.qcow2"), image(world.root / "b.qcow2")]
+    drivers = BlkDriver(5), BlkDriver(6)
+    xml = disk(paths[0]) + disk(paths[1], slot=6, dev="vdb", options=" cache='none'")
+    domain = await world.start(writes(*drivers), xml)
+    await world.said(b"up.")
+    await told(world, b"oneone")
+    held = await take(domain, "s1")
+    print(f"the guest stood still for {held / 1000:.1f} ms")
+    assert domain.state == DomainState.RUNNING and tops(domain) == ["a.s1", "b.s1"]
+    await told(world, b"twotwo")
+    assert [word(path) for path in paths] == [b"one", b"one"]
+    # paused: it stays so; and the next daemon knows the chain
+    await domain.suspend()
+    assert await take_paused(domain, "s2") and domain.state == DomainState.PAUSED
+    await world.managers[-1].close()
+    domain = (await world.manager()).lookup_name("m")
+    await domain.resume()
+    await told(world, b"threethree")
+    await take(domain, "s3")
+    await told(world, b"fourfour")
+    assert [word(world.root / f"a.{name}") for name in ("s1", "s2")] == [b"two", b"three"]
+    # what is deleted is merged when it is off; going back starts it there
+    await delete.delete(domain, "s2", 0)
+    assert (world.root / "a.s1").exists() and (world.root / "a.s2").exists()
+    await domain.destroy()
+    await idle(domain)
+    await soon(lambda: not (world.root / "a.s1").exists())
+    for path in [*world.root.glob("[ab].s*"), *paths]:
+        if path.suffix != ".sock":
+            checked(path)
+    assert [word(world.root / name) for name in tops(domain)] == [b"four", b"four"]
+    await revert.revert(domain, "s1", 0)
+    assert [word(world.root / name) for name in tops(domain)] == [b"one", b"one"]
+
+
+async def take_paused(domain: DomainObject, name: str) -> bool:
+    await create.create(domain, f"<domainsnapshot><name>{name}</name></domainsnapshot>", Create.DISK_ONLY)
+    return name in domain.snapshots.snapshots
+
+
+async def test_a_guest_goes_back_with_its_memory(world: World) -> None:
+    """The word that it writes next is in its memory: back there, it writes that one again."""
+    path = image(world.root / "a.qcow2")
+    domain = await world.start(writes(BlkDriver(5)), disk(path))
+    await world.said(b"up.")
+    await told(world, b"one")
+    held = await take(domain, "s1", 0)
+    print(f"with its memory the guest stood still for {held / 1000:.1f} ms")
+    assert domain.state == DomainState.RUNNING and tops(domain) == ["a.s1"]
+    await told(world, b"two")
+    await told(world, b"three")
+    assert word(path) == b"one"
+    for _ in range(2):
+        await revert.revert(domain, "s1", 0)
+        assert domain.state == DomainState.RUNNING and word(world.root / tops(domain)[0]) == b"one"
+        assert world.line is not None
+        world.line.close()
+        world.line = socket.socket(socket.AF_UNIX)
+        world.line.connect(str(world.root / "line"))
+        world.line.setblocking(False)
+        await told(world, b"two")
+        assert word(path) == b"one"
+    await revert.revert(domain, "s1", Revert.PAUSED)
+    assert domain.state == DomainState.PAUSED
+    await delete.delete(domain, "s1", 0)
+    assert not list(world.root.rglob("*.mem"))
+
+
+async def test_disks_that_can_have_none_now_are_named(world: World) -> None:
+    raw = world.root / "a.raw"
+    raw.write_bytes(bytes(1 << 20))
+    own = image(world.root / "b.qcow2")
+    theirs = image(world.root / "c.qcow2")
+    xml = disk(raw, "raw") + disk(own, slot=6, dev="vdb")
+    xml += disk(theirs, slot=7, dev="vdc", name="qemu-storage-daemon")
+    domain = await world.start(IDLE, xml)
+    document = "<domainsnapshot><name>s1</name><disks>{}</disks></domainsnapshot>"
+    for target, others, words in (("vda", ("vdc",), "kvik-vmm reads"), ("vdc", ("vda",), "qemu-storage-daemon")):
+        left = "".join(f"<disk name='{name}' snapshot='no'/>" for name in others)
+        with pytest.raises(OperationUnsupported, match=f"disk {target} .*{words}") as refused:
+            await create.create(domain, document.format(left), Create.DISK_ONLY)
+        assert f"--diskspec {target},snapshot=no" in refused.value.remedy
+    assert not domain.snapshots.snapshots and domain.snapshots.journal is None and not list(world.root.glob("*.s1"))
+    left = "".join(f"<disk name='{name}' snapshot='no'/>" for name in ("vda", "vdc"))
+    await create.create(domain, document.format(left), Create.DISK_ONLY)
+    assert tops(domain) == ["a.raw", "b.s1", "c.qcow2"]
+
+
+class Killed(BaseException):
+    """The daemon died here."""
+
+
+class Death:
+    """After so many commands to the VMM and its disks' processes: none is sent, and nothing is written, ever again."""
+
+    def __init__(self, commands: int) -> None:
+        self.left, self.came = commands, False
+
+    def commands(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        async def execute(connection: QmpConnection, command: str, *given: Any, **more: Any) -> Any:
+            counted = command in ("stop", "cont", "getfd") or command.startswith("x-kvik")
+            self.came = self.came or (counted and self.left <= 0)
+            if self.came:
+                raise Killed
+            self.left -= counted
+            return await original(connection, command, *given, **more)
+
+        return execute
+
+    def files(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        async def run(store: Store, *given: Any, **more: Any) -> Any:
+            if self.came:
+                raise Killed
+            return await original(store, *given, **more)
+
+        return run
+
+
+async def test_the_daemon_is_killed_at_each_command_of_a_snapshot(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever it is: the guest goes on, all its disks have the new images or none, and no word is lost."""
+    paths = [image(world.root / "a.qcow2"), image(world.root / "b.qcow2")]
+    drivers = BlkDriver(5), BlkDriver(6)
+    code = b"".join(driver.start() for driver in drivers) + say(b"up.")
+    for _ in range(40):
+        part = wait_key()
+        for driver in drivers:
+            part += driver.write(16, b"x") + driver.read(16) + say_memory(driver.data, 1)
+        code += part + say(b".")
+    domain = await world.start(code + IDLE, disk(paths[0]) + disk(paths[1], slot=6, dev="vdb"))
+    await world.said(b"up.")
+    stands: list[bool] = []
+    for number in range(30):
+        death = Death(number)
+        with monkeypatch.context() as patch:
+            patch.setattr(QmpConnection, "execute", death.commands(QmpConnection.execute))
+            patch.setattr(Store, "run", death.files(Store.run))
+            try:
+                await create.create(domain, f"<domainsnapshot><name>n{number}</name></domainsnapshot>", 16)
+            except (Killed, KvikError):
+                assert death.came
+            domain.require_machine().detach()
+            await asyncio.sleep(0)
+        domain.manager.store.close()
+        world.managers.pop()
+        domain = (await world.manager()).lookup_name("m")
+        await idle(domain)
+        assert domain.state == DomainState.RUNNING and domain.snapshots.journal is None, number
+        names = {Path(name).suffix for name in tops(domain)}
+        assert len(names) == 1, number
+        stands.append(names == {f".n{number}"})
+        assert stands[-1] == (f"n{number}" in domain.snapshots.snapshots), number
+        assert stands[-1] or not list(world.root.glob(f"*.n{number}")), number
+        await told(world, b"xx")
+        assert [word(world.root / name) for name in tops(domain)] == [b"x", b"x"]
+        if not death.came:
+            break
+    else:
+        pytest.fail("the snapshot never came to its end")
+    assert not all(stands) and any(stands[:-1])
+    await domain.destroy()
+    for name in tops(domain):
+        checked(world.root / name)
