@@ -122,8 +122,8 @@ class Manager:
         self.warnings += self.pools.warnings
         await recover.recover(self)
         await saved_machine.load(self)
+        await self._load_checkpoints()  # before images are merged, whose bitmaps they ask for
         await resume.load(self)
-        await self._load_checkpoints()
         await ports.settle(self)
         ports.watch(self)
         host_names.watch(self)
@@ -357,9 +357,10 @@ class Manager:
         files: Mapping[str, int] | None = None,
         autodestroy: Hashable | None = None,
         saved: Saved | None = None,
+        reset_nvram: bool = False,
     ) -> DomainObject:
         """Start a machine that is forgotten when it ends; or run a defined one for once by this document. `saved`: what
-        it goes on from instead of booting."""
+        it goes on from instead of booting. `reset_nvram`: its firmware's variables are made anew."""
         document, config = await self._prepare(xml)
         if validate:
             _refuse_unknown(document)
@@ -375,7 +376,9 @@ class Manager:
         saved_machine.check_no_managed_save(domain, "running it by another document")
         try:
             async with domain.jobs.hold("start", limit=starting.LONG if saved is not None else LIMIT):
-                await starting.boot(domain, paused, files or {}, autodestroy, config=config, saved=saved)
+                await starting.boot(
+                    domain, paused, files or {}, autodestroy, config=config, saved=saved, reset_nvram=reset_nvram
+                )
         except BaseException:
             if not domain.persistent and not domain.is_active:
                 self.forget(domain)
