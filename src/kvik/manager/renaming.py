@@ -1,6 +1,6 @@
-"""Another name for a machine that is off, with its snapshots and checkpoints.
+"""Another name for a machine that is off, with its snapshots, checkpoints and managed save.
 
-    definition's file moved --> directories of snapshots and checkpoints moved --> definition with the new name in it
+    definition's file moved --> what else is named so moved --> definition with the new name in it
 
 From the first step on the file's name rules: whoever finds a document in it that says another one does the rest
 (`recover`). What lies in a directory that moves is known by its place there (`snapshots/store`).
@@ -17,9 +17,9 @@ from kvik.errors import AlreadyExists, HostError, OperationInvalid
 from kvik.manager.checkpoints.store import store_of as checkpoints_of
 from kvik.manager.definition import Definition
 from kvik.manager.log import MachineLog
-from kvik.manager.saved.managed import check_no_managed_save
+from kvik.manager.saved.managed import managed_path
 from kvik.manager.snapshots.apply import settle, store_of
-from kvik.manager.store import Moves, move_directory
+from kvik.manager.store import Moves, move
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -31,8 +31,9 @@ __all__ = ["finish", "rename"]
 
 
 def _moves(manager: Manager, old: str, new: str) -> Moves:
-    """The directories that are named as the machine."""
-    return [(place / old, place / new) for place in (manager.paths.snapshots, manager.paths.checkpoints)]
+    """The directories and the file that are named as the machine."""
+    places = [(place / old, place / new) for place in (manager.paths.snapshots, manager.paths.checkpoints)]
+    return [*places, (managed_path(manager, old), managed_path(manager, new))]
 
 
 async def rename(manager: Manager, domain: DomainObject, new: str) -> None:
@@ -44,7 +45,6 @@ async def rename(manager: Manager, domain: DomainObject, new: str) -> None:
         raise OperationInvalid(f"machine {domain.name!r} is running", remedy="shut it down first")
     if domain.cleaning:
         await asyncio.shield(domain.cleaning)
-    check_no_managed_save(domain, "another name")
     if manager.has_name(new):
         mine = new == domain.name
         raise AlreadyExists(f"machine {new!r} has this name already" if mine else f"there is a machine {new!r} already")
@@ -69,7 +69,7 @@ async def rename(manager: Manager, domain: DomainObject, new: str) -> None:
 
 def _check_free(moves: Moves, new: str) -> None:
     for source, target in moves:
-        if source.is_dir() and target.is_dir() and any(target.iterdir()):
+        if source.exists() and target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise AlreadyExists(
                 f"{target} has what is left of another machine {new!r}",
                 remedy="move it away if it is still wanted, remove it if not; or choose another name",
@@ -83,7 +83,7 @@ def finish(manager: Manager, was: str, name: str) -> list[str]:
     warnings = []
     for source, target in _moves(manager, was, name):
         try:
-            move_directory(source, target)
+            move(source, target)
         except HostError as error:
             warnings.append(f"machine {name!r} was {was!r}: {error}")
     MachineLog(manager.paths.domain_logs, was).rename(name)

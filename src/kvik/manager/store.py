@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -156,12 +157,14 @@ def _quietly(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -
         function(*args, **kwargs)
 
 
-Moves = Sequence[tuple[Path, Path]]  # directories: from, to
+Moves = Sequence[tuple[Path, Path]]  # of directories and files: from, to
 
 
-def move_directory(source: Path, target: Path) -> bool:
+def move(source: Path, target: Path) -> bool:
     """Durably; False if there is none. `HostError` where there is something at `target`."""
     try:
+        if target.is_file() and source.exists():
+            raise FileExistsError(errno.EEXIST, f"{target} exists already")
         try:
             source.rename(target)
         except FileNotFoundError:
@@ -286,7 +289,7 @@ class Store:
         await self.run(remove)
 
     async def rename_definition(self, old: str, new: str, text: str, *, autostart: bool, moves: Moves = ()) -> None:
-        """`text` is the document with the new name in it; `moves`: directories that go with it. On an error the old
+        """`text` is the document with the new name in it; `moves`: what goes with it. On an error the old
         name is back."""
 
         def rename() -> None:
@@ -303,7 +306,7 @@ class Store:
                 except OSError as error:
                     raise files.host_error("rename", source, error) from error
                 for place, new_place in moves:
-                    if move_directory(place, new_place):
+                    if move(place, new_place):
                         undo.callback(_quietly, new_place.rename, place)
                 before = files.try_read_file(target, limit=DOCUMENT_LIMIT)
                 if before is not None:

@@ -1,4 +1,4 @@
-"""A machine gets another name, and its snapshots and checkpoints go with it, whatever happens meanwhile."""
+"""A machine gets another name; snapshots, checkpoints and managed save go with it, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from kvik.host import files
 from kvik.image.create import create as create_image
 from kvik.manager.checkpoints.store import store_of
 from kvik.manager.domain import DomainObject
+from kvik.manager.saved import machine as saved
 from kvik.manager.snapshots import delete, revert
 
 
 async def grown(bench: Bench, place: Path) -> DomainObject:
-    """With firmware, two snapshots and a checkpoint."""
+    """With firmware, two snapshots, a checkpoint and a managed save."""
     create_image(str(place / "disk.qcow2"), "qcow2", SIZE)
     (place / "code.fd").write_bytes(b"code")
     (place / "vars.fd").write_bytes(b"first")
@@ -35,6 +36,8 @@ async def grown(bench: Bench, place: Path) -> DomainObject:
     checkpoint = Checkpoint(name="c1", creation_time=7, disks=disks, domain=domain.definition)
     store_of(domain).write(checkpoint)
     domain.checkpoints.all["c1"] = checkpoint
+    await domain.start()
+    await saved.managed_save(domain, 0)
     return domain
 
 
@@ -49,6 +52,11 @@ async def check(bench: Bench, place: Path, name: str) -> None:
     for snapshot in domain.snapshots.snapshots.values():
         assert snapshot.domain is not None and snapshot.domain.name == name
         assert snapshot.taken is not None and Path(snapshot.taken.nvram or "").read_bytes() == b"first"
+    assert domain.has_managed_save
+    assert [path.name for path in bench.paths.saves.iterdir()] == [f"{name}.save"]
+    await domain.start()
+    await domain.destroy()
+    assert not domain.has_managed_save
     before = shows(domain)
     (place / "vars.fd").write_bytes(b"changed")
     await revert.revert(domain, "s1", 0)
