@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
+from guillotine import Guillotine
 from manager_bench import Bench
 from snapshot_bench import SIZE, machine, take, top, write
 
@@ -197,6 +199,50 @@ async def test_whatever_is_done_nothing_that_differs_is_missing(bench: Bench, tm
             asked += 1
             assert blocks(was, content(domain)) <= marked, f"{name} after {action}"
     assert asked > 20
+
+
+@pytest.mark.parametrize("name", ["s0", "s1", "s2"])
+async def test_killed_amid_a_merge_no_checkpoint_tells_less(tmp_path: Path, name: str) -> None:
+    where, kept = tmp_path / "now", tmp_path / "before"
+    (where / "disks").mkdir(parents=True)
+    bench = Bench(where)
+    await bench.open()
+    domain = await machine(bench, where / "disks")
+    then = {}
+    for number in range(3):
+        then[f"c{number}"] = track(domain, f"c{number}")
+        write(domain, number * BLOCK, b"a" * BLOCK)
+        await take(domain, f"s{number}")
+        write(domain, (number + 8) * BLOCK, b"b" * BLOCK * (3 - number))
+    now = content(domain)
+    await bench.manager.close()
+    shutil.copytree(where, kept, symlinks=True)
+    for steps in range(0, 400, 3):
+        shutil.rmtree(where)
+        shutil.copytree(kept, where, symlinks=True)
+        bench = Bench(where)
+        domain = (await bench.open()).lookup_name("a")
+        with pytest.MonkeyPatch.context() as patch:
+            guillotine = Guillotine(patch, steps)
+            try:
+                await delete.delete(domain, name, 0)
+            except BaseException as error:
+                assert guillotine.fell, error
+            await bench.kill()
+        manager = await bench.open()
+        domain = manager.lookup_name("a")
+        async with domain.jobs.hold("see the end of", wait=20):
+            pass
+        assert content(domain) == now
+        for checkpoint, was in then.items():
+            try:
+                assert blocks(was, now) <= changed(domain, checkpoint), f"{checkpoint} after {steps} steps"
+            except CheckpointInconsistent:
+                assert guillotine.fell
+        await manager.close()
+        if not guillotine.fell:
+            return
+    pytest.fail("it never came to its end")
 
 
 async def test_bitmaps_that_were_not_written_are_not_gone_on_with(bench: Bench, tmp_path: Path) -> None:
