@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from kvik.conf.devices.disk import BackingStore, Disk, DiskSource, Format
 from kvik.conf.domain import Domain, format_domain
+from kvik.conf.enums import DomainBlockJobType, DomainState
 from kvik.conf.enums import DomainSnapshotCreateFlags as Flags
-from kvik.conf.enums import DomainState
 from kvik.conf.snapshot import (
     Kind,
     Snapshot,
@@ -126,11 +126,13 @@ def complete(domain: DomainObject, snapshot: Snapshot, document: Domain, flags: 
 
 def _check_jobs(domain: DomainObject, chosen: list[SnapshotDisk]) -> None:
     """A job that copies or merges a disk's images knows them as they are: none may come on top meanwhile."""
-    if any(disk.snapshot in ("internal", "external") for disk in chosen):
-        check_no_backup(domain, "a snapshot")
     busy = domain.run.block_jobs if domain.run is not None else {}
     for disk in chosen:
-        if disk.name in busy and disk.snapshot == "external":
+        if disk.name not in busy or disk.snapshot not in ("internal", "external"):
+            continue
+        if busy[disk.name].type == DomainBlockJobType.BACKUP:
+            check_no_backup(domain, "a snapshot")
+        if disk.snapshot == "external":
             raise ResourceBusy(
                 f"disk {disk.name!r} of machine {domain.name!r} has a block job",
                 remedy=f"wait for it, or end it: kvik blockjob {domain.name} {disk.name} --info, --pivot, --abort; or "
