@@ -12,8 +12,10 @@ from snapshot_bench import DISKS, SIZE, disk_xml, images, machine, shows, starte
 
 from kvik.conf.devices.disk import DiskSource
 from kvik.conf.enums import DomainBlockJobType
+from kvik.conf.enums import DomainCreateFlags as Start
 from kvik.conf.enums import DomainSnapshotCreateFlags as Create
 from kvik.conf.enums import DomainSnapshotDeleteFlags as Delete
+from kvik.conf.enums import DomainSnapshotRevertFlags as Revert
 from kvik.conf.snapshot import format_snapshot
 from kvik.errors import (
     AlreadyExists,
@@ -180,8 +182,6 @@ async def test_a_machine_with_snapshots_is_not_undefined_by_accident(bench: Benc
     await take(domain, "s1")
     with pytest.raises(OperationInvalid, match="cannot delete inactive domain with 1 snapshots"):
         await domain.undefine()
-    with pytest.raises(OperationInvalid, match="cannot be renamed"):
-        await domain.rename("z")
     await domain.undefine(2)
     assert images(tmp_path) == {"disk.qcow2", "disk.s1"}
     assert not bench.paths.snapshots.joinpath("a").exists()
@@ -419,3 +419,39 @@ async def test_the_firmwares_variables_go_back_with_the_disks(bench: Bench, tmp_
         await delete.delete(domain, name, 0)
     assert (tmp_path / "mine").exists()
     assert not bench.paths.snapshots.joinpath("a").exists()
+
+
+async def test_variables_are_made_anew_from_their_template(bench: Bench, tmp_path: Path) -> None:
+    create_image(str(tmp_path / "disk.qcow2"), "qcow2", SIZE)
+    variables, template, code = tmp_path / "vars.fd", tmp_path / "template.fd", tmp_path / "code.fd"
+    code.write_bytes(b"code")
+    template.write_bytes(b"pristine")
+    variables.write_bytes(b"used")
+    variables.chmod(0o640)
+    loader = f"<loader readonly='yes' type='pflash'>{code}</loader>"
+    firmware = f"{loader}<nvram template='{template}'>{variables}</nvram>"
+    xml = document(devices=disk_xml(tmp_path / "disk.qcow2")).replace("</type></os>", f"</type>{firmware}</os>")
+    domain = await bench.manager.define(xml)
+    await take(domain, "s1")
+    await domain.start()
+    assert variables.read_bytes() == b"used"
+    with pytest.raises(OperationInvalid, match="already running"):
+        await domain.start(flags=Start.START_RESET_NVRAM)
+    assert variables.read_bytes() == b"used", "not under a machine that runs"
+    await domain.destroy()
+    await domain.start(flags=Start.START_RESET_NVRAM)
+    assert variables.read_bytes() == b"pristine" and variables.stat().st_mode & 0o777 == 0o640
+    await revert.revert(domain, "s1", 0)
+    assert variables.read_bytes() == b"used"
+    await revert.revert(domain, "s1", Revert.RESET_NVRAM)
+    assert variables.read_bytes() == b"pristine"
+    template.unlink()
+    variables.write_bytes(b"used")
+    await domain.start()
+    with pytest.raises(KvikError, match=r"template\.fd"):
+        await revert.revert(domain, "s1", Revert.RESET_NVRAM)
+    assert domain.is_active, "said before anything ends"
+    await domain.destroy()
+    with pytest.raises(KvikError, match=r"template\.fd"):
+        await domain.start(flags=Start.START_RESET_NVRAM)
+    assert variables.read_bytes() == b"used" and not domain.is_active
