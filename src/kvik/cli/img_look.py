@@ -142,6 +142,9 @@ def snapshot_lines(snapshots: list[Snapshot]) -> Iterable[str]:
 
 
 def check(ctx: Context, arguments: Arguments) -> int:
+    from kvik.cli.img_layers import check_caches
+
+    check_caches(arguments)
     repair = arguments.text("r")
     if repair not in (None, "leaks", "all"):
         raise UsageError("-r expects 'leaks' or 'all'")

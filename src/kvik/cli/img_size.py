@@ -20,11 +20,13 @@ OPENING_FAILED, READING_FAILED = 2, 4
 
 def compare(ctx: Context, arguments: Arguments) -> int:
     from kvik.cli.img import failed
+    from kvik.cli.img_layers import check_caches
     from kvik.cli.progress import Progress
     from kvik.errors import KvikError
     from kvik.image.compare import CONTENT, SIZE
     from kvik.image.compare import compare as look
 
+    check_caches(arguments)
     images: list[Image] = []
     code = OPENING_FAILED
     quiet = arguments.flag("q")
