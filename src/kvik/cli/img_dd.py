@@ -40,7 +40,9 @@ def dd(ctx: Context, arguments: Arguments) -> int:
     block = _number(words, "bs", SECTOR)
     if not 0 < block <= LARGEST_BLOCK:
         raise UsageError(f"Invalid bs '{words['bs']}'", remedy="1 byte to 2 GiB")
-    with Opener(share=arguments.flag("U"), foreign=Foreign()).open(name, format) as source:
+    with Opener(share=arguments.flag("U"), alone=arguments.flag("alone"), foreign=Foreign()).open(
+        name, format
+    ) as source:
         begin = _number(words, "skip", 0) * block
         end = source.size
         if "count" in words:

@@ -36,7 +36,7 @@ def compare(ctx: Context, arguments: Arguments) -> int:
             ctx.line(text)
 
     try:
-        opener = Opener(share=arguments.flag("U"), foreign=Foreign())
+        opener = Opener(share=arguments.flag("U"), alone=arguments.flag("alone"), foreign=Foreign())
         for path, key in zip(arguments.files, ("f", "F"), strict=True):
             images.append(opener.open(path, arguments.text(key)))
         code = READING_FAILED
@@ -82,7 +82,7 @@ def measure(ctx: Context, arguments: Arguments) -> int:
     if not arguments.files and size is None:
         raise UsageError("Either --size N or one filename must be specified.")
     if arguments.files:
-        opener = Opener(share=arguments.flag("U"), foreign=Foreign())
+        opener = Opener(share=arguments.flag("U"), alone=arguments.flag("alone"), foreign=Foreign())
         with opener.open(arguments.files[0], arguments.text("f")) as source:
             if (wanted := arguments.text("l")) is not None:
                 from kvik.cli.img_convert import use_snapshot
