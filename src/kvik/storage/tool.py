@@ -25,7 +25,7 @@ PACKAGES = {
     "lvs": "lvm2", "vgs": "lvm2", "pvs": "lvm2", "vgcreate": "lvm2", "vgremove": "lvm2", "vgchange": "lvm2",
     "pvremove": "lvm2", "lvcreate": "lvm2", "lvremove": "lvm2", "lvresize": "lvm2",
     "iscsiadm": "open-iscsi", "iscsi-ls": "libiscsi-bin", "iscsi-readcapacity16": "libiscsi-bin",
-    "qemu-img": "qemu-utils", "rbd": "ceph-common", "ceph": "ceph-common",
+    "qemu-img": "qemu-utils", "qemu-storage-daemon": "qemu-system-common", "rbd": "ceph-common", "ceph": "ceph-common",
     "zfs": "zfsutils-linux", "zpool": "zfsutils-linux",
 }  # fmt: skip
 
