@@ -114,7 +114,14 @@ class Backend:
         """A new one, with the bytes that can be read from the descriptor `source` (a file or block device)."""
         self.refuse("copying volumes")
 
-    def convert_volume(self, document: StorageVolume, source: Image, locked: Encryption | None = None) -> StorageVolume:
+    def convert_volume(
+        self,
+        document: StorageVolume,
+        source: Image,
+        locked: Encryption | None = None,
+        *,
+        preallocate_metadata: bool = False,
+    ) -> StorageVolume:
         """A new one, of the format that the document names, that reads as `source` does; `locked`: when that is opened
         with its secret."""
         self.refuse("converting volumes")

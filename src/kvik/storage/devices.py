@@ -166,7 +166,14 @@ class DeviceBackend(Backend):
             raise
         return self.look_at(made)
 
-    def convert_volume(self, document: StorageVolume, source: Image, locked: Encryption | None = None) -> StorageVolume:
+    def convert_volume(
+        self,
+        document: StorageVolume,
+        source: Image,
+        locked: Encryption | None = None,
+        *,
+        preallocate_metadata: bool = False,
+    ) -> StorageVolume:
         made = self.create_volume(document)
         try:
             with self.opened(made, writable=True) as fd:

@@ -66,13 +66,13 @@ async def copy(
     """A new volume with the contents of another, at least as large as that one."""
     backend = pool.active()
     document = _load(xml, backend, strict, copies=True)
-    if preallocate_metadata:
-        raise InvalidArgument(f"metadata preallocation is not supported for copies of {document.format} volumes")
     source = source_pool.volume(source_name)
     target = document.target
     if target is not None and target.format is None and source.format in backend.formats:
         target.format = VolumeFormat(type=source.format)
-    converts = _converts(document, source)
+    if preallocate_metadata and document.format != "qcow2":
+        raise InvalidArgument(f"metadata preallocation is not supported for {document.format} volumes")
+    converts = preallocate_metadata or _converts(document, source)
     if converts and reflink:
         raise ConfigUnsupported("a copy in another format shares no blocks with its source")
     if document.size < source.size:
@@ -83,7 +83,7 @@ async def copy(
         with pool.working(_free(pool, document.name), "it is being created"):
             volume: StorageVolume
             if converts:
-                work = partial(_convert, pools, backend, document, holder, source)
+                work = partial(_convert, pools, backend, document, holder, source, metadata=preallocate_metadata)
                 volume = await settled(work, partial(_made, pool, document))
             else:
                 async with _open(holder, source) as fd:
@@ -121,10 +121,10 @@ def _converts(document: StorageVolume, source: StorageVolume) -> bool:
 
 
 def _convert(
-    pools: Pools, backend: Backend, document: StorageVolume, holder: Backend, source: StorageVolume
+    pools: Pools, backend: Backend, document: StorageVolume, holder: Backend, source: StorageVolume, *, metadata: bool
 ) -> StorageVolume:
     with open_volume_image(pools, holder, source) as image:
-        return backend.convert_volume(document, image, encryption_of(source))
+        return backend.convert_volume(document, image, encryption_of(source), preallocate_metadata=metadata)
 
 
 async def delete(pools: Pools, pool: PoolObject, name: str) -> None:
