@@ -76,7 +76,14 @@ class ServedBackend(Backend):
             sparse.copy_data(source, target, min(sparse.size_of(source), sparse.size_of(target)))
         return self.look_at(document)
 
-    def convert_volume(self, document: StorageVolume, source: Image, locked: Encryption | None = None) -> StorageVolume:
+    def convert_volume(
+        self,
+        document: StorageVolume,
+        source: Image,
+        locked: Encryption | None = None,
+        *,
+        preallocate_metadata: bool = False,
+    ) -> StorageVolume:
         with self._made(document) as target, RawImage(os.dup(target), document.name, writable=True) as image:
             convert(source, image, zeroed=True)
             image.flush()
