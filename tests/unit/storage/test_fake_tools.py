@@ -21,7 +21,7 @@ from kvik.conf.devices.disk import DiskSource, Host
 from kvik.conf.storage_pool import load_pool
 from kvik.conf.storage_state import PoolOrigin, PoolState
 from kvik.conf.storage_volume import StorageVolume
-from kvik.errors import HostError, ResourceBusy, StorageVolumeExists
+from kvik.errors import ConfigUnsupported, HostError, ResourceBusy, StorageVolumeExists
 from kvik.storage import volumes
 from kvik.storage.backends import gluster
 from kvik.storage.backends import rbd as rbd_module
@@ -141,6 +141,9 @@ async def test_rbd_images_are_volumes_and_the_key_is_on_no_command_line(tools: T
         await volumes.resize(pools, pool, "v", 2 * MIB, shrink=True)
         await pool.refresh()
         assert [(volume.name, volume.size) for volume in pool.volumes()] == [("v", 2 * MIB)]
+        sealed = "<target><encryption format='luks'><secret type='passphrase' usage='x'/></encryption></target>"
+        with pytest.raises(ConfigUnsupported, match="images of pool 'ceph', of type rbd, cannot be made encrypted"):
+            await volumes.create(pools, pool, f"<volume><name>s</name><capacity>1</capacity>{sealed}</volume>")
         await volumes.create(pools, pool, "<volume><name>busy</name><capacity>1</capacity></volume>")
         with pytest.raises(ResourceBusy, match="watchers"):
             await volumes.delete(pools, pool, "busy")
