@@ -142,6 +142,7 @@ def served(node: Node, *, writable: bool = False, deadline: float = DEADLINE) ->
         stack.callback(process.terminate, GRACE)
         fd = _open(process, mountpoint, said, writable, deadline)
         try:
+            shutil.rmtree(directory, ignore_errors=True)  # now: nothing is left of it if we are killed
             yield fd
         finally:
             os.close(fd)
