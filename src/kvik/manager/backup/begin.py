@@ -31,8 +31,8 @@ from kvik.hypervisor.descriptors import listen_unix
 from kvik.hypervisor.driver import BackupPart, Machine
 from kvik.manager import disks
 from kvik.manager.backup import job as jobs
-from kvik.manager.backup.certificates import check_certificates, open_certificates
 from kvik.manager.backup.plan import complete, own_thread, parts_of, place_in, with_changes
+from kvik.manager.certificates import check_server, open_server
 from kvik.manager.checkpoints import create as checkpoints
 from kvik.manager.checkpoints.resume import settle
 
@@ -111,7 +111,7 @@ async def _begin(
         if listening >= 0:
             certificates = None
             if backup.server is not None and backup.server.tls:
-                certificates = await domain.manager.store.run(open_certificates, domain.manager.paths.certificates)
+                certificates = await domain.manager.store.run(open_server, domain.manager.paths.certificates)
                 close.callback(os.close, certificates)
             await backups.serve(parts, listening, certificates)
     if checkpoint is not None:
@@ -165,7 +165,7 @@ def _check_places(domain: DomainObject, backup: Backup, reuse: bool) -> None:
             raise ConfigError(f"disk '{item.name}': {path} is no file that could be reused")
     server = backup.server
     if server is not None and server.tls:
-        check_certificates(domain.manager.paths.certificates)
+        check_server(domain.manager.paths.certificates)
     if server is not None and server.socket and os.path.lexists(server.socket):
         raise AlreadyExists(f"{server.socket} exists already", remedy="remove it, or name another socket")
 
