@@ -44,7 +44,7 @@ from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported, HostError
 from kvik.host import files as host_files
 from kvik.host.filesystem import shared_as
-from kvik.hypervisor.chain import check_qcow2, qcow2_backing
+from kvik.hypervisor.chain import check_meant, check_qcow2, qcow2_backing
 from kvik.hypervisor.firmware import make_variables
 from kvik.hypervisor.layers import Layer, has_medium, layers
 from kvik.hypervisor.names import (
@@ -285,6 +285,7 @@ def _open_below(opened: Opened, disk: Disk, above: Disk | BackingStore, number: 
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise ConfigError(f"disk {disk.target.dev}: {found.path} is neither a file nor a block device")
         block = stat.S_ISBLK(mode)
+        check_meant(found, above.source.location, block=block)
         source = DiskSource(dev=found.path) if block else DiskSource(file=found.path)
         below = BackingStore(type="block" if block else "file", format=Format(type=found.format), source=source)
         _set_index(below, opened.index())

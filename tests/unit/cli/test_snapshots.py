@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvik.cli.snapshot_list import draw
+from kvik.cli.history import draw
 from kvik.image.create import create
 
 MACHINE = """<domain type='test'><name>m</name><memory>1024</memory>

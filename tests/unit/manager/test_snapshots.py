@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from manager_bench import Bench, document, until
@@ -308,28 +309,30 @@ async def test_what_the_vmm_refuses_leaves_nothing(bench: Bench, tmp_path: Path)
 
 
 @pytest.mark.parametrize("taken", [True, False])
-async def test_a_vmm_that_stops_answering_is_asked_later(bench: Bench, tmp_path: Path, taken: bool) -> None:
+async def test_a_vmm_that_stops_answering_is_asked_later(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
     """Whether it did what it was told is its to say; until then nothing is removed."""
     domain = await started(bench, tmp_path)
     vmm = bench.driver.machines["a"]
     vmm.behaviour.command_deadline = 0.05
     original = vmm.put_on_top
 
-    async def hangs(new: object, old: object, secrets: object) -> int:
+    async def hangs(new: Any, old: Any, secrets: object) -> int:
         if taken:
-            await original(new, old, {})  # type: ignore[arg-type]
+            await original(new, old, {})
         vmm.hang()
         await vmm._command("nothing")
         return 0
 
-    vmm.put_on_top = hangs  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(vmm, "put_on_top", hangs)
     with pytest.raises(KvikError, match="does not say whether its snapshot was taken"):
         await take(domain, "s1", DISKS)
     assert images(tmp_path) == {"disk.qcow2", "disk.s1"}
     with pytest.raises(KvikError, match="cannot be ended now"):
         await take(domain, "s2", DISKS)
     vmm.release()
-    vmm.put_on_top = original  # type: ignore[method-assign]
+    monkeypatch.setattr(vmm, "put_on_top", original)
     domain = (await bench.reopen()).lookup_name("a")
     assert list(domain.snapshots.snapshots) == (["s1"] if taken else [])
     assert images(tmp_path) == ({"disk.qcow2", "disk.s1"} if taken else {"disk.qcow2"})
