@@ -48,7 +48,6 @@ class Need(NamedTuple):
     usage: str
     secret: SecretReference
     where: str
-    base64: bool = False  # the value is handed on as base64: Ceph's keys
     text: str = ""  # the value itself, where the document has it: cookies
 
 
@@ -101,7 +100,7 @@ def needs(disk: Disk) -> Iterator[Need]:
             protocol = layer.source.protocol or ""
             usage = _AUTH_USAGE.get(protocol, "iscsi")
             file = f"{SECRET_PREFIX}{alias_of(disk)}:{layer.number}:auth"
-            yield Need(auth_secret(disk, layer), file, usage, auth.secret, where, base64=protocol == "rbd")
+            yield Need(auth_secret(disk, layer), file, usage, auth.secret, where)
         cookies = cookies_of(layer.source)
         if cookies and layer.type == "network":
             file = f"{SECRET_PREFIX}{alias_of(disk)}:{layer.number}:cookie"

@@ -238,7 +238,7 @@ def open_secrets(secrets: Secrets, disks: Iterable[Disk], held: ExitStack) -> di
                 value = need.text.encode() or secrets.value(need.usage, uuid=need.secret.uuid, usage=need.secret.usage)
             except (NoSecret, InvalidSecret) as error:
                 raise type(error)(f"{need.where}: {error.message}", remedy=error.remedy) from error
-            fd = memory_file(base64.b64encode(value) if need.base64 else value)
+            fd = memory_file(value)
             held.callback(os.close, fd)
             held.callback(os.ftruncate, fd, 0)
             opened[need.file] = fd

@@ -10,7 +10,7 @@ from kvik.storage import volumes
 from kvik.storage.capabilities import capabilities
 from kvik.storage.pool import PoolObject
 from kvik.storage.pools import REFRESHED, Pools
-from kvik.storage.resolve import Resolved, resolve
+from kvik.storage.resolve import Resolved, places, resolve
 from kvik.storage.sparse import extents, punch
 from kvik.storage.threads import in_thread
 from kvik.storage.types import find_sources
@@ -33,8 +33,8 @@ def check_idle(manager: Manager, uses: Iterable[Use]) -> None:
 
 
 def users(manager: Manager) -> Iterator[tuple[str, str, bool]]:
-    """What machines that run, or are about to, have open, and what snapshots are kept in: (path, machine, whether it
-    writes)."""
+    """What machines that run, or are about to, have open, and what snapshots are kept in: (path or place on the
+    network, machine, whether it writes)."""
     for domain in manager.domains():
         for snapshot in domain.snapshots.snapshots.values():
             for disk, _ in kept_disks(snapshot):
@@ -45,6 +45,8 @@ def users(manager: Manager) -> Iterator[tuple[str, str, bool]]:
         for use in domain.run.uses:
             yield use.path, domain.name, not use.readonly
         for disk in domain.run.live.devices.disks:
+            for place in places(disk.source) if disk.type == "network" else ():
+                yield place, domain.name, not (disk.readonly or disk.device == "cdrom")
             store = disk.backing_store
             while store is not None and store.source is not None:
                 if store.source.location:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +157,24 @@ def _quietly(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -
         function(*args, **kwargs)
 
 
+Moves = Sequence[tuple[Path, Path]]  # of directories and files: from, to
+
+
+def move(source: Path, target: Path) -> bool:
+    """Durably; False if there is none. `HostError` where there is something at `target`."""
+    try:
+        if target.is_file() and source.exists():
+            raise FileExistsError(errno.EEXIST, f"{target} exists already")
+        try:
+            source.rename(target)
+        except FileNotFoundError:
+            return False
+        files.fsync_directory(target.parent)
+    except OSError as error:
+        raise files.host_error("move", source, error) from error
+    return True
+
+
 @dataclass(slots=True)
 class Loaded:
     """What `load` found."""
@@ -269,8 +288,9 @@ class Store:
 
         await self.run(remove)
 
-    async def rename_definition(self, old: str, new: str, text: str, *, autostart: bool) -> None:
-        """`text` is the document with the new name in it. On an error the old name is back."""
+    async def rename_definition(self, old: str, new: str, text: str, *, autostart: bool, moves: Moves = ()) -> None:
+        """`text` is the document with the new name in it; `moves`: what goes with it. On an error the old
+        name is back."""
 
         def rename() -> None:
             source, target = self._definition(old), self._definition(new)
@@ -280,9 +300,14 @@ class Store:
                     files.atomic_symlink(target, self._link(new))
                 try:
                     source.rename(target)
+                    undo.callback(_quietly, target.rename, source)
+                    if moves:  # what goes with it must not be there before it is, also after a power loss
+                        files.fsync_directory(target.parent)
                 except OSError as error:
                     raise files.host_error("rename", source, error) from error
-                undo.callback(_quietly, target.rename, source)
+                for place, new_place in moves:
+                    if move(place, new_place):
+                        undo.callback(_quietly, new_place.rename, place)
                 before = files.try_read_file(target, limit=DOCUMENT_LIMIT)
                 if before is not None:
                     undo.callback(_quietly, files.atomic_write, target, before, durable=False)

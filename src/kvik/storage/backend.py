@@ -15,7 +15,8 @@ half done is left behind by any of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, NoReturn
 
@@ -136,13 +137,20 @@ class Backend:
         """A descriptor of its bytes. HostError if what has its name now is not a volume any more."""
         self.refuse("reading and writing volumes")
 
-    def wipe_volume(self, volume: StorageVolume, passes: Sequence[bytes]) -> None:
-        """Overwrite all of it, once for each of `passes` (`wiping.passes_of`)."""
-        fd = self.open_volume(volume, writable=True)
+    @contextmanager
+    def opened(self, volume: StorageVolume, *, writable: bool = False) -> Iterator[int]:
+        """The same for the time of a block. What is written is on disk when it was asked for (fsync(2)) and has ended
+        well."""
+        fd = self.open_volume(volume, writable=writable)
         try:
-            overwrite(fd, size_of(fd), passes)
+            yield fd
         finally:
             os.close(fd)
+
+    def wipe_volume(self, volume: StorageVolume, passes: Sequence[bytes]) -> None:
+        """Overwrite all of it, once for each of `passes` (`wiping.passes_of`)."""
+        with self.opened(volume, writable=True) as fd:
+            overwrite(fd, size_of(fd), passes)
 
     def look_at(self, volume: StorageVolume) -> StorageVolume:
         """The volume as it is now."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 
 from kvik.conf.storage_pool import bytes_of
@@ -29,6 +29,7 @@ from kvik.storage.chains import image_format, open_volume_image
 from kvik.storage.encryption import encryption_of
 from kvik.storage.pool import Bars, PoolObject
 from kvik.storage.pools import Pools
+from kvik.storage.resolve import places_of
 from kvik.storage.sparse import size_of
 from kvik.storage.threads import in_thread, settled
 from kvik.storage.wiping import passes_of
@@ -213,12 +214,11 @@ async def open_bytes(
 
 @asynccontextmanager
 async def _open(backend: Backend, volume: StorageVolume, *, writable: bool = False) -> AsyncIterator[int]:
-    descriptors: list[int] = []
+    stack = ExitStack()
     try:
-        yield await settled(partial(backend.open_volume, volume, writable=writable), descriptors.append)
+        yield await in_thread(lambda: stack.enter_context(backend.opened(volume, writable=writable)))
     finally:
-        for fd in descriptors:
-            os.close(fd)
+        await in_thread(stack.close)
 
 
 def _load(xml: str, backend: Backend, strict: bool, *, copies: bool = False) -> StorageVolume:
@@ -249,7 +249,10 @@ async def _held(
         work.identity = await in_thread(identify, volume.path)
         # A machine that starts from now on sees this work; one that did before is among the users.
         rows = [(path, machine) for path, machine, writes in pools.users() if bars == "all" or (bars and writes)]
-        machine = await in_thread(_user_of, work.identity, rows) if rows and work.identity is not None else ""
+        there = places_of(pool, volume)
+        machine = next((machine for path, machine in rows if path in there), "")
+        if rows and work.identity is not None:
+            machine = await in_thread(_user_of, work.identity, rows)
         if machine:
             raise ResourceBusy(
                 f"volume '{volume.name}' cannot be {what}: machine '{machine}' is running from it", remedy=remedy

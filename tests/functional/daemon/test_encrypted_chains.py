@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from .conftest import Kvikd, Make
 from .test_block_jobs import images_of, ok
-from .test_encrypted_disks import DISK, Vault, empty, encryption, vault
+from .test_encrypted_disks import DISK, PASSPHRASE, Vault, empty, encryption, vault
 from .test_snapshots_of_disks import BLOCK
 
 __all__ = ["empty", "vault"]  # fixtures
@@ -94,3 +95,37 @@ def test_what_comes_on_top_of_an_encrypted_disk_is_encrypted(kvikd: Kvikd, make:
     for path in (base, copy):
         data = path.read_bytes()
         assert not any(letter * 512 in data for letter in (b"A", b"B", b"C")), path
+
+
+def test_encrypted_images_are_merged_while_the_machine_is_off(kvikd: Kvikd, make: Make, vault: Vault) -> None:
+    uuid = vault.secret()
+    base = vault.image("off.qcow2", "qcow2")
+    place = base.parent
+    domain = make(
+        "off", DISK.format(kind="qcow2", path=base, encryption=encryption(uuid), below="", dev="vda"), kernel=False
+    )
+    for block, name in enumerate(("s1", "s2")):
+        domain.start()
+        writes(kvikd, domain, "AB"[block], block=block)
+        domain.destroy()
+        ok(kvikd, "snapshot-create-as", "off", name)
+    ok(kvikd, "snapshot-create-as", "off", "s3")
+    ok(kvikd, "snapshot-revert", "off", "s2")  # a branch, on what s2 is kept in
+    assert images_of(kvikd, "off", "--inactive") == ["off.s2-now", "off.s1", "off.qcow2"]
+    # A secret that is not there: nothing is merged, and nothing is lost.
+    assert "copy up to" in ok(kvikd, "snapshot-delete", "off", "s1", "--plan")
+    ok(kvikd, "secret-set-value", uuid, "--base64", "d3Jvbmc=")
+    done = kvikd.kvik("snapshot-delete", "off", "s1")
+    assert done.returncode == 1 and "not all of its room could be given back" in done.stderr, done.stderr
+    assert "wrong" not in done.stderr
+    ok(kvikd, "secret-set-value", uuid, "--base64", base64.b64encode(PASSPHRASE).decode())
+    ok(kvikd, "snapshot-delete", "off", "s3")
+    assert sorted(path.name for path in place.glob("off.*")) == ["off.qcow2", "off.s2-now"]
+    ok(kvikd, "snapshot-delete", "off", "s2")
+    assert sorted(path.name for path in place.glob("off.*")) == ["off.qcow2"]
+    assert images_of(kvikd, "off", "--inactive") == ["off.qcow2"]
+    domain.start()
+    shows(kvikd, domain, "AB")
+    domain.destroy()
+    data = base.read_bytes()
+    assert not any(letter * 512 in data for letter in (b"A", b"B", b"C"))

@@ -4,14 +4,18 @@ and a pool whose volumes are its units."""
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Awaitable
 from pathlib import Path
 
+from kvik.conf.enums import StorageVolWipeAlgorithm as Algorithm
 from kvik.errors import HostError, KvikError, OperationUnsupported
 from kvik.paths import Paths
 from kvik.storage import volumes
+from kvik.storage.pool import PoolObject
 from kvik.storage.pools import Pools
 from kvik.storage.types import find_sources
 
@@ -59,8 +63,38 @@ async def refused(call: Awaitable[object], kind: type[KvikError], text: str) -> 
         raise AssertionError(f"not refused: {text}")
 
 
+async def bytes_there_and_back(pools: Pools, pool: PoolObject, name: str) -> None:
+    """Read, written, copied to a file, and wiped with another pattern, all as for any other volume."""
+    unit = FILES / f"unit{name[-1]}"
+    before = unit.read_bytes()
+    async with volumes.open_bytes(pools, pool, name, 0, 0, writable=False) as opened:
+        assert opened.end == len(before) and os.pread(opened.fd, MIB, 2 * MIB) == before[2 * MIB : 3 * MIB]
+        assert PASSWORD not in b"".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
+    async with volumes.open_bytes(pools, pool, name, 0, 0, writable=True) as opened:
+        os.pwrite(opened.fd, b"there", 3 * MIB)
+        os.fdatasync(opened.fd)
+        assert unit.read_bytes() == before[: 3 * MIB] + b"there" + before[3 * MIB + 5 :]
+        os.pwrite(opened.fd, before[3 * MIB : 3 * MIB + 5], 3 * MIB)
+    (FILES / "copies").mkdir()
+    files = await pools.create_xml(
+        f"<pool type='dir'><name>f</name><target><path>{FILES}/copies</path></target></pool>"
+    )
+    for kind in ("raw", "qcow2"):
+        document = f"<volume><name>{kind}</name><target><format type='{kind}'/></target></volume>"
+        copied = await volumes.copy(pools, files, document, pool, name)
+        assert (copied.size, copied.format) == (len(before), kind)
+    assert (FILES / "copies/raw").read_bytes() == before
+    async with volumes.open_bytes(pools, files, "qcow2", 0, 0, writable=False) as opened:
+        assert os.pread(opened.fd, 4, 0) == b"QFI\xfb"
+    await files.destroy()
+    await volumes.wipe(pools, pool, name, Algorithm.RANDOM)
+    assert b"somebody's data" not in unit.read_bytes()
+    unit.write_bytes(before)
+
+
 async def main(root: Path) -> None:
     serve()
+    tempfile.tempdir = str(FILES)
     assert f"<device path='{TARGET}'/>" in find_sources("iscsi-direct", f"<source>{PORTAL}</source>")
     pools = Pools(Paths.system(root))
     await pools.open()
@@ -85,11 +119,18 @@ async def main(root: Path) -> None:
     assert b"qemu-img" in seen and PASSWORD not in seen
     assert (FILES / "unit1").read_bytes() == bytes(4 * MIB)
     assert (FILES / "unit2").read_bytes().startswith(b"somebody's data somebody")
-    await refused(volumes.wipe(pools, pool, "unit:0:0:2", 1), OperationUnsupported, "any algorithm but zero")
+    await bytes_there_and_back(pools, pool, "unit:0:0:2")
     await refused(volumes.delete(pools, pool, "unit:0:0:2"), OperationUnsupported, "deleting volumes")
     password = b"wrong-password"
     await refused(volumes.wipe(pools, pool, "unit:0:0:2", 0), HostError, "")
     assert (FILES / "unit2").read_bytes().startswith(b"somebody's data somebody")
+
+    async def read() -> None:
+        async with volumes.open_bytes(pools, pool, "unit:0:0:2", 0, 0, writable=False):
+            raise AssertionError("opened with a wrong password")
+
+    await refused(read(), HostError, "cannot be opened here")
+    assert not [*Path(tempfile.gettempdir()).glob("kvik-volume-*")], "left behind"
     await pool.destroy()
     print("well")
 

@@ -1,5 +1,6 @@
-"""Pool types whose servers no test can have (Ceph, Gluster, ZFS): a script stands in for their tools, remembers images
-and answers in the tools' documented forms. What is proved is what we ask and what we make of the answers.
+"""Pool types whose tools are asked and whose answers are read: a script stands in for them (Ceph, Gluster, ZFS),
+remembers images and answers in the documented forms. What is proved is what we ask and what we make of the answers; the
+real ones are in tests/functional and tests/lab.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ if verb == "info":
     end(json.dumps({"name": last, "size": images[last]})) if last in images else end(code=2, err="no such image")
 if verb == "create":
     if last in images: end(code=17, err="rbd: image exists")
-    images[last] = int(argv[argv.index("--size") + 1]) << 20
+    images[last] = int(argv[argv.index("--size") + 1].removesuffix("B"))
 if verb == "resize":
-    size = int(argv[argv.index("--size") + 1]) << 20
+    size = int(argv[argv.index("--size") + 1].removesuffix("B"))
     if size < images[last] and "--allow-shrink" not in argv: end(code=22, err="shrinking an image")
     images[last] = size
 if verb == "rm":
@@ -126,7 +127,7 @@ async def test_rbd_images_are_volumes_and_the_key_is_on_no_command_line(tools: T
         pool = await pools.create_xml(RBD_POOL)
         assert (pool.contents.capacity, pool.contents.available) == (1 << 40, 1 << 30)
         made = await volumes.create(pools, pool, "<volume><name>v</name><capacity>1000000</capacity></volume>")
-        assert (made.type, made.path, made.size) == ("network", "images/v", MIB)  # rounded up to what rbd counts in
+        assert (made.type, made.path, made.size) == ("network", "images/v", 1000000)
         with pytest.raises(StorageVolumeExists):
             assert pool.backend is not None
             pool.backend.create_volume(made)
@@ -144,6 +145,7 @@ async def test_rbd_images_are_volumes_and_the_key_is_on_no_command_line(tools: T
     words = [word for call in state["calls"] for word in call]
     assert not any("dGhlIGtleSB" in word or "the key" in word for word in words)
     assert "a,[2001:db8::1]:6790" in words and "--client-mount-timeout=5" in words
+    assert "--rados-osd-op-timeout=30" in words and all("--conf" in call for call in state["calls"])
     assert all(call[call.index("--") + 1].startswith("images/") for call in state["calls"] if "--" in call)
 
 

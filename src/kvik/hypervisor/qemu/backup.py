@@ -29,7 +29,7 @@ from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.qemu import bitmaps, block_jobs
 from kvik.hypervisor.qemu.argv.options import Props, node_name
 from kvik.hypervisor.qemu.disk_jobs import format_node
-from kvik.hypervisor.qemu.hotplug import Undo, add_fd, remove_nodes
+from kvik.hypervisor.qemu.hotplug import Undo, add_fd, lend, remove_nodes
 
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
@@ -39,6 +39,7 @@ __all__ = ["QemuBackups"]
 _DEADLINE = 30.0
 _EXPORTS_GONE = 10.0  # seconds for NBD clients to be cut off
 _SERVER = "backup-nbd"  # the listening socket's name in QEMU
+_CREDENTIALS = "backup-tls"
 
 
 class QemuBackups:
@@ -105,16 +106,31 @@ class QemuBackups:
             await machine.execute("blockdev-add", node, deadline=_DEADLINE)
             undone.add("blockdev-del", node_name=node["node-name"])
 
-    async def serve(self, parts: Sequence[BackupPart], listening: int) -> None:
-        """What `begin` keeps becomes readable for NBD clients of a socket. Raises `MonitorError`."""
+    async def serve(self, parts: Sequence[BackupPart], listening: int, certificates: int | None = None) -> None:
+        """What `begin` keeps becomes readable for NBD clients of a socket: over TLS with the `certificates` of a
+        directory, and then only for those whose own are signed by its authority. Raises `MonitorError`."""
         machine = self._machine
         await machine.execute("getfd", {"fdname": _SERVER}, fds=[listening])
-        await machine.execute("nbd-server-start", {"addr": {"type": "fd", "data": {"str": _SERVER}}})
+        start: Props = {"addr": {"type": "fd", "data": {"str": _SERVER}}}
+        if certificates is not None:
+            await self._add_credentials(certificates)
+            start["tls-creds"] = _CREDENTIALS
+        await machine.execute("nbd-server-start", start)
         for part in parts:
             export: Props = {"type": "nbd", "id": part.job, "node-name": _image(part), "name": part.export}
             if part.bitmap:
                 export["bitmaps"] = [part.bitmap]
             await machine.execute("block-export-add", export, deadline=_DEADLINE)
+
+    async def _add_credentials(self, directory: int) -> None:
+        """QEMU reads them now, and not later."""
+        machine = self._machine
+        fdset, path = await lend(machine, directory, _CREDENTIALS)
+        try:
+            wanted = {"qom-type": "tls-creds-x509", "id": _CREDENTIALS, "dir": path, "endpoint": "server"}
+            await machine.execute("object-add", {**wanted, "verify-peer": True}, deadline=_DEADLINE)
+        finally:
+            await machine.execute("remove-fd", {"fdset-id": fdset})
 
     async def silence(self, parts: Sequence[BackupPart]) -> None:
         """No client reads any more: what it would be shown may be wrong from now on. Raises `OperationTimeout`."""
@@ -127,6 +143,8 @@ class QemuBackups:
             await machine.execute("nbd-server-stop")
         with contextlib.suppress(MonitorError):
             await machine.execute("closefd", {"fdname": _SERVER})
+        with contextlib.suppress(MonitorError):
+            await machine.execute("object-del", {"id": _CREDENTIALS})
         try:
             async with asyncio.timeout(_EXPORTS_GONE):
                 while ours & await self._exports():

@@ -31,6 +31,7 @@ from kvik.hypervisor.descriptors import listen_unix
 from kvik.hypervisor.driver import BackupPart, Machine
 from kvik.manager import disks
 from kvik.manager.backup import job as jobs
+from kvik.manager.backup.certificates import check_certificates, open_certificates
 from kvik.manager.backup.plan import complete, own_thread, parts_of, place_in, with_changes
 from kvik.manager.checkpoints import create as checkpoints
 from kvik.manager.checkpoints.resume import settle
@@ -108,7 +109,11 @@ async def _begin(
         async with _still(domain, machine, parts, pull=backup.pull):
             job.held = await backups.begin(parts, pull=backup.pull, track=tracked)
         if listening >= 0:
-            await backups.serve(parts, listening)
+            certificates = None
+            if backup.server is not None and backup.server.tls:
+                certificates = await domain.manager.store.run(open_certificates, domain.manager.paths.certificates)
+                close.callback(os.close, certificates)
+            await backups.serve(parts, listening, certificates)
     if checkpoint is not None:
         await checkpoints.keep(domain, checkpoint)
     job.phase = jobs.RUNNING
@@ -159,6 +164,8 @@ def _check_places(domain: DomainObject, backup: Backup, reuse: bool) -> None:
         if item.type == "file" and reuse and not Path(path).is_file():
             raise ConfigError(f"disk '{item.name}': {path} is no file that could be reused")
     server = backup.server
+    if server is not None and server.tls:
+        check_certificates(domain.manager.paths.certificates)
     if server is not None and server.socket and os.path.lexists(server.socket):
         raise AlreadyExists(f"{server.socket} exists already", remedy="remove it, or name another socket")
 

@@ -75,12 +75,6 @@ def _complete_server(backup: Backup) -> None:
         return
     server = backup.server = server or BackupServer()
     server.transport = server.transport or "tcp"
-    if server.tls:
-        raise ConfigUnsupported(
-            "backups over TLS are not supported yet: the VMM has no certificate",
-            path=path,
-            remedy="use transport='unix', or tcp on localhost, and bring it to others through ssh",
-        )
     if server.transport == "rdma":
         raise ConfigUnsupported("NBD does not go over rdma: transport is tcp or unix", path=path)
     if server.transport == "unix":

@@ -10,7 +10,7 @@ from kvik.conf.storage_pool import bytes_of
 from kvik.conf.storage_volume import StorageVolume
 from kvik.errors import ConfigError, HostError, OperationInvalid, ResourceBusy, StorageVolumeExists
 from kvik.storage.backend import VOLUMES_MAX, Contents
-from kvik.storage.devices import DeviceBackend, device_volume, settle
+from kvik.storage.devices import DeviceBackend, device_volume, header_of, settle
 from kvik.storage.directory import leave_out
 from kvik.storage.signatures import check_empty, check_free
 from kvik.storage.tool import call, missing, number
@@ -69,7 +69,7 @@ class Backend(DeviceBackend):
                 leave_out(contents, name, f"a pool shows {VOLUMES_MAX} volumes at most")
                 continue
             try:
-                volume = device_volume(name, f"{self.document.path}/{name}", size=number(row[1]))
+                volume = device_volume(name, f"{self.document.path}/{name}", size=number(row[1]), sealable=True)
             except HostError as error:
                 leave_out(contents, name, error.message)
                 continue
@@ -84,8 +84,7 @@ class Backend(DeviceBackend):
         used, free = (number(value) for value in rows[0]) if rows and len(rows[0]) == 2 else (0, 0)
         return used + free, used, free
 
-    def create_volume(self, document: StorageVolume, *, preallocate_metadata: bool = False) -> StorageVolume:
-        self.plain(document)
+    def make_device(self, document: StorageVolume) -> StorageVolume:
         name = document.name
         if not all(sign.isascii() and (sign.isalnum() or sign in SIGNS) for sign in name):
             raise ConfigError(f"{name!r} is not the name of a ZFS volume", path="/volume/name")
@@ -104,7 +103,7 @@ class Backend(DeviceBackend):
             raise kind(f"volume '{volume.name}' was not deleted: {done.message}")
 
     def resize_volume(self, volume: StorageVolume, capacity: int, *, allocate: bool = False) -> None:
-        size = -(-capacity // BLOCK) * BLOCK
+        size = -(-(capacity + header_of(volume)) // BLOCK) * BLOCK
         call(["zfs", "set", f"volsize={size}", f"{self.group}/{volume.name}"], timeout=DEADLINE)
 
     @classmethod
