@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +13,13 @@ from typing import Any
 import pytest
 from blk_guest import BlkDriver, say_memory, wait_key
 from guests import needs_kvm
-from test_storage_daemon import World, checked, disk, image, soon, world
+from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE, say
 
 from kvik.conf.enums import DomainSnapshotCreateFlags as Create
 from kvik.conf.enums import DomainSnapshotRevertFlags as Revert
 from kvik.conf.enums import DomainState
-from kvik.errors import KvikError, OperationUnsupported
+from kvik.errors import KvikError, MonitorError, OperationUnsupported
 from kvik.image.opening import Opener
 from kvik.manager.domain import DomainObject
 from kvik.manager.snapshots import create, delete, revert
@@ -31,8 +33,9 @@ WORDS = (b"one", b"two", b"three", b"four")
 
 
 def writes(*drivers: BlkDriver) -> bytes:
-    """Starts the disks; at each key writes the next word to sector 16 of each, says what is read there, and a dot."""
-    code = b"".join(driver.start() for driver in drivers) + say(b"up.")
+    """At the first key starts the disks; at each other one writes the next word to sector 16 of each, and says what is
+    read there, and a dot."""
+    code = wait_key() + b"".join(driver.start() for driver in drivers) + say(b"up.")
     for word in WORDS:
         code += wait_key()
         for driver in drivers:
@@ -80,7 +83,7 @@ async def test_what_the_guest_writes_goes_to_the_new_images_of_all_disks(world: 
     drivers = BlkDriver(5), BlkDriver(6)
     xml = disk(paths[0]) + disk(paths[1], slot=6, dev="vdb", options=" cache='none'")
     domain = await world.start(writes(*drivers), xml)
-    await world.said(b"up.")
+    await told(world, b"up")
     await told(world, b"oneone")
     held = await take(domain, "s1")
     print(f"the guest stood still for {held / 1000:.1f} ms")
@@ -120,7 +123,7 @@ async def test_a_guest_goes_back_with_its_memory(world: World) -> None:
     """The word that it writes next is in its memory: back there, it writes that one again."""
     path = image(world.root / "a.qcow2")
     domain = await world.start(writes(BlkDriver(5)), disk(path))
-    await world.said(b"up.")
+    await told(world, b"up")
     await told(world, b"one")
     held = await take(domain, "s1", 0)
     print(f"with its memory the guest stood still for {held / 1000:.1f} ms")
@@ -164,6 +167,38 @@ async def test_disks_that_can_have_none_now_are_named(world: World) -> None:
     assert tops(domain) == ["a.raw", "b.s1", "c.qcow2"]
 
 
+async def test_one_disk_that_cannot_leaves_all_as_they_were(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [image(world.root / "a.qcow2"), image(world.root / "b.qcow2")]
+    domain = await world.start(writes(BlkDriver(5), BlkDriver(6)), disk(paths[0]) + disk(paths[1], slot=6, dev="vdb"))
+    await told(world, b"up")
+    await told(world, b"oneone")
+    original = QmpConnection.execute
+    asked: list[str] = []
+
+    async def execute(connection: QmpConnection, command: str, *given: Any, **more: Any) -> Any:
+        asked.append(command)
+        if command == "x-kvik-overlay-put" and asked.count(command) == 2:
+            raise MonitorError("no room for its tables")
+        return await original(connection, command, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QmpConnection, "execute", execute)
+        with pytest.raises(MonitorError, match="no room"):
+            await take(domain, "s1")
+    assert asked.count("x-kvik-overlay-put") == 2
+    assert domain.state == DomainState.RUNNING and tops(domain) == ["a.qcow2", "b.qcow2"]
+    assert not domain.snapshots.snapshots and not list(world.root.glob("*.s1"))
+    await told(world, b"twotwo")
+    assert [word(path) for path in paths] == [b"two", b"two"]
+    # a process that was killed: its disk has failed, and there is no snapshot of it
+    os.kill(daemons(domain)[1][0], signal.SIGKILL)
+    await soon(lambda: any(kind == "io-error" for kind, _ in world.events))
+    with pytest.raises(KvikError):
+        await take(domain, "s2")
+    assert domain.state == DomainState.RUNNING and tops(domain) == ["a.qcow2", "b.qcow2"]
+    assert domain.snapshots.journal is None and not list(world.root.glob("*.s2"))
+
+
 class Killed(BaseException):
     """The daemon died here."""
 
@@ -200,14 +235,14 @@ async def test_the_daemon_is_killed_at_each_command_of_a_snapshot(
     """Whichever it is: the guest goes on, all its disks have the new images or none, and no word is lost."""
     paths = [image(world.root / "a.qcow2"), image(world.root / "b.qcow2")]
     drivers = BlkDriver(5), BlkDriver(6)
-    code = b"".join(driver.start() for driver in drivers) + say(b"up.")
+    code = wait_key() + b"".join(driver.start() for driver in drivers) + say(b"up.")
     for _ in range(40):
         part = wait_key()
         for driver in drivers:
             part += driver.write(16, b"x") + driver.read(16) + say_memory(driver.data, 1)
         code += part + say(b".")
     domain = await world.start(code + IDLE, disk(paths[0]) + disk(paths[1], slot=6, dev="vdb"))
-    await world.said(b"up.")
+    await told(world, b"up")
     stands: list[bool] = []
     for number in range(30):
         death = Death(number)
