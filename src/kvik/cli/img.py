@@ -68,13 +68,17 @@ class Command:
                 self.options[option[0]] = option[1:]
 
     def usage(self, name: str) -> str:
+        from textwrap import wrap
+
         lines = [f"usage: kvik img {name} [options] {self.arguments}", "", f"  {self.summary}", ""]
         for key, (long, value, text) in self.options.items():
             short = f"-{key}" if len(key) == 1 else ""
             left = ", ".join(part for part in (short, f"--{long}" if long else "") if part) + (
                 f" {value}" if value else ""
             )
-            lines.append(f"  {left:<26} {text}")
+            first, *more = wrap(text, 51)
+            lines.append(f"  {left:<26} {first}")
+            lines += [" " * 29 + line for line in more]
         return "\n".join(lines) + "\n"
 
 
@@ -234,7 +238,7 @@ COMMANDS_OF_IMG: dict[str, Command] = {
     "dd": Command(
         "img_dd",
         "copy part of an image into a new one",
-        "[bs=SIZE] [count=BLOCKS] [skip=BLOCKS] if=FILE of=FILE",
+        "[bs=SIZE] [count=N] [skip=N] if=FILE of=FILE",
         2,
         None,
         "f",

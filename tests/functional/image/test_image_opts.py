@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from functional.image.conftest import Done, kvik_img, qemu_img
+from kvik.cli.img import COMMANDS_OF_IMG
 
 SIZE = 3 << 20
 
@@ -103,3 +105,13 @@ def test_count_is_the_number_of_blocks_that_are_copied(images: bytes) -> None:
     assert kvik_img("dd", "bs=4k", "skip=2", "count=3", "if=a.raw", "of=out").code == 0
     assert Path("out").read_bytes() == images[8192:20480]
     assert kvik_img("dd", "if=a.raw").code == 1
+
+
+@pytest.mark.parametrize("verb", COMMANDS_OF_IMG)
+def test_every_command_tells_its_options_within_80_columns(verb: str) -> None:
+    """And qemu-img's options are among them, but for those of features that are not here."""
+    done = kvik_img(verb, "--help")
+    assert done.code == 0 and all(len(line) <= 80 for line in done.out.splitlines()), done.out
+    (theirs,) = (line for line in qemu_img("--help").out.splitlines() if line.startswith(f"  {verb} "))
+    for option in re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", theirs):
+        assert option == "--object" or re.search(rf"(?<![\w-]){option}\b", done.out), option

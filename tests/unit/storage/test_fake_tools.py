@@ -23,7 +23,7 @@ from kvik.conf.storage_state import PoolOrigin, PoolState
 from kvik.conf.storage_volume import StorageVolume
 from kvik.errors import ConfigUnsupported, HostError, ResourceBusy, StorageVolumeExists
 from kvik.storage import volumes
-from kvik.storage.backends import gluster
+from kvik.storage.backends import gluster, iscsi
 from kvik.storage.backends import rbd as rbd_module
 from kvik.storage.mounts import Mount
 from kvik.storage.resolve import places
@@ -279,3 +279,16 @@ async def test_what_a_killed_login_wrote_down_of_a_target_is_taken_away(tools: T
         assert pools.warnings == ["storage pool 'san' was starting when the daemon was stopped: it is inactive"]
     assert not tools.state["images"]
     assert tools.state["calls"][-1][3:] == ["--targetname", "iqn.2026-01.org:t", "--op", "delete"]
+
+
+async def test_a_kernel_without_iscsi_is_said_and_is_no_host_without_targets(
+    tools: Tools, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tools.make("end(code=21, err='iscsiadm: No portals found')", "iscsiadm")
+    monkeypatch.setattr(iscsi, "SYSFS", tmp_path)
+    wanted = "<source><host name='a'/></source>"
+    with pytest.raises(HostError, match="this kernel has no iSCSI") as refused:
+        find_sources("iscsi", wanted)
+    assert refused.value.remedy == "modprobe iscsi_tcp"
+    (tmp_path / "class/iscsi_transport").mkdir(parents=True)
+    assert "<source>" not in find_sources("iscsi", wanted)
