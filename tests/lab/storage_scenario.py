@@ -21,7 +21,7 @@ from kvik.conf.devices.disk import DiskSource
 from kvik.errors import HostError, KvikError, OperationInvalid, OperationTimeout, ResourceBusy, StoragePoolBuilt
 from kvik.host.process import find_program
 from kvik.paths import Paths
-from kvik.storage import recover, volumes
+from kvik.storage import encryption, recover, volumes
 from kvik.storage.backend import Backend
 from kvik.storage.mounts import mounted_at
 from kvik.storage.pool import PoolObject
@@ -88,6 +88,7 @@ GROUP = "<pool type='logical'><name>vg{}</name><source><device path='/dev/{}'/><
 
 
 async def logical(pools: Pools) -> None:
+    pools.secret = lambda usage, which: SECRET
     pool = await pools.define(GROUP.format(1, "vda", ""))
     await refused(pool.start(), KvikError, "cannot find logical volume group name 'vg1'")
     sh("mkfs.ext4 -q -F /dev/vda")
@@ -136,7 +137,7 @@ async def logical(pools: Pools) -> None:
 
 async def sealed(pools: Pools, pool: PoolObject) -> None:
     """An encrypted logical volume: larger by its header, and so it stays when it is resized."""
-    pools.secret = lambda usage, which: SECRET
+    encryption.iteration_ms = 10
     secret = "<secret type='passphrase' uuid='55806c7d-8e93-456f-829b-607d8c198300'/>"
     target = f"<target><encryption format='luks'>{secret}</encryption></target>"
     made = await volumes.create(pools, pool, VOLUME.format("sealed", 8 * MIB, target))

@@ -20,7 +20,7 @@ from lab.shared_host import DISKS, HOSTS
 
 MODULES = ("virtio_blk", "ocfs2", "ocfs2_stack_o2cb", "ocfs2_dlm", "nfsd", "nfsv4", *gfs2_cluster.MODULES)
 TOOLS = ("mkfs.ocfs2", "o2cb", "rpc.nfsd", *gfs2_cluster.TOOLS)
-DEADLINE = 280.0  # seconds; about 60 on a quiet host
+DEADLINE = 280.0  # seconds; about 35 on a quiet host
 
 
 def options(disks: list[Path], network: socket.socket) -> LabOptions:

@@ -1,6 +1,7 @@
 """Which secrets a disk needs, by the documents; and whether its images are encrypted as those say.
 
-A value reaches a VMM as a descriptor of a file in memory, under `secret:ALIAS:N:luks` or `secret:ALIAS:N:auth`.
+A value reaches a VMM as a descriptor of a file in memory, under `secret:ALIAS:N:luks` or `secret:ALIAS:N:auth`; the
+certificates of a client over TLS as one of their directory, under `secret:ALIAS:N:tls`.
 Documents: https://libvirt.org/formatstorageencryption.html; LUKS: the LUKS1 on-disk format, section 1.
 """
 
@@ -29,6 +30,7 @@ __all__ = [
     "luks_secret",
     "needs",
     "own_secrets",
+    "tls_credentials",
 ]
 
 SECRET_PREFIX = "secret:"
@@ -49,6 +51,7 @@ class Need(NamedTuple):
     secret: SecretReference
     where: str
     text: str = ""  # the value itself, where the document has it: cookies
+    certificates: bool = False  # no value, but the directory with those of a client over TLS
 
 
 def luks_secret(disk: Disk, layer: Layer) -> str:
@@ -61,6 +64,10 @@ def auth_secret(disk: Disk, layer: Layer) -> str:
 
 def cookie_secret(disk: Disk, layer: Layer) -> str:
     return f"{alias_of(disk)}-{layer.key}-cookie"
+
+
+def tls_credentials(disk: Disk, layer: Layer) -> str:
+    return f"{alias_of(disk)}-{layer.key}-tls"
 
 
 def cookies_of(source: DiskSource) -> str:
@@ -105,6 +112,9 @@ def needs(disk: Disk) -> Iterator[Need]:
         if cookies and layer.type == "network":
             file = f"{SECRET_PREFIX}{alias_of(disk)}:{layer.number}:cookie"
             yield Need(cookie_secret(disk, layer), file, "", SecretReference(), where, text=cookies)
+        if layer.source.tls and layer.type == "network":
+            file = f"{SECRET_PREFIX}{alias_of(disk)}:{layer.number}:tls"
+            yield Need(tls_credentials(disk, layer), file, "", SecretReference(), where, certificates=True)
 
 
 def _passphrase(encryption: Encryption, layer: Layer, where: str) -> SecretReference:

@@ -122,7 +122,7 @@ async def boot(
     await manager.driver_of(definition).validate(definition)
     # No await between this check and the next line: two starts with one disk cannot pass it together.
     disks.check_unused(uses, manager.disk_uses(domain))
-    check_idle(manager, uses)
+    check_idle(manager, uses, definition.devices.disks)
     run.uses = uses
     run.autodestroy = autodestroy
     number = manager.next_id()

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 from xml.sax.saxutils import escape, quoteattr
 
 from lxml import etree
@@ -195,6 +196,7 @@ class Store:
         self.marker = paths.run / "autostarted"
         self.boot = boot()
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="kvik-store")
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by machine, while one is wanted
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a blocking function in a thread of the store.
@@ -336,9 +338,16 @@ class Store:
     def _status(self, name: str) -> Path:
         return self.status / f"{check_name(name)}{SUFFIX}"
 
+    # Of one machine they come one after the other, as they were asked for: two threads could end in the other order,
+    # and what an event had to say would take back that a save had begun.
+
+    def _turn(self, name: str) -> asyncio.Lock:
+        return self._turns.setdefault(name, asyncio.Lock())
+
     async def save_status(self, status: Status) -> None:
         data = status.to_xml()
-        await self.run(files.atomic_write, self._status(status.name), data, durable=False)
+        async with self._turn(status.name):
+            await self.run(files.atomic_write, self._status(status.name), data, durable=False)
 
     async def remove_status(self, name: str, directory: Path | None = None) -> None:
         """Forget a machine that ended: its runtime directory first, so that the status still tells what to clean."""
@@ -348,7 +357,8 @@ class Store:
                 self.remove_runtime_directory(directory)
             files.remove_file(self._status(name), durable=False)
 
-        await self.run(remove)
+        async with self._turn(name):
+            await self.run(remove)
 
     # runtime directories
 

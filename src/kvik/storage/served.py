@@ -76,7 +76,14 @@ class ServedBackend(Backend):
             sparse.copy_data(source, target, min(sparse.size_of(source), sparse.size_of(target)))
         return self.look_at(document)
 
-    def convert_volume(self, document: StorageVolume, source: Image, locked: Encryption | None = None) -> StorageVolume:
+    def convert_volume(
+        self,
+        document: StorageVolume,
+        source: Image,
+        locked: Encryption | None = None,
+        *,
+        preallocate_metadata: bool = False,
+    ) -> StorageVolume:
         with self._made(document) as target, RawImage(os.dup(target), document.name, writable=True) as image:
             convert(source, image, zeroed=True)
             image.flush()
@@ -135,6 +142,7 @@ def served(node: Node, *, writable: bool = False, deadline: float = DEADLINE) ->
         stack.callback(process.terminate, GRACE)
         fd = _open(process, mountpoint, said, writable, deadline)
         try:
+            shutil.rmtree(directory, ignore_errors=True)  # now: nothing is left of it if we are killed
             yield fd
         finally:
             os.close(fd)

@@ -246,11 +246,11 @@ async def _held(
 ) -> AsyncIterator[Backend]:
     """Be the only one to change a volume, with no machine of those that `bars` names on it, from now to the end."""
     with pool.working(volume.name, f"it is being {what}", bars) as work:
+        work.places = places_of(pool, volume)
         work.identity = await in_thread(identify, volume.path)
         # A machine that starts from now on sees this work; one that did before is among the users.
         rows = [(path, machine) for path, machine, writes in pools.users() if bars == "all" or (bars and writes)]
-        there = places_of(pool, volume)
-        machine = next((machine for path, machine in rows if path in there), "")
+        machine = next((machine for path, machine in rows if path in work.places), "")
         if rows and work.identity is not None:
             machine = await in_thread(_user_of, work.identity, rows)
         if machine:

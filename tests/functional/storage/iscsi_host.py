@@ -4,10 +4,12 @@ and a pool whose volumes are its units."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable
 from pathlib import Path
 
@@ -92,6 +94,40 @@ async def bytes_there_and_back(pools: Pools, pool: PoolObject, name: str) -> Non
     unit.write_bytes(before)
 
 
+HOLDER = """import json, sys, time
+from kvik.storage.served import Node, served
+with served(Node(json.loads(sys.argv[1]), 'password-secret', sys.stdin.buffer.readline())) as fd:
+    print('open', flush=True)
+    time.sleep(600)
+"""
+
+
+def killed_with_one_open() -> None:
+    """Nothing is left of it: no process, no mount, no file."""
+    node = {"driver": "iscsi", "transport": "tcp", "portal": "127.0.0.1:3260", "target": TARGET, "lun": 1}
+    options = json.dumps({**node, "initiator-name": INITIATOR, "user": "me"})
+    words = [sys.executable, "-c", HOLDER, options]
+    environ = {**os.environ, "TMPDIR": str(FILES)}
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        holder.stdin.write(PASSWORD)
+        holder.stdin.close()
+        assert holder.stdout.readline() == b"open\n" and servers() == 1
+        holder.kill()
+    end = time.monotonic() + 30
+    while servers():
+        assert time.monotonic() < end, "still there"
+        time.sleep(0.02)
+    assert "kvik-volume" not in Path("/proc/self/mountinfo").read_text()
+    assert not [*FILES.glob("kvik-volume-*")]
+
+
+def servers() -> int:
+    """Processes of this namespace that show a volume. What has ended, and nobody reaps, has no command line."""
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    return sum(b"qemu-storage-daemon\0" in line for line in lines)
+
+
 async def main(root: Path) -> None:
     serve()
     tempfile.tempdir = str(FILES)
@@ -131,6 +167,7 @@ async def main(root: Path) -> None:
 
     await refused(read(), HostError, "cannot be opened here")
     assert not [*Path(tempfile.gettempdir()).glob("kvik-volume-*")], "left behind"
+    killed_with_one_open()
     await pool.destroy()
     print("well")
 

@@ -17,7 +17,8 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.devices.disk import Disk
@@ -67,7 +68,14 @@ class QemuBackups:
 
     # -- a backup
 
-    async def begin(self, parts: Sequence[BackupPart], *, pull: bool, track: Sequence[tuple[Disk, str]] = ()) -> int:
+    async def begin(
+        self,
+        parts: Sequence[BackupPart],
+        *,
+        pull: bool,
+        track: Sequence[tuple[Disk, str]] = (),
+        secrets: Mapping[str, int] = MappingProxyType({}),
+    ) -> int:
         """All jobs and the bitmaps of a new checkpoint from one moment on, or nothing; how long the disks' requests
         were held back at most, in microseconds. Raises `MonitorError`, `HostError`; after `OperationTimeout` it may
         have begun: `clear` ends it."""
@@ -75,6 +83,8 @@ class QemuBackups:
         undone = Undo(machine)
         try:
             for part in parts:
+                if part.secret:
+                    await self._add_secret(part, secrets[part.job], undone)
                 await self._add_nodes(part, undone, pull=pull)
             actions = [bitmaps.add_action(format_node(disk), name, persistent=True) for disk, name in track]
             for part in parts:
@@ -87,6 +97,16 @@ class QemuBackups:
         except (MonitorError, HostError, ConfigUnsupported):
             await undone.run()
             raise
+
+    async def _add_secret(self, part: BackupPart, fd: int, undone: Undo) -> None:
+        machine = self._machine
+        fdset, path = await lend(machine, fd, part.secret)
+        try:
+            item = {"qom-type": "secret", "id": part.secret, "format": "raw", "file": path}
+            await machine.execute("object-add", item, deadline=_DEADLINE)
+            undone.add("object-del", id=part.secret)
+        finally:  # QEMU has read it, or will not
+            await machine.execute("remove-fd", {"fdset-id": fdset})
 
     async def _add_nodes(self, part: BackupPart, undone: Undo, *, pull: bool) -> None:
         machine = self._machine
@@ -102,6 +122,10 @@ class QemuBackups:
         image: Props = {"driver": part.format, "file": _storage(part), "node-name": _image(part), "discard": "unmap"}
         if part.format == "qcow2":
             image["backing"] = format_node(part.disk) if pull else None
+        if part.secret and part.format == "qcow2":
+            image["encrypt"] = {"format": "luks", "key-secret": part.secret}
+        elif part.secret:
+            image |= {"driver": "luks", "key-secret": part.secret}
         for node in (storage, image):
             await machine.execute("blockdev-add", node, deadline=_DEADLINE)
             undone.add("blockdev-del", node_name=node["node-name"])
@@ -172,6 +196,9 @@ class QemuBackups:
                 await block_jobs.dismiss_job(machine, part.job)
         await remove_nodes(machine, [name for part in parts for name in (_image(part), _storage(part))])
         for part in parts:
+            if part.secret:
+                with contextlib.suppress(MonitorError):
+                    await machine.execute("object-del", {"id": part.secret})
             if part.bitmap:
                 top = (await self.bitmaps(part.disk)).get(_index(part.disk), {}).get(part.bitmap)
                 if top is not None and not top.persistent:

@@ -185,7 +185,11 @@ class Backend(ServedBackend):
         if any(sign in name for sign in "@/") or document.backing_store is not None:
             raise ConfigUnsupported(f"an image {name!r} of its own is all that can be made here", path="/volume")
         if document.target is not None and document.target.encryption is not None:
-            raise ConfigUnsupported("encrypted volumes cannot be created", path="/volume/target/encryption")
+            raise ConfigUnsupported(
+                f"images of pool '{self.name}', of type rbd, cannot be made encrypted",
+                path="/volume/target/encryption",
+                remedy="a file, a logical volume, a partition or a ZFS volume can",
+            )
         self._rbd("create", "--size", f"{document.size}B", "--", f"{self.pool}/{name}")
         return self.look_at(document)
 

@@ -4,7 +4,9 @@ no heading, a tab between fields, exact numbers (zfs(8), "-H -p").
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from kvik.conf.storage_pool import bytes_of
 from kvik.conf.storage_volume import StorageVolume
@@ -18,7 +20,8 @@ from kvik.storage.tool import call, missing, number
 __all__ = ["Backend"]
 
 DEADLINE = 120.0  # seconds
-BLOCK = 8192  # bytes: a zvol's size is a multiple of its block size (volblocksize)
+SETTLING = 10.0  # seconds
+BLOCK = 16384  # bytes: a zvol's size is a multiple of its block size (volblocksize), which is 8 KiB or 16 KiB
 SIGNS = frozenset("_-.: ")  # what a component may hold beside letters and digits (zfs(8), "ZFS File System Hierarchy")
 
 
@@ -93,18 +96,36 @@ class Backend(DeviceBackend):
         sparse = ["-s"] if document.allocated < document.size else []
         size = -(-document.size // BLOCK) * BLOCK
         call(["zfs", "create", *sparse, "-V", str(size), "--", f"{self.group}/{name}"], timeout=DEADLINE)
-        settle()
+        self._wait_for(name)
         return self.look_at(document)
+
+    def _wait_for(self, name: str) -> None:
+        """ZFS makes a volume's device, and udev its name, some time after it said that the volume is there."""
+        path, end = Path(f"{self.document.path}/{name}"), time.monotonic() + SETTLING
+        settle()
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+            settle()
 
     def delete_volume(self, volume: StorageVolume) -> None:
         done = call(["zfs", "destroy", "--", f"{self.group}/{volume.name}"], timeout=DEADLINE, check=False)
         if done.code != 0:
+            if "has children" in done.message or "has dependent clones" in done.message:
+                raise OperationInvalid(
+                    f"volume '{volume.name}' has snapshots: {done.message}", remedy="remove them first: zfs destroy"
+                )
             kind = ResourceBusy if "busy" in done.message else HostError
             raise kind(f"volume '{volume.name}' was not deleted: {done.message}")
+        settle()
 
     def resize_volume(self, volume: StorageVolume, capacity: int, *, allocate: bool = False) -> None:
-        size = -(-(capacity + header_of(volume)) // BLOCK) * BLOCK
-        call(["zfs", "set", f"volsize={size}", f"{self.group}/{volume.name}"], timeout=DEADLINE)
+        name = f"{self.group}/{volume.name}"
+        rows = [*self._rows("zfs", "get", "-H", "-p", "-o", "value", "volblocksize", name)]
+        block = number(rows[0][0]) if rows else 0
+        if not block:
+            raise HostError(f"ZFS does not tell the block size of volume '{name}'")
+        size = -(-(capacity + header_of(volume)) // block) * block
+        call(["zfs", "set", f"volsize={size}", name], timeout=DEADLINE)
 
     @classmethod
     def missing(cls) -> str:

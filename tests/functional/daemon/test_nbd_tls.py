@@ -1,4 +1,4 @@
-"""Backups that are pulled over TLS: by clients whose certificates the host's authority signed, and by nobody else."""
+"""NBD over TLS, both ends: backups that only clients of the host's authority pull, disks on servers that it signed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import pytest
 from kvik.errors import KvikError
 from kvik.host.process import find_program
 
-from .conftest import Kvikd, Make
-from .test_backup import MIB, Guest, ask, machine, nothing_left, over, place, run, start_backup
+from .conftest import Kvikd, Make, until
+from .test_backup import MIB, SIZE, Guest, ask, machine, nothing_left, ok, over, place, run, start_backup
 
 __all__ = ["place"]  # a fixture
 pytestmark = pytest.mark.skipif(
@@ -100,3 +101,76 @@ def test_only_those_with_a_certificate_of_the_authority_read(kvikd: Kvikd, make:
     nothing_left(kvikd, "sealed", place / "scratch")
     objects = ask(kvikd, "sealed", "qom-list", path="/objects")
     assert "backup-tls" not in [item["name"] for item in objects]
+
+
+@pytest.fixture
+def export(place: Path) -> Iterator[tuple[Path, int]]:
+    """A file of 4 MiB that a qemu-nbd serves over TLS alone, to clients of its authority (`place`/pki); its port."""
+    path, pki = place / "export", authority(place / "pki", "server", "client")
+    path.write_bytes(bytes(SIZE))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    credentials = f"tls-creds-x509,id=tls,endpoint=server,dir={pki},verify-peer=yes"
+    words = ["qemu-nbd", "-f", "raw", "-t", "-e", "4", "-x", "data", "-b", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen([*words, "--object", credentials, "--tls-creds", "tls", str(path)])
+    try:
+        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        yield path, port
+    finally:
+        server.kill()
+        server.wait()
+
+
+def network_disk(port: int, target: str, more: str = "") -> str:
+    return (
+        "<disk type='network' device='disk'><driver name='qemu' type='raw'/>"
+        f"<source protocol='nbd' name='data' tls='yes' {more}><host name='127.0.0.1' port='{port}'/></source>"
+        f"<target dev='{target}' bus='virtio'/></disk>"
+    )
+
+
+def test_a_disk_on_a_server_that_the_authority_signed(
+    kvikd: Kvikd, make: Make, place: Path, export: tuple[Path, int]
+) -> None:
+    path, port = export
+    pki = kvikd.paths.certificates
+    shutil.rmtree(pki, ignore_errors=True)
+    named = "tlsHostname='localhost'"
+    domain = make("far", network_disk(port, "vda", named), kernel=False)
+    with pytest.raises(KvikError, match=r"TLS needs ca-cert\.pem"):
+        domain.start()
+    # Of another authority: the server is not believed, nor is the client.
+    authority(pki, "client")
+    with pytest.raises(KvikError, match=r"certificate"):
+        domain.start()
+    shutil.rmtree(pki)
+    shutil.copytree(place / "pki", pki)
+    domain.start()
+    guest = Guest(kvikd, "far")
+    guest.write(0x5A, MIB, 4096)
+    ok(
+        kvikd,
+        "qemu-monitor-command",
+        "far",
+        "--hmp",
+        'qemu-io -d /machine/peripheral/virtio-disk0/virtio-backend "flush"',
+    )
+    assert path.read_bytes() == bytes(guest.holds[0])
+    # Its name is checked, by what the document says or by the host.
+    domain.destroy()
+    wrong = make("wrong", network_disk(port, "vda", "tlsHostname='elsewhere'"), kernel=False)
+    with pytest.raises(KvikError, match=r"elsewhere|certificate"):
+        wrong.start()
+    # Plugged in: no copy of a certificate stays on the host.
+    (place / "disk.xml").write_text(network_disk(port, "vdb", named))
+    machine(kvikd, make, place, "plugged")
+    ok(kvikd, "attach-device", "plugged", str(place / "disk.xml"), "--live")
+
+    def credentials() -> list[str]:
+        objects = ask(kvikd, "plugged", "qom-list", path="/objects")
+        return [item["name"] for item in objects if item["name"].endswith("-tls")]
+
+    assert credentials() == ["virtio-disk1-2-tls"]
+    assert not list(kvikd.paths.run.glob("tls-*"))
+    assert "BEGIN" not in ok(kvikd, "dumpxml", "plugged", "--security-info")
