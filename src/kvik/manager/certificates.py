@@ -17,12 +17,13 @@ from kvik.errors import ConfigUnsupported
 from kvik.host import files
 from kvik.host.files import host_error
 
-__all__ = ["check_server", "lend_client", "open_server"]
+__all__ = ["check_server", "lend_client", "open_server", "remove_lent"]
 
 AUTHORITY = "ca-cert.pem"
 SERVER = ("server-cert.pem", "server-key.pem")
 CLIENT = ("client-cert.pem", "client-key.pem")
 LIMIT = 1 << 20  # bytes of one file
+LENT = "tls-"  # how the names of lent directories begin
 
 
 def check_server(directory: Path) -> None:
@@ -57,7 +58,7 @@ def lend_client(directory: Path, near: Path, where: str, held: ExitStack) -> int
             "client-key.pem if it asks for them",
         )
     try:
-        made = Path(tempfile.mkdtemp(prefix="tls-", dir=near))
+        made = Path(tempfile.mkdtemp(prefix=LENT, dir=near))
     except OSError as error:
         raise host_error("make a directory in", near, error) from error
     held.callback(shutil.rmtree, made, ignore_errors=True)
@@ -67,3 +68,9 @@ def lend_client(directory: Path, near: Path, where: str, held: ExitStack) -> int
     fd = open_server(made)
     held.callback(os.close, fd)
     return fd
+
+
+def remove_lent(near: Path) -> None:
+    """What a daemon that was killed had lent (blocking). A VMM has read it, or has ended with its start."""
+    for left in near.glob(f"{LENT}*/"):
+        shutil.rmtree(left, ignore_errors=True)

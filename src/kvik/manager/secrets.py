@@ -28,7 +28,7 @@ from kvik.host import documents, files
 from kvik.host.documents import DOCUMENT_LIMIT, SUFFIX, set_aside
 from kvik.host.secret_file import memory_file
 from kvik.hypervisor.secrets import needs
-from kvik.manager.certificates import lend_client
+from kvik.manager.certificates import lend_client, remove_lent
 from kvik.manager.store import Store
 from kvik.paths import Paths
 
@@ -72,6 +72,7 @@ class Secrets:
 
     def _load(self) -> None:
         files.ensure_directory(self.directory)
+        remove_lent(self.run)
         with contextlib.suppress(HostError):
             files.remove_temporaries(self.directory, older_than=0)
         for path in sorted(self.directory.glob(f"*{SUFFIX}")):

@@ -58,10 +58,11 @@ class Qcow2Writer(Qcow2Allocator):
             return -1
         return place + (offset & (size - 1))
 
-    def check_writable(self) -> None:
+    def check_writable(self, *, data: bool = True) -> None:
+        """Without `data`: for changes of what is never encrypted."""
         if self.fd < 0 or not self.writable:
             raise self.fault("is not open for writing")
-        if self.header.crypt_method:
+        if self.header.crypt_method and data:
             raise self.fault("is encrypted, which is not supported", 32)
         if self.data_fd < 0:
             raise self.fault(f"keeps its data in {self.header.data_file!r}, which was not opened", 72)
