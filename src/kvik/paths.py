@@ -98,6 +98,11 @@ class Paths(NamedTuple):
         return self.config / "secrets"
 
     @property
+    def certificates(self) -> Path:
+        """Those of what serves disks over TLS, by QEMU's names: `ca-cert.pem`, `server-cert.pem`, `server-key.pem`."""
+        return self.config / "pki"
+
+    @property
     def pools(self) -> Path:
         """Persistent storage pool documents, `NAME.xml`; links in `autostart/` below it."""
         return self.config / "storage"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 import pytest
-from test_net_speaks_as_virsh import kvikd, libvirtd, said, without_hints
+from machine_words import same_words
+from test_net_speaks_as_virsh import kvikd, libvirtd
 
 __all__ = ["kvikd", "libvirtd"]  # the fixtures
 
@@ -38,18 +37,4 @@ iothreadadd t 4 --current --live
 
 
 def test_same_words_on_both_daemons(libvirtd: str, kvikd: str, tmp_path: Path) -> None:
-    answered = []
-    for uri, kind in ((libvirtd, "qemu"), (kvikd, "test")):
-        (tmp_path / "t.xml").write_text(DOMAIN.format(kind))
-        heard = []
-        for program in (["virsh", "-c", uri], [sys.executable, "-m", "kvik.cli.main", "-c", uri]):
-            if said(["virsh", "-c", uri], ["define", f"{tmp_path}/t.xml"])[0]:
-                pytest.skip("this libvirtd has no machines")
-            heard.append([(line, said(program, shlex.split(line))) for line in SESSION.splitlines()])
-            said(["virsh", "-c", uri], ["undefine", "t"])
-        for (line, their), (_, our) in zip(*heard, strict=True):
-            assert our[:2] == their[:2], (line, our, their)
-            assert without_hints(our[2]) == without_hints(their[2]), (line, our, their)
-        answered.append(heard[0])
-    for their, our in zip(*answered, strict=True):
-        assert our[1][:2] == their[1][:2], (our, their)
+    same_words(libvirtd, kvikd, tmp_path, DOMAIN, SESSION)

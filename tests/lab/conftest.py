@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
@@ -33,6 +35,7 @@ class Labs:
     def __init__(self) -> None:
         self._labs: dict[LabOptions, Lab] = {}
         self._unavailable = ""
+        self._threads = ThreadPoolExecutor(ALIVE)  # they stay: a lab ends with the thread that started it
 
     def get(self, options: LabOptions | None = None) -> Lab:
         """The running lab with these options, booted now if there is none. Skips where no lab can be."""
@@ -54,6 +57,28 @@ class Labs:
                 pytest.skip(self._unavailable)
         self._labs[options] = lab
         return lab
+
+    def beside(self, *wanted: LabOptions) -> list[Lab]:
+        """New labs, no two with equal options, booted at the same time; others end. Skips where no lab can be."""
+        assert len(wanted) <= ALIVE
+        if self._unavailable:
+            pytest.skip(self._unavailable)
+        self.close()
+        made = [Lab(options) for options in wanted]
+        with ExitStack() as undo:
+            for lab in made:
+                undo.callback(lab.close)
+            starting = [self._threads.submit(lab.start) for lab in made]
+            wait(starting)
+            try:
+                for each in starting:
+                    each.result()
+            except LabUnavailable as error:
+                self._unavailable = f"no lab: {error}"
+                pytest.skip(self._unavailable)
+            undo.pop_all()
+        self._labs = dict(zip(wanted, made, strict=True))
+        return made
 
     def discard(self, lab: Lab) -> None:
         """End a lab that a test changed beyond use."""

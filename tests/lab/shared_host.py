@@ -15,14 +15,18 @@ from pathlib import Path
 
 from kvik.client import Connection, connect, storage
 from kvik.errors import KvikError
+from lab import gfs2_cluster
 
 PATIENCE = 300.0  # seconds for anything, by a lab's clock, which may be fast; the test has its own deadline
-OCFS2, NFS = Path("/srv/ocfs2"), Path("/srv/nfs")
+OCFS2, GFS2, NFS = Path("/srv/ocfs2"), Path("/srv/gfs2"), Path("/srv/nfs")
+POOLS = {"ocfs2": OCFS2, "gfs2": GFS2, "nfs": NFS}
+DISKS = ("/dev/vda", "/dev/vdb")  # that both have: for OCFS2, for GFS2
 FLAGS = OCFS2 / "flags"
 HOSTS = ("a", "b")
+ADDRESSES = ("10.7.0.1", "10.7.0.2")
 MIB = 1 << 20
 CLUSTER = "cluster:\n\tname = kvik\n\theartbeat_mode = local\n\tnode_count = 2\n"
-NODE = "node:\n\tname = {}\n\tcluster = kvik\n\tnumber = {}\n\tip_address = 10.7.0.{}\n\tip_port = 7777\n\n"
+NODE = "node:\n\tname = {}\n\tcluster = kvik\n\tnumber = {}\n\tip_address = {}\n\tip_port = 7777\n\n"
 DISK = (
     "<disk type='file'><driver name='qemu' type='raw'/><source file='{path}'/><target dev='{dev}' bus='virtio'/>"
     "{more}</disk>"
@@ -62,10 +66,9 @@ def wait_for(flag: str) -> None:
 
 
 def cluster(me: str) -> None:
-    """OCFS2 on the disk that both have, by the kernel's own cluster stack: no program of it goes on running."""
-    number = HOSTS.index(me)
+    """For OCFS2 the kernel's own cluster stack, of which no program goes on running; for GFS2 DLM."""
     Path("/etc/ocfs2").mkdir(exist_ok=True)
-    nodes = "".join(NODE.format(name, n, n + 1) for n, name in enumerate(HOSTS))
+    nodes = "".join(NODE.format(HOSTS[n], n, address) for n, address in enumerate(ADDRESSES))
     Path("/etc/ocfs2/cluster.conf").write_text(nodes + CLUSTER)
     sh(
         f"""
@@ -73,16 +76,22 @@ def cluster(me: str) -> None:
         ip link set lo up
         card=$(ls /sys/class/net | grep -v lo)
         ip link set $card up
-        ip addr add 10.7.0.{number + 1}/24 dev $card
+        ip addr add {ADDRESSES[HOSTS.index(me)]}/24 dev $card
         mount -t configfs configfs /sys/kernel/config 2>/dev/null || true
         o2cb register-cluster kvik
-        mkdir -p {OCFS2} {NFS}
+        mkdir -p {OCFS2} {GFS2} {NFS}
         """
     )
+    gfs2_cluster.join(sh, tuple(zip(HOSTS, ADDRESSES, strict=True)))
 
 
-def make_file_system() -> None:
-    sh("mkfs.ocfs2 -q -N 2 -b 4K -C 4K -J size=4M -F --cluster-stack=o2cb --cluster-name=kvik /dev/vda </dev/null")
+def make_file_systems() -> None:
+    sh(f"mkfs.ocfs2 -q -N 2 -b 4K -C 4K -J size=4M -F --cluster-stack=o2cb --cluster-name=kvik {DISKS[0]} </dev/null")
+    gfs2_cluster.make(sh, DISKS[1])
+
+
+def mount(kind: str, disk: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(["mount", "-t", kind, disk, str(POOLS[kind])], stderr=subprocess.PIPE, text=True)
 
 
 def nfs_server() -> None:
@@ -107,29 +116,32 @@ def host(me: str) -> Connection:
     cluster(me)
     said("cluster")
     if me == "a":
-        make_file_system()
+        make_file_systems()
         Path("/run/lab/formatted").touch()
     # b is told by the test, which sees both hosts' shares.
-    until("the file system is made", Path("/run/lab/formatted").exists)
-    mounting = subprocess.Popen(["mount", "-t", "ocfs2", "/dev/vda", str(OCFS2)], stderr=subprocess.PIPE, text=True)
+    until("the file systems are made", Path("/run/lab/formatted").exists)
+    mounting = {kind: mount(kind, disk) for kind, disk in zip(("ocfs2", "gfs2"), DISKS, strict=True)}
     if me == "a":
         nfs_server()
     assert daemon.wait(PATIENCE) == 0
     said("daemon")
     connection = connect("kvik:///system")
-    assert mounting.wait(PATIENCE) == 0, mounting.stderr and mounting.stderr.read()
-    said("mounted")
+    for kind, process in mounting.items():
+        assert process.wait(PATIENCE) == 0, process.stderr and process.stderr.read()
+        said(f"{kind} mounted")
     if me == "a":
         FLAGS.mkdir()
         tell("served")
     wait_for("served")
-    storage.create_pool(connection, f"<pool type='dir'><name>ocfs2</name><target><path>{OCFS2}</path></target></pool>")
+    for name in ("ocfs2", "gfs2"):
+        target = f"<target><path>{POOLS[name]}</path></target>"
+        storage.create_pool(connection, f"<pool type='dir'><name>{name}</name>{target}</pool>")
     storage.create_pool(
         connection,
         "<pool type='netfs'><name>nfs</name><source><host name='10.7.0.1'/><dir path='/'/><format type='nfs'/>"
         f"<protocol ver='4.2'/></source><target><path>{NFS}</path></target></pool>",
     )
-    for name in ("ocfs2", "nfs"):
+    for name in POOLS:
         (line,) = storage.pool(connection, name).messages()
         assert line.startswith(f"other hosts may use it at the same time ({name}): a machine that runs keeps"), line
     said("pools")
@@ -149,28 +161,30 @@ def refused(connection: Connection, *disks: str) -> None:
     try:
         start(connection, "refused", *disks)
     except KvikError as error:
-        assert "is in use by another process" in str(error), error
+        assert "is in use by another process" in str(error) and "on any host that shares it" in str(error), error
     else:
         raise AssertionError(f"not refused: {disks}")
 
 
-TOGETHER = ("<shareable/>", "<readonly/>")
+def own(*places: Path) -> list[str]:
+    return [disk(place, "own", f"vd{letter}") for letter, place in zip("abc", places, strict=False)]
+
+
+def together() -> list[str]:
+    """Disks that machines of both hosts may have: one that they share, and one that they only read."""
+    wanted = (("both", "<shareable/>"), ("read", "<readonly/>"))
+    places = [(place, *each) for place in (OCFS2, GFS2) for each in wanted]
+    return [disk(place, name, f"vd{dev}", more) for dev, (place, name, more) in zip("defg", places, strict=True)]
 
 
 def a() -> None:
     connection = host("a")
     volume = "<volume><name>{}</name><capacity>{}</capacity><allocation>0</allocation></volume>"
-    for name in ("own", "both", "read"):
-        storage.pool(connection, "ocfs2").create_volume(volume.format(name, MIB))
-    storage.pool(connection, "nfs").create_volume(volume.format("own", MIB))
-    start(
-        connection,
-        "machine",
-        disk(OCFS2, "own", "vda"),
-        disk(NFS, "own", "vdb"),
-        disk(OCFS2, "both", "vdc", "<shareable/>"),
-        disk(OCFS2, "read", "vdd", "<readonly/>"),
-    )
+    for pool, names in (("ocfs2", ("own", "both", "read")), ("gfs2", ("own", "both", "read")), ("nfs", ("own",))):
+        for name in names:
+            storage.pool(connection, pool).create_volume(volume.format(name, MIB))
+    said("volumes")
+    start(connection, "machine", *own(*POOLS.values()), *together())
     tell("runs")
     wait_for("looked")
     # Whatever becomes of it, what it held is free when it has ended.
@@ -179,22 +193,24 @@ def a() -> None:
     until("it is gone", lambda: not connection.domains())
     tell("ended")
     wait_for("taken")
-    refused(connection, disk(OCFS2, "own", "vda"))
-    refused(connection, disk(NFS, "own", "vda"))
+    for place in POOLS.values():
+        refused(connection, *own(place))
     tell("over")
 
 
 def b() -> None:
     connection = host("b")
     wait_for("runs")
-    for name in ("ocfs2", "nfs"):
+    for name in POOLS:
         storage.pool(connection, name).refresh()
-    refused(connection, disk(OCFS2, "own", "vda"))
-    refused(connection, disk(NFS, "own", "vda"))
-    refused(connection, disk(OCFS2, "own", "vda", "<readonly/>"))
-    refused(connection, disk(OCFS2, "both", "vda"))  # the other shares it, this one does not
-    refused(connection, disk(OCFS2, "read", "vda"))
-    for name in ("ocfs2", "nfs"):
+    for place in POOLS.values():
+        refused(connection, *own(place))
+    for place in (OCFS2, GFS2):
+        refused(connection, disk(place, "own", "vda", "<readonly/>"))
+        refused(connection, disk(place, "both", "vda"))  # the other shares it, this one does not
+        refused(connection, disk(place, "read", "vda"))
+    said("machines refused")
+    for name in POOLS:
         volume = storage.pool(connection, name).volume("own")
         for change in (volume.wipe, volume.delete):
             try:
@@ -203,10 +219,11 @@ def b() -> None:
                 assert "is in use by another process" in str(error), error
             else:
                 raise AssertionError(f"{change} of a volume that the other host's machine has open")
-    start(connection, "beside", *(disk(OCFS2, n, d, m) for n, d, m in zip(("both", "read"), ("vda", "vdb"), TOGETHER)))
+    said("changes refused")
+    start(connection, "beside", *together())
     tell("looked")
     wait_for("ended")
-    start(connection, "machine", disk(OCFS2, "own", "vda"), disk(NFS, "own", "vdb"))
+    start(connection, "machine", *own(*POOLS.values()))
     tell("taken")
     wait_for("over")
 

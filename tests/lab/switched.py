@@ -205,6 +205,9 @@ def set_up(kernel: str) -> None:
         guest = Guest(name)
         said(name + " started")
         guest.wait()  # one after the other: machines that boot together crawl in the lab
+        # Linux answers ARP for any of its addresses on any of its cards: whoever asks in one VLAN would learn, for half
+        # a minute, the card that is in another one.
+        guest.run("echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore")
         for number, (network, group, _) in enumerate(MACHINES[guest.name][1]):
             new = network + ("t" if group == "trunk" else "")
             address = mac(guest.name, number)

@@ -1,5 +1,5 @@
-"""Two hosts, one disk: OCFS2 on a device that both have, and NFS between them. What one host's machine has open, the
-other host's is kept from, unless both share it or only read."""
+"""Two hosts with the same disks: OCFS2 on one, GFS2 on another, and NFS between them. What one host's machine has open,
+the other host's is kept from, unless both share it or only read."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from kvik.host.process import find_program
+from lab import gfs2_cluster
 from lab.conftest import Labs
 from lab.harness import REPOSITORY, Lab, LabOptions
-from lab.shared_host import HOSTS
+from lab.shared_host import DISKS, HOSTS
 
-MODULES = ("virtio_blk", "ocfs2", "ocfs2_stack_o2cb", "ocfs2_dlm", "nfsd", "nfsv4")
-TOOLS = ("mkfs.ocfs2", "o2cb", "rpc.nfsd")
-DEADLINE = 280.0  # seconds; about 60 on a quiet host
+MODULES = ("virtio_blk", "ocfs2", "ocfs2_stack_o2cb", "ocfs2_dlm", "nfsd", "nfsv4", *gfs2_cluster.MODULES)
+TOOLS = ("mkfs.ocfs2", "o2cb", "rpc.nfsd", *gfs2_cluster.TOOLS)
+DEADLINE = 280.0  # seconds; about 35 on a quiet host
 
 
-def options(disk: Path, network: socket.socket) -> LabOptions:
-    shared = f"file={disk},format=raw,if=none,id=shared,cache=unsafe,file.locking=off"
+def options(disks: list[Path], network: socket.socket) -> LabOptions:
+    shared: list[str] = []
+    for number, disk in enumerate(disks):
+        drive = f"file={disk},format=raw,if=none,id=shared{number},cache=unsafe,file.locking=off"
+        shared += ("-drive", drive, "-device", f"virtio-blk-pci,drive=shared{number},share-rw=on")
     return LabOptions(
         memory_mib=1024,
         modules=MODULES,
         nics=(f"socket,fd={network.fileno()}",),
         pass_fds=(network.fileno(),),
-        arguments=("-drive", shared, "-device", "virtio-blk-pci,drive=shared,share-rw=on"),
+        arguments=tuple(shared),
     )
 
 
@@ -38,18 +41,15 @@ def options(disk: Path, network: socket.socket) -> LabOptions:
 def hosts(labs: Labs, tmp_path: Path) -> Iterator[list[Lab]]:
     if gone := [tool for tool in TOOLS if find_program(tool) is None]:
         pytest.skip(f"not on this host: {', '.join(gone)}")
-    labs.close()
-    disk = tmp_path / "disk"
-    with disk.open("wb") as file:
-        file.truncate(256 << 20)
+    disks = [tmp_path / f"disk{number}" for number in range(len(DISKS))]
+    for disk in disks:
+        with disk.open("wb") as file:
+            file.truncate(256 << 20)
     with ExitStack() as stack:
-        ends = socket.socketpair()
-        made = [Lab(options(disk, stack.enter_context(end))) for end in ends]
-        # Their threads stay: a lab ends with the thread that started it.
-        threads = stack.enter_context(ThreadPoolExecutor(2))
+        ends = [stack.enter_context(end) for end in socket.socketpair()]
+        made = labs.beside(*(options(disks, end) for end in ends))
         for lab in made:
-            stack.callback(lab.close)
-        list(threads.map(Lab.start, made))
+            stack.callback(labs.discard, lab)
         yield made
 
 

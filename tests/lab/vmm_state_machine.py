@@ -47,9 +47,32 @@ class Guest:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                raise SystemExit(f"it did not come about: {self.heard[-300:]!r}")
+                raise SystemExit(f"it did not come about: {self.heard[-300:]!r}\n{self.stands()}")
             for guest in (self, *others):
                 guest.turn()
+
+    def stands(self) -> str:
+        """Where its processors are, and what waits for them."""
+        with self.machine.paused():
+            rows = [f"{self.machine.status}; {vars(self.machine.find('serial0'))}"]
+            for thread in self.machine.vcpus:
+                regs, lapic = thread.vcpu.regs(), thread.vcpu.lapic()
+                # Advanced Programmable Interrupt Controller: 256 bits each, 32 in 16 bytes; LVT timer, initial, current
+                in_service, requested = (
+                    [
+                        vector
+                        for vector in range(256)
+                        if lapic[at + vector // 32 * 16 + vector % 32 // 8] >> vector % 8 & 1
+                    ]
+                    for at in (0x100, 0x200)
+                )
+                timer = [int.from_bytes(lapic[at : at + 4], "little") for at in (0x320, 0x380, 0x390)]
+                rows.append(
+                    f"rip {regs.rip:#x} rflags {regs.rflags:#x} mp_state {thread.vcpu.mp_state()} "
+                    f"in service {in_service} requested {requested} timer {timer} "
+                    f"deadline, TSC {thread.vcpu.msrs([0x6E0, 0x10])}"
+                )
+        return "\n".join(rows)
 
     def ticks(self) -> list[tuple[int, bytes, bytes]]:
         return [(int(number), memory, disk) for number, memory, disk in TICK.findall(self.heard)]

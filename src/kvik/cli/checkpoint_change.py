@@ -6,6 +6,7 @@ from kvik.cli import xml_verbs
 from kvik.cli.checkpoint_common import NAME, XML_SECURE, checkpoint_of
 from kvik.cli.common import DOMAIN, PRINT_XML, chosen
 from kvik.cli.document import escape, parse, tag
+from kvik.cli.history import comma_parts, settings
 from kvik.cli.options import FLAG, TEXT, WORDS, Option, UsageError, Verb
 
 TYPE_CHECKING = False
@@ -56,13 +57,8 @@ def checkpoint_create_as(ctx: Context, options: Options) -> int:
 
 
 def _disk(text: str) -> str:
-    name, *parts = [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
-    found: dict[str, str] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals or key not in ("checkpoint", "bitmap") or key in found:
-            raise UsageError(f"unable to parse diskspec: {text}", remedy="write disk[,checkpoint=type][,bitmap=name]")
-        found[key] = value
+    name, *parts = comma_parts(text)
+    found = settings("diskspec", text, parts, ("checkpoint", "bitmap"), "disk[,checkpoint=type][,bitmap=name]")
     return f"    {tag('disk', name=name, checkpoint=found.get('checkpoint'), bitmap=found.get('bitmap'))}\n"
 
 

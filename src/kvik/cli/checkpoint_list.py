@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
-from kvik.cli import xml_verbs
+from kvik.cli import history, xml_verbs
 from kvik.cli.checkpoint_common import NAME, XML_NO_DOMAIN, XML_SECURE, XML_SIZE, checkpoint_of
 from kvik.cli.common import DOMAIN, chosen
-from kvik.cli.document import parse
+from kvik.cli.history import DESCENDANTS, ROOTS
 from kvik.cli.options import FLAG, TEXT, Option, UsageError, Verb
-from kvik.cli.snapshot_list import draw
-from kvik.cli.table import Table
-from kvik.errors import NoCheckpoint
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,84 +16,28 @@ if TYPE_CHECKING:
 
 # virDomainCheckpointListFlags
 FILTERS = {"topological": 1 << 1, "leaves": 1 << 2, "no-leaves": 1 << 3}
-ROOTS = DESCENDANTS = 1 << 0
-EXCLUSIVE = (("tree", "name"), ("parent", "roots"), ("parent", "tree"), ("roots", "tree"), ("roots", "from"))
-
-
-class Row:
-    """What is shown of one checkpoint, from its document."""
-
-    __slots__ = ("checkpoint", "created", "name", "parent")
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        root = parse(checkpoint.xml(XML_NO_DOMAIN))
-        self.checkpoint = checkpoint
-        self.name = checkpoint.name
-        self.parent = root.findtext("parent/name")
-        seconds = root.findtext("creationTime") or ""
-        self.created = int(seconds) if seconds.isdigit() and len(seconds) < 12 else 0
-
-    @property
-    def when(self) -> str:
-        return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.created))
-
-
-def _check(options: Options) -> None:
-    def given(name: str) -> bool:
-        return options.text("from") is not None if name == "from" else options.flag(name)
-
-    for left, right in EXCLUSIVE:
-        if given(left) and given(right):
-            raise UsageError(f"Options --{left} and --{right} are mutually exclusive")
-    for name in ("leaves", "no-leaves"):
-        if options.flag(name) and options.flag("tree"):
-            raise UsageError(f"--{name} and --tree are mutually exclusive")
-    if options.flag("descendants") and not given("from"):
-        raise UsageError("--descendants requires --from")
 
 
 def _found(ctx: Context, options: Options) -> tuple[list[Checkpoint], Checkpoint | None]:
     """The checkpoints, and the one they come from if one was named."""
     from kvik.client import checkpoint
 
-    _check(options)
+    name = options.text("from")
+    history.check(options)
+    if options.flag("descendants") and name is None:
+        raise UsageError("--descendants requires --from")
     bits = chosen(options, FILTERS) | (ROOTS if options.flag("roots") else 0)
     domain = ctx.domain(options.data("domain"))
-    name = options.text("from")
-    start = checkpoint.lookup(domain, name) if name is not None else None
-    if start is None:
-        found = checkpoint.checkpoints(domain, bits)
-    else:
-        below = options.flag("descendants") or options.flag("tree")
-        found = start.children(bits | (DESCENDANTS if below else 0))
-    if not options.flag("topological"):
-        found.sort(key=lambda item: item.name.lower())
-    return found, start
+    if name is None:
+        return checkpoint.checkpoints(domain, bits), None
+    start = checkpoint.lookup(domain, name)
+    below = options.flag("descendants") or options.flag("tree")
+    return start.children(bits | (DESCENDANTS if below else 0)), start
 
 
 def checkpoint_list(ctx: Context, options: Options) -> int:
     found, start = _found(ctx, options)
-    if options.flag("name") and not ctx.json:
-        for item in found:
-            ctx.line(item.name)
-        return 0
-    if options.flag("tree"):
-        rows = [Row(item) for item in ([start] if start is not None else []) + found]
-        names = {row.name for row in rows}
-        parents = {
-            row.name: row.parent if row.parent in names and row.checkpoint is not start else None for row in rows
-        }
-        if not ctx.put([{"name": name, "parent": parent} for name, parent in parents.items()]):
-            for name, parent in parents.items():
-                if parent is None:
-                    ctx.document("".join(f"{line}\n" for line in draw(name, parents)))
-        return 0
-    with_parent = options.flag("parent")
-    table = Table("Name", "Creation Time", *(["Parent"] if with_parent else []))
-    for row in map(Row, found):
-        table.add(row.name, row.when, *([row.parent or ""] if with_parent else []))
-    ctx.table(table)
-    return 0
+    return history.show(ctx, options, found, start, XML_NO_DOMAIN)
 
 
 def checkpoint_info(ctx: Context, options: Options) -> int:
@@ -124,13 +63,7 @@ def checkpoint_dumpxml(ctx: Context, options: Options) -> int:
 
 
 def checkpoint_parent(ctx: Context, options: Options) -> int:
-    found = checkpoint_of(options, ctx.domain(options.data("domain")))
-    parent = found.parent()
-    if parent is None:
-        raise NoCheckpoint(f"checkpoint '{found.name}' has no parent")
-    if not ctx.put({"name": parent.name}):
-        ctx.last(parent.name)
-    return 0
+    return history.show_parent(ctx, checkpoint_of(options, ctx.domain(options.data("domain"))))
 
 
 COMMANDS = {

@@ -29,6 +29,8 @@ HELP = {
     "t": ("", "CACHE", "as qemu-img's; what is written is on disk at the end in any case"),
     "T": ("", "CACHE", "as qemu-img's"),
     "p": ("", "", "show progress"),
+    "image-opts": ("image-opts", "", "FILE is driver=FMT,file.filename=NAME instead of a name"),
+    "alone": ("alone", "", "read nothing that an image refers to: an error where that is needed"),
     "h": ("help", "", "print this"),
     "output": ("output", "FORMAT", "human or json"),
     "json": ("json", "", "as --output=json"),
@@ -66,13 +68,17 @@ class Command:
                 self.options[option[0]] = option[1:]
 
     def usage(self, name: str) -> str:
+        from textwrap import wrap
+
         lines = [f"usage: kvik img {name} [options] {self.arguments}", "", f"  {self.summary}", ""]
         for key, (long, value, text) in self.options.items():
             short = f"-{key}" if len(key) == 1 else ""
             left = ", ".join(part for part in (short, f"--{long}" if long else "") if part) + (
                 f" {value}" if value else ""
             )
-            lines.append(f"  {left:<26} {text}")
+            first, *more = wrap(text, 51)
+            lines.append(f"  {left:<26} {first}")
+            lines += [" " * 29 + line for line in more]
         return "\n".join(lines) + "\n"
 
 
@@ -109,6 +115,7 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         1,
         1,
         "f",
+        "image-opts",
         "o",
         ("force", "force", "", "as qemu-img's: nothing here needs it"),
         "t",
@@ -131,6 +138,7 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         ("b", "source-file", "FILE", "the image that has the SOURCE of --merge"),
         ("F", "source-format", "FMT", "the format of that image"),
         "f",
+        "image-opts",
     ),
     "check": Command(
         "img_look",
@@ -139,7 +147,9 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         1,
         1,
         "f",
+        "image-opts",
         ("r", "repair", "WHAT", "leaks: only what wastes room; all: everything"),
+        "T",
         "output",
         "q",
         "U",
@@ -151,6 +161,7 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         1,
         1,
         "f",
+        "image-opts",
         ("b", "", "FILE", "an image further down the chain, whose upper layers all are written into it; as with -d"),
         ("d", "", "", "leave the image as it is, not emptied"),
         ("r", "", "RATE", "bytes a second at most"),
@@ -165,6 +176,9 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         2,
         2,
         "f",
+        "image-opts",
+        "alone",
+        "T",
         ("F", "", "FMT", "format of the second image"),
         ("s", "", "", "strict: sizes and what is allocated must be the same, too"),
         "p",
@@ -178,6 +192,9 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         2,
         None,
         ("f", "", "FMT", "format of the sources"),
+        "image-opts",
+        "alone",
+        ("target-image-opts", "target-image-opts", "", "with -n: the target is named by such options, too"),
         "O",
         "o",
         ("c", "", "", "compress what is written"),
@@ -218,6 +235,18 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         "o",
         "q",
     ),
+    "dd": Command(
+        "img_dd",
+        "copy part of an image into a new one",
+        "[bs=SIZE] [count=N] [skip=N] if=FILE of=FILE",
+        2,
+        None,
+        "f",
+        "image-opts",
+        "alone",
+        "O",
+        "U",
+    ),
     "info": Command(
         "img_look",
         "what an image is",
@@ -225,6 +254,8 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         1,
         1,
         "f",
+        "image-opts",
+        "alone",
         "output",
         ("backing-chain", "backing-chain", "", "all images of the chain"),
         ("l", "", "NAME", "of an OVA: which of its disks"),
@@ -237,6 +268,8 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         1,
         1,
         "f",
+        "image-opts",
+        "alone",
         "output",
         ("s", "start-offset", "OFFSET", "begin here"),
         ("l", "max-length", "LENGTH", "look at so much"),
@@ -249,6 +282,7 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         1,
         1,
         "f",
+        "image-opts",
         ("b", "", "FILE", "the new backing file, as the image is to name it; '' for none"),
         "F",
         ("u", "", "", "unsafe: only change the name, whatever is in the files"),
@@ -269,6 +303,7 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         ("a", "", "SNAPSHOT", "apply one, by id or name: the disk becomes what it was"),
         ("d", "", "SNAPSHOT", "delete one, by name or id"),
         "f",
+        "image-opts",
         "output",
         "q",
         "U",
@@ -280,6 +315,8 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         0,
         1,
         "f",
+        "image-opts",
+        "alone",
         "O",
         "o",
         ("size", "size", "SIZE", "of a new image, instead of FILE"),
@@ -294,6 +331,7 @@ COMMANDS_OF_IMG: dict[str, Command] = {
         2,
         2,
         "f",
+        "image-opts",
         ("shrink", "shrink", "", "let it become smaller: what is behind its new end is lost"),
         ("preallocation", "preallocation", "MODE", "room for the new part: off, metadata, falloc, full"),
         "q",
@@ -404,7 +442,16 @@ def img(ctx: Context, options: Options) -> int:
     ctx.json = before or arguments.flag("json") or output == "json"
     try:
         module = __import__(f"kvik.cli.{command.module}", fromlist=["HANDLERS"])
+        if name != "dd" and (arguments.flag("image-opts") or arguments.flag("target-image-opts")):
+            from kvik.cli.img_opts import use_image_opts
+
+            use_image_opts(name, arguments)
         code: int = module.HANDLERS[name](ctx, arguments) or 0
+    except UsageError as error:
+        if name != "compare":
+            raise
+        ctx.error(error)
+        return 2  # 1 says that images differ
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -424,9 +471,13 @@ def failed(name: str, error: OSError) -> KvikError:
         errno.ENOSPC: "make room, or choose another place",
         errno.EDQUOT: "make room within the quota, or choose another place",
         errno.EFBIG: "the limit on file sizes is too low (ulimit -f), or the file system has no files of this size",
+        errno.ENOENT: "see whether its name is right",
+        errno.EACCES: "its mode, or that of a directory above it, keeps you out: ls -l shows it",
         errno.EIO: "look into the kernel's log for the device; convert --salvage goes on where a source is unreadable",
     }
     what = f" {error.filename!r}" if error.filename else ""
+    if error.errno in (errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EROFS):
+        name = "open"
     return HostError(
         f"cannot {name}{what}: {error.strerror or error}",
         errno=error.errno or 0,

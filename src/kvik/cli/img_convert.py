@@ -28,7 +28,7 @@ def convert(ctx: Context, arguments: Arguments) -> int:
     options = _options(arguments)
     _check(arguments, names, options)
     foreign = Foreign(os.path.dirname(os.path.abspath(target)), arguments.text("l"))  # noqa: PTH100, PTH120
-    opener = Opener(share=arguments.flag("U"), foreign=foreign)
+    opener = Opener(share=arguments.flag("U"), alone=arguments.flag("alone"), foreign=foreign)
     sources: list[Image] = []
     try:
         for name in names:

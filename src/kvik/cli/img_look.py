@@ -40,7 +40,7 @@ def info(ctx: Context, arguments: Arguments) -> int:
     chain = arguments.flag("backing-chain")
     if (code := _foreign_info(ctx, arguments)) is not None:
         return code
-    opener = Opener(share=arguments.flag("U"))
+    opener = Opener(share=arguments.flag("U"), alone=arguments.flag("alone"))
     with opener.open(arguments.files[0], _format(arguments), chain=chain) as image:
         found = [look(layer) for layer in image.chain()] if chain else [look(image)]
     if ctx.json:
@@ -142,6 +142,9 @@ def snapshot_lines(snapshots: list[Snapshot]) -> Iterable[str]:
 
 
 def check(ctx: Context, arguments: Arguments) -> int:
+    from kvik.cli.img_layers import check_caches
+
+    check_caches(arguments)
     repair = arguments.text("r")
     if repair not in (None, "leaks", "all"):
         raise UsageError("-r expects 'leaks' or 'all'")
@@ -244,7 +247,7 @@ def map_image(ctx: Context, arguments: Arguments) -> int:
     from kvik.image.create import parse_size
 
     start = parse_size(arguments.text("s") or "0", "start-offset")
-    opener = Opener(share=arguments.flag("U"))
+    opener = Opener(share=arguments.flag("U"), alone=arguments.flag("alone"))
     with opener.open(arguments.files[0], _format(arguments)) as image:
         length = max(0, image.size - start)
         if (limit := arguments.text("l")) is not None:

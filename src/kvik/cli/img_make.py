@@ -62,6 +62,7 @@ def create(ctx: Context, arguments: Arguments) -> int:
 
 def _backing(path: str, options: dict[str, Any], size: int | None, *, look: bool) -> int | None:
     """The disk's size: as given, or the backing image's, which must be there unless told otherwise."""
+    from kvik.errors import ImageError
     from kvik.image.opening import Opener, beside, plain_file
 
     name = options["backing_file"]
@@ -69,12 +70,18 @@ def _backing(path: str, options: dict[str, Any], size: int | None, *, look: bool
         raise UsageError(
             f"backing file specified without backing format: {name}", remedy="state it with -F, such as -F qcow2"
         )
-    if not look and size is not None:
+    if not look:
         return size
-    with Opener(share=True).open(
-        beside(path, plain_file(name, "backing file", path)), options["backing_format"]
-    ) as below:
-        return below.size if size is None else size
+    there = beside(path, plain_file(name, "backing file", path))
+    try:
+        with Opener(share=True).open(there, options["backing_format"]) as below:
+            return below.size if size is None else size
+    except OSError as error:
+        raise ImageError(
+            f"its backing file {there} cannot be opened: {error.strerror}",
+            file=path,
+            remedy="name one that is there, as seen from the image's directory; -u and a SIZE do without",
+        ) from error
 
 
 def formatting(path: str, format: str, size: int, options: dict[str, Any]) -> str:

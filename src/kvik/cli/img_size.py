@@ -20,11 +20,13 @@ OPENING_FAILED, READING_FAILED = 2, 4
 
 def compare(ctx: Context, arguments: Arguments) -> int:
     from kvik.cli.img import failed
+    from kvik.cli.img_layers import check_caches
     from kvik.cli.progress import Progress
     from kvik.errors import KvikError
     from kvik.image.compare import CONTENT, SIZE
     from kvik.image.compare import compare as look
 
+    check_caches(arguments)
     images: list[Image] = []
     code = OPENING_FAILED
     quiet = arguments.flag("q")
@@ -34,7 +36,7 @@ def compare(ctx: Context, arguments: Arguments) -> int:
             ctx.line(text)
 
     try:
-        opener = Opener(share=arguments.flag("U"), foreign=Foreign())
+        opener = Opener(share=arguments.flag("U"), alone=arguments.flag("alone"), foreign=Foreign())
         for path, key in zip(arguments.files, ("f", "F"), strict=True):
             images.append(opener.open(path, arguments.text(key)))
         code = READING_FAILED
@@ -80,7 +82,7 @@ def measure(ctx: Context, arguments: Arguments) -> int:
     if not arguments.files and size is None:
         raise UsageError("Either --size N or one filename must be specified.")
     if arguments.files:
-        opener = Opener(share=arguments.flag("U"), foreign=Foreign())
+        opener = Opener(share=arguments.flag("U"), alone=arguments.flag("alone"), foreign=Foreign())
         with opener.open(arguments.files[0], arguments.text("f")) as source:
             if (wanted := arguments.text("l")) is not None:
                 from kvik.cli.img_convert import use_snapshot

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvik.cli import xml_verbs
 from kvik.cli.common import DOMAIN, PRINT_XML, chosen, exclusive
 from kvik.cli.document import escape, open_tag, parse, tag
+from kvik.cli.history import comma_parts, settings
 from kvik.cli.options import FLAG, TEXT, WORDS, Option, UsageError, Verb
 from kvik.cli.snapshot_common import CREATE_CURRENT, CREATE_REDEFINE, NAME, XML_SECURE, current, snapshot_of
 
@@ -68,35 +69,18 @@ def snapshot_create_as(ctx: Context, options: Options) -> int:
     return _create(ctx, domain, xml, chosen(options, CREATE_AS), None)
 
 
-def _settings(text: str) -> list[str]:
-    """The parts between commas; a doubled comma is one of the text."""
-    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
-
-
 def _memory(text: str) -> str:
-    found: dict[str, str] = {}
-    for number, part in enumerate(_settings(text)):
-        name, equals, value = part.partition("=")
-        if equals and name in ("file", "snapshot") and name not in found:
-            found[name] = value
-        elif number == 0 and not equals:
-            found["file"] = part
-        else:
-            raise UsageError(f"unable to parse memspec: {text}", remedy="write [file=]name[,snapshot=type]")
+    parts = comma_parts(text)
+    if "=" not in parts[0]:
+        parts[0] = f"file={parts[0]}"
+    found = settings("memspec", text, parts, ("file", "snapshot"), "[file=]name[,snapshot=type]")
     return tag("memory", snapshot=found.get("snapshot"), file=found.get("file"))
 
 
 def _disk(text: str) -> str:
-    name, *parts = _settings(text)
-    found: dict[str, str] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals or key not in ("snapshot", "driver", "stype", "file") or key in found:
-            raise UsageError(
-                f"unable to parse diskspec: {text}",
-                remedy="write disk[,snapshot=type][,driver=type][,stype=type][,file=name]",
-            )
-        found[key] = value
+    name, *parts = comma_parts(text)
+    form = "disk[,snapshot=type][,driver=type][,stype=type][,file=name]"
+    found = settings("diskspec", text, parts, ("snapshot", "driver", "stype", "file"), form)
     kind = found.get("stype", "file" if "file" in found or "stype" in found else None)
     if kind not in (None, "file", "block"):
         raise UsageError(f"Unknown storage type: '{kind}'")

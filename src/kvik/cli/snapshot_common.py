@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 NAME = Option("snapshotname", TEXT, "snapshot name", complete="snapshot")
 CREATE_REDEFINE, CREATE_CURRENT = 1 << 0, 1 << 1
 XML_SECURE = 1
-DESCENDANTS = 1 << 0
 
 
 def current(help: str) -> Option:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import time
-
-from kvik.cli import xml_verbs
+from kvik.cli import history, xml_verbs
 from kvik.cli.common import DOMAIN, chosen
 from kvik.cli.document import parse
+from kvik.cli.history import DESCENDANTS, ROOTS
 from kvik.cli.options import DATA, FLAG, TEXT, Option, UsageError, Verb
 from kvik.cli.snapshot_common import (
     CREATE_CURRENT,
     CREATE_REDEFINE,
-    DESCENDANTS,
     NAME,
     XML_SECURE,
     current,
     snapshot_of,
 )
-from kvik.cli.table import Table
 from kvik.errors import NoSnapshot
 
 TYPE_CHECKING = False
@@ -31,114 +28,33 @@ FILTERS = {
     "metadata": 1 << 1, "leaves": 1 << 2, "no-leaves": 1 << 3, "no-metadata": 1 << 4, "inactive": 1 << 5,
     "active": 1 << 6, "disk-only": 1 << 7, "internal": 1 << 8, "external": 1 << 9, "topological": 1 << 10,
 }  # fmt: skip
-ROOTS = 1 << 0
-EXCLUSIVE = (
-    ("tree", "name"), ("parent", "roots"), ("parent", "tree"), ("roots", "tree"), ("roots", "from"),
-    ("roots", "current"),
-)  # fmt: skip
-
-
-class Row:
-    """What is shown of one snapshot, from its document."""
-
-    __slots__ = ("created", "name", "parent", "snapshot", "state")
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        root = parse(snapshot.xml())
-        self.snapshot = snapshot
-        self.name = snapshot.name
-        self.state = root.findtext("state") or ""
-        self.parent = root.findtext("parent/name")
-        seconds = root.findtext("creationTime") or ""
-        self.created = int(seconds) if seconds.isdigit() and len(seconds) < 12 else 0
-
-    @property
-    def when(self) -> str:
-        return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.created))
-
-
-def _check(options: Options) -> None:
-    def given(name: str) -> bool:
-        return options.text("from") is not None if name == "from" else options.flag(name)
-
-    for left, right in EXCLUSIVE:
-        if given(left) and given(right):
-            raise UsageError(f"Options --{left} and --{right} are mutually exclusive")
-    for name in ("leaves", "no-leaves"):
-        if options.flag(name) and options.flag("tree"):
-            raise UsageError(f"--{name} and --tree are mutually exclusive")
-    if given("from") and options.flag("current"):
-        raise UsageError("--from and --current are mutually exclusive")
-    if options.flag("descendants") and not (given("from") or options.flag("current")):
-        raise UsageError("--descendants requires either --from or --current")
 
 
 def _found(ctx: Context, options: Options) -> tuple[list[Snapshot], Snapshot | None]:
     """The snapshots, and the one they come from if one was named."""
     from kvik.client import snapshot
 
-    _check(options)
+    name = options.text("from")
+    history.check(options, ("roots", "current"))
+    if name is not None and options.flag("current"):
+        raise UsageError("--from and --current are mutually exclusive")
+    if options.flag("descendants") and not (name is not None or options.flag("current")):
+        raise UsageError("--descendants requires either --from or --current")
     bits = chosen(options, FILTERS) | (ROOTS if options.flag("roots") else 0)
     domain = ctx.domain(options.data("domain"))
-    start = None
-    if (name := options.text("from")) is not None:
+    if name is not None:
         start = snapshot.lookup(domain, name)
     elif options.flag("current"):
         start = snapshot.current(domain)
-    if start is None:
-        found = snapshot.snapshots(domain, bits)
     else:
-        below = options.flag("descendants") or options.flag("tree")
-        found = start.children(bits | (DESCENDANTS if below else 0))
-    if not options.flag("topological"):
-        found.sort(key=lambda item: item.name.lower())
-    return found, start
+        return snapshot.snapshots(domain, bits), None
+    below = options.flag("descendants") or options.flag("tree")
+    return start.children(bits | (DESCENDANTS if below else 0)), start
 
 
 def snapshot_list(ctx: Context, options: Options) -> int:
     found, start = _found(ctx, options)
-    if options.flag("name") and not ctx.json:
-        for item in found:
-            ctx.line(item.name)
-        return 0
-    if options.flag("tree"):
-        rows = [Row(item) for item in ([start] if start is not None else []) + found]
-        names = {row.name for row in rows}
-        parents = {row.name: row.parent if row.parent in names and row.snapshot is not start else None for row in rows}
-        if not ctx.put([{"name": name, "parent": parent} for name, parent in parents.items()]):
-            for name, parent in parents.items():
-                if parent is None:
-                    ctx.document("".join(f"{line}\n" for line in draw(name, parents)))
-        return 0
-    with_parent = options.flag("parent")
-    table = Table("Name", "Creation Time", "State", *(["Parent"] if with_parent else []))
-    for row in map(Row, found):
-        table.add(row.name, row.when, row.state, *([row.parent or ""] if with_parent else []))
-    ctx.table(table)
-    return 0
-
-
-def draw(root: str, parents: dict[str, str | None]) -> list[str]:
-    """The lines of a tree as virsh draws them; an empty one ends it."""
-    children: dict[str | None, list[str]] = {}
-    for name, parent in parents.items():
-        children.setdefault(parent, []).append(name)
-    lines: list[str] = []
-    # A stack, not recursion: a tree may be 16384 deep. (name, indent before it, is the last of its parent's children)
-    waiting = [(root, "", True)]
-    while waiting:
-        name, indent, last = waiting.pop()
-        top = name == root
-        lines.append(f"{indent}{'' if top else '+- '}{name}")
-        if not top:
-            indent += "  " if last else "| "
-        below = children.get(name, [])
-        if below:
-            lines.append(f"{indent}  |")
-            waiting += [(child, indent + "  ", child == below[-1]) for child in reversed(below)]
-        elif last:
-            lines.append(indent)
-    return lines
+    return history.show(ctx, options, found, start, 0, "State")
 
 
 def snapshot_info(ctx: Context, options: Options) -> int:
@@ -213,13 +129,7 @@ def snapshot_current(ctx: Context, options: Options) -> int:
 
 
 def snapshot_parent(ctx: Context, options: Options) -> int:
-    found = snapshot_of(ctx, options, ctx.domain(options.data("domain")))
-    parent = found.parent()
-    if parent is None:
-        raise NoSnapshot(f"snapshot '{found.name}' has no parent")
-    if not ctx.put({"name": parent.name}):
-        ctx.last(parent.name)
-    return 0
+    return history.show_parent(ctx, snapshot_of(ctx, options, ctx.domain(options.data("domain"))))
 
 
 COMMANDS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from kvik.cli.common import scaled
 from kvik.cli.options import DATA, FLAG, TEXT, Option, UsageError, Verb
 from kvik.cli.pool_as import escape
@@ -50,7 +52,18 @@ def vol_create(ctx: Context, options: Options) -> int:
     ctx.doing = f"Failed to create vol from {path}"
     volume = pool.create_volume(text, bits)
     ctx.say(f"Vol {volume.name} created from {path}")
+    _warn(ctx, text)
     return 0
+
+
+def _warn(ctx: Context, text: str) -> None:
+    """What the document says and nobody understands: it is kept nowhere."""
+    from kvik.conf.storage_volume import parse_volume
+    from kvik.conf.tree import warnings
+
+    with suppress(KvikError):  # the daemon took it
+        for message in warnings(parse_volume(text), "/volume"):
+            ctx.warn(f"warning: {message.replace(', kept but', ',')}")
 
 
 def vol_create_as(ctx: Context, options: Options) -> int:
@@ -98,6 +111,7 @@ def vol_create_from(ctx: Context, options: Options) -> int:
     ctx.doing = f"Failed to create vol from {path}"
     volume = pool.copy_volume(text, source, bits)
     ctx.say(f"Vol {volume.name} created from input vol {source.name}")
+    _warn(ctx, text)
     return 0
 
 

@@ -2,11 +2,13 @@
 
 QEMU never follows an image's own reference (`backing: null` or a named node everywhere), so what a chain contains is
 decided here: a backing file must state its format, because a guest could otherwise make its raw disk look like a
-qcow2 that refers to any file of the host. Reference: QEMU's docs/interop/qcow2.txt.
+qcow2 that refers to any file of the host. And as anything is a raw disk, an image from elsewhere could name the host's
+own files as one: those are refused unless the document names them. Reference: QEMU's docs/interop/qcow2.txt.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from kvik.errors import ConfigUnsupported
 
-__all__ = ["Backing", "check_qcow2", "qcow2_backing", "qcow2_size"]
+__all__ = ["Backing", "check_meant", "check_qcow2", "qcow2_backing", "qcow2_size"]
 
 _MAGIC = 0x514649FB
 _FORMAT_EXTENSION = 0xE2792ACA
@@ -22,6 +24,9 @@ _EXTERNAL_DATA = 1 << 2
 _HEADER = struct.Struct(">IIQI")
 _SIZE = struct.Struct(">Q")
 _MAX_HEADER = 65536
+# Where no disk images are: programs, configuration, keys, the kernel's own files
+_SYSTEM = ("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "proc", "run", "sbin", "sys", "usr")
+_HIDDEN_BUT_FOR_DATA = (".local", ".cache")  # XDG's places of users' images
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,32 @@ def qcow2_backing(fd: int, image: str) -> Backing | None:
             f"{image} sits on {name}, which is no plain file", remedy="describe the chain in <backingStore>"
         )
     return Backing(str(Path(image).parent / name), found)
+
+
+def check_meant(found: Backing, image: str, *, block: bool) -> None:
+    """Whether what a header names is something for a guest to read, if it is raw: not a file of the host's own system
+    or one that is hidden, unless it lies beside the image; not a device that is mounted or part of another one.
+
+    Raises `ConfigUnsupported`.
+    """
+    if found.format == "qcow2":
+        return
+    path = Path(os.path.realpath(found.path))
+    remedy = "if a guest shall read it, name it in the document's <backingStore>"
+    if block:
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise ConfigUnsupported(
+                    f"{image} sits on {path}, a device that the host uses", remedy=remedy
+                ) from error
+        return
+    if path.is_relative_to(Path(os.path.realpath(image)).parent):
+        return
+    hidden = [part for part in path.parts if part.startswith(".") and part not in _HIDDEN_BUT_FOR_DATA]
+    if path.parts[1] in _SYSTEM or hidden:
+        raise ConfigUnsupported(f"{image} sits on {path}, a file of the host's own", remedy=remedy)
 
 
 def _extension(data: bytes, position: int, end: int) -> str | None:

@@ -44,7 +44,8 @@ from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported, HostError
 from kvik.host import files as host_files
 from kvik.host.filesystem import shared_as
-from kvik.hypervisor.chain import check_qcow2, qcow2_backing
+from kvik.hypervisor.chain import check_meant, check_qcow2, qcow2_backing
+from kvik.hypervisor.firmware import make_variables
 from kvik.hypervisor.layers import Layer, has_medium, layers
 from kvik.hypervisor.names import (
     MONITOR,
@@ -284,6 +285,7 @@ def _open_below(opened: Opened, disk: Disk, above: Disk | BackingStore, number: 
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise ConfigError(f"disk {disk.target.dev}: {found.path} is neither a file nor a block device")
         block = stat.S_ISBLK(mode)
+        check_meant(found, above.source.location, block=block)
         source = DiskSource(dev=found.path) if block else DiskSource(file=found.path)
         below = BackingStore(type="block" if block else "file", format=Format(type=found.format), source=source)
         _set_index(below, opened.index())
@@ -350,7 +352,7 @@ def _open_boot(opened: Opened, domain: Domain, kernel: str | None) -> None:
         nvram = described.nvram
         path = ((nvram.source.location if nvram.source else None) or nvram.value) if nvram else None
         if nvram is not None and path:
-            _make_nvram(path, nvram.template)
+            make_variables(path, nvram.template)
             opened.open("nvram", path, os.O_RDWR)
 
 
@@ -358,21 +360,6 @@ def _regular(opened: Opened, name: str, path: str) -> None:
     fd = opened.open(name, path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise ConfigError(f"the {name} {path} is no regular file", path=f"/domain/os/{name}")
-
-
-def _make_nvram(path: str, template: str | None) -> None:
-    """A machine's own UEFI variables: made from the template at the first start, kept from then on."""
-    target = Path(path)
-    if target.exists():
-        return
-    if not template:
-        raise ConfigError(f"the NVRAM file {path} does not exist and no template is named", path="/domain/os/nvram")
-    try:
-        data = Path(template).read_bytes()
-    except OSError as error:
-        raise host_files.host_error("read", template, error) from error
-    host_files.ensure_directory(target.parent)
-    host_files.atomic_write(target, data)
 
 
 # -- network, vsock

@@ -141,7 +141,8 @@ class Bitmap:
 
 @dataclass(frozen=True, slots=True)
 class BackupPart:
-    """One disk of a backup. `path` is the target, or the scratch image of a pull; it exists and is empty."""
+    """One disk of a backup. `path` is the target, or the scratch image of a pull; it exists and is empty; `secret`:
+    what the VMM calls its passphrase, if it is encrypted."""
 
     disk: Disk
     job: str
@@ -152,6 +153,7 @@ class BackupPart:
     since: Sequence[tuple[int, str]] = ()  # the bitmaps that tell of them: (image's number, name)
     granularity: int = 65536
     export: str = ""
+    secret: str = ""
 
 
 class DiskBackups(Protocol):
@@ -166,9 +168,16 @@ class DiskBackups(Protocol):
         also by names that it does not have. `written`: a job writes to it."""
 
     async def begin(
-        self, parts: Sequence[BackupPart], *, pull: bool, track: Sequence[tuple[Disk, str]] = ()
-    ) -> int: ...
-    async def serve(self, parts: Sequence[BackupPart], listening: int) -> None: ...
+        self,
+        parts: Sequence[BackupPart],
+        *,
+        pull: bool,
+        track: Sequence[tuple[Disk, str]] = (),
+        secrets: Mapping[str, int] = ...,
+    ) -> int:
+        """`secrets`: descriptors of the passphrases, by the names of the parts' jobs."""
+
+    async def serve(self, parts: Sequence[BackupPart], listening: int, certificates: int | None = None) -> None: ...
     async def silence(self, parts: Sequence[BackupPart]) -> None: ...
     async def clear(self, parts: Sequence[BackupPart]) -> None: ...
 

@@ -7,6 +7,8 @@ overriding the same name in an earlier one; the first that fits wins.
 from __future__ import annotations
 
 import fnmatch
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,24 @@ import msgspec
 from kvik.conf.domain import Domain
 from kvik.conf.features import Features, Smm
 from kvik.conf.os import Loader, Nvram
-from kvik.errors import ConfigUnsupported, KvikError
+from kvik.errors import ConfigError, ConfigUnsupported, KvikError
 from kvik.host import files
 
-__all__ = ["DIRECTORIES", "Firmware", "complete_firmware", "find_firmware", "installed_firmware"]
+__all__ = [
+    "DIRECTORIES",
+    "Firmware",
+    "complete_firmware",
+    "find_firmware",
+    "installed_firmware",
+    "make_variables",
+    "pristine_variables",
+    "reset_variables",
+    "variables_of",
+]
 
 DIRECTORIES = (Path("/usr/share/qemu/firmware"), Path("/etc/qemu/firmware"))
 _LIMIT = 1 << 20
+_VARIABLES = 64 << 20  # bytes; OVMF has half a MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,3 +126,69 @@ def complete_firmware(definition: Domain, arch: str, machine: str, variables: Pa
         nvram = described.nvram = Nvram(template=template)
     if nvram is not None and not nvram.value and nvram.source is None:
         nvram.value = str(variables / f"{definition.name}_VARS.fd")
+
+
+def variables_of(document: Domain) -> str | None:
+    """The file that a machine's firmware keeps its variables in."""
+    nvram, loader = document.os.nvram, document.os.loader
+    if nvram is None or loader is None or loader.type != "pflash":
+        return None
+    return (nvram.source.location if nvram.source else None) or nvram.value or None
+
+
+def make_variables(path: str, template: str | None) -> None:
+    """A machine's own UEFI variables: made from the template at the first start, kept from then on (blocking)."""
+    target = Path(path)
+    if target.exists():
+        return
+    if not template:
+        raise ConfigError(f"the NVRAM file {path} does not exist and no template is named", path="/domain/os/nvram")
+    data = _template(template)
+    files.ensure_directory(target.parent)
+    files.atomic_write(target, data)
+
+
+def pristine_variables(document: Domain) -> bytes | None:
+    """What they are before a machine's first start (blocking); None where its firmware keeps none. Raises
+    `ConfigError`, `HostError`."""
+    path, loader, nvram = variables_of(document), document.os.loader, document.os.nvram
+    if path is None or loader is None or nvram is None:
+        return None
+    template = nvram.template or next(
+        (item.nvram_template for item in installed_firmware() if item.code == loader.value), None
+    )
+    if not template:
+        raise ConfigError(
+            f"the firmware's variables in {path} cannot be made anew: no template is named",
+            path="/domain/os/nvram/@template",
+            remedy="write <nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>, or whichever belongs to the loader",
+        )
+    return _template(template)
+
+
+def reset_variables(document: Domain) -> None:
+    """Make them anew, in a file of the same owner and mode (blocking). Raises `ConfigError`, `ConfigUnsupported`,
+    `HostError`; then they are as they were."""
+    path, data = variables_of(document), pristine_variables(document)
+    if path is None or data is None:
+        return
+    try:
+        before = os.stat(path)  # noqa: PTH116
+    except FileNotFoundError:
+        files.ensure_directory(Path(path).parent)
+        files.atomic_write(path, data)
+        return
+    except OSError as error:
+        raise files.host_error("look at", path, error) from error
+    if not stat.S_ISREG(before.st_mode):
+        raise ConfigUnsupported(f"{path} is no file: its variables cannot be made anew", path="/domain/os/nvram")
+    files.atomic_write(path, data, mode=stat.S_IMODE(before.st_mode), exact=True)
+    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+        try:
+            os.chown(path, before.st_uid, before.st_gid)
+        except OSError as error:
+            raise files.host_error("change the owner of", path, error) from error
+
+
+def _template(path: str) -> bytes:
+    return files.read_file(Path(path).resolve(), limit=_VARIABLES)

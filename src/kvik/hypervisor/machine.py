@@ -71,11 +71,11 @@ class QmpMachine(MonitoredProcess):
             raise
 
     async def save_state(self, target: StateTarget) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # each VMM's own
 
     async def load_state(self, source: StateSource) -> None:
         """Into a VMM that was started to be filled; the guest is stopped afterwards."""
-        raise NotImplementedError
+        raise NotImplementedError  # each VMM's own
 
     async def powerdown(self) -> None:
         await self.execute("system_powerdown")

@@ -394,11 +394,11 @@ class MonitoredProcess:
 
     def top_node(self, disk: Disk) -> str:
         """The name of the block node that a disk's device reads and writes."""
-        raise NotImplementedError
+        raise NotImplementedError  # each VMM's own
 
     async def clear_remains(self, device: Any) -> None:
         """The device is gone: its host side goes as well."""
-        raise NotImplementedError
+        raise NotImplementedError  # each VMM's own
 
 
 def _adjustment(domain: Domain) -> int:

@@ -1,6 +1,7 @@
 """Which secrets a disk needs, by the documents; and whether its images are encrypted as those say.
 
-A value reaches a VMM as a descriptor of a file in memory, under `secret:ALIAS:N:luks` or `secret:ALIAS:N:auth`.
+A value reaches a VMM as a descriptor of a file in memory, under `secret:ALIAS:N:luks` or `secret:ALIAS:N:auth`; the
+certificates of a client over TLS as one of their directory, under `secret:ALIAS:N:tls`.
 Documents: https://libvirt.org/formatstorageencryption.html; LUKS: the LUKS1 on-disk format, section 1.
 """
 
@@ -29,6 +30,7 @@ __all__ = [
     "luks_secret",
     "needs",
     "own_secrets",
+    "tls_credentials",
 ]
 
 SECRET_PREFIX = "secret:"
@@ -48,8 +50,8 @@ class Need(NamedTuple):
     usage: str
     secret: SecretReference
     where: str
-    base64: bool = False  # the value is handed on as base64: Ceph's keys
     text: str = ""  # the value itself, where the document has it: cookies
+    certificates: bool = False  # no value, but the directory with those of a client over TLS
 
 
 def luks_secret(disk: Disk, layer: Layer) -> str:
@@ -62,6 +64,10 @@ def auth_secret(disk: Disk, layer: Layer) -> str:
 
 def cookie_secret(disk: Disk, layer: Layer) -> str:
     return f"{alias_of(disk)}-{layer.key}-cookie"
+
+
+def tls_credentials(disk: Disk, layer: Layer) -> str:
+    return f"{alias_of(disk)}-{layer.key}-tls"
 
 
 def cookies_of(source: DiskSource) -> str:
@@ -101,11 +107,14 @@ def needs(disk: Disk) -> Iterator[Need]:
             protocol = layer.source.protocol or ""
             usage = _AUTH_USAGE.get(protocol, "iscsi")
             file = f"{SECRET_PREFIX}{alias_of(disk)}:{layer.number}:auth"
-            yield Need(auth_secret(disk, layer), file, usage, auth.secret, where, base64=protocol == "rbd")
+            yield Need(auth_secret(disk, layer), file, usage, auth.secret, where)
         cookies = cookies_of(layer.source)
         if cookies and layer.type == "network":
             file = f"{SECRET_PREFIX}{alias_of(disk)}:{layer.number}:cookie"
             yield Need(cookie_secret(disk, layer), file, "", SecretReference(), where, text=cookies)
+        if layer.source.tls and layer.type == "network":
+            file = f"{SECRET_PREFIX}{alias_of(disk)}:{layer.number}:tls"
+            yield Need(tls_credentials(disk, layer), file, "", SecretReference(), where, certificates=True)
 
 
 def _passphrase(encryption: Encryption, layer: Layer, where: str) -> SecretReference:

@@ -13,13 +13,17 @@ import contextlib
 import fcntl
 import os
 import threading
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from kvik.errors import OperationFailed
+from kvik.errors import KvikError, OperationFailed
 
-__all__ = ["PIECE", "StateSource", "StateTarget", "copy_in", "copy_out", "in_own_thread", "widen"]
+if TYPE_CHECKING:
+    from kvik.hypervisor.monitored import MonitoredProcess
 
+__all__ = ["FD_NAME", "PIECE", "StateSource", "StateTarget", "copy_in", "in_own_thread", "received", "widen"]
+
+FD_NAME = "kvik-state"  # the VMM's name of our pipe
 PIECE = 1 << 20  # bytes that are read and written in one go
 _F_SETPIPE_SZ = 1031  # linux/fcntl.h
 
@@ -50,7 +54,33 @@ def widen(fd: int) -> None:
         fcntl.fcntl(fd, _F_SETPIPE_SZ, PIECE)
 
 
-def copy_out(fd: int, target: StateTarget) -> None:
+@contextlib.asynccontextmanager
+async def received(machine: MonitoredProcess, target: StateTarget) -> AsyncIterator[asyncio.Future[None]]:
+    """The VMM has a pipe, `FD_NAME`, and a thread writes what comes out of it to `target`: that is what is yielded. The
+    block has the VMM send its state; when it ends all of it is written. Raises `OperationFailed` if it cannot be."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    widen(writer)
+    try:
+        await machine.execute("getfd", {"fdname": FD_NAME}, fds=[writer])
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    copying = in_own_thread(lambda: _copy_out(reader, target))
+    try:
+        yield copying
+        await copying
+        await in_own_thread(target.finish)
+    except BaseException as error:
+        target.cancelled = True
+        await asyncio.wait([copying], timeout=10)
+        if isinstance(error, OSError) and not isinstance(error, KvikError):
+            raise OperationFailed(f"the state of machine {machine.name} was not written: {error}") from error
+        raise
+
+
+def _copy_out(fd: int, target: StateTarget) -> None:
     """From the VMM's pipe to `target`, until the VMM closes its end. Closes `fd`: a target that fails ends the VMM's
     sending."""
     buffer = memoryview(bytearray(PIECE))

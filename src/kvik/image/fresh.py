@@ -65,9 +65,13 @@ class Fresh:
         ours = os.fstat(self.fd)
         if self.is_device or (not self.made and _version(ours) == _version(self._before)):
             return  # nothing was done to it
-        os.ftruncate(self.fd, 0)
         if not self.made:
+            os.ftruncate(self.fd, 0)
             return
+        try:
+            os.ftruncate(self.fd, 0)
+        except OSError:  # btrfs at its quota, which lets files be removed
+            pass
         try:
             there = os.stat(self.path, follow_symlinks=False)  # noqa: PTH116
         except OSError:

@@ -112,13 +112,17 @@ def plain_file(name: str, what: str, image: str) -> str:
 class Opener:
     """Opens a local user's own images with all they refer to, as qemu-img does.
 
-    `foreign` opens images of the formats in `FOREIGN`, to be read; none of them can be another's backing file.
+    `foreign` opens images of the formats in `FOREIGN`, to be read; none of them can be another's backing file. With
+    `alone` nothing that an image refers to is opened: such an image can be looked at, but what lies there not be read.
     """
 
-    def __init__(self, *, share: bool = False, lock: bool = True, foreign: ForeignOpener | None = None) -> None:
+    def __init__(
+        self, *, share: bool = False, lock: bool = True, foreign: ForeignOpener | None = None, alone: bool = False
+    ) -> None:
         self._share = share
         self._lock = lock
         self._foreign = foreign
+        self._alone = alone
 
     def open(
         self,
@@ -200,7 +204,11 @@ class Opener:
             try:
                 return self._open(there, stated, False, True, (*above, identity), write_layer=write_layer)
             except OSError as error:
-                raise ImageError(f"its backing file {there} cannot be opened: {error.strerror}", file=path) from error
+                raise ImageError(
+                    f"its backing file {there} cannot be opened: {error.strerror}",
+                    file=path,
+                    remedy="put it there, or say where it is: kvik img rebase -u -b FILE -F FORMAT IMAGE",
+                ) from error
 
         def data(name: str) -> int:
             there = beside(path, plain_file(name, "data file", path))
@@ -223,8 +231,8 @@ class Opener:
             fd,
             format=format,
             writable=writable,
-            backing=below if chain else None,
-            data_file=data,
+            backing=below if chain and not self._alone else None,
+            data_file=None if self._alone else data,
             path=path,
             repairing=repairing,
             barriers=barriers,

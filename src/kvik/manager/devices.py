@@ -199,6 +199,7 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
     if isinstance(given, Disk):
         await domain.manager.store.run(disks.check_disk, given, domain.name)
         use = await domain.manager.store.run(disks.use_of, given)
+        check_idle(domain.manager, [], [given])
         if use is not None:
             disks.check_unused([use], domain.manager.disk_uses(domain))
             check_idle(domain.manager, [use])
@@ -401,6 +402,7 @@ async def _update_live(domain: DomainObject, kind: str, given: Element) -> None:
         volume_disks.resolve_disk(domain.manager, given)
         await domain.manager.store.run(disks.check_disk, given, domain.name)
         use = await domain.manager.store.run(disks.use_of, given)
+        check_idle(domain.manager, [], [given])
         if use is not None:
             disks.check_unused([use], domain.manager.disk_uses(domain))
             check_idle(domain.manager, [use])

@@ -27,7 +27,7 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.hypervisor.driver import Driver
-from kvik.manager import figures, filtering, host_names, ports, prepare, recover, starting
+from kvik.manager import figures, filtering, host_names, ports, prepare, recover, renaming, starting
 from kvik.manager.backup import job as backups
 from kvik.manager.checkpoints import resume as checkpoints
 from kvik.manager.checkpoints.store import store_of as checkpoints_of
@@ -122,8 +122,8 @@ class Manager:
         self.warnings += self.pools.warnings
         await recover.recover(self)
         await saved_machine.load(self)
+        await self._load_checkpoints()  # before images are merged, whose bitmaps they ask for
         await resume.load(self)
-        await self._load_checkpoints()
         await ports.settle(self)
         ports.watch(self)
         host_names.watch(self)
@@ -235,6 +235,15 @@ class Manager:
 
     def known_uuid(self, uuid: bytes) -> DomainObject | None:
         return self._uuids.get(uuid)
+
+    def has_name(self, name: str) -> bool:
+        return name in self._names
+
+    def renamed(self, domain: DomainObject, new: str) -> None:
+        """Its files have the new name already."""
+        del self._names[domain.name]
+        domain.name = domain.jobs.owner = new
+        self._names[new] = domain
 
     def activated(self, domain: DomainObject) -> None:
         self._ids[domain.id] = domain
@@ -348,9 +357,10 @@ class Manager:
         files: Mapping[str, int] | None = None,
         autodestroy: Hashable | None = None,
         saved: Saved | None = None,
+        reset_nvram: bool = False,
     ) -> DomainObject:
         """Start a machine that is forgotten when it ends; or run a defined one for once by this document. `saved`: what
-        it goes on from instead of booting."""
+        it goes on from instead of booting. `reset_nvram`: its firmware's variables are made anew."""
         document, config = await self._prepare(xml)
         if validate:
             _refuse_unknown(document)
@@ -366,7 +376,9 @@ class Manager:
         saved_machine.check_no_managed_save(domain, "running it by another document")
         try:
             async with domain.jobs.hold("start", limit=starting.LONG if saved is not None else LIMIT):
-                await starting.boot(domain, paused, files or {}, autodestroy, config=config, saved=saved)
+                await starting.boot(
+                    domain, paused, files or {}, autodestroy, config=config, saved=saved, reset_nvram=reset_nvram
+                )
         except BaseException:
             if not domain.persistent and not domain.is_active:
                 self.forget(domain)
@@ -442,39 +454,7 @@ class Manager:
     async def rename(self, domain: DomainObject, new: str) -> None:
         check_name(new)
         async with domain.jobs.hold("rename"), self._claim(domain.name, domain.uuid, new):
-            if not domain.persistent:
-                raise OperationInvalid(f"machine {domain.name!r} is transient and cannot be renamed")
-            if domain.run is not None:
-                raise OperationInvalid(f"machine {domain.name!r} is running", remedy="shut it down first")
-            if domain.cleaning:
-                await asyncio.shield(domain.cleaning)
-            if len(domain.snapshots):
-                raise OperationInvalid(
-                    f"machine {domain.name!r} has {len(domain.snapshots)} snapshots and cannot be renamed",
-                    remedy="delete them first",
-                )
-            if len(domain.checkpoints):
-                raise OperationInvalid(
-                    f"machine {domain.name!r} has {len(domain.checkpoints)} checkpoints and cannot be renamed",
-                    remedy="delete them first",
-                )
-            saved_machine.check_no_managed_save(domain, "another name")
-            if new == domain.name:
-                raise AlreadyExists(f"machine {new!r} has this name already")
-            if new in self._names:
-                raise AlreadyExists(f"there is a machine {new!r} already")
-            document = domain.definition
-            document.name = new
-            config = Definition(document)
-            log = domain.log
-            await self.store.rename_definition(domain.name, new, config.text, autostart=domain.autostart)
-            domain.emit("lifecycle", event=DomainEventType.UNDEFINED, detail=DomainEventUndefinedDetailType.RENAMED)
-            del self._names[domain.name]
-            domain.name = domain.jobs.owner = new
-            domain.config = config
-            self._names[new] = domain
-            await self.store.run(log.rename, new)
-            domain.emit("lifecycle", event=DomainEventType.DEFINED, detail=DomainEventDefinedDetailType.RENAMED)
+            await renaming.rename(self, domain, new)
 
     # everything at once
 

@@ -22,7 +22,7 @@ from kvik.errors import ConfigError, InvalidArgument, KvikError
 from kvik.host import process
 from kvik.host.documents import SUFFIX, set_aside
 from kvik.hypervisor.driver import EventKind, MachineEvent
-from kvik.manager import block_following, devices, disks, guest, lifecycle, ports, prepare, rx_filters
+from kvik.manager import block_following, devices, disks, guest, lifecycle, ports, prepare, renaming, rx_filters
 from kvik.manager.backup import job as backup_job
 from kvik.manager.checkpoints import resume as checkpoints
 from kvik.manager.definition import Definition
@@ -95,6 +95,8 @@ async def _load_definitions(manager: Manager, loaded: Loaded) -> None:
         try:
             config = Definition(document)
             if _add(manager, config, loaded):
+                for warning in await manager.store.run(renaming.finish, manager, was, name):
+                    _warn(manager, warning)
                 await manager.store.save_definition(name, config.text)
                 _warn(manager, f"the renaming of machine {was!r} to {name!r} was completed")
         except (ConfigError, InvalidArgument) as error:

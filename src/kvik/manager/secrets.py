@@ -28,6 +28,7 @@ from kvik.host import documents, files
 from kvik.host.documents import DOCUMENT_LIMIT, SUFFIX, set_aside
 from kvik.host.secret_file import memory_file
 from kvik.hypervisor.secrets import needs
+from kvik.manager.certificates import lend_client, remove_lent
 from kvik.manager.store import Store
 from kvik.paths import Paths
 
@@ -47,6 +48,7 @@ class Secrets:
 
     def __init__(self, paths: Paths, store: Store) -> None:
         self.directory = paths.secrets
+        self.certificates, self.run = paths.certificates, paths.run
         self.warnings: list[str] = []  # what `open` had to set aside
         self._store = store
         self._secrets: dict[str, Secret] = {}
@@ -70,6 +72,7 @@ class Secrets:
 
     def _load(self) -> None:
         files.ensure_directory(self.directory)
+        remove_lent(self.run)
         with contextlib.suppress(HostError):
             files.remove_temporaries(self.directory, older_than=0)
         for path in sorted(self.directory.glob(f"*{SUFFIX}")):
@@ -229,16 +232,19 @@ def open_secrets(secrets: Secrets, disks: Iterable[Disk], held: ExitStack) -> di
     """The values that disks need, as descriptors by the names that a driver looks for.
 
     When `held` is closed they are, and the files are empty for whoever still holds them: a VMM has read its own then.
-    Raises `NoSecret`, `InvalidSecret`, `ConfigUnsupported`.
+    Raises `NoSecret`, `InvalidSecret`, `ConfigUnsupported`, `HostError`.
     """
     opened = {}
     for disk in disks:
         for need in needs(disk):
+            if need.certificates:
+                opened[need.file] = lend_client(secrets.certificates, secrets.run, need.where, held)
+                continue
             try:
                 value = need.text.encode() or secrets.value(need.usage, uuid=need.secret.uuid, usage=need.secret.usage)
             except (NoSecret, InvalidSecret) as error:
                 raise type(error)(f"{need.where}: {error.message}", remedy=error.remedy) from error
-            fd = memory_file(base64.b64encode(value) if need.base64 else value)
+            fd = memory_file(value)
             held.callback(os.close, fd)
             held.callback(os.ftruncate, fd, 0)
             opened[need.file] = fd

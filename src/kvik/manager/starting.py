@@ -21,10 +21,10 @@ from kvik.errors import (
     KvikError,
     OperationFailed,
     OperationInvalid,
-    OperationUnsupported,
 )
 from kvik.host import process
 from kvik.hypervisor.driver import Feature, Machine, StartRequest
+from kvik.hypervisor.firmware import reset_variables
 from kvik.manager import disks, lifecycle, ports, sanlock, volume_disks
 from kvik.manager.definition import Definition
 from kvik.manager.interfaces import open_interfaces
@@ -54,16 +54,15 @@ LONG = 7 * 24 * 3600.0  # seconds that reading a machine's memory may take
 async def start(
     domain: DomainObject, paused: bool, flags: int, files: Mapping[str, int], autodestroy: Hashable | None
 ) -> None:
-    if flags & DomainCreateFlags.START_RESET_NVRAM:
-        raise OperationUnsupported("resetting the firmware's variables at start is not supported yet")
+    anew = bool(flags & DomainCreateFlags.START_RESET_NVRAM)
     paused = paused or bool(flags & DomainCreateFlags.START_PAUSED)
     async with domain.jobs.hold("start", limit=LONG if domain.has_managed_save else LIMIT):
         if not domain.has_managed_save or domain.is_active:
-            await boot(domain, paused, files, autodestroy)
+            await boot(domain, paused, files, autodestroy, reset_nvram=anew)
             return
         if flags & DomainCreateFlags.START_FORCE_BOOT:
             await saved_machine().forget_managed(domain)
-            await boot(domain, paused, files, autodestroy)
+            await boot(domain, paused, files, autodestroy, reset_nvram=anew)
             return
         await _start_saved(domain, paused, flags, files, autodestroy)
 
@@ -83,8 +82,9 @@ async def _start_saved(
     bypass = module.BYPASS_CACHE if flags & DomainCreateFlags.START_BYPASS_CACHE else 0
     saved, document = await module.open_managed(domain, bypass)
     paused = paused or not saved.running
+    anew = bool(flags & DomainCreateFlags.START_RESET_NVRAM)
     try:
-        await boot(domain, paused, files, autodestroy, config=Definition(document), saved=saved)
+        await boot(domain, paused, files, autodestroy, config=Definition(document), saved=saved, reset_nvram=anew)
     finally:
         saved.close()
         domain.has_managed_save = await domain.manager.store.run(
@@ -100,8 +100,10 @@ async def boot(
     *,
     config: Definition | None = None,
     saved: Saved | None = None,
+    reset_nvram: bool = False,
 ) -> None:
     """Run the definition (or `config`, for this once), or go on from what was `saved`; the job is the caller's.
+    `reset_nvram`: the firmware's variables are made anew before.
 
     On an error the machine is off and nothing is left behind.
     """
@@ -120,7 +122,7 @@ async def boot(
     await manager.driver_of(definition).validate(definition)
     # No await between this check and the next line: two starts with one disk cannot pass it together.
     disks.check_unused(uses, manager.disk_uses(domain))
-    check_idle(manager, uses)
+    check_idle(manager, uses, definition.devices.disks)
     run.uses = uses
     run.autodestroy = autodestroy
     number = manager.next_id()
@@ -128,6 +130,8 @@ async def boot(
     domain.run = run
     definition.id = number
     try:
+        if reset_nvram:
+            await manager.store.run(reset_variables, definition)
         machine = await _spawn(domain, run, paused or saved is not None, files, saved)
         run.machine, run.pid = machine, machine.pid
         stat = process.read_stat(machine.pid)

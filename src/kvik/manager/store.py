@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 from xml.sax.saxutils import escape, quoteattr
 
 from lxml import etree
@@ -156,6 +158,24 @@ def _quietly(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -
         function(*args, **kwargs)
 
 
+Moves = Sequence[tuple[Path, Path]]  # of directories and files: from, to
+
+
+def move(source: Path, target: Path) -> bool:
+    """Durably; False if there is none. `HostError` where there is something at `target`."""
+    try:
+        if target.is_file() and source.exists():
+            raise FileExistsError(errno.EEXIST, f"{target} exists already")
+        try:
+            source.rename(target)
+        except FileNotFoundError:
+            return False
+        files.fsync_directory(target.parent)
+    except OSError as error:
+        raise files.host_error("move", source, error) from error
+    return True
+
+
 @dataclass(slots=True)
 class Loaded:
     """What `load` found."""
@@ -176,6 +196,7 @@ class Store:
         self.marker = paths.run / "autostarted"
         self.boot = boot()
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="kvik-store")
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by machine, while one is wanted
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a blocking function in a thread of the store.
@@ -269,8 +290,9 @@ class Store:
 
         await self.run(remove)
 
-    async def rename_definition(self, old: str, new: str, text: str, *, autostart: bool) -> None:
-        """`text` is the document with the new name in it. On an error the old name is back."""
+    async def rename_definition(self, old: str, new: str, text: str, *, autostart: bool, moves: Moves = ()) -> None:
+        """`text` is the document with the new name in it; `moves`: what goes with it. On an error the old
+        name is back."""
 
         def rename() -> None:
             source, target = self._definition(old), self._definition(new)
@@ -280,9 +302,14 @@ class Store:
                     files.atomic_symlink(target, self._link(new))
                 try:
                     source.rename(target)
+                    undo.callback(_quietly, target.rename, source)
+                    if moves:  # what goes with it must not be there before it is, also after a power loss
+                        files.fsync_directory(target.parent)
                 except OSError as error:
                     raise files.host_error("rename", source, error) from error
-                undo.callback(_quietly, target.rename, source)
+                for place, new_place in moves:
+                    if move(place, new_place):
+                        undo.callback(_quietly, new_place.rename, place)
                 before = files.try_read_file(target, limit=DOCUMENT_LIMIT)
                 if before is not None:
                     undo.callback(_quietly, files.atomic_write, target, before, durable=False)
@@ -311,9 +338,16 @@ class Store:
     def _status(self, name: str) -> Path:
         return self.status / f"{check_name(name)}{SUFFIX}"
 
+    # Of one machine they come one after the other, as they were asked for: two threads could end in the other order,
+    # and what an event had to say would take back that a save had begun.
+
+    def _turn(self, name: str) -> asyncio.Lock:
+        return self._turns.setdefault(name, asyncio.Lock())
+
     async def save_status(self, status: Status) -> None:
         data = status.to_xml()
-        await self.run(files.atomic_write, self._status(status.name), data, durable=False)
+        async with self._turn(status.name):
+            await self.run(files.atomic_write, self._status(status.name), data, durable=False)
 
     async def remove_status(self, name: str, directory: Path | None = None) -> None:
         """Forget a machine that ended: its runtime directory first, so that the status still tells what to clean."""
@@ -323,7 +357,8 @@ class Store:
                 self.remove_runtime_directory(directory)
             files.remove_file(self._status(name), durable=False)
 
-        await self.run(remove)
+        async with self._turn(name):
+            await self.run(remove)
 
     # runtime directories
 

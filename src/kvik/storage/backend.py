@@ -15,7 +15,8 @@ half done is left behind by any of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, NoReturn
 
@@ -113,7 +114,14 @@ class Backend:
         """A new one, with the bytes that can be read from the descriptor `source` (a file or block device)."""
         self.refuse("copying volumes")
 
-    def convert_volume(self, document: StorageVolume, source: Image, locked: Encryption | None = None) -> StorageVolume:
+    def convert_volume(
+        self,
+        document: StorageVolume,
+        source: Image,
+        locked: Encryption | None = None,
+        *,
+        preallocate_metadata: bool = False,
+    ) -> StorageVolume:
         """A new one, of the format that the document names, that reads as `source` does; `locked`: when that is opened
         with its secret."""
         self.refuse("converting volumes")
@@ -129,13 +137,20 @@ class Backend:
         """A descriptor of its bytes. HostError if what has its name now is not a volume any more."""
         self.refuse("reading and writing volumes")
 
-    def wipe_volume(self, volume: StorageVolume, passes: Sequence[bytes]) -> None:
-        """Overwrite all of it, once for each of `passes` (`wiping.passes_of`)."""
-        fd = self.open_volume(volume, writable=True)
+    @contextmanager
+    def opened(self, volume: StorageVolume, *, writable: bool = False) -> Iterator[int]:
+        """The same for the time of a block. What is written is on disk when it was asked for (fsync(2)) and has ended
+        well."""
+        fd = self.open_volume(volume, writable=writable)
         try:
-            overwrite(fd, size_of(fd), passes)
+            yield fd
         finally:
             os.close(fd)
+
+    def wipe_volume(self, volume: StorageVolume, passes: Sequence[bytes]) -> None:
+        """Overwrite all of it, once for each of `passes` (`wiping.passes_of`)."""
+        with self.opened(volume, writable=True) as fd:
+            overwrite(fd, size_of(fd), passes)
 
     def look_at(self, volume: StorageVolume) -> StorageVolume:
         """The volume as it is now."""

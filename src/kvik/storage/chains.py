@@ -7,6 +7,8 @@ make a copy of it readable. Formats are those that the documents and headers nam
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,13 +39,16 @@ def image_format(volume: StorageVolume) -> str:
     return volume.format
 
 
-def open_volume_image(pools: Pools, backend: Backend, volume: StorageVolume) -> Image:
-    """To be read, and closed by the caller. Blocks; raises ImageError, OperationInvalid, HostError."""
-    return _open(pools, backend, volume, image_format(volume), DEPTH_MAX)
+@contextmanager
+def open_volume_image(pools: Pools, backend: Backend, volume: StorageVolume) -> Iterator[Image]:
+    """To be read. Blocks; raises ImageError, OperationInvalid, HostError."""
+    kind = image_format(volume)
+    with backend.opened(volume) as fd, _image(pools, os.dup(fd), volume, kind, DEPTH_MAX) as image:
+        yield image
 
 
-def _open(pools: Pools, backend: Backend, volume: StorageVolume, kind: str, depth: int) -> Image:
-    fd = backend.open_volume(volume)
+def _image(pools: Pools, fd: int, volume: StorageVolume, kind: str, depth: int) -> Image:
+    """Of a descriptor that it takes."""
     try:
         return open_image(fd, format=kind, path=volume.path, backing=partial(_below, pools, volume, depth - 1))
     except BaseException:
@@ -65,4 +70,4 @@ def _below(pools: Pools, above: StorageVolume, depth: int, name: str, kind: str 
     kind = kind or "raw"
     if kind not in ("raw", "qcow2"):
         raise ConfigUnsupported(f"volume '{above.name}' is based on an image of format {kind}")
-    return _open(pools, pool.active(), volume, kind, depth)
+    return _image(pools, pool.active().open_volume(volume), volume, kind, depth)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,15 +25,17 @@ from kvik.host.process import find_program
 from kvik.image.base import Image
 from kvik.image.convert import convert
 from kvik.image.raw import RawImage
-from kvik.storage import sparse
+from kvik.storage import encryption, sparse
 from kvik.storage.backend import Backend
 from kvik.storage.directory import permissions_of
+from kvik.storage.formats import is_luks
 from kvik.storage.tool import call
 
-__all__ = ["DeviceBackend", "device_volume", "open_device", "settle"]
+__all__ = ["DeviceBackend", "device_volume", "header_of", "open_device", "settle"]
 
 UDEV = Path("/run/udev/control")
 SETTLING = 30.0  # seconds: udevadm settle's own deadline is longer
+LUKS_ROOM = 2 << 20  # bytes that QEMU's LUKS header and its keys take at most
 
 
 def settle() -> None:
@@ -59,9 +62,10 @@ def open_device(path: str, *, writable: bool = False) -> int:
 
 
 def device_volume(
-    name: str, path: str, *, key: str = "", size: int | None = None, format_: str = "raw"
+    name: str, path: str, *, key: str = "", size: int | None = None, format_: str = "raw", sealable: bool = False
 ) -> StorageVolume:
-    """The volume that a device is. `size` in bytes where a tool said it; else the device is asked. HostError."""
+    """The volume that a device is. `size` in bytes where a tool said it; else the device is asked. `sealable`: of a
+    pool whose volumes may be encrypted, which their first bytes tell. HostError."""
     try:
         info = os.stat(path)  # noqa: PTH116
         if not stat.S_ISBLK(info.st_mode):
@@ -77,7 +81,21 @@ def device_volume(
     volume = StorageVolume(type="block", name=name, key=key or path)
     volume.capacity, volume.allocation, volume.physical = bytes_of(size), bytes_of(size), bytes_of(size)
     volume.target = VolumeTarget(path=path, format=VolumeFormat(type=format_), permissions=permissions_of(info))
+    if sealable:
+        _see_encryption(volume, size)
     return volume
+
+
+def _see_encryption(volume: StorageVolume, size: int) -> None:
+    """A machine sees what lies behind the header. A device that cannot be read now is shown as it is."""
+    with suppress(OSError, HostError):
+        fd = open_device(volume.path)
+        try:
+            if is_luks(fd) and volume.target is not None:
+                volume.target.encryption = Encryption(format="luks")
+                volume.capacity = bytes_of(max(0, size - encryption.payload_offset(fd)))
+        finally:
+            os.close(fd)
 
 
 def add_extent(volume: StorageVolume, device: str, start: int, end: int) -> None:
@@ -105,16 +123,38 @@ class DeviceBackend(Backend):
         except KeyError:
             raise NoStorageVolume(f"volume '{volume.name}' of pool '{self.name}' is gone") from None
 
+    def create_volume(self, document: StorageVolume, *, preallocate_metadata: bool = False) -> StorageVolume:
+        """An encrypted one is larger than what a machine sees of it, by its header."""
+        self.plain(document)
+        if encryption.encryption_of(document) is None:
+            return self.make_device(document)
+        within = as_raw(document)
+        encryption.check_encryption(within)
+        made = self.make_device(_larger(document, document.size + LUKS_ROOM))
+        try:
+            with self.opened(made, writable=True) as fd:
+                encryption.create(fd, within, self.secret)
+        except BaseException:
+            self.delete_volume(made)
+            raise
+        return self.look_at(made)
+
+    def make_device(self, document: StorageVolume) -> StorageVolume:
+        """A new one with at least `document.size` bytes. StorageVolumeExists if the name is taken."""
+        self.refuse("creating volumes")
+
     def copy_volume(self, document: StorageVolume, source: int, *, reflink: bool = False) -> StorageVolume:
         """A new device as large as asked for, with all bytes: where the source has holes, what the device held before
         is overwritten."""
         if reflink:
             self.refuse("copies that share their blocks")
-        made = self.create_volume(document)
+        self.plain(document)
+        size = sparse.size_of(source)  # of an encrypted one more than its machine sees
+        made = self.make_device(_larger(document, max(size, document.size + encryption.payload_offset(source))))
         try:
             fd = self.open_volume(made, writable=True)
             try:
-                copy_all(source, fd, min(sparse.size_of(source), made.size))
+                copy_all(source, fd, min(size, sparse.size_of(fd)))
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -126,13 +166,23 @@ class DeviceBackend(Backend):
             raise
         return self.look_at(made)
 
-    def convert_volume(self, document: StorageVolume, source: Image, locked: Encryption | None = None) -> StorageVolume:
+    def convert_volume(
+        self,
+        document: StorageVolume,
+        source: Image,
+        locked: Encryption | None = None,
+        *,
+        preallocate_metadata: bool = False,
+    ) -> StorageVolume:
         made = self.create_volume(document)
         try:
-            fd = self.open_volume(made, writable=True)
-            with RawImage(fd, made.path, writable=True) as target:
-                convert(source, target)
-                target.flush()
+            with self.opened(made, writable=True) as fd:
+                if encryption.encryption_of(document) is not None:
+                    encryption.fill(fd, as_raw(document), self.secret, source, locked)
+                else:
+                    with RawImage(os.dup(fd), made.path, writable=True) as target:
+                        convert(source, target)
+                        target.flush()
         except BaseException:
             self.delete_volume(made)
             raise
@@ -145,8 +195,28 @@ class DeviceBackend(Backend):
             raise ConfigUnsupported(
                 f"a volume of pool '{self.name}' has no format {document.format}", path="/volume/target/format/@type"
             )
-        if target is not None and target.encryption is not None:
-            raise ConfigUnsupported("encrypted volumes cannot be created", path="/volume/target/encryption")
+
+
+def header_of(volume: StorageVolume) -> int:
+    """Bytes of a device that its machine does not see: the header of an encrypted one."""
+    return volume.physical.value - volume.size if volume.physical is not None else 0
+
+
+def as_raw(document: StorageVolume) -> StorageVolume:
+    """For what cares for the volume's bytes: a partition's format is what its table says of it."""
+    made = document.copy()
+    if made.target is not None:
+        made.target.format = VolumeFormat(type="raw")
+    return made
+
+
+def _larger(document: StorageVolume, size: int) -> StorageVolume:
+    """The same with room for more; taken as a whole where that was asked for."""
+    made = document.copy()
+    made.capacity = bytes_of(size)
+    if document.allocated >= document.size:
+        made.allocation = bytes_of(size)
+    return made
 
 
 def copy_all(source: int, target: int, size: int) -> None:

@@ -213,22 +213,29 @@ class DirectoryBackend(Backend):
                 os.ftruncate(fd, length)
             return self._examine(directory, document.name)
 
-    def convert_volume(self, document: StorageVolume, source: Image, locked: Encryption | None = None) -> StorageVolume:
+    def convert_volume(
+        self,
+        document: StorageVolume,
+        source: Image,
+        locked: Encryption | None = None,
+        *,
+        preallocate_metadata: bool = False,
+    ) -> StorageVolume:
         self._creatable(document)
         with Beneath(self.document.path) as directory:
             with self._making(directory, document) as fd:
                 if encryption.encryption_of(document) is not None:
-                    encryption.create(fd, document, self.secret)
+                    encryption.create(fd, document, self.secret, metadata=preallocate_metadata)
                     encryption.fill(fd, document, self.secret, source, locked)
                 else:
-                    self._convert(fd, document, source)
+                    self._convert(fd, document, source, preallocate_metadata)
             return self._examine(directory, document.name)
 
-    def _convert(self, fd: int, document: StorageVolume, source: Image) -> None:
+    def _convert(self, fd: int, document: StorageVolume, source: Image, metadata: bool) -> None:
         if document.format == "raw":
             allocate(fd, document.size, document.allocated)
         else:
-            qcow2.create(fd, document)
+            qcow2.create(fd, document, preallocate_metadata=metadata)
         with qcow2.writing(fd, document.format, document.name) as target:
             convert(source, target, zeroed=document.allocated == 0)
 

@@ -27,7 +27,16 @@ from kvik.image.luks import luks_facts
 from kvik.image.qcow2.reader import Qcow2Reader
 from kvik.storage.backend import SecretReader
 
-__all__ = ["check_encryption", "create", "encryption_of", "fill", "payload_offset", "resize"]
+__all__ = [
+    "check_encryption",
+    "create",
+    "encryption_of",
+    "fill",
+    "image_node",
+    "payload_offset",
+    "resize",
+    "secret_object",
+]
 
 PATH = "/volume/target/encryption"
 SLOWEST = 16 << 20  # bytes a second that qemu-img encrypts at the least
@@ -94,7 +103,7 @@ def create(fd: int, document: StorageVolume, secret: SecretReader, *, metadata: 
         options += _luks_options(encryption)
     kind = "qcow2" if document.format == "qcow2" else "luks"
     with _passphrase(encryption, secret) as key:
-        words = ["create", "-q", "-f", kind, *_object(KEY, key), *below, "-o", ",".join(options)]
+        words = ["create", "-q", "-f", kind, *secret_object(KEY, key), *below, "-o", ",".join(options)]
         _qemu_img([*words, f"/proc/self/fd/{fd}", str(document.size)], document, writable=[fd], keys=[key])
     if kind == "luks" and document.allocated:
         offset = payload_offset(fd)
@@ -113,11 +122,11 @@ def fill(
     chain = [*_chain(source)]
     with ExitStack() as stack:
         keys = [stack.enter_context(_passphrase(encryption, secret))]
-        objects = _object(KEY, keys[0])
+        objects = secret_object(KEY, keys[0])
         if locked is not None and locked.secrets:
             keys.append(stack.enter_context(_passphrase(locked, secret)))
-            objects += _object(SOURCE_KEY, keys[1])
-        target = ",".join(_options(_node(document.format, fd, KEY)))
+            objects += secret_object(SOURCE_KEY, keys[1])
+        target = ",".join(_options(image_node(document.format, fd, KEY)))
         given = "json:" + json.dumps(_source(chain, SOURCE_KEY if len(keys) > 1 else ""))
         words = ["convert", "-q", "-n", *objects, "--target-image-opts", given, target]
         _qemu_img(words, document, readable=[image.fd for image in chain], writable=[fd], keys=keys)
@@ -135,8 +144,14 @@ def resize(fd: int, volume: StorageVolume, secret: SecretReader, capacity: int, 
     if volume.backing_store is not None:
         raise ConfigUnsupported(f"encrypted volume '{volume.name}' is based on another, and cannot be resized")
     with _passphrase(encryption, secret) as key:
-        words = ["resize", "-q", *(["--preallocation=falloc"] if allocate else []), "--shrink", *_object(KEY, key)]
-        given = ",".join(_options(_node("qcow2", fd, KEY)))
+        words = [
+            "resize",
+            "-q",
+            *(["--preallocation=falloc"] if allocate else []),
+            "--shrink",
+            *secret_object(KEY, key),
+        ]
+        given = ",".join(_options(image_node("qcow2", fd, KEY)))
         _qemu_img(
             [*words, "--image-opts", given, str(capacity)], volume, "resized", size=capacity, writable=[fd], keys=[key]
         )
@@ -162,14 +177,14 @@ def _source(chain: list[Image], key: str) -> dict[str, Any]:
         its_key = key if image is chain[0] else ""
         if isinstance(image, Qcow2Reader) and image.header.crypt_method and not its_key:
             raise ConfigUnsupported(f"{image.path} is encrypted, and no secret opens it here")
-        node = _node(image.format, image.fd, its_key)
+        node = image_node(image.format, image.fd, its_key)
         if image.format == "qcow2":
             node["backing"] = above or None
         above = node
     return above
 
 
-def _node(format_: str, fd: int, key: str) -> dict[str, Any]:
+def image_node(format_: str, fd: int, key: str) -> dict[str, Any]:
     """How QEMU is told of an image; `key` names the object with its passphrase. Who works on a volume holds its lock
     already."""
     kind = "host_device" if stat.S_ISBLK(os.fstat(fd).st_mode) else "file"
@@ -191,7 +206,7 @@ def _options(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}={value}"
 
 
-def _object(name: str, fd: int) -> list[str]:
+def secret_object(name: str, fd: int) -> list[str]:
     return ["--object", f"secret,id={name},file=/proc/self/fd/{fd}"]
 
 

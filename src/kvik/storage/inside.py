@@ -10,6 +10,7 @@ from kvik.image.opening import Opener
 from kvik.image.qcow2.snapshots import find_by_name
 from kvik.image.qcow2.snapshotting import apply_snapshot, create_snapshot, delete_snapshot
 from kvik.image.qcow2.writer import Qcow2Writer
+from kvik.storage.overlay_bitmaps import remove_all
 
 __all__ = ["go_back", "names", "put", "take_out"]
 
@@ -34,9 +35,12 @@ def put(path: str, name: str) -> None:
 
 
 def go_back(path: str, name: str) -> None:
-    """The image shows what it did. Can be done twice. Raises `NoSnapshot`."""
+    """The image shows what it did; its bitmaps go, for they would not know what changed. Can be done twice. Raises
+    `NoSnapshot`."""
     with _open(path) as image:
-        apply_snapshot(image, find_by_name(image.snapshots, name, path).id)
+        snapshot = find_by_name(image.snapshots, name, path)
+        remove_all(image)
+        apply_snapshot(image, snapshot.id)
 
 
 def take_out(path: str, name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -22,12 +22,14 @@ from kvik.image.opening import open_image
 from kvik.image.qcow2 import header as qcow2_header
 from kvik.image.qcow2.writer import Qcow2Writer
 from kvik.image.rebase import change_backing, copy_up
+from kvik.storage import overlay_bitmaps
 from kvik.storage.encryption import payload_offset
 
 __all__ = ["Facts", "create_overlay", "digest", "is_empty", "look", "merge_back", "merge_forward", "rebase"]
 
 STEP = 1 << 20  # bytes copied at once
 MAX_CHAIN = 200
+NOTHING: Mapping[str, bool] = {}
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -78,9 +80,16 @@ def look(path: str, format: str) -> Facts:
         os.close(fd)
 
 
-def create_overlay(path: str, below: Facts, make: Callable[[int, str, int, str, str], None] | None = None) -> None:
+def create_overlay(
+    path: str,
+    below: Facts,
+    make: Callable[[int, str, int, str, str], None] | None = None,
+    *,
+    tracked: bool = False,
+) -> None:
     """A new, empty qcow2 image on `below`, with that file's owner and mode; durable when this returns. `make`: what
-    writes it, if it is to be encrypted (descriptor, format, size, backing file, its format).
+    writes it, if it is to be encrypted (descriptor, format, size, backing file, its format). `tracked`: the bitmaps of
+    `below` go on in it (else whoever puts it on top sees to that).
 
     Raises `HostError` (EEXIST where there is a file already); then nothing is left.
     """
@@ -95,6 +104,8 @@ def create_overlay(path: str, below: Facts, make: Callable[[int, str, int, str, 
                 make(fd, "qcow2", below.size, below.path, below.format)
             else:
                 create(fd, "qcow2", below.size, backing_file=below.path, backing_format=below.format)
+                if tracked and below.format == "qcow2" and not below.locked:
+                    _go_on(fd, path, below)
             like = os.stat(below.path)  # noqa: PTH116
             if stat.S_ISREG(like.st_mode):
                 if (like.st_uid, like.st_gid) != (os.geteuid(), os.getegid()):
@@ -111,26 +122,47 @@ def create_overlay(path: str, below: Facts, make: Callable[[int, str, int, str, 
         raise
 
 
+def _go_on(fd: int, path: str, below: Facts) -> None:
+    with (
+        open_image(os.dup(fd), format="qcow2", writable=True, path=path) as image,
+        _opened(below, alone=True) as under,
+    ):
+        assert isinstance(image, Qcow2Writer)
+        overlay_bitmaps.go_on(image, under)
+
+
 def rebase(path: str, backing: Facts | None) -> None:
     """Let a qcow2 image rest on another one, or on none; its own data stays. Durable when this returns."""
     with _told(path), _writer(look(path, "qcow2"), alone=True) as image:
         change_backing(image, backing.path if backing else None, backing.format if backing else None)
 
 
-def merge_back(top: Facts, below: Facts, progress: Progress | None = None) -> None:
+def merge_back(
+    top: Facts, below: Facts, progress: Progress | None = None, *, tracked: Mapping[str, bool] = NOTHING
+) -> None:
     """Write what `top` has of its own into `below`, on which it rests. `top` shows the same before, amid and after.
+    `tracked`: bitmaps that somebody asks for, and whether its tracking began in `top`.
 
     Raises `HostError` (ENOSPC among them), `ImageError`, `ResourceBusy`; then it can be done again from the start.
     """
     with _told(below.path), _opened(below, writable=True) as target, _opened(top, alone=True) as source:
         commit(source, target, progress=progress)
+    if any(tracked.values()) and below.format == "qcow2":
+        with _told(below.path), _writer(below, alone=True) as image, _opened(top, alone=True) as gone:
+            overlay_bitmaps.join_back(image, gone, tracked)
 
 
-def merge_forward(top: Facts, below: Facts, progress: Progress | None = None) -> None:
-    """Copy into `top` what it shows of `below`'s own data, then let it rest on what `below` rests on.
+def merge_forward(
+    top: Facts, below: Facts, progress: Progress | None = None, *, tracked: Mapping[str, bool] = NOTHING
+) -> None:
+    """Copy into `top` what it shows of `below`'s own data, then let it rest on what `below` rests on. `tracked`:
+    as in `merge_back`.
 
     `top` shows the same before, amid and after; what else rests on `below` is not touched. Raises as `merge_back`.
     """
+    if tracked:
+        with _told(top.path), _writer(top, alone=True) as image, _opened(below, alone=True) as gone:
+            overlay_bitmaps.join_forward(image, gone, tracked)
     with _told(top.path), ExitStack() as stack:
         image = stack.enter_context(_writer(top))
         under = look(below.backing, below.backing_format or "raw") if below.backing else None

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from uuid import UUID
@@ -42,13 +42,15 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Work:
-    """What is done with one volume, and which machines it keeps from starting. `identity` is known a moment later."""
+    """What is done with one volume, and which machines it keeps from starting. `identity` is known a moment later;
+    `places` are those of a network disk."""
 
     backend: Backend
     name: str
     what: str
     bars: Bars
     identity: Identity | None = None
+    places: set[str] = field(default_factory=set)
 
 
 class PoolObject:
@@ -166,10 +168,12 @@ class PoolObject:
         if work is not None:
             raise ResourceBusy(f"volume '{name}' is in use: {work.what}", remedy="try again later")
 
-    def work_on(self, identity: Identity, writes: bool) -> Work | None:
-        """What is done just now with the file or device, if it bars a machine that only reads it, or `writes`, too."""
+    def work_on(self, identity: Identity | set[str], writes: bool) -> Work | None:
+        """What is done just now with the file or device (or network disk, by its places), if it bars a machine that
+        only reads it, or `writes`, too."""
         for work in self._working.values():
-            if work.identity == identity and (work.bars == "all" or (work.bars == "writers" and writes)):
+            same = work.identity == identity if isinstance(identity, tuple) else not work.places.isdisjoint(identity)
+            if same and (work.bars == "all" or (work.bars == "writers" and writes)):
                 return work
         return None
 

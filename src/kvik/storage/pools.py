@@ -108,8 +108,9 @@ class Pools:
                     return pool, volume
         raise NoStorageVolume(f"no storage vol with matching path '{path}'")
 
-    def check_idle(self, identity: Identity, path: str, writes: bool) -> None:
-        """ResourceBusy if what is done with a volume keeps a machine that reads it, or `writes`, from starting."""
+    def check_idle(self, identity: Identity | set[str], path: str, writes: bool) -> None:
+        """ResourceBusy if what is done with a volume keeps a machine that reads it, or `writes`, from starting.
+        `identity`: of a file or device, or the places of a network disk (`resolve.places`)."""
         for pool in self._names.values():
             work = pool.work_on(identity, writes)
             if work is not None:

@@ -22,7 +22,7 @@ from kvik.conf.storage_volume import (
 from kvik.errors import ConfigError, ConfigUnsupported, ImageError
 from kvik.image.base import Image
 from kvik.image.create import create as create_image
-from kvik.image.opening import open_image
+from kvik.image.opening import open_image, plain_file
 from kvik.storage.formats import look
 
 __all__ = ["create", "describe"]
@@ -124,6 +124,10 @@ def describe(fd: int, volume: StorageVolume, directory: str) -> None:
         target.features = VolumeFeatures()
     volume.capacity = bytes_of(found.virtual_size)
     if found.backing_file:
-        volume.backing_store = BackingStore(path=str(Path(directory, found.backing_file)))
+        try:
+            below = str(Path(directory, plain_file(found.backing_file, "backing file", volume.path)))
+        except ImageError:  # no file: shown as it is
+            below = found.backing_file
+        volume.backing_store = BackingStore(path=below)
         if found.backing_format is not None:
             volume.backing_store.format = VolumeFormat(type=found.backing_format)

@@ -10,7 +10,7 @@ from kvik.named import NamedTuple
 from kvik.storage.pool import PoolObject
 from kvik.storage.pools import Pools
 
-__all__ = ["Resolved", "resolve"]
+__all__ = ["Resolved", "places", "places_of", "resolve"]
 
 KINDS: dict[str, SourceType] = {"file": "file", "block": "block", "dir": "dir", "network": "network"}
 PROTOCOLS = {"iscsi": "iscsi", "iscsi-direct": "iscsi", "rbd": "rbd", "gluster": "gluster"}
@@ -70,6 +70,21 @@ def resolve(pools: Pools, reference: DiskSource) -> Resolved:
     else:
         source.file = volume.path
     return Resolved(type_, source, volume.format if type_ in ("file", "dir") else "raw", kind)
+
+
+def places(source: DiskSource | None) -> set[str]:
+    """What a network disk opens, by each server that leads to it. A server has as many as people have names for it."""
+    if source is None or source.protocol is None or source.name is None:
+        return set()
+    return {f"{source.protocol}://{host.name}/{source.name}" for host in source.hosts}
+
+
+def places_of(pool: PoolObject, volume: StorageVolume) -> set[str]:
+    """The same of a volume; nothing of one that is no network disk."""
+    source = DiskSource()
+    if volume.type == "network":
+        _over_network(source, pool, volume)
+    return places(source)
 
 
 def _over_network(source: DiskSource, pool: PoolObject, volume: StorageVolume) -> None:

@@ -8,6 +8,8 @@ import fcntl
 import os
 from collections.abc import Iterator
 
+from kvik.errors import OperationUnsupported
+
 __all__ = ["clone", "copy_data", "copy_range", "extents", "punch", "size_of"]
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 0x01, 0x02  # fallocate(2)
@@ -49,8 +51,16 @@ def extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
 
 
 def clone(source: int, target: int) -> None:
-    """Share all blocks, copied once they are written to. OSError where the file system cannot."""
-    fcntl.ioctl(target, FICLONE, source)
+    """Share all blocks, copied once they are written to. `OperationUnsupported` where the file system cannot."""
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY):
+            raise
+        raise OperationUnsupported(
+            f"the file system cannot share a volume's blocks with its copy: {error.strerror}",
+            remedy="leave --reflink away; btrfs and xfs can, within one file system",
+        ) from error
 
 
 def copy_data(source: int, target: int, size: int) -> None:

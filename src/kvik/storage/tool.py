@@ -19,13 +19,13 @@ OUTPUT_LIMIT = 16 << 20  # bytes: lists of VOLUMES_MAX volumes fit
 PACKAGES = {
     "blkid": "util-linux", "wipefs": "util-linux", "mount": "mount", "umount": "mount", "sfdisk": "fdisk",
     "mkfs.ext2": "e2fsprogs", "mkfs.ext3": "e2fsprogs", "mkfs.ext4": "e2fsprogs", "mkfs.xfs": "xfsprogs",
-    "mkfs.btrfs": "btrfs-progs", "mkfs.vfat": "dosfstools", "mkfs.ocfs2": "ocfs2-tools", "mkfs.gfs2": "gfs2-utils",
+    "mkfs.btrfs": "btrfs-progs", "mkfs.vfat": "dosfstools", "mkfs.ocfs2": "ocfs2-tools",
     "mount.nfs": "nfs-common", "showmount": "nfs-common", "mount.cifs": "cifs-utils",
     "mount.glusterfs": "glusterfs-client", "gluster": "glusterfs-cli",
     "lvs": "lvm2", "vgs": "lvm2", "pvs": "lvm2", "vgcreate": "lvm2", "vgremove": "lvm2", "vgchange": "lvm2",
     "pvremove": "lvm2", "lvcreate": "lvm2", "lvremove": "lvm2", "lvresize": "lvm2",
     "iscsiadm": "open-iscsi", "iscsi-ls": "libiscsi-bin", "iscsi-readcapacity16": "libiscsi-bin",
-    "qemu-img": "qemu-utils", "rbd": "ceph-common", "ceph": "ceph-common",
+    "qemu-img": "qemu-utils", "qemu-storage-daemon": "qemu-system-common", "rbd": "ceph-common", "ceph": "ceph-common",
     "zfs": "zfsutils-linux", "zpool": "zfsutils-linux",
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 
 from kvik.conf.storage_pool import bytes_of
@@ -29,6 +29,7 @@ from kvik.storage.chains import image_format, open_volume_image
 from kvik.storage.encryption import encryption_of
 from kvik.storage.pool import Bars, PoolObject
 from kvik.storage.pools import Pools
+from kvik.storage.resolve import places_of
 from kvik.storage.sparse import size_of
 from kvik.storage.threads import in_thread, settled
 from kvik.storage.wiping import passes_of
@@ -65,13 +66,13 @@ async def copy(
     """A new volume with the contents of another, at least as large as that one."""
     backend = pool.active()
     document = _load(xml, backend, strict, copies=True)
-    if preallocate_metadata:
-        raise InvalidArgument(f"metadata preallocation is not supported for copies of {document.format} volumes")
     source = source_pool.volume(source_name)
     target = document.target
     if target is not None and target.format is None and source.format in backend.formats:
         target.format = VolumeFormat(type=source.format)
-    converts = _converts(document, source)
+    if preallocate_metadata and document.format != "qcow2":
+        raise InvalidArgument(f"metadata preallocation is not supported for {document.format} volumes")
+    converts = preallocate_metadata or _converts(document, source)
     if converts and reflink:
         raise ConfigUnsupported("a copy in another format shares no blocks with its source")
     if document.size < source.size:
@@ -82,7 +83,7 @@ async def copy(
         with pool.working(_free(pool, document.name), "it is being created"):
             volume: StorageVolume
             if converts:
-                work = partial(_convert, pools, backend, document, holder, source)
+                work = partial(_convert, pools, backend, document, holder, source, metadata=preallocate_metadata)
                 volume = await settled(work, partial(_made, pool, document))
             else:
                 async with _open(holder, source) as fd:
@@ -120,10 +121,10 @@ def _converts(document: StorageVolume, source: StorageVolume) -> bool:
 
 
 def _convert(
-    pools: Pools, backend: Backend, document: StorageVolume, holder: Backend, source: StorageVolume
+    pools: Pools, backend: Backend, document: StorageVolume, holder: Backend, source: StorageVolume, *, metadata: bool
 ) -> StorageVolume:
     with open_volume_image(pools, holder, source) as image:
-        return backend.convert_volume(document, image, encryption_of(source))
+        return backend.convert_volume(document, image, encryption_of(source), preallocate_metadata=metadata)
 
 
 async def delete(pools: Pools, pool: PoolObject, name: str) -> None:
@@ -213,12 +214,11 @@ async def open_bytes(
 
 @asynccontextmanager
 async def _open(backend: Backend, volume: StorageVolume, *, writable: bool = False) -> AsyncIterator[int]:
-    descriptors: list[int] = []
+    stack = ExitStack()
     try:
-        yield await settled(partial(backend.open_volume, volume, writable=writable), descriptors.append)
+        yield await in_thread(lambda: stack.enter_context(backend.opened(volume, writable=writable)))
     finally:
-        for fd in descriptors:
-            os.close(fd)
+        await in_thread(stack.close)
 
 
 def _load(xml: str, backend: Backend, strict: bool, *, copies: bool = False) -> StorageVolume:
@@ -246,10 +246,13 @@ async def _held(
 ) -> AsyncIterator[Backend]:
     """Be the only one to change a volume, with no machine of those that `bars` names on it, from now to the end."""
     with pool.working(volume.name, f"it is being {what}", bars) as work:
+        work.places = places_of(pool, volume)
         work.identity = await in_thread(identify, volume.path)
         # A machine that starts from now on sees this work; one that did before is among the users.
         rows = [(path, machine) for path, machine, writes in pools.users() if bars == "all" or (bars and writes)]
-        machine = await in_thread(_user_of, work.identity, rows) if rows and work.identity is not None else ""
+        machine = next((machine for path, machine in rows if path in work.places), "")
+        if rows and work.identity is not None:
+            machine = await in_thread(_user_of, work.identity, rows)
         if machine:
             raise ResourceBusy(
                 f"volume '{volume.name}' cannot be {what}: machine '{machine}' is running from it", remedy=remedy

@@ -228,7 +228,7 @@ def test_what_is_pulled_is_the_disk_as_it_was_whatever_the_guest_writes(kvikd: K
         ("blockjob", "puller", "vda", "--abort"),
     ):
         assert kvikd.kvik(*words).returncode == 1
-    assert "block job" in kvikd.kvik("snapshot-create-as", "puller", "s", "--disk-only").stderr
+    assert "has a backup under way" in kvikd.kvik("snapshot-create-as", "puller", "s", "--disk-only").stderr
     virsh(kvikd, "domjobabort", "puller")
     assert over(kvikd, "puller") == "completed"
     nothing_left(kvikd, "puller", place / "nbd", place / "scratch")
@@ -402,7 +402,7 @@ def test_what_cannot_be_backed_up_is_said_and_leaves_nothing(kvikd: Kvikd, make:
     (place / "small").write_bytes(bytes(512))
     disks = "<domainbackup{}>{}<disks><disk name='vda' {}>{}</disk></disks></domainbackup>"
     target = f"<target file='{place}/b'/>"
-    server = "<server transport='unix' socket='/tmp/x' tls='yes'/>"
+    server = "<server name='localhost' port='10999' tls='yes'/>"
     for xml, reason in (
         ("<domaincheckpoint/>", "starts with <domainbackup>"),
         (push(place / "there"), "exists already"),
@@ -412,7 +412,7 @@ def test_what_cannot_be_backed_up_is_said_and_leaves_nothing(kvikd: Kvikd, make:
         (disks.format("", "", "", f"<scratch file='{place}/b'/>"), "has a <target>, no <scratch>"),
         (disks.format("", "", "", "<driver type='vmdk'/>" + target), "qcow2 or raw, not vmdk"),
         (disks.format("", "", "", "<target file='b'/>"), "absolute path"),
-        (disks.format(" mode='pull'", server, "", ""), "TLS"),
+        (disks.format(" mode='pull'", server, "", ""), "over TLS needs ca-cert.pem, server-cert.pem"),
         (disks.format(" mode='pull'", "<server transport='unix'/>", "", ""), "needs socket="),
         (disks.format("", "<server/>", "", target), "has no <server>"),
         (disks.format("", "", "", target).replace("vda", "vdz"), "no disk named 'vdz'"),

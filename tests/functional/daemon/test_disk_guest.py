@@ -58,13 +58,15 @@ IQN = "iqn.2026-11.example:disks"
 USER, PASSWORD = "reader", "twelve-letters-or-more"
 NBD, HTTP, SSH, ISCSI = 10809, 8080, 2222, 3260
 HOME = Path("~root").expanduser()
-# Keys and known hosts of ssh are looked for in root's home: there it has another one, with the same directories in it.
+# Keys and known hosts of ssh are looked for in root's home: there it has another one, with the same directories in it
+# but that for them.
 INSIDE = """
 set -e
 home=$1; shift
 held=$(mktemp -d); mount --rbind "$home" "$held"; mount -t tmpfs -o mode=700 none "$home"
 for entry in "$held"/* "$held"/.[!.]*; do
-    if [ -d "$entry" ]; then mkdir "$home/${entry##*/}"; mount --rbind "$entry" "$home/${entry##*/}"; fi
+    name=${entry##*/}
+    if [ -d "$entry" ] && [ "$name" != .ssh ]; then mkdir "$home/$name"; mount --rbind "$entry" "$home/$name"; fi
 done
 umount -l "$held"; rmdir "$held"
 ip link set lo up

@@ -153,6 +153,45 @@ def test_what_the_guest_writes_is_no_plain_text_on_the_host(make: Any, kvikd: An
     assert kvikd.kvik("pool-destroy", "sealed").returncode == 0
 
 
+@pytest.mark.skipif(os.getuid() != 0 or not Path("/dev/loop-control").exists(), reason="needs root and loop devices")
+def test_a_partition_that_is_encrypted(make: Any, kvikd: Any, vault: Vault) -> None:
+    uuid, image = vault.secret(), vault.directory / "device"
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    command = ["losetup", "--find", "--show", str(image)]
+    device = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        form = ("--source-format", "gpt", "--target", "/dev")
+        for words in (
+            ("pool-define-as", "parts", "disk", "--source-dev", device, *form),
+            ("pool-build", "parts"),
+            ("pool-start", "parts"),
+        ):
+            done = kvikd.virsh(*words)
+            assert done.returncode == 0, done.stderr
+        name = f"{Path(device).name}p1"
+        document = vault.directory / "v.xml"
+        target = f"<target>{encryption(uuid)}</target>"
+        document.write_text(f"<volume><name>{name}</name><capacity unit='MiB'>8</capacity>{target}</volume>")
+        made = kvikd.virsh("vol-create", "parts", str(document))
+        assert made.returncode == 0, made.stderr
+        source = f"<source pool='parts' volume='{name}'>{encryption(uuid)}</source>"
+        disk = f"<disk type='volume' device='disk'>{source}<target dev='vda' bus='virtio'/></disk>"
+        domain = make.ready("parted", CONSOLE + AGENT + disk)
+        shell(domain, f"echo '{MARK}' >/dev/vda; sync")
+        assert shell(domain, "head -c 26 /dev/vda") == MARK
+        assert "machine 'parted' is running from it" in kvikd.kvik("vol-wipe", name, "--pool", "parts").stderr
+        domain.destroy()
+        assert MARK.encode() not in image.read_bytes()
+        for verb in ("vol-wipe", "vol-delete"):
+            done = kvikd.kvik(verb, name, "--pool", "parts")
+            assert done.returncode == 0, done.stderr
+        assert kvikd.kvik("pool-destroy", "parts").returncode == 0
+    finally:
+        subprocess.run(["partx", "--delete", device], check=False, capture_output=True)
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
 def test_a_wrong_or_missing_secret_is_said_and_nothing_starts(make: Any, vault: Vault) -> None:
     raw, qcow2 = vault.image("a.luks", "luks"), vault.image("b.qcow2", "qcow2")
     plain = vault.directory / "plain.img"

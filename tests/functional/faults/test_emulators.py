@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from fault_harness import CLI, Host, alive, disk_xml, eventually, machine_xml
 
+from kvik.image.create import create
+
 QEMU = shutil.which("qemu-system-x86_64") or ""
 
 
@@ -54,6 +56,44 @@ def test_files_of_the_wrong_kind(host: Host) -> None:
         host.kvik("start", machine, fails=pattern)
         assert time.monotonic() - begun < 10
         assert host.files() == before
+
+
+def test_images_that_name_what_they_should_not(host: Host) -> None:
+    """No image makes the host read a file for it that nobody gave it, or look for one for ever."""
+    root = host.root / "images"
+    root.mkdir()
+    for name, below, kind in (
+        ("secret", "/etc/shadow", "raw"),
+        ("json", "json:{}", "raw"),
+        ("nbd", "nbd://localhost/x", "raw"),
+        ("loop", "loop", "qcow2"),
+        ("gone", "absent", "qcow2"),
+        *((f"deep{number}", f"deep{number + 1}", "qcow2") for number in range(300)),
+    ):
+        create(str(root / name), "qcow2", 1 << 20, backing_file=below, backing_format=kind)
+    create(str(root / "deep300"), "qcow2", 1 << 20)
+    create(str(root / "data"), "qcow2", 1 << 20, data_file="/etc/shadow", data_file_raw=True)
+    header = (root / "secret").read_bytes()
+    (root / "guests.raw").write_bytes(header + bytes((1 << 20) - len(header)))
+    for number, (name, pattern) in enumerate(
+        (
+            ("secret", "sits on /etc/shadow, a file of the host's own.*<backingStore>"),
+            ("json", "sits on json:{}, which is no plain file"),
+            ("nbd", "which is no plain file"),
+            ("loop", "its chain is longer than 200 images"),
+            ("deep0", "its chain is longer than 200 images"),
+            ("gone", "sits on .*/absent: .*No such file.*bring that image back"),
+            ("data", "keeps its data in another file"),
+        )
+    ):
+        machine = host.define(f"m{number}", disk_xml(root / name, format="qcow2"))
+        before = host.files()
+        host.kvik("start", machine, fails=pattern)
+        nothing_started(host, machine, before)
+    # What a guest wrote to its raw disk is bytes and nothing else.
+    host.define("raw", disk_xml(root / "guests.raw"))
+    host.kvik("start", "raw")
+    assert "/etc/shadow" not in _files_of(host.pid("raw"))
 
 
 @pytest.mark.skipif(

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from fault_harness import Host, disk_xml
+from fault_harness import Host, disk_xml, eventually
 from kill_points import points_of, share, traced
 
 from kvik.client import snapshot
@@ -167,6 +167,44 @@ def test_the_daemon_is_killed_at_each_step_of_a_live_snapshot(host: Host) -> Non
         assert set(kept) == names, point
         for image in [path, *host.root.glob("d0.*")]:
             assert overlays.look(str(image), "qcow2").path, point
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (apt install strace)")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to trace a daemon that runs")
+def test_the_daemon_is_killed_while_a_running_machine_goes_back(host: Host) -> None:
+    """Whichever step it is, base and snapshots show what they did, and going back can be done again."""
+    (path,) = define(host, 1)
+    domain = host.connection.domain("m")
+    domain.start()
+    for number in (1, 2):
+        guest_writes(host, number)
+        take(host, f"s{number}")
+    guest_writes(host, 3)
+    with traced(host.daemon) as trace:
+        snapshot.lookup(domain, "s1").revert(1)  # and runs
+    points = share(points_of(trace[0]), WHOLE)
+    assert len(points) > 20
+    for number, point in enumerate(points[:: 1 if WHOLE else len(points) // 6]):
+        name, shown = (("s2", 2), ("s1", 1))[number % 2]
+        guest_writes(host, 9)
+        qdev = "/machine/peripheral/virtio-disk0/virtio-backend"
+        host.connection.domain("m").monitor_command(f'qemu-io -d {qdev} "flush"', hmp=True)
+        with traced(host.daemon, point):
+            try:
+                snapshot.lookup(host.connection.domain("m"), name).revert(1)
+            except KvikError:
+                pass
+        host.restart(signal.SIGKILL)
+        domain = host.connection.domain("m")
+        found = {item.name: byte(kept_in(item.xml())) for item in snapshot.snapshots(domain)}
+        assert found == {"s1": 1, "s2": 2} and byte(path) == 1, point
+        assert byte(sources(host)[0]) in (9, shown), point
+        snapshot.lookup(domain, name).revert(1)
+        assert byte(sources(host)[0]) == shown, point
+        needed = {path, *(Path(kept_in(item.xml())) for item in snapshot.snapshots(domain)), Path(sources(host)[0])}
+        eventually(
+            lambda needed=needed: {path, *host.root.glob("d0.*")} == needed, f"no file that nothing needs: {point}"
+        )
 
 
 def backing_of(path: str) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+import kvik
 from kvik.conf.storage_state import PoolOrigin, PoolState
 from kvik.errors import (
     ConfigUnsupported,
@@ -239,3 +241,50 @@ def read(path: str, offset: int) -> bytes:
     with Path(path).open("rb") as file:
         file.seek(offset)
         return file.read(4)
+
+
+async def test_a_quota_leaves_no_half_volume(pools: Pools, loop: Callable[[int], str], tmp_path: Path) -> None:
+    """A real one: what is made within it is there, what is not leaves nothing, and the pool goes on."""
+    if find_program("mkfs.btrfs") is None or "\tbtrfs\n" not in Path("/proc/filesystems").read_text():
+        pytest.skip("mkfs.btrfs is not on this host, or its kernel has no btrfs")
+    device, mount = loop(128 * MIB), tmp_path / "b"
+    mount.mkdir()
+    place = mount / "v"
+    for words in (
+        ["mkfs.btrfs", "-q", device],
+        ["mount", device, str(mount)],
+        ["btrfs", "quota", "enable", str(mount)],
+        ["btrfs", "-q", "subvolume", "create", str(place)],
+        ["btrfs", "qgroup", "limit", "4M", str(place)],
+    ):
+        subprocess.run(words, check=True, capture_output=True, timeout=60)
+    pool = await pools.create_xml(f"<pool type='dir'><name>q</name><target><path>{place}</path></target></pool>")
+    data = os.urandom(MIB)
+    (place / "small").write_bytes(data)
+    (tmp_path / "big").write_bytes(os.urandom(8 * MIB))
+    await pool.refresh()
+    before = sorted(item.name for item in place.iterdir())
+    with pytest.raises(HostError, match=r"big.*(Disk quota exceeded|No space left)"):
+        await volumes.create(pools, pool, VOLUME.format("big", 16 * MIB, ""))
+    assert sorted(item.name for item in place.iterdir()) == before
+    copy = await volumes.copy(pools, pool, VOLUME.format("copy", MIB, ""), pool, "small")
+    assert copy.size == MIB and (place / "copy").read_bytes() == data
+    other = await pools.create_xml(f"<pool type='dir'><name>o</name><target><path>{tmp_path}</path></target></pool>")
+    for kind in ("raw", "qcow2"):
+        xml = VOLUME.format("fat", 8 * MIB, f"<allocation>0</allocation><target><format type='{kind}'/></target>")
+        with pytest.raises((HostError, OSError), match=r"Disk quota exceeded|No space left"):
+            await volumes.copy(pools, pool, xml, other, "big")
+        assert not (place / "fat").exists() and (place / "small").read_bytes() == data
+    words = ["convert", "-f", "raw", "-O", "qcow2", str(tmp_path / "big"), str(place / "image")]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", "from kvik.cli.img import main; main()", *words],
+        env={**os.environ, "PYTHONPATH": str(Path(kvik.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1 and "make room within the quota" in done.stderr, done.stderr
+    assert not (place / "image").exists()
+    await other.destroy()
+    await pool.destroy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from kvik.host import jail
 from kvik.host.process import find_program
 from kvik.host.tools import Completed
 from kvik.storage import encryption, volumes
+from kvik.storage.backend import Backend
 from kvik.storage.pool import PoolObject
 from kvik.storage.pools import Pools
 
@@ -180,3 +182,52 @@ async def test_a_client_that_goes_away_leaves_a_whole_volume_or_none(
     assert made.backing_store is not None and made.backing_store.path == f"{tmp_path}/base"
     (tmp_path / "base").write_bytes(MARK * 100 + bytes(MIB - 100 * len(MARK)))
     assert plain(tmp_path / "p/v", "qcow2", tmp_path) == (tmp_path / "base").read_bytes()
+
+
+async def test_a_partition_is_encrypted_and_larger_by_its_header(
+    pools: Pools, pool: PoolObject, loop: Callable[[int], str], told: list[str], tmp_path: Path
+) -> None:
+    def build(backend: Backend) -> None:
+        backend.build()
+
+    device = loop(64 * MIB)
+    source = f"<source><device path='{device}'/><format type='gpt'/></source><target><path>/dev</path></target>"
+    parts = await pools.define(f"<pool type='disk'><name>d</name>{source}</pool>")
+    await parts.build(build)
+    await parts.start()
+    first, second, third = (f"{Path(device).name}p{number}" for number in (1, 2, 3))
+    document = xml(first, 8 * MIB).replace("<format type='raw'/>", "").replace("<allocation>0</allocation>", "")
+    made = await volumes.create(pools, parts, document)
+    assert made.physical is not None
+    assert 8 * MIB <= made.size < made.physical.value <= 10 * MIB and made.type == "block"
+    wanted = f"<encryption format='luks'>\n      <secret type='passphrase' uuid='{UUID}'/>"
+    assert wanted in format_volume(made)
+    # Filled from a plain file, and copied to another partition and a file, byte by byte.
+    (tmp_path / "p/base").write_bytes(MARK * 1000 + bytes(4 * MIB - 1000 * len(MARK)))
+    await pool.refresh()
+    await volumes.copy(pools, parts, document.replace(first, second).replace(str(8 * MIB), str(4 * MIB)), pool, "base")
+    node = Path("/dev") / second
+    assert plain(node, "luks", tmp_path)[: 4 * MIB] == (tmp_path / "p/base").read_bytes()
+    assert MARK not in node.read_bytes() and not any(PASSPHRASE.decode() in word for word in told)
+    same = "<volume><name>{}</name><capacity>{}</capacity><target><encryption format='luks'/></target></volume>"
+    copied = await volumes.copy(pools, parts, same.format(third, MIB), parts, second)
+    assert copied.size >= 4 * MIB and plain(Path("/dev") / third, "luks", tmp_path)[:23] == MARK
+    copied = await volumes.copy(pools, pool, same.format("file", MIB), parts, second)
+    assert copied.size >= 4 * MIB and plain(tmp_path / "p/file", "luks", tmp_path)[:23] == MARK
+    # Out of it again, for who has the secret: into a qcow2 that is encrypted itself.
+    await volumes.copy(pools, pool, xml("inside", MIB, "qcow2"), parts, second)
+    assert plain(tmp_path / "p/inside", "qcow2", tmp_path)[: 1000 * len(MARK)] == MARK * 1000
+    await parts.refresh()
+    assert parts.volume(first).size == made.size and "<encryption format='luks'/>" in format_volume(parts.volume(first))
+    await volumes.wipe(pools, parts, first, 0)
+    assert "<encryption" not in format_volume(parts.volume(first))
+    assert parts.volume(first).size == made.physical.value
+    with pytest.raises(HostError, match="cannot be encrypted"):
+        await volumes.create(
+            pools, parts, xml(f"{Path(device).name}p4", MIB, more="<cipher name='rot13' size='256'/>")
+            .replace("<format type='raw'/>", "")
+        )  # fmt: skip
+    assert sorted(parts.contents.volumes) == [first, second, third]
+    for name in (third, second, first):
+        await volumes.delete(pools, parts, name)
+    await parts.destroy()

@@ -34,5 +34,6 @@ def test_a_gluster_server(tmp_path: Path) -> None:
     play("gluster_host.py", tmp_path, "glusterd", "gluster", "mount.glusterfs")
 
 
+@pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="needs /dev/fuse")
 def test_an_iscsi_target(tmp_path: Path) -> None:
-    play("iscsi_host.py", tmp_path, "tgtd", "tgtadm", "iscsi-ls", "qemu-img")
+    play("iscsi_host.py", tmp_path, "tgtd", "tgtadm", "iscsi-ls", "qemu-img", "qemu-storage-daemon")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import signal
@@ -154,6 +155,7 @@ def test_a_kvm_that_cannot(monkeypatch: pytest.MonkeyPatch, where: type, name: s
         raise KvmError(number, name.upper())
 
     monkeypatch.setattr(where, name, fails)
+    gc.collect()  # what earlier tests left is not let go of meanwhile
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(HostError, match="cannot make a machine") as caught:
         machine_with(b"\xf4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -90,11 +91,19 @@ def test_a_fork_is_seen_as_the_process_that_was_asked_for(zygote: Zygote) -> Non
     _end(machine)
 
 
+def pipes_of(pid: int) -> list[str]:
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it is still closing what it needs no more
+            found.append(os.readlink(fd))
+    return [link for link in found if link.startswith("pipe:")]
+
+
 def test_many_share_nothing_and_outlive_the_zygote(zygote: Zygote) -> None:
     machines = [zygote.start() for _ in range(5)]
     for pid, _, reader in machines:
         assert os.read(reader, 1) == b"!"
-        pipes = [link for fd in Path(f"/proc/{pid}/fd").iterdir() if (link := os.readlink(fd)).startswith("pipe:")]
+        pipes = pipes_of(pid)
         mine = os.readlink(f"/proc/self/fd/{reader}")
         others = {os.readlink(f"/proc/self/fd/{other}") for _, _, other in machines} - {mine}
         assert mine in pipes

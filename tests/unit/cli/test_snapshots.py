@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvik.cli.snapshot_list import draw
+from kvik.cli.history import draw
 from kvik.image.create import create
 
 MACHINE = """<domain type='test'><name>m</name><memory>1024</memory>
@@ -71,7 +71,7 @@ SESSION = [
     ("snapshot-revert m old", 1, "lacks domain"),
     ("snapshot-delete m --current --metadata", 0, "Domain snapshot old deleted"),
     ("snapshot-revert --domain m --snapshotname s1 --running --paused", 1, "Failed to revert snapshot s1"),
-    ("snapshot-revert m s1 --force --reset-nvram", 1, "not supported"),
+    ("snapshot-revert m s1 --force --reset-nvram", 0, "Domain snapshot s1 reverted"),
     ("snapshot-revert m s1 --force", 0, "Domain snapshot s1 reverted"),
     ("snapshot-revert m --current", 0, "Domain snapshot s1 reverted"),
     ("snapshot-delete --domain m --snapshotname s1 --plan", 0, "forget snapshot s1"),

@@ -57,6 +57,8 @@ SESSION = [
     ("vol-create-as p b 1M --backing-vol a --backing-vol-format raw --print-xml", 0, "<backingStore>"),
     ("vol-create-as p b 1M --prealloc-metadata", 1, "metadata preallocation is not supported"),
     ("vol-create --pool p --file @b.xml --validate", 0, "Vol b created"),
+    ("vol-create p @odd.xml", 0, "warning: /volume/nonsense: unknown element, without effect"),
+    ("vol-delete odd p", 0, "deleted"),
     ("vol-create --pool p --file @c.xml --prealloc-metadata", 1, "metadata preallocation is not supported"),
     ("vol-create-from --pool p --file @c.xml --vol a --inputpool p --validate", 0, "Vol c created"),
     ("vol-create-from p @d.xml a --inputpool p --prealloc-metadata", 1, "metadata preallocation is not supported"),
@@ -102,6 +104,7 @@ def test_a_session_with_every_option(
     (tmp_path / "pool.xml").write_text(f"<pool type='dir'><name>p</name><target><path>{pool}</path></target></pool>")
     for name in "bcd":
         (tmp_path / f"{name}.xml").write_text(VOLUME.format(name))
+    (tmp_path / "odd.xml").write_text(VOLUME.format("odd").replace("</volume>", "<nonsense/></volume>"))
     for line, code, text in SESSION:
         uuid = kvik_("pool-uuid", "p")[1].strip() if "@uuid" in line else ""
         words = shlex.split(line.replace("@uuid", uuid).replace("@", f"{tmp_path}/"))

@@ -193,6 +193,41 @@ def test_data_files_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
         assert code == 1 and ("data file" in err or "neither a file" in err), (words, err)
 
 
+@pytest.mark.parametrize("kind", ["backing", "data"])
+def test_alone_no_file_of_the_host_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret" * 1000)
+    if kind == "backing":
+        create("evil", "qcow2", SIZE, backing_file=str(secret), backing_format="raw")
+    else:
+        create("evil", "qcow2", SIZE, data_file=str(secret), data_file_raw=True)
+    Path("other").write_bytes(bytes(SIZE))
+    words = (["convert", "evil", "out"], ["dd", "if=evil", "of=out"], ["compare", "evil", "other"], ["map", "evil"])
+    for verb, *rest in words:
+        code, err = kvik_img(verb, "--alone", *rest)
+        assert code and "secret', which was not opened" in err, (verb, err)
+        assert not Path("out").exists()
+    assert kvik_img("info", "--alone", "evil")[0] == kvik_img("info", "--alone", "--backing-chain", "evil")[0] == 0
+    assert kvik_img("convert", "--alone", "-f", "raw", "other", "out")[0] == 0
+
+
+def test_a_missing_file_is_named_with_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert kvik_img("info", "absent") == (
+        1,
+        "error: cannot open 'absent': No such file or directory\nhint: see whether its name is right\n",
+    )
+    code, err = kvik_img("create", "-f", "qcow2", "-b", "absent", "-F", "raw", "new")
+    assert code == 1 and "new: its backing file absent cannot be opened" in err
+    code, err = kvik_img("create", "-u", "-f", "qcow2", "-b", "absent", "-F", "raw", "new")
+    assert code == 1 and "needs a size" in err
+    create("top", "qcow2", SIZE, backing_file="absent", backing_format="raw")
+    for verb in ("map", "check", "info"):
+        code, err = kvik_img(verb, "top")
+        assert code == (verb == "map") and ("its backing file absent cannot be opened" in err) == (verb == "map"), err
+
+
 def test_a_raw_disk_that_holds_a_qcow2_header_stays_raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The guest wrote it: with the format stated, no verb takes it for more than bytes."""
     monkeypatch.chdir(tmp_path)

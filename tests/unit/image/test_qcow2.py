@@ -234,9 +234,10 @@ def test_loops_and_deep_chains_are_refused(tmp_path: Path, monkeypatch: pytest.M
     for number in range(300):
         create(f"c{number}", "qcow2", SIZE, backing_file=f"c{number + 1}", backing_format="qcow2")
     create("c300", "qcow2", SIZE)
+    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ImageError, match="deeper than 128"):
         Opener().open("c0")
-    assert len(os.listdir("/proc/self/fd")) < 100
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_fifo_is_no_image(tmp_path: Path) -> None:

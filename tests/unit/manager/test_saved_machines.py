@@ -96,15 +96,19 @@ async def test_a_managed_save_is_used_by_the_next_start_and_by_no_other(bench: B
     assert domain.has_managed_save
     for refused in (
         lambda: bench.manager.undefine(domain, 0),
-        lambda: bench.manager.rename(domain, "other"),
         lambda: bench.manager.create_xml(document()),
         lambda: create.create(domain, "<domainsnapshot/>", 0),
         lambda: revert.revert(domain, "s1", 0),
     ):
         with pytest.raises(OperationInvalid, match="managed save"):
             await refused()
+    await domain.rename("other")  # it is no other machine for that
+    await bench.reopen()
+    domain = bench.manager.lookup_name("other")
+    assert domain.has_managed_save and not path.exists()
+    path = saved.managed_path(bench.manager, "other")
     await domain.start()
-    assert memory(bench) == MEMORY and not domain.has_managed_save and not path.exists()
+    assert memory(bench, "other") == MEMORY and not domain.has_managed_save and not path.exists()
     assert state(domain) == (DomainState.RUNNING, 3)
 
 

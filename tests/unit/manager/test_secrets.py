@@ -13,6 +13,7 @@ import pytest
 
 from kvik.errors import AlreadyExists, ConfigError, InvalidArgument, InvalidSecret, KvikError, NoSecret
 from kvik.host.secret_file import memory_file
+from kvik.manager.certificates import lend_client
 from kvik.manager.secrets import DEFINED, UNDEFINED, VALUE_CHANGED, VALUE_LIMIT, Secrets
 from kvik.manager.store import Store
 from kvik.paths import Paths
@@ -35,6 +36,19 @@ async def opened(root: Path) -> AsyncIterator[Secrets]:
         yield secrets
     finally:
         store.close()
+
+
+async def test_a_key_that_a_killed_daemon_had_lent_to_a_vmm_is_gone(tmp_path: Path) -> None:
+    certificates, run = Paths.system(tmp_path).certificates, Paths.system(tmp_path).run
+    certificates.mkdir(parents=True)
+    run.mkdir(parents=True)
+    for name in ("ca-cert.pem", "client-key.pem"):
+        (certificates / name).write_text("PEM")
+    lend_client(certificates, run, "vda", contextlib.ExitStack())
+    (left,) = run.iterdir()
+    assert (left / "client-key.pem").stat().st_mode & 0o77 == 0 and left.stat().st_mode & 0o77 == 0
+    async with opened(tmp_path):
+        assert not left.exists()
 
 
 async def test_a_secret_and_its_value_outlive_the_daemon_in_private_files(tmp_path: Path) -> None:

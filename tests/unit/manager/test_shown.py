@@ -57,7 +57,7 @@ def test_an_interface_on_a_network_is_shown_as_what_it_is_and_means_the_network_
 
 def test_another_interface_stays_what_it_is() -> None:
     live = document("bridge='br0'>", "bridge")
-    assert shown(live, Networks()) is live  # type: ignore[arg-type]
+    assert shown(live, Networks()) is live  # type: ignore[arg-type]  # as above
     (old,) = document("network='default' bridge='virbr0'>").devices.interfaces
     (new,) = live.devices.interfaces
     as_defined(old, new)

@@ -74,12 +74,15 @@ Operation = Callable[[DomainObject], Awaitable[None]]
     ("operation", "running", "stride"),
     [
         (create_one, False, 4),
-        (create_one, True, 3),
+        (create_one, True, 1),
         (go_back, False, 7),
         (delete_back, False, 4),
         (delete_forward, False, 4),
         (delete_branch, False, 4),
-        (delete_forward, True, 4),
+        (delete_forward, True, 1),
+        (delete_back, True, 1),
+        (delete_branch, True, 1),
+        (go_back, True, 1),
     ],
     ids=lambda one: one.__name__ if callable(one) else str(one),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from manager_bench import Bench, document, until
@@ -11,8 +12,10 @@ from snapshot_bench import DISKS, SIZE, disk_xml, images, machine, shows, starte
 
 from kvik.conf.devices.disk import DiskSource
 from kvik.conf.enums import DomainBlockJobType
+from kvik.conf.enums import DomainCreateFlags as Start
 from kvik.conf.enums import DomainSnapshotCreateFlags as Create
 from kvik.conf.enums import DomainSnapshotDeleteFlags as Delete
+from kvik.conf.enums import DomainSnapshotRevertFlags as Revert
 from kvik.conf.snapshot import format_snapshot
 from kvik.errors import (
     AlreadyExists,
@@ -179,8 +182,6 @@ async def test_a_machine_with_snapshots_is_not_undefined_by_accident(bench: Benc
     await take(domain, "s1")
     with pytest.raises(OperationInvalid, match="cannot delete inactive domain with 1 snapshots"):
         await domain.undefine()
-    with pytest.raises(OperationInvalid, match="cannot be renamed"):
-        await domain.rename("z")
     await domain.undefine(2)
     assert images(tmp_path) == {"disk.qcow2", "disk.s1"}
     assert not bench.paths.snapshots.joinpath("a").exists()
@@ -308,28 +309,30 @@ async def test_what_the_vmm_refuses_leaves_nothing(bench: Bench, tmp_path: Path)
 
 
 @pytest.mark.parametrize("taken", [True, False])
-async def test_a_vmm_that_stops_answering_is_asked_later(bench: Bench, tmp_path: Path, taken: bool) -> None:
+async def test_a_vmm_that_stops_answering_is_asked_later(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
     """Whether it did what it was told is its to say; until then nothing is removed."""
     domain = await started(bench, tmp_path)
     vmm = bench.driver.machines["a"]
     vmm.behaviour.command_deadline = 0.05
     original = vmm.put_on_top
 
-    async def hangs(new: object, old: object, secrets: object) -> int:
+    async def hangs(new: Any, old: Any, secrets: object) -> int:
         if taken:
-            await original(new, old, {})  # type: ignore[arg-type]
+            await original(new, old, {})
         vmm.hang()
         await vmm._command("nothing")
         return 0
 
-    vmm.put_on_top = hangs  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(vmm, "put_on_top", hangs)
     with pytest.raises(KvikError, match="does not say whether its snapshot was taken"):
         await take(domain, "s1", DISKS)
     assert images(tmp_path) == {"disk.qcow2", "disk.s1"}
     with pytest.raises(KvikError, match="cannot be ended now"):
         await take(domain, "s2", DISKS)
     vmm.release()
-    vmm.put_on_top = original  # type: ignore[method-assign]
+    monkeypatch.setattr(vmm, "put_on_top", original)
     domain = (await bench.reopen()).lookup_name("a")
     assert list(domain.snapshots.snapshots) == (["s1"] if taken else [])
     assert images(tmp_path) == ({"disk.qcow2", "disk.s1"} if taken else {"disk.qcow2"})
@@ -416,3 +419,39 @@ async def test_the_firmwares_variables_go_back_with_the_disks(bench: Bench, tmp_
         await delete.delete(domain, name, 0)
     assert (tmp_path / "mine").exists()
     assert not bench.paths.snapshots.joinpath("a").exists()
+
+
+async def test_variables_are_made_anew_from_their_template(bench: Bench, tmp_path: Path) -> None:
+    create_image(str(tmp_path / "disk.qcow2"), "qcow2", SIZE)
+    variables, template, code = tmp_path / "vars.fd", tmp_path / "template.fd", tmp_path / "code.fd"
+    code.write_bytes(b"code")
+    template.write_bytes(b"pristine")
+    variables.write_bytes(b"used")
+    variables.chmod(0o640)
+    loader = f"<loader readonly='yes' type='pflash'>{code}</loader>"
+    firmware = f"{loader}<nvram template='{template}'>{variables}</nvram>"
+    xml = document(devices=disk_xml(tmp_path / "disk.qcow2")).replace("</type></os>", f"</type>{firmware}</os>")
+    domain = await bench.manager.define(xml)
+    await take(domain, "s1")
+    await domain.start()
+    assert variables.read_bytes() == b"used"
+    with pytest.raises(OperationInvalid, match="already running"):
+        await domain.start(flags=Start.START_RESET_NVRAM)
+    assert variables.read_bytes() == b"used", "not under a machine that runs"
+    await domain.destroy()
+    await domain.start(flags=Start.START_RESET_NVRAM)
+    assert variables.read_bytes() == b"pristine" and variables.stat().st_mode & 0o777 == 0o640
+    await revert.revert(domain, "s1", 0)
+    assert variables.read_bytes() == b"used"
+    await revert.revert(domain, "s1", Revert.RESET_NVRAM)
+    assert variables.read_bytes() == b"pristine"
+    template.unlink()
+    variables.write_bytes(b"used")
+    await domain.start()
+    with pytest.raises(KvikError, match=r"template\.fd"):
+        await revert.revert(domain, "s1", Revert.RESET_NVRAM)
+    assert domain.is_active, "said before anything ends"
+    await domain.destroy()
+    with pytest.raises(KvikError, match=r"template\.fd"):
+        await domain.start(flags=Start.START_RESET_NVRAM)
+    assert variables.read_bytes() == b"used" and not domain.is_active

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,31 @@ async def test_a_running_machine_is_found_again_as_it_was(bench: Bench) -> None:
     other = await manager.define(document("b"))
     await other.start()
     assert other.id == 2
+
+
+async def test_the_status_that_was_asked_for_last_is_the_one_that_stays(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event's status on its way to disk does not take back what an operation says after it."""
+    await bench.manager.define(document("a"))
+    domain = bench.manager.lookup_name("a")
+    await domain.start()
+    assert domain.run is not None
+    rename = os.rename
+
+    def late(source: Any, target: Any) -> None:
+        if "operation" not in Path(source).read_text():
+            time.sleep(0.2)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    first = asyncio.create_task(domain.save_quietly())
+    await asyncio.sleep(0.01)
+    domain.run.unfinished = {"operation": "save"}
+    await domain.save_status()
+    await first
+    (status,) = bench.manager.store.load().statuses
+    assert status.unfinished == {"operation": "save"}
 
 
 async def test_a_transient_machine_is_found_again_too(bench: Bench) -> None:

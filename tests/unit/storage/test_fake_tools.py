@@ -1,5 +1,6 @@
-"""Pool types whose servers no test can have (Ceph, Gluster, ZFS): a script stands in for their tools, remembers images
-and answers in the tools' documented forms. What is proved is what we ask and what we make of the answers.
+"""Pool types whose tools are asked and whose answers are read: a script stands in for them (Ceph, Gluster, ZFS),
+remembers images and answers in the documented forms. What is proved is what we ask and what we make of the answers; the
+real ones are in tests/functional and tests/lab.
 """
 
 from __future__ import annotations
@@ -8,19 +9,24 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from world import opened
 
+from kvik.conf.devices.disk import DiskSource, Host
 from kvik.conf.storage_pool import load_pool
 from kvik.conf.storage_state import PoolOrigin, PoolState
-from kvik.errors import HostError, ResourceBusy, StorageVolumeExists
+from kvik.conf.storage_volume import StorageVolume
+from kvik.errors import ConfigUnsupported, HostError, ResourceBusy, StorageVolumeExists
 from kvik.storage import volumes
-from kvik.storage.backends import gluster
+from kvik.storage.backends import gluster, iscsi
 from kvik.storage.backends import rbd as rbd_module
 from kvik.storage.mounts import Mount
+from kvik.storage.resolve import places
 from kvik.storage.types import find_sources
 
 MIB = 1 << 20
@@ -50,9 +56,9 @@ if verb == "info":
     end(json.dumps({"name": last, "size": images[last]})) if last in images else end(code=2, err="no such image")
 if verb == "create":
     if last in images: end(code=17, err="rbd: image exists")
-    images[last] = int(argv[argv.index("--size") + 1]) << 20
+    images[last] = int(argv[argv.index("--size") + 1].removesuffix("B"))
 if verb == "resize":
-    size = int(argv[argv.index("--size") + 1]) << 20
+    size = int(argv[argv.index("--size") + 1].removesuffix("B"))
     if size < images[last] and "--allow-shrink" not in argv: end(code=22, err="shrinking an image")
     images[last] = size
 if verb == "rm":
@@ -66,6 +72,7 @@ if argv[0] == "zpool": end()
 if argv[1] == "list" and "used,available" in argv: end(f"{1 << 20}\\t{9 << 20}\\n")
 if argv[1] == "list" and "volume" in argv:
     end("".join(f"tank/{name}\\t{size}\\t0\\t4096\\n" for name, size in images.items()))
+if argv[1] == "get": end("8192\\n")
 if argv[1] == "list": end("tank\\n" + "".join(f"tank/{name}\\n" for name in images))
 if argv[1] == "create":
     os.mknod(state["zvol"] + "/" + last, 0o660 | 0o060000, os.makedev(7, 0))
@@ -126,7 +133,7 @@ async def test_rbd_images_are_volumes_and_the_key_is_on_no_command_line(tools: T
         pool = await pools.create_xml(RBD_POOL)
         assert (pool.contents.capacity, pool.contents.available) == (1 << 40, 1 << 30)
         made = await volumes.create(pools, pool, "<volume><name>v</name><capacity>1000000</capacity></volume>")
-        assert (made.type, made.path, made.size) == ("network", "images/v", MIB)  # rounded up to what rbd counts in
+        assert (made.type, made.path, made.size) == ("network", "images/v", 1000000)
         with pytest.raises(StorageVolumeExists):
             assert pool.backend is not None
             pool.backend.create_volume(made)
@@ -134,6 +141,9 @@ async def test_rbd_images_are_volumes_and_the_key_is_on_no_command_line(tools: T
         await volumes.resize(pools, pool, "v", 2 * MIB, shrink=True)
         await pool.refresh()
         assert [(volume.name, volume.size) for volume in pool.volumes()] == [("v", 2 * MIB)]
+        sealed = "<target><encryption format='luks'><secret type='passphrase' usage='x'/></encryption></target>"
+        with pytest.raises(ConfigUnsupported, match="images of pool 'ceph', of type rbd, cannot be made encrypted"):
+            await volumes.create(pools, pool, f"<volume><name>s</name><capacity>1</capacity>{sealed}</volume>")
         await volumes.create(pools, pool, "<volume><name>busy</name><capacity>1</capacity></volume>")
         with pytest.raises(ResourceBusy, match="watchers"):
             await volumes.delete(pools, pool, "busy")
@@ -144,7 +154,39 @@ async def test_rbd_images_are_volumes_and_the_key_is_on_no_command_line(tools: T
     words = [word for call in state["calls"] for word in call]
     assert not any("dGhlIGtleSB" in word or "the key" in word for word in words)
     assert "a,[2001:db8::1]:6790" in words and "--client-mount-timeout=5" in words
+    assert "--rados-osd-op-timeout=30" in words and all("--conf" in call for call in state["calls"])
     assert all(call[call.index("--") + 1].startswith("images/") for call in state["calls"] if "--" in call)
+
+
+async def test_an_image_that_is_written_to_starts_no_machine_and_the_other_way_round(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def there(self: rbd_module.Backend, volume: StorageVolume, *, writable: bool = False) -> Iterator[int]:
+        with (tmp_path / "image").open("w+b") as file:
+            yield file.fileno()
+
+    tools.make(RBD, "rbd", "ceph")
+    monkeypatch.setattr(rbd_module.Backend, "opened", there)
+    disk = DiskSource(protocol="rbd", name="images/v", hosts=[Host(name="2001:db8::1", port="6789")])
+    other = DiskSource(protocol="rbd", name="images/v", hosts=[Host(name="elsewhere")])
+    async with opened(tmp_path / "root") as pools:
+        pools.secret = lambda usage, which: b"the key itself"
+        pool = await pools.create_xml(RBD_POOL)
+        await volumes.create(pools, pool, "<volume><name>v</name><capacity>1000000</capacity></volume>")
+        async with volumes.open_bytes(pools, pool, "v", 0, 0, writable=True):
+            with pytest.raises(
+                ResourceBusy, match="images/v is volume 'v' of storage pool 'ceph': it is being written"
+            ):
+                pools.check_idle(places(disk), "images/v", writes=False)
+            pools.check_idle(places(other), "images/v", writes=True)
+        pools.check_idle(places(disk), "images/v", writes=True)
+        pools.users = lambda: [(place, "web", True) for place in places(disk)]
+        for change in (volumes.wipe(pools, pool, "v", 0), volumes.delete(pools, pool, "v")):
+            with pytest.raises(ResourceBusy, match="machine 'web' is running from it"):
+                await change
+        pools.users = lambda: [(place, "web", True) for place in places(other)]
+        await volumes.delete(pools, pool, "v")
 
 
 async def test_an_answer_that_is_no_json_is_an_error(tools: Tools, tmp_path: Path) -> None:
@@ -172,7 +214,7 @@ async def test_zfs_volumes(tools: Tools, tmp_path: Path) -> None:
         assert (pool.contents.capacity, pool.contents.allocation) == (10 * MIB, MIB)
         text = "<volume><name>{}</name><capacity>100000</capacity><allocation>0</allocation></volume>"
         made = await volumes.create(pools, pool, text.format("v"))
-        assert (made.size, made.allocated, made.key) == (13 * 8192, 4096, "tank/v")
+        assert (made.size, made.allocated, made.key) == (7 * 16384, 4096, "tank/v")
         assert stat.S_ISBLK(Path(made.path).stat().st_mode)
         assert any(call[:3] == ["zfs", "create", "-s"] for call in tools.state["calls"])
         await volumes.resize(pools, pool, "v", MIB)
@@ -237,3 +279,16 @@ async def test_what_a_killed_login_wrote_down_of_a_target_is_taken_away(tools: T
         assert pools.warnings == ["storage pool 'san' was starting when the daemon was stopped: it is inactive"]
     assert not tools.state["images"]
     assert tools.state["calls"][-1][3:] == ["--targetname", "iqn.2026-01.org:t", "--op", "delete"]
+
+
+async def test_a_kernel_without_iscsi_is_said_and_is_no_host_without_targets(
+    tools: Tools, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tools.make("end(code=21, err='iscsiadm: No portals found')", "iscsiadm")
+    monkeypatch.setattr(iscsi, "SYSFS", tmp_path)
+    wanted = "<source><host name='a'/></source>"
+    with pytest.raises(HostError, match="this kernel has no iSCSI") as refused:
+        find_sources("iscsi", wanted)
+    assert refused.value.remedy == "modprobe iscsi_tcp"
+    (tmp_path / "class/iscsi_transport").mkdir(parents=True)
+    assert "<source>" not in find_sources("iscsi", wanted)

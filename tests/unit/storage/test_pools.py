@@ -14,6 +14,7 @@ from kvik.conf.storage_pool import parse_pool
 from kvik.errors import (
     AlreadyExists,
     ConfigError,
+    ConfigUnsupported,
     HostError,
     NoStoragePool,
     OperationInvalid,
@@ -358,3 +359,12 @@ async def test_killed_at_any_step_the_next_daemon_finds_all_or_nothing(
             break
         step += 1
     assert step > 20
+
+
+async def test_a_file_system_of_a_cluster_is_made_by_its_own_tool(tmp_path: Path) -> None:
+    xml = f"""<pool type='fs'><name>p</name><source><device path='/dev/kvik'/><format type='gfs2'/></source>
+    <target><path>{tmp_path}/m</path></target></pool>"""
+    async with opened(tmp_path) as pools:
+        pool = await pools.define(xml)
+        with pytest.raises(ConfigUnsupported, match=r"mkfs\.gfs2 -p lock_dlm -t CLUSTER:NAME -j HOSTS /dev/kvik"):
+            await pool.build(lambda backend: backend.build(overwrite=True))  # type: ignore[attr-defined]

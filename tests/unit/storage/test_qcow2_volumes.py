@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from world import opened, pool_xml
 
 from kvik.conf.storage_volume import format_volume
-from kvik.errors import ConfigError, ConfigUnsupported, InvalidArgument, OperationInvalid
+from kvik.errors import ConfigError, ConfigUnsupported, InvalidArgument, OperationInvalid, OperationUnsupported
 from kvik.image.opening import Opener
 from kvik.storage import volumes
 from kvik.storage.pool import PoolObject
@@ -119,6 +120,34 @@ async def test_a_copy_in_another_format_reads_the_same(world: World) -> None:
     with pytest.raises(OperationInvalid, match="is no volume of an active pool: it is not read"):
         await volumes.copy(pools, pool, raw.replace("<name>r", "<name>stolen"), pool, "thief")
     assert not (path / "stolen").exists()
+
+
+async def test_a_copy_has_its_tables_made_before(world: World) -> None:
+    pools, pool, path = world
+    data = b"data".ljust(512, b"x") + bytes(8 * MIB - 512)
+    (path / "v").write_bytes(data)
+    await pool.refresh()
+    for name, source in (("q", "v"), ("same", "q")):
+        made = await volumes.copy(pools, pool, xml(name, None), pool, source, preallocate_metadata=True)
+        assert contents(path / name) == data
+        assert made.physical is not None and made.physical.value > 8 * MIB  # each cluster has its place
+    with pytest.raises(InvalidArgument, match="not supported for raw"):
+        raw = "<volume><name>r</name><target><format type='raw'/></target></volume>"
+        await volumes.copy(pools, pool, raw, pool, "q", preallocate_metadata=True)
+
+
+async def test_a_copy_that_is_to_share_blocks_where_it_cannot(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools, pool, path = world
+
+    def refuse(fd: int, command: int, source: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("kvik.storage.sparse.fcntl.ioctl", refuse)
+    await volumes.create(pools, pool, xml("q", MIB))
+    with pytest.raises(OperationUnsupported, match="cannot share a volume's blocks") as refused:
+        await volumes.copy(pools, pool, xml("c", None), pool, "q", reflink=True)
+    assert "--reflink" in refused.value.remedy
+    assert sorted(item.name for item in path.iterdir()) == ["q"]
 
 
 async def test_an_image_is_made_bigger_and_smaller(world: World) -> None:

@@ -155,6 +155,11 @@ async def test_the_format_is_told_from_the_header_and_the_base_is_not_opened(wor
     (path / "short").write_bytes(b"QFI\xfb")
     (path / "luks").write_bytes(b"LUKS\xba\xbe" + bytes(600))
     (path / "sub").mkdir()
+    image(path / "net.qcow2", 5 * MIB, "nbd://host/x")
+    await pool.refresh()
+    net = pool.volume("net.qcow2").backing_store
+    assert net is not None and net.path == "nbd://host/x"  # no file of the pool's
+    (path / "net.qcow2").unlink()
     await pool.refresh()
     told = {volume.name: (volume.type, volume.format, volume.size) for volume in pool.volumes()}
     assert told == {

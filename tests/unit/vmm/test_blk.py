@@ -242,6 +242,35 @@ def test_a_read_only_disk_and_its_lock(tmp_path: Path, running: Callable[..., Bl
     assert code == 1 and "in use by another process" in said and "a.qcow2" in said
 
 
+@needs_qemu_img
+def test_killed_it_leaves_no_leaks_to_the_next_and_repairs_nothing_that_another_uses(
+    tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    path = plain(tmp_path / "a.qcow2")
+    process = running((path, "qcow2"))
+    driver = process.start()
+    driver.write(0, b"w" * MIB)
+    driver.flush()
+    process.process.kill()
+    process.process.wait(20)
+    assert "cleanly shut down: no" in qemu_img("info", path)
+    with path.open("r+b") as other:  # a cluster that counts and that nothing leads to
+        other.truncate(65536 * 64)
+        other.seek(2 * 65536 + 2 * 63)
+        other.write(b"\0\1")
+        other.flush()
+        lock_image(other.fileno(), "other", write=True)
+        before = path.read_bytes()
+        assert running((path, "qcow2")).end()[0] == 1
+        assert path.read_bytes() == before
+    process = running((path, "qcow2"))
+    process.start()
+    assert process.end()[0] == 0
+    assert "cleanly shut down" not in qemu_img("info", path)
+    qemu_img("check", "-q", path)
+    assert content(path, "qcow2")[:MIB] == b"w" * MIB
+
+
 def test_what_it_does_not_take(tmp_path: Path, running: Callable[..., BlkProcess]) -> None:
     path = tmp_path / "a.qcow2"
     path.write_bytes(os.urandom(65536))

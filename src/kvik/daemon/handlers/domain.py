@@ -247,6 +247,7 @@ async def _create_xml(connection: Connection, xml: str, flags: int, files: tuple
         validate=bool(flags & DomainCreateFlags.START_VALIDATE),
         files={str(index): fd for index, fd in enumerate(files)} or None,
         autodestroy=owner,
+        reset_nvram=bool(flags & DomainCreateFlags.START_RESET_NVRAM),
     )
     if connection.closed and owner is not None:
         await connection.manager.client_gone(connection)

@@ -8,21 +8,19 @@ migration: everything is sent to a machine that was started with --incoming, and
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import struct
 from typing import TYPE_CHECKING
 
-from kvik.errors import HostError, HypervisorError, KvikError, OperationFailed
+from kvik.errors import HostError, HypervisorError, KvikError
 from kvik.hypervisor.descriptors import Opened
-from kvik.hypervisor.state import PIECE, StateSource, StateTarget, copy_out, in_own_thread, widen
+from kvik.hypervisor.state import FD_NAME, PIECE, StateSource, StateTarget, in_own_thread, received
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
 
 __all__ = ["connection", "load", "save"]
 
-_FD = "kvik-state"
 _LONG = 7 * 24 * 3600.0  # seconds that writing a machine's memory may take
 _POLL = 0.02  # seconds
 _FRAME = struct.Struct("<B3xIQ")  # kind, size, address
@@ -34,32 +32,14 @@ async def save(machine: KvikMachine, target: StateTarget) -> None:
     """Raises `HypervisorError` and others; then the guest is here as it was. Afterwards it is stopped."""
     target.total = (machine.domain.memory or 0) * 1024
     await machine.pause()
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    widen(writer)
-    try:
-        await machine.execute("getfd", {"fdname": _FD}, fds=[writer])
-    except BaseException:
-        os.close(reader)
-        raise
-    finally:
-        os.close(writer)
-    copying = in_own_thread(lambda: copy_out(reader, target))
-    try:
+    async with received(machine, target) as copying:
         try:
-            await machine.execute("x-kvik-save-stream", {"fdname": _FD}, deadline=_LONG)
+            await machine.execute("x-kvik-save-stream", {"fdname": FD_NAME}, deadline=_LONG)
         except KvikError:
             await asyncio.wait([copying], timeout=10)
             if copying.done() and copying.exception() is not None:
                 await copying  # why it was not written, rather than that its pipe broke
             raise
-        await copying
-        await in_own_thread(target.finish)
-    except BaseException as error:
-        target.cancelled = True
-        await asyncio.wait([copying], timeout=10)
-        if isinstance(error, OSError) and not isinstance(error, KvikError):
-            raise OperationFailed(f"the state of machine {machine.name} was not written: {error}") from error
-        raise
 
 
 def connection(opened: Opened) -> socket.socket:

@@ -17,7 +17,8 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.devices.disk import Disk
@@ -29,7 +30,7 @@ from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.qemu import bitmaps, block_jobs
 from kvik.hypervisor.qemu.argv.options import Props, node_name
 from kvik.hypervisor.qemu.disk_jobs import format_node
-from kvik.hypervisor.qemu.hotplug import Undo, add_fd, remove_nodes
+from kvik.hypervisor.qemu.hotplug import Undo, add_fd, lend, remove_nodes
 
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
@@ -39,6 +40,7 @@ __all__ = ["QemuBackups"]
 _DEADLINE = 30.0
 _EXPORTS_GONE = 10.0  # seconds for NBD clients to be cut off
 _SERVER = "backup-nbd"  # the listening socket's name in QEMU
+_CREDENTIALS = "backup-tls"
 
 
 class QemuBackups:
@@ -66,7 +68,14 @@ class QemuBackups:
 
     # -- a backup
 
-    async def begin(self, parts: Sequence[BackupPart], *, pull: bool, track: Sequence[tuple[Disk, str]] = ()) -> int:
+    async def begin(
+        self,
+        parts: Sequence[BackupPart],
+        *,
+        pull: bool,
+        track: Sequence[tuple[Disk, str]] = (),
+        secrets: Mapping[str, int] = MappingProxyType({}),
+    ) -> int:
         """All jobs and the bitmaps of a new checkpoint from one moment on, or nothing; how long the disks' requests
         were held back at most, in microseconds. Raises `MonitorError`, `HostError`; after `OperationTimeout` it may
         have begun: `clear` ends it."""
@@ -74,6 +83,8 @@ class QemuBackups:
         undone = Undo(machine)
         try:
             for part in parts:
+                if part.secret:
+                    await self._add_secret(part, secrets[part.job], undone)
                 await self._add_nodes(part, undone, pull=pull)
             actions = [bitmaps.add_action(format_node(disk), name, persistent=True) for disk, name in track]
             for part in parts:
@@ -86,6 +97,16 @@ class QemuBackups:
         except (MonitorError, HostError, ConfigUnsupported):
             await undone.run()
             raise
+
+    async def _add_secret(self, part: BackupPart, fd: int, undone: Undo) -> None:
+        machine = self._machine
+        fdset, path = await lend(machine, fd, part.secret)
+        try:
+            item = {"qom-type": "secret", "id": part.secret, "format": "raw", "file": path}
+            await machine.execute("object-add", item, deadline=_DEADLINE)
+            undone.add("object-del", id=part.secret)
+        finally:  # QEMU has read it, or will not
+            await machine.execute("remove-fd", {"fdset-id": fdset})
 
     async def _add_nodes(self, part: BackupPart, undone: Undo, *, pull: bool) -> None:
         machine = self._machine
@@ -101,20 +122,39 @@ class QemuBackups:
         image: Props = {"driver": part.format, "file": _storage(part), "node-name": _image(part), "discard": "unmap"}
         if part.format == "qcow2":
             image["backing"] = format_node(part.disk) if pull else None
+        if part.secret and part.format == "qcow2":
+            image["encrypt"] = {"format": "luks", "key-secret": part.secret}
+        elif part.secret:
+            image |= {"driver": "luks", "key-secret": part.secret}
         for node in (storage, image):
             await machine.execute("blockdev-add", node, deadline=_DEADLINE)
             undone.add("blockdev-del", node_name=node["node-name"])
 
-    async def serve(self, parts: Sequence[BackupPart], listening: int) -> None:
-        """What `begin` keeps becomes readable for NBD clients of a socket. Raises `MonitorError`."""
+    async def serve(self, parts: Sequence[BackupPart], listening: int, certificates: int | None = None) -> None:
+        """What `begin` keeps becomes readable for NBD clients of a socket: over TLS with the `certificates` of a
+        directory, and then only for those whose own are signed by its authority. Raises `MonitorError`."""
         machine = self._machine
         await machine.execute("getfd", {"fdname": _SERVER}, fds=[listening])
-        await machine.execute("nbd-server-start", {"addr": {"type": "fd", "data": {"str": _SERVER}}})
+        start: Props = {"addr": {"type": "fd", "data": {"str": _SERVER}}}
+        if certificates is not None:
+            await self._add_credentials(certificates)
+            start["tls-creds"] = _CREDENTIALS
+        await machine.execute("nbd-server-start", start)
         for part in parts:
             export: Props = {"type": "nbd", "id": part.job, "node-name": _image(part), "name": part.export}
             if part.bitmap:
                 export["bitmaps"] = [part.bitmap]
             await machine.execute("block-export-add", export, deadline=_DEADLINE)
+
+    async def _add_credentials(self, directory: int) -> None:
+        """QEMU reads them now, and not later."""
+        machine = self._machine
+        fdset, path = await lend(machine, directory, _CREDENTIALS)
+        try:
+            wanted = {"qom-type": "tls-creds-x509", "id": _CREDENTIALS, "dir": path, "endpoint": "server"}
+            await machine.execute("object-add", {**wanted, "verify-peer": True}, deadline=_DEADLINE)
+        finally:
+            await machine.execute("remove-fd", {"fdset-id": fdset})
 
     async def silence(self, parts: Sequence[BackupPart]) -> None:
         """No client reads any more: what it would be shown may be wrong from now on. Raises `OperationTimeout`."""
@@ -127,6 +167,8 @@ class QemuBackups:
             await machine.execute("nbd-server-stop")
         with contextlib.suppress(MonitorError):
             await machine.execute("closefd", {"fdname": _SERVER})
+        with contextlib.suppress(MonitorError):
+            await machine.execute("object-del", {"id": _CREDENTIALS})
         try:
             async with asyncio.timeout(_EXPORTS_GONE):
                 while ours & await self._exports():
@@ -154,6 +196,9 @@ class QemuBackups:
                 await block_jobs.dismiss_job(machine, part.job)
         await remove_nodes(machine, [name for part in parts for name in (_image(part), _storage(part))])
         for part in parts:
+            if part.secret:
+                with contextlib.suppress(MonitorError):
+                    await machine.execute("object-del", {"id": part.secret})
             if part.bitmap:
                 top = (await self.bitmaps(part.disk)).get(_index(part.disk), {}).get(part.bitmap)
                 if top is not None and not top.persistent:

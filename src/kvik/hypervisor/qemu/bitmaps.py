@@ -25,7 +25,7 @@ from kvik.hypervisor.qemu.hotplug import node_key
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
 
-__all__ = ["add", "bitmaps_of", "carry", "count", "inherited", "merge_actions", "remove"]
+__all__ = ["add", "bitmaps_of", "by_node", "carry", "count", "inherited", "merge_actions", "remove"]
 
 _DEADLINE = 30.0
 _COUNTED = "kvik-counted"  # a bitmap that exists while something is counted
@@ -55,6 +55,20 @@ async def _nodes(machine: QemuMachine) -> list[dict[str, Any]]:
     return [item for item in reply if isinstance(item, dict)] if isinstance(reply, list) else []
 
 
+def _bitmaps_in(item: dict[str, Any]) -> dict[str, Bitmap]:
+    known = item.get("dirty-bitmaps")
+    return {
+        entry["name"]: _bitmap(entry)
+        for entry in (known if isinstance(known, list) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+    }
+
+
+async def by_node(machine: QemuMachine) -> dict[str, dict[str, Bitmap]]:
+    """All there are, by the nodes that have any, and their names."""
+    return {str(item.get("node-name")): found for item in await _nodes(machine) if (found := _bitmaps_in(item))}
+
+
 async def bitmaps_of(machine: QemuMachine, disk: Disk) -> dict[int, dict[str, Bitmap]]:
     """Those of every image of the disk, and of a copy of it, by the image's number and their names."""
     alias = alias_of(disk)
@@ -64,12 +78,7 @@ async def bitmaps_of(machine: QemuMachine, disk: Disk) -> dict[int, dict[str, Bi
         key = node_key(alias, name)
         if key is None or not str(name).endswith("-format"):
             continue
-        known = item.get("dirty-bitmaps")
-        found[key] = {
-            entry["name"]: _bitmap(entry)
-            for entry in (known if isinstance(known, list) else ())
-            if isinstance(entry, dict) and isinstance(entry.get("name"), str)
-        }
+        found[key] = _bitmaps_in(item)
     return found
 
 

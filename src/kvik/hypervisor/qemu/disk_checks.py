@@ -152,8 +152,10 @@ def _source(disk: Disk, source: DiskSource, kind: str, format_: str) -> Iterator
         )  # fmt: skip
     if kind != "network":
         return
-    if source.tls:
-        yield Refusal("/source/@tls", f"{protocol} over TLS is not supported yet", "tunnel it, or use tls='no'")
+    if source.tls and protocol != "nbd":
+        yield Refusal("/source/@tls", f"QEMU's {protocol} driver has no TLS of its own", "use tls='no'")
+    if source.tls_hostname is not None and not source.tls:
+        yield Refusal("/source/@tlsHostname", "a name for TLS needs tls='yes'", leave)
     cookies = source.cookies.cookies if source.cookies is not None else []
     if cookies and protocol not in ("http", "https"):
         yield Refusal("/source/cookies", f"{protocol} has no cookies", leave)

@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["QemuDiskJobs", "format_node", "nodes_below"]
 
 _DEADLINE = 30.0
-_SECRET = re.compile(r"(.+)-(\d{1,9})-(?:luks|auth)")  # what `hypervisor/secrets.py` makes of alias and number
+_SECRET = re.compile(
+    r"(.+)-(\d{1,9})-(?:luks|auth|cookie|tls)"
+)  # what `hypervisor/secrets.py` makes of alias and number
 
 
 class QemuDiskJobs:

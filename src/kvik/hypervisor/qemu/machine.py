@@ -10,9 +10,9 @@ from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.other import Lease
 from kvik.conf.domain import Domain
 from kvik.host.process import ProcessHandle
-from kvik.hypervisor.driver import EventSink
+from kvik.hypervisor.driver import Bitmap, EventSink
 from kvik.hypervisor.machine import QmpMachine
-from kvik.hypervisor.qemu import display, hotplug, leases, screenshot, snapshots, state
+from kvik.hypervisor.qemu import bitmaps, display, hotplug, leases, screenshot, snapshots, state
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.backup import QemuBackups
 from kvik.hypervisor.qemu.block_jobs import JobWatchers
@@ -49,6 +49,7 @@ class QemuMachine(QmpMachine):
         )
         self.capabilities = capabilities
         self.job_watchers = JobWatchers()
+        self.stored_bitmaps: dict[str, dict[str, Bitmap]] = {}  # of images that QEMU let go of, by node
 
     async def query_more(self) -> None:
         self.job_watchers.wake_all()
@@ -79,7 +80,12 @@ class QemuMachine(QmpMachine):
     # -- its state
 
     async def save_state(self, target: StateTarget) -> None:
+        self.stored_bitmaps = await bitmaps.by_node(self)  # QEMU writes them into the images, and forgets them
         await state.save(self, target)
+
+    async def resume(self) -> None:
+        await super().resume()
+        self.stored_bitmaps = {}
 
     async def load_state(self, source: StateSource) -> None:
         await state.load(self, source)

@@ -67,7 +67,7 @@ async def put_on_top(
                 below = node_name(alias_of(disk), (before.index if before else None) or 0, "format")
                 data = {"node": below, "overlay": _image_node(disk)}
                 known = await bitmaps.bitmaps_of(machine, old[alias_of(disk)])
-                marked = known.get((before.index if before else None) or 0, {})
+                marked = machine.stored_bitmaps.get(below, {}) | known.get((before.index if before else None) or 0, {})
                 actions += bitmaps.inherited(marked, _image_node(disk))
                 actions.append({"type": "blockdev-snapshot", "data": data})
         began = time.monotonic()

@@ -10,15 +10,14 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Any
 
-from kvik.errors import HypervisorError, KvikError, OperationFailed
-from kvik.hypervisor.state import StateSource, StateTarget, copy_in, copy_out, in_own_thread, widen
+from kvik.errors import HypervisorError, KvikError
+from kvik.hypervisor.state import FD_NAME, StateSource, StateTarget, copy_in, in_own_thread, received, widen
 
 if TYPE_CHECKING:
     from kvik.hypervisor.qemu.machine import QemuMachine
 
 __all__ = ["load", "save"]
 
-_FD = "kvik-state"  # QEMU's name of our pipe
 _POLL = 0.05  # seconds between looks at how far it is
 _NO_LIMIT = 1 << 50  # bytes a second
 _GOING = ("none", "setup", "active", "device", "pre-switchover", "cancelling", "wait-unplug")
@@ -26,37 +25,25 @@ _GOING = ("none", "setup", "active", "device", "pre-switchover", "cancelling", "
 
 async def save(machine: QemuMachine, target: StateTarget) -> None:
     """Raises `HypervisorError` and others; then the guest is here as it was before. Afterwards it is stopped."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    widen(writer)
-    try:
-        await machine.execute("getfd", {"fdname": _FD}, fds=[writer])
-    except BaseException:
-        os.close(reader)
-        raise
-    finally:
-        os.close(writer)
-    copying = in_own_thread(lambda: copy_out(reader, target))
-    try:
-        await machine.execute("migrate-set-parameters", {"max-bandwidth": _NO_LIMIT, "downtime-limit": 2000})
+    async with received(machine, target) as copying:
         try:
-            await machine.execute("migrate", {"uri": f"fd:{_FD}"})
+            await machine.execute("migrate-set-parameters", {"max-bandwidth": _NO_LIMIT, "downtime-limit": 2000})
+            try:
+                await machine.execute("migrate", {"uri": f"fd:{FD_NAME}"})
+            except BaseException:
+                await _close(machine)
+                raise
+            await _sent(machine, copying, target)
         except BaseException:
-            await _close(machine)
+            target.cancelled = True
+            await asyncio.shield(_give_up(machine))
             raise
-        await _sent(machine, copying, target)
-        await copying
-        await in_own_thread(target.finish)
-    except BaseException as error:
-        await asyncio.shield(_give_up(machine, target, copying))
-        if isinstance(error, OSError) and not isinstance(error, KvikError):
-            raise OperationFailed(f"the state of machine {machine.name} was not written: {error}") from error
-        raise
 
 
 async def _close(machine: QemuMachine) -> None:
     """A pipe that QEMU did not take: its end would stay open, and our thread would wait for ever."""
     try:
-        await machine.execute("closefd", {"fdname": _FD})
+        await machine.execute("closefd", {"fdname": FD_NAME})
     except KvikError:
         pass  # it has been used, or the machine is gone
 
@@ -87,9 +74,8 @@ async def _report(machine: QemuMachine) -> dict[str, Any]:
     return reply
 
 
-async def _give_up(machine: QemuMachine, target: StateTarget, copying: asyncio.Future[None]) -> None:
+async def _give_up(machine: QemuMachine) -> None:
     """QEMU sends no more and its thread has ended, so that the next try finds it ready."""
-    target.cancelled = True
     try:
         await machine.execute("migrate_cancel")
         for _ in range(200):
@@ -98,7 +84,6 @@ async def _give_up(machine: QemuMachine, target: StateTarget, copying: asyncio.F
             await asyncio.sleep(_POLL)
     except KvikError:
         pass  # it is gone, and its end of the pipe with it
-    await asyncio.wait([copying], timeout=10)
 
 
 async def load(machine: QemuMachine, source: StateSource) -> None:
@@ -106,7 +91,7 @@ async def load(machine: QemuMachine, source: StateSource) -> None:
     reader, writer = os.pipe2(os.O_CLOEXEC)
     widen(writer)
     try:
-        await machine.execute("getfd", {"fdname": _FD}, fds=[reader])
+        await machine.execute("getfd", {"fdname": FD_NAME}, fds=[reader])
     except BaseException:
         os.close(writer)
         raise
@@ -115,7 +100,7 @@ async def load(machine: QemuMachine, source: StateSource) -> None:
     feeding = in_own_thread(lambda: copy_in(source, writer))
     feeding.add_done_callback(lambda future: future.cancelled() or future.exception())  # QEMU's own words come first
     try:
-        await machine.execute("migrate-incoming", {"uri": f"fd:{_FD}"})
+        await machine.execute("migrate-incoming", {"uri": f"fd:{FD_NAME}"})
     except BaseException:
         await _close(machine)  # our thread's pipe breaks
         raise

@@ -10,7 +10,10 @@ So `write_back` goes in steps, each on disk before the next begins:
     5. the refcount blocks with the references that are gone
 
 Power lost anywhere leaves old or new data and, at worst, clusters that count as used and are not (leaks). A cluster
-that was given back is not used again before step 5. Reference: QEMU's docs/interop/qcow2.rst.
+that was given back is not used again before step 5.
+
+So that leaks do not stay, an image of version 3 has its dirty bit from before the first step 1 until it is closed in
+order, and whoever opens it next for writing, we or QEMU, counts anew. Reference: QEMU's docs/interop/qcow2.rst.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Qcow2Allocator"]
 
 MAX_SNAPSHOT_TABLES = 1 << 18  # clusters
+DIRTY_BYTE = 79  # of the header: the lowest of the incompatible features
 
 
 class Qcow2Allocator(Qcow2Reader):
@@ -66,13 +70,15 @@ class Qcow2Allocator(Qcow2Reader):
         self.tracking: Tracking | None = None
         self.keep_zeroes = False  # zeros are written as such even where no image below makes a hole read otherwise
         self._touched = self._tracked = False
+        self._marks = barriers and not repairing
+        self._marked = False
         if self.corrupt and not repairing:
             raise self.fault("is marked as corrupt", 72, f"repair it: kvik img check -r all {path}")
         if self.dirty and not repairing:
             self._repair_refcounts()
 
     def _repair_refcounts(self) -> None:
-        """An image with lazy refcounts that was not closed: its refcounts are counted anew, as QEMU does at opening."""
+        """An image that was not closed: its refcounts are counted anew, as QEMU does at opening."""
         from kvik.image.qcow2.repair import repair
 
         repair(self, everything=True)
@@ -86,6 +92,7 @@ class Qcow2Allocator(Qcow2Reader):
             self._refcounts.write_header = self.write_header
             self._refcounts.barrier = self.barrier
             self._refcounts.reserved = self.is_reserved
+            self._refcounts.before_write = self._mark
         return self._refcounts
 
     def forget_refcounts(self) -> None:
@@ -100,8 +107,32 @@ class Qcow2Allocator(Qcow2Reader):
                 os.fdatasync(self.data_fd)
 
     def write_header(self) -> None:
-        """As a whole or not at all, as far as its extensions fit in a sector; on disk after the next barrier."""
+        """As a whole or not at all, as far as its extensions fit in a sector; on disk after the next barrier. It counts
+        as dirty from now on: what it no longer leads to is given back later."""
+        if self._marks and self.header.version > 2 and not self.dirty:
+            self._marked = True
+            self.header.incompatible |= DIRTY
         write_header(self.fd, self.header, self.barrier)
+
+    def _mark(self) -> None:
+        """Before refcounts come to disk, or stay there for what is used no more."""
+        if self._marks and self.header.version > 2 and not self.dirty:
+            self._marked = True
+            self.header.incompatible |= DIRTY
+            self._write_mark()
+            self.barrier()
+
+    def unmark(self) -> None:
+        """All is on disk, and nothing counts as used that is not. Not itself waited for: a dirty image is no harm."""
+        if self._marked:
+            self._marked = False
+            self.header.incompatible &= ~DIRTY
+            self._write_mark()
+
+    def _write_mark(self) -> None:
+        """The bit alone: other fields of the header may be on their way to something else."""
+        (low,) = os.pread(self.fd, 1, DIRTY_BYTE)
+        write_fully(self.fd, bytes([low & ~DIRTY | self.header.incompatible & DIRTY]), DIRTY_BYTE)
 
     def begin(self, *, data: bool = True) -> None:
         """Before the first change: features that this program does not keep in order lose their flag, and with `data`
@@ -267,6 +298,8 @@ class Qcow2Allocator(Qcow2Reader):
         refcounts = self._refcounts
         if refcounts is None:
             return
+        if refcounts.pending:
+            self._mark()
         if refcounts.write_blocks():
             self.barrier()
             refcounts.write_table()
@@ -317,9 +350,11 @@ class Qcow2Allocator(Qcow2Reader):
             self.tracking.store()
         if self._touched and self.barriers:
             self.flush()
+        self.unmark()
 
     def mark_whole(self) -> None:
         """After a repair: no longer dirty, no longer corrupt."""
         self.header.incompatible &= ~(DIRTY | CORRUPT)
-        self.write_header()
+        self._marked = False
+        write_header(self.fd, self.header, self.barrier)
         os.fdatasync(self.fd)

@@ -12,7 +12,7 @@ from array import array
 from kvik.errors import InvalidArgument
 from kvik.image.base import ZERO, ZERO_ALLOCATED, write_fully
 from kvik.image.create import COMPATS
-from kvik.image.qcow2.header import AUTOCLEAR_RAW, LAZY_REFCOUNTS, MAX_REFCOUNT_TABLE
+from kvik.image.qcow2.header import AUTOCLEAR_RAW, DIRTY, LAZY_REFCOUNTS, MAX_REFCOUNT_TABLE
 from kvik.image.qcow2.refcount import TABLE_OFFSET, blank_block, pack_block
 from kvik.image.qcow2.switch import Switch
 from kvik.image.qcow2.tables import COMPRESSED_FLAG, OFFSET, ZERO_FLAG, read_table, write_table
@@ -112,7 +112,7 @@ def _upgrade(image: Qcow2Writer) -> None:
 
 def _check_downgrade(image: Qcow2Writer) -> None:
     header = image.header
-    if header.incompatible:
+    if header.incompatible & ~DIRTY:
         raise InvalidArgument("Cannot downgrade an image with incompatible features set")
     if image.bitmaps:
         raise InvalidArgument("Cannot downgrade an image with bitmaps", remedy="remove them: kvik img bitmap --remove")
@@ -143,6 +143,7 @@ def _downgrade(image: Qcow2Writer) -> None:
                 image.write(first, bytes(min(1 << 20, start + count - first)))
         at += length
     image.flush()
+    image.unmark()  # which version 2 has no bit for
     header = image.header
     header.version, header.compatible, header.autoclear, header.extra = 2, 0, 0, b""
     image.write_header()

@@ -97,6 +97,7 @@ class Refcounts:
         self._pending: list[tuple[int, int]] = []
         self.write_header: Callable[[], None] = lambda: None
         self.barrier: Callable[[], None] = lambda: None
+        self.before_write: Callable[[], None] = lambda: None  # blocks that lie where they lay
         self.reserved: Callable[[int, int], bool] = lambda cluster, count: False
 
     # -- looking
@@ -357,7 +358,7 @@ class Refcounts:
                 old.append((self.table[index] & TABLE_OFFSET, 1))
                 self.table[index] = new << self.cluster_bits
                 moved.add(index)
-        self.write_blocks()
+        self.write_blocks(in_place=False)
         write_table(self._fd, place << self.cluster_bits, self.table)
         self._dirty_table.clear()
         old.append((self._header.refcount_table_offset, clusters))
@@ -366,8 +367,10 @@ class Refcounts:
 
     # -- writing
 
-    def write_blocks(self) -> bool:
+    def write_blocks(self, *, in_place: bool = True) -> bool:
         """Dirty blocks into the file; whether `write_table` has something to do after a barrier."""
+        if in_place and self._dirty:
+            self.before_write()
         for index in sorted(self._dirty):
             data = pack_block(self._blocks[index], self.order)
             write_fully(self._fd, data, self.table[index] & TABLE_OFFSET)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from kvik.conf.backup import Backup, BackupServer, parse_backup
 from kvik.conf.checkpoint import Checkpoint, parse_checkpoint
-from kvik.conf.devices.disk import BackingStore, DiskSource, Format, Mirror
+from kvik.conf.devices.disk import BackingStore, DiskSource, Encryption, Format, Mirror
 from kvik.conf.enums import DomainBackupBeginFlags, DomainState
+from kvik.conf.storage_pool import AuthSecret
 from kvik.errors import (
     AlreadyExists,
     ConfigError,
@@ -26,14 +27,17 @@ from kvik.errors import (
     KvikError,
     OperationInvalid,
 )
+from kvik.host.secret_file import lent
 from kvik.hypervisor import new_image
 from kvik.hypervisor.descriptors import listen_unix
 from kvik.hypervisor.driver import BackupPart, Machine
 from kvik.manager import disks
 from kvik.manager.backup import job as jobs
-from kvik.manager.backup.plan import complete, own_thread, parts_of, place_in, with_changes
+from kvik.manager.backup.plan import JOB, complete, own_thread, parts_of, place_in, with_changes
+from kvik.manager.certificates import check_server, open_server
 from kvik.manager.checkpoints import create as checkpoints
 from kvik.manager.checkpoints.resume import settle
+from kvik.manager.encrypted_images import maker
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -89,10 +93,11 @@ async def _begin(
 ) -> None:
     machine, backup = domain.require_machine(), job.backup
     backups = machine.backups
+    encrypted = {f"{JOB}{item.name}": place_in(item).encryption for item in backup.chosen}
     for part in parts:
         if not reuse:
             try:
-                await _make(domain, part, await machine.disk_size(part.disk))
+                await _make(domain, part, await machine.disk_size(part.disk), encrypted.get(part.job))
             except AlreadyExists:  # made by somebody else just now: not ours to remove
                 job.created.remove(part.path)
                 raise
@@ -106,13 +111,28 @@ async def _begin(
             listening = await domain.manager.store.run(_listen, backup.server)
             close.callback(os.close, listening)
         async with _still(domain, machine, parts, pull=backup.pull):
-            job.held = await backups.begin(parts, pull=backup.pull, track=tracked)
+            secrets = {name: _lend(domain, one, close) for name, one in encrypted.items() if one is not None}
+            job.held = await backups.begin(parts, pull=backup.pull, track=tracked, secrets=secrets)
         if listening >= 0:
-            await backups.serve(parts, listening)
+            certificates = None
+            if backup.server is not None and backup.server.tls:
+                certificates = await domain.manager.store.run(open_server, domain.manager.paths.certificates)
+                close.callback(os.close, certificates)
+            await backups.serve(parts, listening, certificates)
     if checkpoint is not None:
         await checkpoints.keep(domain, checkpoint)
     job.phase = jobs.RUNNING
     await jobs.save(domain, job)
+
+
+def _lend(domain: DomainObject, encryption: Encryption, held: contextlib.ExitStack) -> int:
+    """A descriptor of the passphrase. Raises `NoSecret`, `InvalidSecret`."""
+    if not encryption.secrets:
+        raise ConfigError("an encrypted backup needs a <secret>", path="/domainbackup/disks/disk/target/encryption")
+    named = encryption.secrets[0]
+    return held.enter_context(
+        lent(domain.manager.pools.secret("volume", AuthSecret(uuid=named.uuid, usage=named.usage)))
+    )
 
 
 @contextlib.asynccontextmanager
@@ -132,7 +152,7 @@ async def _still(domain: DomainObject, machine: Machine, parts: list[BackupPart]
         await machine.resume()
 
 
-async def _make(domain: DomainObject, part: BackupPart, size: int) -> None:
+async def _make(domain: DomainObject, part: BackupPart, size: int, encryption: Encryption | None) -> None:
     source = DiskSource(dev=part.path) if part.block else DiskSource(file=part.path)
     image = Mirror(
         type="block" if part.block else "file",
@@ -140,8 +160,9 @@ async def _make(domain: DomainObject, part: BackupPart, size: int) -> None:
         source=source,
         backing_store=BackingStore(),
     )
+    source.encryption = encryption
     if await domain.manager.store.run(new_image.check, image, size, None):  # else it is a device, which is there
-        await domain.manager.store.run(new_image.make, image, size, None)
+        await domain.manager.store.run(new_image.make, image, size, None, maker(domain.manager, encryption))
 
 
 def _check_places(domain: DomainObject, backup: Backup, reuse: bool) -> None:
@@ -159,6 +180,8 @@ def _check_places(domain: DomainObject, backup: Backup, reuse: bool) -> None:
         if item.type == "file" and reuse and not Path(path).is_file():
             raise ConfigError(f"disk '{item.name}': {path} is no file that could be reused")
     server = backup.server
+    if server is not None and server.tls:
+        check_server(domain.manager.paths.certificates)
     if server is not None and server.socket and os.path.lexists(server.socket):
         raise AlreadyExists(f"{server.socket} exists already", remedy="remove it, or name another socket")
 

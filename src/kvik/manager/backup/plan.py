@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from os.path import normpath
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from kvik.errors import ConfigError, ConfigUnsupported, ResourceBusy
 from kvik.hypervisor.driver import BackupPart
 from kvik.hypervisor.layers import has_medium, layers
 from kvik.manager.checkpoints import chain
+from kvik.manager.encrypted_images import encryption_of
 
 if TYPE_CHECKING:
     from kvik.hypervisor.driver import DiskBackups
@@ -52,6 +54,7 @@ def complete(domain: DomainObject, backup: Backup, suffix: str | None, *, reuse:
             )
         _complete_changes(backup, item)
         _complete_place(backup, item, disk, suffix or str(int(time.time())), reuse=reuse)
+        _check_secrecy(backup, item, disk)
         if backup.pull:
             item.export_name = item.export_name or item.name
             if item.backup_mode == "incremental":
@@ -75,12 +78,6 @@ def _complete_server(backup: Backup) -> None:
         return
     server = backup.server = server or BackupServer()
     server.transport = server.transport or "tcp"
-    if server.tls:
-        raise ConfigUnsupported(
-            "backups over TLS are not supported yet: the VMM has no certificate",
-            path=path,
-            remedy="use transport='unix', or tcp on localhost, and bring it to others through ssh",
-        )
     if server.transport == "rdma":
         raise ConfigUnsupported("NBD does not go over rdma: transport is tcp or unix", path=path)
     if server.transport == "unix":
@@ -125,12 +122,6 @@ def _check_disk(domain: DomainObject, disk: Disk) -> None:
         raise ConfigUnsupported(
             f"disk '{target}' is transient: what is written to it is thrown away",
             remedy=f"leave it out: <disk name='{target}' backup='no'/>",
-        )
-    if disk.encryption is not None or (disk.source is not None and disk.source.encryption is not None):
-        raise ConfigUnsupported(
-            f"disk '{target}' is encrypted, and its backup would not be",
-            remedy=f"leave it out: <disk name='{target}' backup='no'/>; or copy its image, as it is, while the machine "
-            "is off",
         )
     if domain.run is not None and target in domain.run.block_jobs:
         raise ResourceBusy(
@@ -183,8 +174,7 @@ def _complete_place(backup: Backup, item: BackupDisk, disk: Disk, suffix: str, *
         if item.type != "file" or disk.type != "file" or disk.source is None or not disk.source.file or reuse:
             raise ConfigUnsupported(f"refusing to generate file name for disk '{item.name}'", path=path)
         place = DiskSource(file=f"{disk.source.file}.{suffix}")
-    if place.encryption is not None:
-        raise ConfigUnsupported(f"disk '{item.name}': encrypted backups are not supported yet", path=path)
+    place.encryption = place.encryption or encryption_of(disk)  # nothing of such a disk ever lies in plain text
     location = place.dev if item.type == "block" else place.file
     if not location or not location.startswith("/"):
         raise ConfigError(f"disk '{item.name}': the backup's image needs an absolute path", path=path)
@@ -207,6 +197,18 @@ def _complete_place(backup: Backup, item: BackupDisk, disk: Disk, suffix: str, *
             path=path,
             remedy=f"kvik img create -f qcow2 {location} SIZE, then give --reuse-external",
         )
+
+
+def _check_secrecy(backup: Backup, item: BackupDisk, disk: Disk) -> None:
+    """What is encrypted on the disk is not sent in plain text to whoever asks."""
+    server = backup.server
+    if encryption_of(disk) is None or server is None or server.tls or server.transport == "unix":
+        return
+    raise ConfigUnsupported(
+        f"disk '{item.name}' is encrypted, and anybody who reaches port {server.port} could read it",
+        path="/domainbackup/server",
+        remedy="use transport='unix', or tls='yes'",
+    )
 
 
 def _check_names(item: BackupDisk) -> None:
@@ -233,6 +235,7 @@ def parts_of(document: Domain, backup: Backup) -> list[BackupPart]:
                 format=item.driver.type if item.driver is not None else "qcow2",
                 bitmap=(item.export_bitmap or f"{JOB}{item.name}") if incremental else "",
                 export=item.export_name or "",
+                secret=f"{JOB}{item.name}-luks" if place_in(item).encryption is not None else "",
             )
         )
     return found
@@ -258,9 +261,5 @@ async def with_changes(
                 remedy="choose another exportbitmap, or delete the checkpoint of that name",
             )
         granularity = min(known[image][bitmap].granularity for image, bitmap in sources)
-        found.append(
-            BackupPart(
-                part.disk, part.job, part.path, part.block, part.format, part.bitmap, sources, granularity, part.export
-            )
-        )
+        found.append(replace(part, since=sources, granularity=granularity))
     return found

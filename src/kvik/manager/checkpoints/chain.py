@@ -7,6 +7,7 @@ and none of them lost anything.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os.path import normpath
 
 from kvik.conf.checkpoint import Checkpoint, place_of
 from kvik.conf.devices.disk import Disk
@@ -40,7 +41,7 @@ def sources(disk: Disk, checkpoint: Checkpoint, known: Mapping[int, Mapping[str,
         if not bitmap.usable:
             raise _lost(checkpoint, target, f"bitmap '{name}' in {place} did not record everything")
         found.append((layer.key, name))
-        if place == first:
+        if place == first or (first is not None and normpath(place) == normpath(first)):
             return found
     raise _lost(
         checkpoint, target, f"its tracking began in {first or 'an image'}, which is none of the disk's any more"

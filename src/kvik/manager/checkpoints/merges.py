@@ -8,6 +8,8 @@ left is refused as incomplete (`chain`): never a backup that lacks something.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from os.path import normpath
 from typing import TYPE_CHECKING
 
 from kvik.conf.checkpoint import Checkpoint, TrackedImage, TrackedImages, place_of
@@ -23,7 +25,7 @@ NOWHERE = "-"  # the place of an image that no disk has
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["carry", "carry_to_mirror", "moved"]
+__all__ = ["carry", "carry_to_mirror", "file_moved", "moved", "tracked_in"]
 
 
 async def carry(
@@ -89,3 +91,32 @@ async def moved(domain: DomainObject, before: Disk, after: Disk, into: int | Non
                 await _set_place(domain, checkpoint, target, place)
     except KvikError as error:
         logger.warning("machine %s: checkpoints of disk %s do not know of its merge: %s", domain.name, target, error)
+
+
+# Of a machine that is off its images' files are merged by `image/`, with their bitmaps (`storage/overlay_bitmaps`).
+
+
+def _begun_in(domain: DomainObject, path: str) -> Iterator[tuple[Checkpoint, str]]:
+    for checkpoint in domain.checkpoints.all.values():
+        for target in checkpoint.tracked:
+            if normpath(checkpoint.image_of(target) or "") == path:
+                yield checkpoint, target
+
+
+def tracked_in(domain: DomainObject, path: str) -> dict[str, bool]:
+    """The bitmaps of the machine's checkpoints, and whether its tracking began in this file."""
+    found = {
+        name: False
+        for checkpoint in domain.checkpoints.all.values()
+        for target in checkpoint.tracked
+        if (name := checkpoint.bitmap_of(target)) is not None
+    }
+    for checkpoint, target in _begun_in(domain, path):
+        found[checkpoint.bitmap_of(target) or ""] = True
+    return found
+
+
+async def file_moved(domain: DomainObject, path: str, into: str) -> None:
+    """Its data is in another file now. Raises `HostError`."""
+    for checkpoint, target in list(_begun_in(domain, path)):
+        await _set_place(domain, checkpoint, target, into)

@@ -65,11 +65,17 @@ class CheckpointStore:
                 except KvikError as error:
                     warnings.append(set_aside(path, str(error)))
                     continue
+                self.adopt(checkpoint)
                 known[name] = checkpoint
         for name in [name for name in found.pending if name in found.all]:  # it was made, and only not tidied up after
             files.remove_file(self._path(name, PENDING))
             del found.pending[name]
         return found, warnings
+
+    def adopt(self, checkpoint: Checkpoint) -> None:
+        """The machine may have had another name when the document was written."""
+        if checkpoint.domain is not None:
+            checkpoint.domain.name = self.directory.name
 
     def write(self, checkpoint: Checkpoint, *, pending: bool = False) -> None:
         assert checkpoint.name is not None

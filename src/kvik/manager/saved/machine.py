@@ -24,12 +24,12 @@ from kvik.errors import (
     NotFound,
     OperationFailed,
     OperationInvalid,
-    OperationUnsupported,
     ResourceBusy,
 )
 from kvik.host.files import fsync_directory, host_error
 from kvik.hypervisor.names import character_devices
 from kvik.manager import lifecycle, prepare, volume_disks
+from kvik.manager.backup.busy import check_no_backup
 from kvik.manager.saved import image
 from kvik.manager.saved.image import Reader, Writer
 from kvik.manager.saved.managed import check_no_managed_save, managed_path
@@ -108,11 +108,9 @@ class Saved:
 # Saving -----------------------------------------------------------------------------------------------------------
 
 
-def check_flags(flags: int) -> None:
-    if flags & RESET_NVRAM:
-        raise OperationUnsupported("resetting the firmware's variables is not supported yet")
-    if flags & ~FLAGS:
-        raise InvalidArgument(f"unsupported flags (0x{flags & ~FLAGS:x}) for a saved machine")
+def check_flags(flags: int, known: int = FLAGS) -> None:
+    if flags & ~known:
+        raise InvalidArgument(f"unsupported flags (0x{flags & ~known:x}) for a saved machine")
     if flags & RUNNING and flags & PAUSED:
         raise InvalidArgument("a machine cannot be both running and paused when it is restored")
 
@@ -197,6 +195,7 @@ def check_can_save(domain: DomainObject) -> None:
             "and its memory would not agree with what is left",
             remedy="leave <transient/> out of the definition and start the machine anew",
         )
+    check_no_backup(domain, "saving its memory")
     busy = sorted(domain.run.block_jobs) if domain.run is not None else []
     if busy:
         raise ResourceBusy(
@@ -291,7 +290,7 @@ async def restore(
 ) -> None:
     """Start the machine that a file holds. Raises `OperationFailed` for a damaged file, `OperationInvalid` for one that
     runs; then nothing was started. The file stays."""
-    check_flags(flags)
+    check_flags(flags, FLAGS | RESET_NVRAM)
     if not path.startswith("/"):
         raise InvalidArgument(f"{path!r} is no absolute path")
     reader = await in_thread(Reader, path, bypass_cache=bool(flags & BYPASS_CACHE))
@@ -309,6 +308,7 @@ async def restore(
             paused=not run,
             autodestroy=autodestroy,
             saved=Saved(reader),
+            reset_nvram=bool(flags & RESET_NVRAM),
         )
     finally:
         reader.close()

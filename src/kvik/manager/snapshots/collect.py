@@ -15,7 +15,8 @@ from kvik.conf.domain import Domain, format_domain
 from kvik.conf.snapshot import format_snapshot
 from kvik.errors import KvikError
 from kvik.host.files import identify
-from kvik.manager import volume_disks
+from kvik.manager import encrypted_images, volume_disks
+from kvik.manager.checkpoints import merges
 from kvik.manager.snapshots import apply, files, inside, running
 from kvik.manager.snapshots.journal import Journal
 from kvik.manager.snapshots.plan import BACK, FORWARD, REMOVE, Step, plan
@@ -39,13 +40,21 @@ async def planned(domain: DomainObject, leaving: frozenset[str] = frozenset()) -
     foreign = {top.path for top in known if top.machine != domain.name}
     layers = {path: layer._replace(pinned=layer.pinned or path in foreign) for path, layer in found.layers.items()}
     used = files.used_by_running(manager, besides=domain)
+
+    def can(step: Step) -> bool:
+        if running.chain_with(domain, step.path, step.into):
+            return running.can(domain, step)
+        if not {step.path, step.into} & found.locked:
+            return True
+        return step.kind == BACK and encrypted_images.can_merge(domain, step.path, layers, found.locked)
+
     steps = plan(
         layers,
         {top.path for top in known},
         tree.made,
         tree.originals,
         busy=lambda path: identify(path) in used,
-        can=lambda step: running.can(domain, step, locked=bool({step.path, step.into} & found.locked)),
+        can=can,
     )
     return steps, found._replace(layers=layers, tops=known)
 
@@ -95,24 +104,26 @@ def remove(domain: DomainObject, path: str) -> None:
         domain.snapshots.made.discard(path)
 
 
-def _merge_forward(path: str, into: str, format: str) -> None:
+def _merge_forward(path: str, into: str, format: str, tracked: dict[str, bool]) -> None:
     top, below = overlays.look(into, "qcow2"), overlays.look(path, format)
     if top.backing is not None and normpath(top.backing) == path:
-        overlays.merge_forward(top, below)
+        overlays.merge_forward(top, below, tracked=tracked)
 
 
 async def _forward(domain: DomainObject, step: Step, found: Survey) -> None:
     if running.chain_with(domain, step.path, step.into):
         await running.forward(domain, step, found.layers[step.path].backing)
     else:
-        await in_thread(_merge_forward, step.path, step.into, found.formats[step.path])
+        tracked = merges.tracked_in(domain, step.into)
+        await in_thread(_merge_forward, step.path, step.into, found.formats[step.path], tracked)
+        await merges.file_moved(domain, step.path, step.into)
     remove(domain, step.path)
 
 
-def _merge_back(path: str, into: str, format: str) -> None:
+def _merge_back(path: str, into: str, format: str, tracked: dict[str, bool]) -> None:
     top = overlays.look(path, "qcow2")
     if top.backing is not None and normpath(top.backing) == into:
-        overlays.merge_back(top, overlays.look(into, format))
+        overlays.merge_back(top, overlays.look(into, format), tracked=tracked)
 
 
 def _rebase(above: list[str], into: str, format: str) -> None:
@@ -128,8 +139,14 @@ async def _back(domain: DomainObject, step: Step, found: Survey) -> None:
     format = found.formats[step.into]
     if running.chain_with(domain, step.path, step.into):
         await running.back(domain, step)
+    elif step.path in found.locked:
+        top = await in_thread(overlays.look, step.path, "qcow2")
+        if top.backing is not None and normpath(top.backing) == step.into:
+            await in_thread(encrypted_images.merge_back(domain, step.path))
     else:
-        await in_thread(_merge_back, step.path, step.into, format)
+        tracked = merges.tracked_in(domain, step.path)
+        await in_thread(_merge_back, step.path, step.into, format, tracked)
+        await merges.file_moved(domain, step.path, step.into)
     now = await in_thread(files.survey, files.tops(domain.manager), domain.name, sorted(tree.made))
     above = [layer.path for layer in now.layers.values() if layer.backing == step.path]
     await in_thread(_rebase, above, step.into, format)

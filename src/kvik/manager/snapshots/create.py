@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from kvik.conf.devices.disk import BackingStore, Disk, DiskSource, Format
 from kvik.conf.domain import Domain, format_domain
+from kvik.conf.enums import DomainBlockJobType, DomainState
 from kvik.conf.enums import DomainSnapshotCreateFlags as Flags
-from kvik.conf.enums import DomainState
 from kvik.conf.snapshot import (
     Kind,
     Snapshot,
@@ -38,6 +38,7 @@ from kvik.errors import (
 )
 from kvik.hypervisor.layers import forget_live, has_medium
 from kvik.manager import volume_disks
+from kvik.manager.backup.busy import check_no_backup
 from kvik.manager.encrypted_images import Make, encryption_of, maker
 from kvik.manager.saved.managed import check_no_managed_save
 from kvik.manager.snapshots import apply, firmware, inside, live, memory
@@ -127,7 +128,11 @@ def _check_jobs(domain: DomainObject, chosen: list[SnapshotDisk]) -> None:
     """A job that copies or merges a disk's images knows them as they are: none may come on top meanwhile."""
     busy = domain.run.block_jobs if domain.run is not None else {}
     for disk in chosen:
-        if disk.name in busy and disk.snapshot == "external":
+        if disk.name not in busy or disk.snapshot not in ("internal", "external"):
+            continue
+        if busy[disk.name].type == DomainBlockJobType.BACKUP:
+            check_no_backup(domain, "a snapshot")
+        if disk.snapshot == "external":
             raise ResourceBusy(
                 f"disk {disk.name!r} of machine {domain.name!r} has a block job",
                 remedy=f"wait for it, or end it: kvik blockjob {domain.name} {disk.name} --info, --pivot, --abort; or "
@@ -252,9 +257,10 @@ def makers(manager: Manager, document: Domain) -> dict[str, Make | None]:
     return {disk.target.dev or "": maker(manager, encryption_of(disk)) for disk in document.devices.disks}
 
 
-def make_overlays(new: dict[str, str], below: dict[str, Facts], how: dict[str, Make | None]) -> None:
+def make_overlays(new: dict[str, str], below: dict[str, Facts], how: dict[str, Make | None], *, tracked: bool) -> None:
+    """`tracked`: the bitmaps of what is below go on in them; a VMM that puts them on top does that itself."""
     for target, path in new.items():
-        overlays.create_overlay(path, below[target], how.get(target))
+        overlays.create_overlay(path, below[target], how.get(target), tracked=tracked)
 
 
 async def _take_inside(domain: DomainObject, snapshot: Snapshot, document: Domain) -> None:
@@ -316,7 +322,8 @@ async def _take(domain: DomainObject, snapshot: Snapshot, document: Domain, flag
     await apply.begin(domain, journal)
     try:
         if not reused:
-            await in_thread(make_overlays, new, below, makers(domain.manager, document))
+            how = makers(domain.manager, document)
+            await in_thread(make_overlays, new, below, how, tracked=not domain.is_active)
         if file:
             await standstill.save(file, live=bool(flags & Flags.LIVE))
         taken = await in_thread(firmware.keep, kept)

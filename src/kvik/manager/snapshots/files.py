@@ -56,7 +56,7 @@ class Top(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """`locked`: the encrypted ones, whose data only a machine that runs can merge."""
+    """`locked`: the encrypted ones."""
 
     layers: dict[str, Layer]
     formats: dict[str, str]

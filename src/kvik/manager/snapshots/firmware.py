@@ -13,6 +13,7 @@ from kvik.conf.snapshot import Snapshot, SnapshotTaken
 from kvik.errors import OperationFailed
 from kvik.host import files
 from kvik.host.files import fsync_directory, host_error
+from kvik.hypervisor.firmware import variables_of
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -23,18 +24,10 @@ LIMIT = 64 << 20  # bytes; OVMF has half a MiB, a TPM a few KiB
 MOST_FILES = 100  # of a TPM: swtpm has three
 
 
-def variables(document: Domain) -> str | None:
-    """The file that a machine's firmware keeps its variables in."""
-    nvram, loader = document.os.nvram, document.os.loader
-    if nvram is None or loader is None or loader.type != "pflash":
-        return None
-    return (nvram.source.location if nvram.source else None) or nvram.value or None
-
-
 def sources(domain: DomainObject, document: Domain, directory: Path, name: str) -> dict[str, tuple[str, str]]:
     """Which of `SnapshotTaken`'s members is kept -> where it is, where its copy belongs."""
     found: dict[str, tuple[str, str]] = {}
-    nvram = variables(document)
+    nvram = variables_of(document)
     if nvram is not None:
         found["nvram"] = nvram, str(directory / f"{name}.nvram")
     tpm = domain.manager.driver_of(document).tpm_state(document)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from kvik.conf.domain import format_domain
 from kvik.conf.enums import DomainSnapshotRevertFlags as Flags
 from kvik.conf.snapshot import Snapshot
-from kvik.errors import InvalidArgument, OperationInvalid, OperationUnsupported
+from kvik.errors import InvalidArgument, OperationInvalid
+from kvik.hypervisor.firmware import pristine_variables, reset_variables
 from kvik.manager import lifecycle, prepare, starting
+from kvik.manager.backup.busy import check_no_backup
 from kvik.manager.definition import Definition
 from kvik.manager.saved.machine import Saved, without_sockets, without_taps
 from kvik.manager.saved.managed import check_no_managed_save
@@ -34,11 +36,10 @@ async def revert(domain: DomainObject, name: str, flags: int) -> None:
     """The machine is off afterwards, or runs if it did when the snapshot was taken or `flags` say so."""
     if flags & Flags.RUNNING and flags & Flags.PAUSED:
         raise InvalidArgument("a machine cannot be both running and paused")
-    if flags & Flags.RESET_NVRAM:
-        raise OperationUnsupported("resetting the firmware's variables is not supported yet")
     async with domain.jobs.hold("revert", limit=apply.LONG):
         await apply.settle(domain)
         check_no_managed_save(domain, "going back")
+        check_no_backup(domain, "going back")
         snapshot = domain.snapshots.get(name, domain.name)
         if snapshot.domain is None:
             raise OperationInvalid(
@@ -46,6 +47,8 @@ async def revert(domain: DomainObject, name: str, flags: int) -> None:
             )
         if not domain.persistent:
             raise OperationInvalid(f"machine {domain.name!r} is transient", remedy="define it first")
+        if flags & Flags.RESET_NVRAM:  # said before anything ends
+            await in_thread(pristine_variables, snapshot.inactive or snapshot.domain)
         if inside.asked(snapshot):
             await _inside(domain, snapshot, flags)
             return
@@ -56,6 +59,7 @@ async def revert(domain: DomainObject, name: str, flags: int) -> None:
                 await lifecycle.destroy(domain, False)
             new = await _disks(domain, name, snapshot)
             await collect.collect(domain)
+            await _reset_variables(domain, flags)
             if kept is not None:
                 await _go_on(domain, kept, new, flags)
             elif flags & (Flags.RUNNING | Flags.PAUSED):
@@ -81,6 +85,7 @@ async def _inside(domain: DomainObject, snapshot: Snapshot, flags: int) -> None:
     redo.restore = firmware.restores(domain, snapshot, document)
     await apply.commit(domain, Journal(operation=f"revert {snapshot.name}", phase="commit", redo=redo))
     await collect.collect(domain)
+    await _reset_variables(domain, flags)
     tag = inside.tag_of(snapshot)
     if snapshot.memory is not None and snapshot.memory.snapshot == "internal" and tag is not None:
         live = without_sockets(snapshot.domain.copy(), domain.manager.paths.status)
@@ -93,6 +98,12 @@ async def _inside(domain: DomainObject, snapshot: Snapshot, flags: int) -> None:
         await starting.boot(domain, paused, {}, config=Definition(live), saved=kept)
     elif flags & (Flags.RUNNING | Flags.PAUSED):
         await starting.boot(domain, bool(flags & Flags.PAUSED), {})
+
+
+async def _reset_variables(domain: DomainObject, flags: int) -> None:
+    """Not those that were kept with the snapshot, if so wanted."""
+    if flags & Flags.RESET_NVRAM:
+        await domain.manager.store.run(reset_variables, domain.definition)
 
 
 async def _go_on(domain: DomainObject, kept: Saved, new: dict[str, str], flags: int) -> None:
@@ -113,7 +124,7 @@ async def _disks(domain: DomainObject, name: str, snapshot: Snapshot) -> dict[st
     journal = Journal(operation=f"revert {name}", phase="prepare", made=sorted(new.values()))
     await apply.begin(domain, journal)
     try:
-        await in_thread(make_overlays, new, below, makers(domain.manager, document))
+        await in_thread(make_overlays, new, below, makers(domain.manager, document), tracked=True)
         put_on_top(document, new)
         redo = apply.redo_of(domain)
         redo.current = name

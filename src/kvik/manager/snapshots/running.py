@@ -37,12 +37,10 @@ def chain_with(domain: DomainObject, *paths: str) -> tuple[Disk, list[str]] | No
     return None
 
 
-def can(domain: DomainObject, step: Step, *, locked: bool = False) -> bool:
-    """Whether a merge can be done now. Of encrypted images (`locked`) only by a machine that has them open."""
+def can(domain: DomainObject, step: Step) -> bool:
+    """Whether the machine, which has at least one of the two open, can merge them."""
     found = chain_with(domain, step.path, step.into)
-    if found is None:
-        return not locked
-    if domain.run is None or domain.run.machine is None:
+    if found is None or domain.run is None or domain.run.machine is None:
         return False
     try:
         domain.run.machine.disk_jobs  # noqa: B018 - asked for, not used

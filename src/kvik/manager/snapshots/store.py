@@ -11,7 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
-from kvik.conf.snapshot import parse_snapshot
+from kvik.conf.snapshot import Snapshot, parse_snapshot
 from kvik.errors import InvalidArgument, KvikError
 from kvik.host import documents, files
 from kvik.host.documents import DOCUMENT_LIMIT, SUFFIX, check_document_name, set_aside
@@ -55,6 +55,7 @@ class SnapshotStore:
             except KvikError as error:
                 warnings.append(set_aside(path, str(error)))
                 continue
+            self.adopt(snapshot)
             tree.snapshots[name] = snapshot
         try:
             self._load_facts(tree)
@@ -66,6 +67,23 @@ class SnapshotStore:
         except KvikError as error:
             warnings.append(set_aside(self.directory / "journal", str(error)))
         return tree, warnings
+
+    def adopt(self, snapshot: Snapshot) -> None:
+        """The machine may have had another name when the document was written, and the directory with it."""
+        taken = snapshot.taken
+        if taken is not None:
+            taken.nvram, taken.tpm, taken.memory = map(self._here, (taken.nvram, taken.tpm, taken.memory))
+        if snapshot.memory is not None:
+            snapshot.memory.file = self._here(snapshot.memory.file)
+        for document in (snapshot.domain, snapshot.inactive):
+            if document is not None:
+                document.name = self.directory.name
+
+    def _here(self, path: str | None) -> str | None:
+        """Where a file lies that was made in this directory, whatever it was called then."""
+        if path is None or Path(path).parent.parent != self.directory.parent:
+            return path
+        return str(self.directory / Path(path).name)
 
     def _load_facts(self, tree: Tree) -> None:
         data = files.try_read_file(self.directory / "tree.json", limit=JOURNAL_LIMIT)

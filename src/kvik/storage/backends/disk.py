@@ -231,7 +231,8 @@ class Backend(DeviceBackend):
         for part in table.parts:
             name = part.path.rpartition("/")[2]
             try:
-                volume = device_volume(name, part.path, size=part.size, format_=table.shown(part))
+                kind = table.shown(part)
+                volume = device_volume(name, part.path, size=part.size, format_=kind, sealable=kind != "extended")
                 add_extent(volume, self.device, part.start, part.end)
             except HostError as error:
                 leave_out(contents, name, error.message)
@@ -255,8 +256,7 @@ class Backend(DeviceBackend):
 
     # volumes
 
-    def create_volume(self, document: StorageVolume, *, preallocate_metadata: bool = False) -> StorageVolume:
-        self.plain(document)
+    def make_device(self, document: StorageVolume) -> StorageVolume:
         table = self.table()
         if table is None:
             raise HostError(f"device '{self.device}' has no partition table any more")

@@ -16,7 +16,7 @@ __all__ = ["Backend"]
 # How each tool is told that the device may hold something: what was there has been looked at before.
 FORCE = {
     "ext2": ("-F", "-q"), "ext3": ("-F", "-q"), "ext4": ("-F", "-q"), "xfs": ("-f", "-q"), "btrfs": ("-f", "-q"),
-    "vfat": ("-I",), "ocfs2": ("-F", "-q"), "gfs2": ("-O", "-q"),
+    "vfat": ("-I",), "ocfs2": ("-F", "-q"),
 }  # fmt: skip
 KERNEL_NAMES = {"auto": "", "hfs+": "hfsplus"}
 MAKING = 600.0  # seconds: the tables of a large file system
@@ -47,6 +47,12 @@ class Backend(MountedBackend):
         any that is not in use."""
         if overwrite or no_overwrite:
             kind = self.document.format
+            if kind == "gfs2":
+                raise ConfigUnsupported(
+                    "a file system of format gfs2 is made for the hosts of one cluster, which the pool does not name",
+                    path="/pool/source/format/@type",
+                    remedy=f"make it with mkfs.gfs2 -p lock_dlm -t CLUSTER:NAME -j HOSTS {self.device}",
+                )
             if kind not in FORCE:
                 raise ConfigUnsupported(
                     f"a file system of format {kind} cannot be made here",

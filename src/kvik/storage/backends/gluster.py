@@ -103,8 +103,17 @@ class Backend(Base):
     def copy_volume(self, document: StorageVolume, source: int, *, reflink: bool = False) -> StorageVolume:
         return self._shown(self.files.copy_volume(document, source, reflink=reflink))
 
-    def convert_volume(self, document: StorageVolume, source: Image, locked: Encryption | None = None) -> StorageVolume:
-        return self._shown(self.files.convert_volume(document, source, locked))
+    def convert_volume(
+        self,
+        document: StorageVolume,
+        source: Image,
+        locked: Encryption | None = None,
+        *,
+        preallocate_metadata: bool = False,
+    ) -> StorageVolume:
+        return self._shown(
+            self.files.convert_volume(document, source, locked, preallocate_metadata=preallocate_metadata)
+        )
 
     def delete_volume(self, volume: StorageVolume) -> None:
         self.files.delete_volume(volume)

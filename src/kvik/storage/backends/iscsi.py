@@ -26,6 +26,7 @@ DEADLINE = 45.0  # seconds: a login's own timeouts are 15 and 30
 NO_RECORD = 21  # iscsiadm(8), "EXIT STATUS": no records, targets, sessions or portals found
 RECORDS = ("/etc/iscsi/nodes", "/var/lib/iscsi/nodes")  # where distributions keep node records
 TARGETS_MAX = 4096
+SYSFS = Path("/sys")
 
 
 def portal_of(host: SourceHost) -> str:
@@ -40,13 +41,17 @@ def targets(portal: str, interface: str = "default") -> list[tuple[str, str]]:
     done = call([*argv, "--interface", interface, "--op", "nonpersistent"], timeout=DEADLINE, check=False)
     if done.code not in (0, NO_RECORD):
         raise HostError(f"portal {portal} was not asked for its targets: {done.message}")
+    if done.code == NO_RECORD and not (SYSFS / "class/iscsi_transport").exists():  # it says the same of both
+        raise HostError(
+            f"portal {portal} was not asked for its targets: this kernel has no iSCSI", remedy="modprobe iscsi_tcp"
+        )
     found = [line.split(" ", 1) for line in done.text.splitlines()[:TARGETS_MAX] if " " in line]
     return [(where, target.strip()) for where, target in found]
 
 
 class Backend(DeviceBackend):
     type = "iscsi"
-    sysfs: ClassVar[Path] = Path("/sys")
+    sysfs: ClassVar[Path] = SYSFS
 
     @property
     def target(self) -> str:

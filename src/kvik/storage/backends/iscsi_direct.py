@@ -1,7 +1,7 @@
 """Pools of type iscsi-direct: a target that each machine's own VMM logs in to; libiscsi's iscsi-ls looks what it has.
 
-Nothing of it is a device of this host: volumes are of type network. They are wiped by qemu-img, which has its own
-session for that, and otherwise neither read nor written here, as with libvirt.
+Nothing of it is a device of this host: volumes are of type network. They are read and written through a session of
+their own (`served.py`), and wiped with zeros by qemu-img, which needs no FUSE for that.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from kvik.conf.storage_pool import PoolSource, SourceDevice, bytes_of
 from kvik.conf.storage_volume import StorageVolume, VolumeFormat, VolumeTarget
 from kvik.errors import ConfigUnsupported, HostError, InvalidArgument
 from kvik.host.secret_file import lent
-from kvik.storage.backend import Backend as Base
 from kvik.storage.backend import Contents
 from kvik.storage.backends.iscsi import check_host, portal_of
 from kvik.storage.directory import leave_out
+from kvik.storage.served import Node, ServedBackend
 from kvik.storage.tool import call, missing
 from kvik.storage.tool import number as int_of
 
@@ -35,9 +35,8 @@ _TARGET = re.compile(r"Target:(\S+) Portal:(\S+)")
 _UNIT = re.compile(r"Lun:(\d+) +Type:DIRECT_ACCESS")
 
 
-class Backend(Base):
+class Backend(ServedBackend):
     type = "iscsi-direct"
-    formats = ("raw",)
     names_formats = False
 
     def check(self) -> bool:
@@ -99,12 +98,9 @@ class Backend(Base):
         """Asking the target costs a login: it is as the last refresh found it."""
         return volume
 
-    def wipe_volume(self, volume: StorageVolume, passes: Sequence[bytes]) -> None:
-        """With zeros. HostError in qemu-img's words."""
-        if list(passes) != [b"\0"]:
-            self.refuse("wiping by any algorithm but zero")
+    def node(self, volume: StorageVolume) -> Node:
         source, auth = self.document.origin, self.document.origin.auth
-        target: dict[str, str | int] = {
+        options = {
             "driver": "iscsi",
             "transport": "tcp",
             "portal": portal_of(source.hosts[0]),
@@ -112,13 +108,24 @@ class Backend(Base):
             "lun": int(volume.name.rpartition(":")[2]),
             "initiator-name": self._initiator(),
         }
+        if auth is None:
+            return Node(options)
+        return Node({**options, "user": auth.username}, "password-secret", self.secret("iscsi", auth.secret))
+
+    def wipe_volume(self, volume: StorageVolume, passes: Sequence[bytes]) -> None:
+        """HostError in qemu-img's words."""
+        if list(passes) != [b"\0"]:
+            super().wipe_volume(volume, passes)
+            return
+        node = self.node(volume)
         zeros = json.dumps({"driver": "null-co", "size": volume.size, "read-zeroes": True})
         words, keys = ["convert", "-q", "-n", "-S", "0"], []
         with ExitStack() as stack:
-            if auth is not None:
-                keys.append(stack.enter_context(lent(self.secret("iscsi", auth.secret))))
+            target = node.options
+            if node.secret_option:
+                keys.append(stack.enter_context(lent(node.secret)))
                 words += ["--object", f"secret,id=key,file=/proc/self/fd/{keys[0]}"]
-                target |= {"user": auth.username, "password-secret": "key"}
+                target = {**target, node.secret_option: "key"}
             # Not confined: it needs the network, and reads no image.
             options = ",".join(f"file.{name}={str(value).replace(',', ',,')}" for name, value in target.items())
             argv = ["qemu-img", *words, f"json:{zeros}", "--target-image-opts", f"driver=raw,{options}"]

@@ -16,7 +16,7 @@ from kvik.conf.storage_volume import BackingStore, StorageVolume
 from kvik.errors import ConfigError, ConfigUnsupported, HostError, OperationInvalid, ResourceBusy, StorageVolumeExists
 from kvik.host.files import host_error
 from kvik.storage.backend import VOLUMES_MAX, Contents
-from kvik.storage.devices import UDEV, DeviceBackend, add_extent, device_volume, settle
+from kvik.storage.devices import UDEV, DeviceBackend, add_extent, device_volume, header_of, settle
 from kvik.storage.directory import leave_out
 from kvik.storage.signatures import check_empty, check_free
 from kvik.storage.tool import call, call_json, missing, number
@@ -175,7 +175,7 @@ class Backend(DeviceBackend):
     def _volume(self, name: str, row: dict[str, Any]) -> StorageVolume:
         path = f"{self.document.path}/{name}"
         size = number(row.get("lv_size"))
-        volume = device_volume(name, path, key=str(row.get("lv_uuid")), size=size)
+        volume = device_volume(name, path, key=str(row.get("lv_uuid")), size=size, sealable=True)
         if row.get("segtype") == "thin":
             volume.allocation = bytes_of(size * number(float(row.get("data_percent") or 0) * 100) // 10000)
         if row.get("origin"):
@@ -184,8 +184,7 @@ class Backend(DeviceBackend):
 
     # volumes
 
-    def create_volume(self, document: StorageVolume, *, preallocate_metadata: bool = False) -> StorageVolume:
-        self.plain(document)
+    def make_device(self, document: StorageVolume) -> StorageVolume:
         name = document.name
         if any(sign not in ALLOWED for sign in name) or any(part in name for part in RESERVED):
             raise ConfigError(
@@ -248,8 +247,9 @@ class Backend(DeviceBackend):
         if capacity == volume.size:
             return
         tool = "lvextend" if capacity > volume.size else "lvreduce"
-        self._run(tool, "--yes", *(["--force"] if tool == "lvreduce" else []), "--size", f"{capacity}b", "--",
-                  f"{self.group}/{volume.name}")  # fmt: skip
+        forced = ["--force"] if tool == "lvreduce" else []
+        size = f"{capacity + header_of(volume)}b"
+        self._run(tool, "--yes", *forced, "--size", size, "--", f"{self.group}/{volume.name}")
 
     # finding
 

@@ -1,15 +1,17 @@
 """Pools of type rbd: images of a Ceph pool, by Ceph's own tools, which answer in JSON.
 
-The key of the secret is read by the tools from a descriptor. Volumes are of type network: a machine's VMM opens them
-itself; what is read or written here goes through `rbd export` and `import`, which is left to those tools.
+As in libvirt the host's ceph.conf is not read: what leads to the cluster is in the pool's document, its config_opts
+included. The key of the secret is a file in memory to the tools. Volumes are of type network: a machine's VMM opens
+them itself, and so does what reads or writes them here (`served.py`).
 """
 
 from __future__ import annotations
 
-import os
+import errno
+import re
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from kvik.conf.storage_pool import bytes_of
@@ -18,23 +20,31 @@ from kvik.errors import (
     ConfigUnsupported,
     HostError,
     InvalidArgument,
+    KvikError,
     NoStorageVolume,
+    OperationInvalid,
+    OperationTimeout,
     ResourceBusy,
     StorageVolumeExists,
 )
+from kvik.host.secret_file import lent
+from kvik.host.tools import Completed
 from kvik.storage.backend import VOLUMES_MAX, Contents
-from kvik.storage.backend import Backend as Base
 from kvik.storage.directory import leave_out
+from kvik.storage.served import Node, ServedBackend
 from kvik.storage.tool import call, missing, number, read_json
 
 __all__ = ["Backend"]
 
-DEADLINE = 60.0  # seconds: monitors that do not answer
-MIB = 1 << 20
-BUSY, EXISTS = 16, 17  # errno, which rbd makes its exit code
+DEADLINE = 90.0  # seconds: more than the tools' own, which say what did not answer
+SLOWEST = 64 << 20  # bytes a second of an image that goes, at the least
+# How long Ceph's client tries, in seconds: libvirt's figures. <rbd:config_opts> may name others.
+PATIENCE = {"client_mount_timeout": "30", "rados_mon_op_timeout": "30", "rados_osd_op_timeout": "30"}
+_LOGGED = re.compile(r"\d{4}-\d\d-\d\dT\S+ [0-9a-f]+ ")  # a line of the client's log, not of the tool
+_NUMBERED = re.compile(r"\[errno (\d+)\]|: \((\d+)\) ")  # where ceph and rbd write an error's number
 
 
-class Backend(Base):
+class Backend(ServedBackend):
     type = "rbd"
     formats = ("raw",)
 
@@ -49,43 +59,80 @@ class Backend(Base):
     @contextmanager
     def _access(self) -> Iterator[tuple[list[str], list[int]]]:
         """Arguments that lead to the cluster, and the descriptor that the key is read from."""
-        source, arguments, reading = self.document.origin, [], -1
-        if source.hosts:
-            hosts = [f"[{each.name}]" if ":" in each.name else each.name for each in source.hosts]
-            ports = [f":{each.port}" if each.port is not None else "" for each in source.hosts]
-            arguments += ["-m", ",".join(host + port for host, port in zip(hosts, ports, strict=True))]
-        options = self.document.config_options
+        source, keys = self.document.origin, []
+        hosts = [f"[{each.name}]" if ":" in each.name else each.name for each in source.hosts]
+        ports = [f":{each.port}" if each.port is not None else "" for each in source.hosts]
+        monitors = ",".join(host + port for host, port in zip(hosts, ports, strict=True))
+        # The ceph tool does not start without a file of settings.
+        arguments = ["--conf", "/dev/null", "-m", monitors]
+        settings, options = dict(PATIENCE), self.document.config_options
         for option in options.options if options is not None else []:
             if not option.name.replace("_", "").isalnum():
                 raise InvalidArgument(f"{option.name!r} is not the name of a setting of Ceph")
-            arguments.append(f"--{option.name.replace('_', '-')}={option.value}")
-        if source.auth is not None:
-            if source.auth.type != "ceph":
-                raise ConfigUnsupported("rbd pool only supports 'ceph' auth type", path="/pool/source/auth/@type")
-            reading, writing = os.pipe()
-            with os.fdopen(writing, "wb") as pipe:
-                pipe.write(b64encode(self.secret("ceph", source.auth.secret)))
-            arguments += ["--id", source.auth.username, "--keyfile", f"/dev/fd/{reading}"]
-        try:
-            yield arguments, [reading] if reading >= 0 else []
-        finally:
-            if reading >= 0:
-                os.close(reading)
+            settings[option.name] = option.value
+        with ExitStack() as stack:
+            if (key := self._key()) is not None:
+                assert source.auth is not None
+                # Ceph reads as many bytes as fstat(2) says: of a pipe none.
+                keys.append(stack.enter_context(lent(b64encode(key))))
+                arguments += ["--id", source.auth.username, "--keyfile", f"/proc/self/fd/{keys[0]}"]
+            else:
+                settings.setdefault("auth_client_required", "none")
+            arguments += [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+            yield arguments, keys
 
-    def _json(self, *argv: str) -> Any:
-        with self._access() as (arguments, descriptors):
-            done = call([argv[0], *arguments, "--format", "json", *argv[1:]], timeout=DEADLINE, pass_fds=descriptors)
-            return read_json(done)
+    def _key(self) -> bytes | None:
+        """The user's, as its secret holds it, which Ceph writes in Base64; None where everybody may."""
+        auth = self.document.origin.auth
+        if auth is None:
+            return None
+        if auth.type != "ceph":
+            raise ConfigUnsupported("rbd pool only supports 'ceph' auth type", path="/pool/source/auth/@type")
+        return self.secret("ceph", auth.secret)
 
-    def _rbd(self, *argv: str) -> None:
+    def _json(self, tool: str, *words: str) -> Any:
         with self._access() as (arguments, descriptors):
-            done = call(["rbd", *arguments, *argv], timeout=DEADLINE, pass_fds=descriptors, check=False)
-        if done.code == BUSY:
-            raise ResourceBusy(f"the image is in use: {done.message}")
-        if done.code == EXISTS:
-            raise StorageVolumeExists(f"the image exists already: {done.message}")
+            argv = [tool, *arguments, "--format", "json", *words]
+            done = call(argv, timeout=DEADLINE, pass_fds=descriptors, check=False)
         if done.code != 0:
-            raise HostError(f"rbd {argv[0]} failed: {done.message}")
+            raise self._error(f"{tool} {words[0]}", done)
+        return read_json(done)
+
+    def _rbd(self, *argv: str, size: int = 0) -> None:
+        """`size`: bytes of an image that the cluster has to go through."""
+        with self._access() as (arguments, descriptors):
+            deadline = DEADLINE + size // SLOWEST
+            done = call(["rbd", *arguments, *argv], timeout=deadline, pass_fds=descriptors, check=False)
+        if done.code != 0:
+            raise self._error(f"rbd {argv[0]}", done)
+
+    def _error(self, what: str, done: Completed) -> KvikError:
+        """rbd's exit code is the error's number; ceph writes it."""
+        lines = [line for line in done.message.splitlines() if line.strip() and not _LOGGED.match(line)]
+        words = "; ".join(line.strip().removeprefix("rbd: ") for line in lines) or done.message
+        found = _NUMBERED.search(words) if what.startswith("ceph ") else None
+        code = int(found[1] or found[2]) if found is not None else (0 if what.startswith("ceph ") else done.code)
+        source = self.document.origin
+        monitors = ", ".join(host.name for host in source.hosts)
+        if code == errno.ETIMEDOUT:
+            return OperationTimeout(
+                f"the Ceph cluster of storage pool '{self.name}' does not answer (monitors {monitors}): {words}",
+                remedy="see that a monitor runs there and can be reached from here",
+            )
+        if code in (errno.EACCES, errno.EPERM):
+            user = f"user '{source.auth.username}'" if source.auth is not None else "anybody"
+            return HostError(
+                f"the Ceph cluster of storage pool '{self.name}' does not let {user} do that: {words}",
+                errno=code,
+                remedy="compare the secret with `ceph auth get-key`, and the user's caps: profile rbd on this pool",
+            )
+        if code == errno.EBUSY:
+            return ResourceBusy(f"the image is in use: {words}")
+        if code == errno.EEXIST:
+            return StorageVolumeExists(f"the image exists already: {words}")
+        if code == errno.ENOTEMPTY:
+            return OperationInvalid(f"the image has snapshots: {words}", remedy="remove them first: rbd snap")
+        return HostError(f"{what} failed: {words}", errno=code)
 
     def refresh(self) -> Contents:
         contents = Contents()
@@ -101,13 +148,18 @@ class Backend(Base):
         return contents
 
     def measure(self) -> tuple[int, int, int]:
+        """Of the whole cluster, of this pool without its copies, and what it still takes."""
         answer = self._json("ceph", "df")
-        for each in answer.get("pools", []) if isinstance(answer, dict) else []:
+        if not isinstance(answer, dict):
+            raise HostError("ceph df did not answer with figures")
+        cluster = answer.get("stats", {})
+        for each in answer.get("pools", []):
             if isinstance(each, dict) and each.get("name") == self.pool:
                 figures = each.get("stats", {})
-                used, free = number(figures.get("bytes_used")), number(figures.get("max_avail"))
-                return number(answer.get("stats", {}).get("total_bytes")), used, free
-        raise HostError(f"the Ceph cluster has no pool '{self.pool}'", errno=2)
+                used = number(figures.get("stored", figures.get("bytes_used")))
+                return number(cluster.get("total_bytes")), used, number(figures.get("max_avail"))
+        # A pool that was made some seconds ago, or a cluster without a manager: nobody has counted yet.
+        return number(cluster.get("total_bytes")), 0, number(cluster.get("total_avail_bytes"))
 
     def _volume(self, name: str, size: int) -> StorageVolume:
         path = f"{self.pool}/{name}"
@@ -118,7 +170,12 @@ class Backend(Base):
         return volume
 
     def look_at(self, volume: StorageVolume) -> StorageVolume:
-        answer = self._json("rbd", "info", "--", f"{self.pool}/{volume.name}")
+        try:
+            answer = self._json("rbd", "info", "--", f"{self.pool}/{volume.name}")
+        except HostError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            answer = None
         if not isinstance(answer, dict) or "size" not in answer:
             raise NoStorageVolume(f"image '{volume.name}' of pool '{self.name}' is gone")
         return self._volume(volume.name, number(answer["size"]))
@@ -128,25 +185,33 @@ class Backend(Base):
         if any(sign in name for sign in "@/") or document.backing_store is not None:
             raise ConfigUnsupported(f"an image {name!r} of its own is all that can be made here", path="/volume")
         if document.target is not None and document.target.encryption is not None:
-            raise ConfigUnsupported("encrypted volumes cannot be created", path="/volume/target/encryption")
-        self._rbd("create", "--size", _size(document.size), "--", f"{self.pool}/{name}")
+            raise ConfigUnsupported(
+                f"images of pool '{self.name}', of type rbd, cannot be made encrypted",
+                path="/volume/target/encryption",
+                remedy="a file, a logical volume, a partition or a ZFS volume can",
+            )
+        self._rbd("create", "--size", f"{document.size}B", "--", f"{self.pool}/{name}")
         return self.look_at(document)
 
     def delete_volume(self, volume: StorageVolume) -> None:
         """One that a machine has open stays: Ceph knows its watchers."""
-        self._rbd("rm", "--no-progress", "--", f"{self.pool}/{volume.name}")
+        self._rbd("rm", "--no-progress", "--", f"{self.pool}/{volume.name}", size=volume.size)
 
     def resize_volume(self, volume: StorageVolume, capacity: int, *, allocate: bool = False) -> None:
         if allocate:
             self.refuse("allocating the new bytes of a volume")
         shrink = ["--allow-shrink"] if capacity < volume.size else []
-        self._rbd("resize", "--no-progress", *shrink, "--size", _size(capacity), "--", f"{self.pool}/{volume.name}")
+        words = ["resize", "--no-progress", *shrink, "--size", f"{capacity}B", "--", f"{self.pool}/{volume.name}"]
+        self._rbd(*words, size=volume.size)
+
+    def node(self, volume: StorageVolume) -> Node:
+        source, key = self.document.origin, self._key()
+        servers = [{"host": host.name, "port": str(host.port or 6789)} for host in source.hosts]
+        options = {"driver": "rbd", "pool": self.pool, "image": volume.name, "server": servers}
+        if source.auth is None or key is None:
+            return Node({**options, "auth-client-required": ["none"]})
+        return Node({**options, "user": source.auth.username, "auth-client-required": ["cephx"]}, "key-secret", key)
 
     @classmethod
     def missing(cls) -> str:
         return missing("rbd", "ceph")
-
-
-def _size(size: int) -> str:
-    """In MiB, rounded up, as rbd counts."""
-    return str(-(-size // MIB))

@@ -4,13 +4,15 @@ no heading, a tab between fields, exact numbers (zfs(8), "-H -p").
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from kvik.conf.storage_pool import bytes_of
 from kvik.conf.storage_volume import StorageVolume
 from kvik.errors import ConfigError, HostError, OperationInvalid, ResourceBusy, StorageVolumeExists
 from kvik.storage.backend import VOLUMES_MAX, Contents
-from kvik.storage.devices import DeviceBackend, device_volume, settle
+from kvik.storage.devices import DeviceBackend, device_volume, header_of, settle
 from kvik.storage.directory import leave_out
 from kvik.storage.signatures import check_empty, check_free
 from kvik.storage.tool import call, missing, number
@@ -18,7 +20,8 @@ from kvik.storage.tool import call, missing, number
 __all__ = ["Backend"]
 
 DEADLINE = 120.0  # seconds
-BLOCK = 8192  # bytes: a zvol's size is a multiple of its block size (volblocksize)
+SETTLING = 10.0  # seconds
+BLOCK = 16384  # bytes: a zvol's size is a multiple of its block size (volblocksize), which is 8 KiB or 16 KiB
 SIGNS = frozenset("_-.: ")  # what a component may hold beside letters and digits (zfs(8), "ZFS File System Hierarchy")
 
 
@@ -69,7 +72,7 @@ class Backend(DeviceBackend):
                 leave_out(contents, name, f"a pool shows {VOLUMES_MAX} volumes at most")
                 continue
             try:
-                volume = device_volume(name, f"{self.document.path}/{name}", size=number(row[1]))
+                volume = device_volume(name, f"{self.document.path}/{name}", size=number(row[1]), sealable=True)
             except HostError as error:
                 leave_out(contents, name, error.message)
                 continue
@@ -84,8 +87,7 @@ class Backend(DeviceBackend):
         used, free = (number(value) for value in rows[0]) if rows and len(rows[0]) == 2 else (0, 0)
         return used + free, used, free
 
-    def create_volume(self, document: StorageVolume, *, preallocate_metadata: bool = False) -> StorageVolume:
-        self.plain(document)
+    def make_device(self, document: StorageVolume) -> StorageVolume:
         name = document.name
         if not all(sign.isascii() and (sign.isalnum() or sign in SIGNS) for sign in name):
             raise ConfigError(f"{name!r} is not the name of a ZFS volume", path="/volume/name")
@@ -94,18 +96,36 @@ class Backend(DeviceBackend):
         sparse = ["-s"] if document.allocated < document.size else []
         size = -(-document.size // BLOCK) * BLOCK
         call(["zfs", "create", *sparse, "-V", str(size), "--", f"{self.group}/{name}"], timeout=DEADLINE)
-        settle()
+        self._wait_for(name)
         return self.look_at(document)
+
+    def _wait_for(self, name: str) -> None:
+        """ZFS makes a volume's device, and udev its name, some time after it said that the volume is there."""
+        path, end = Path(f"{self.document.path}/{name}"), time.monotonic() + SETTLING
+        settle()
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+            settle()
 
     def delete_volume(self, volume: StorageVolume) -> None:
         done = call(["zfs", "destroy", "--", f"{self.group}/{volume.name}"], timeout=DEADLINE, check=False)
         if done.code != 0:
+            if "has children" in done.message or "has dependent clones" in done.message:
+                raise OperationInvalid(
+                    f"volume '{volume.name}' has snapshots: {done.message}", remedy="remove them first: zfs destroy"
+                )
             kind = ResourceBusy if "busy" in done.message else HostError
             raise kind(f"volume '{volume.name}' was not deleted: {done.message}")
+        settle()
 
     def resize_volume(self, volume: StorageVolume, capacity: int, *, allocate: bool = False) -> None:
-        size = -(-capacity // BLOCK) * BLOCK
-        call(["zfs", "set", f"volsize={size}", f"{self.group}/{volume.name}"], timeout=DEADLINE)
+        name = f"{self.group}/{volume.name}"
+        rows = [*self._rows("zfs", "get", "-H", "-p", "-o", "value", "volblocksize", name)]
+        block = number(rows[0][0]) if rows else 0
+        if not block:
+            raise HostError(f"ZFS does not tell the block size of volume '{name}'")
+        size = -(-(capacity + header_of(volume)) // block) * block
+        call(["zfs", "set", f"volsize={size}", name], timeout=DEADLINE)
 
     @classmethod
     def missing(cls) -> str:

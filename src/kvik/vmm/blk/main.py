@@ -143,6 +143,7 @@ def build(options: Options) -> tuple[BlkHost, Blk]:
 
 
 def _open(options: Options, host: BlkHost) -> BlockImage:
+    from kvik.image.lock import lock_image
     from kvik.vmm.backends.block import CACHE_MODES, BlockImage
     from kvik.vmm.blk.chain import name_of, open_chain
     from kvik.vmm.blk.image import FormatImage
@@ -159,12 +160,19 @@ def _open(options: Options, host: BlkHost) -> BlockImage:
     top, form = options.images[0]
     if form == "raw" and len(options.images) == 1:
         return BlockImage(top, image_format="raw", **settings)
-    image = open_chain(options.images, read_only=read_only, locking=settings["locking"])
     if CACHE_MODES.get(options.texts["cache"], (False,))[0]:
         # O_DIRECT is the open file's: tables are read and written through one, data through the other.
         data = os.open(f"/proc/self/fd/{top}", (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     else:
         data = os.dup(top)
+    try:
+        if settings["locking"]:  # before it is opened: that repairs one that was not closed
+            lock_image(data, settings["name"], write=not read_only, share_write=settings["share_write"])
+        image = open_chain(options.images, read_only=read_only, locking=settings["locking"])
+    except BaseException:
+        os.close(data)
+        raise
+    settings["locking"] = False
     return FormatImage(image, data, log=host.log, **settings)
 
 

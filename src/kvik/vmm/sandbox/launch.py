@@ -4,6 +4,7 @@
     --read=FD        an open file that the program may open again, through /proc/self/fd/FD, for reading
     --write=FD       the same for writing
     --lock=FD        hold QEMU's image lock on it as the image's only writer (after --write) or as a reader
+    --unconfined     the life line and the locks only: of what needs the network and mounts
     --alone          no network, no sockets, no other process (isolation.py); and not at all without Landlock
     --cpu=SECONDS    with --alone: of processor time
     --memory=BYTES   with --alone: of address space
@@ -40,12 +41,15 @@ def main(words: list[str]) -> int:
     program = words[split + 1 :]
     files: dict[int, bool] = {}
     limits: dict[str, int] = {}
-    alone = False
+    alone = unconfined = False
     try:
         for word in words[:split]:
             option, _, value = word.partition("=")
             if option == "--alone":
                 alone = True
+                continue
+            if option == "--unconfined":
+                unconfined = True
                 continue
             if option in ("--cpu", "--memory", "--size"):
                 limits[option[2:]] = int(value)
@@ -57,6 +61,8 @@ def main(words: list[str]) -> int:
                 lock_image(fd, f"/proc/self/fd/{fd}", write=files.get(fd, False))
             else:
                 files[fd] = {"--read": False, "--write": True}[option]
+        if unconfined:
+            os.execv(program[0], program)
         if alone:
             from kvik.vmm.sandbox import isolation
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvik.errors import ConfigUnsupported
-from kvik.hypervisor.chain import Backing, qcow2_backing
+from kvik.hypervisor.chain import Backing, check_meant, qcow2_backing
 
 
 def header(name: bytes = b"", image_format: bytes = b"raw", features: int = 0, version: int = 3) -> bytes:
@@ -78,3 +81,43 @@ def test_no_header_makes_it_fail_otherwise(noise: bytes, place: int) -> None:
         check(bytes(data))
     except ConfigUnsupported:
         pass
+
+
+@pytest.mark.parametrize("path", ["/etc/shadow", "/proc/1/environ", "/dev/mem", "/home/me/.ssh/id_rsa", "{}/link"])
+def test_no_raw_file_of_the_hosts_own_is_read_by_a_headers_word(tmp_path: Path, path: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/link").symlink_to("/etc/shadow")
+    named = path.format(tmp_path / "elsewhere")
+    with pytest.raises(ConfigUnsupported, match="a file of the host's own") as refused:
+        check_meant(Backing(named, "raw"), str(tmp_path / "top.qcow2"), block=False)
+    assert "<backingStore>" in refused.value.remedy
+    check_meant(Backing(named, "qcow2"), str(tmp_path / "top.qcow2"), block=False)  # is none, which is found
+
+
+def test_images_wherever_they_are_kept_may_be_named(tmp_path: Path) -> None:
+    hidden = tmp_path / ".mine"
+    hidden.mkdir()
+    check_meant(Backing(str(hidden / "base.raw"), "raw"), str(hidden / "top.qcow2"), block=False)
+    for path in ("/srv/base.raw", "/var/lib/libvirt/images/base.raw", "/home/me/.local/share/kvik/images/base.raw"):
+        check_meant(Backing(path, "raw"), str(tmp_path / "top.qcow2"), block=False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("losetup") is None, reason="needs root and losetup")
+def test_a_device_that_the_host_has_mounted_is_not_named(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(4 << 20)
+    subprocess.run(["mkfs.ext2", "-q", str(image)], check=True, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"})
+    loop = subprocess.run(["losetup", "-f", "--show", str(image)], check=True, capture_output=True, text=True)
+    device = loop.stdout.strip()
+    try:
+        check_meant(Backing(device, "raw"), "/images/top.qcow2", block=True)
+        (tmp_path / "m").mkdir()
+        subprocess.run(["mount", device, str(tmp_path / "m")], check=True)
+        try:
+            with pytest.raises(ConfigUnsupported, match="a device that the host uses"):
+                check_meant(Backing(device, "raw"), "/images/top.qcow2", block=True)
+        finally:
+            subprocess.run(["umount", str(tmp_path / "m")], check=True)
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)

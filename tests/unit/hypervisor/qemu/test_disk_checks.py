@@ -66,7 +66,8 @@ REFUSED = [
     (disk("scsi", source="<source file='/a'><reservations managed='yes'/></source>"), "/source/reservations"),
     (disk("virtio", source="<source type='pci' managed='yes' namespace='1'><address type='pci' domain='0' bus='1' "
           "slot='0' function='0'/></source>"), "/source/@managed"),
-    (net("nbd", more="tls='yes'"), "/source/@tls"),
+    (net("http", more="tls='yes'"), "/source/@tls"),
+    (net("nbd", more="tlsHostname='h'"), "/source/@tlsHostname"),
     (net("https", "<cookies><cookie name='a'>b; c</cookie></cookies>"), "/source/cookies"),
     (net("https", "<cookies><cookie name='a b'>c</cookie></cookies>"), "/source/cookies"),
     (net("nbd", "<cookies><cookie name='a'>b</cookie></cookies>"), "/source/cookies"),
@@ -94,6 +95,7 @@ TAKEN = [
     ),
     disk("scsi", driver="detect_zeroes='unmap' discard='unmap'", top="device='disk' sgio='filtered'"),
     net("nbd", "<reconnect delay='1'/>"),
+    net("nbd", more="tls='yes' tlsHostname='h'"),
     net("ssh", "<identity username='u'/>"),
     net("http", more="query='a=b'"),
     net("https", "<cookies><cookie name='a'>b-c/d=</cookie></cookies>"),

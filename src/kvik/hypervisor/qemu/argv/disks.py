@@ -12,6 +12,7 @@ from kvik.hypervisor.layers import Layer, layers
 from kvik.hypervisor.names import alias_of, image_name, overlay_name
 from kvik.hypervisor.qemu.argv.options import Chardev, Context, Files, Parts, Props, node_name, on_off, virtio_options
 from kvik.hypervisor.secrets import (
+    Need,
     auth_of,
     auth_secret,
     cookie_secret,
@@ -19,6 +20,7 @@ from kvik.hypervisor.secrets import (
     encryption_of,
     luks_secret,
     needs,
+    tls_credentials,
 )
 
 __all__ = ["block_nodes", "disk_parts", "top_node"]
@@ -130,11 +132,15 @@ def _clean(node: Props) -> Props:
 
 
 def secret_objects(files: Files, disk: Disk) -> list[Props]:
-    """What the nodes' `key-secret` and `password-secret` name. A value comes as a descriptor, never in words."""
-    return [
-        {"qom-type": "secret", "id": need.id, "format": "raw", "file": files.own_path(need.file)}
-        for need in needs(disk)
-    ]
+    """What the nodes' `key-secret`, `password-secret` and `tls-creds` name. A value comes as a descriptor, never in
+    words."""
+    return [_object(need, files.own_path(need.file)) for need in needs(disk)]
+
+
+def _object(need: Need, path: str) -> Props:
+    if need.certificates:
+        return {"qom-type": "tls-creds-x509", "id": need.id, "dir": path, "endpoint": "client", "verify-peer": True}
+    return {"qom-type": "secret", "id": need.id, "format": "raw", "file": path}
 
 
 def _cache(disk: Disk) -> Props | None:
@@ -208,13 +214,13 @@ def _network(disk: Disk, layer: Layer) -> Props:
     if protocol not in ("rbd",) and not hosts:
         raise ConfigUnsupported(f"disk {disk.target.dev}: a {protocol} source needs a host")
     if protocol == "nbd":
-        if source.tls:
-            raise ConfigUnsupported(f"disk {disk.target.dev}: NBD over TLS is not supported yet")
         return {
             "driver": "nbd",
             "server": _socket_address(hosts[0], protocol),
             "export": name or None,
             "reconnect-delay": source.reconnect.delay if source.reconnect is not None else None,
+            "tls-creds": tls_credentials(disk, layer) if source.tls else None,
+            "tls-hostname": source.tls_hostname if source.tls else None,
         }
     if protocol in ("http", "https", "ftp", "ftps"):
         host, port = _host(hosts[0], protocol)
