@@ -21,7 +21,7 @@ from kvik.conf.devices.disk import DiskSource
 from kvik.errors import HostError, KvikError, OperationInvalid, OperationTimeout, ResourceBusy, StoragePoolBuilt
 from kvik.host.process import find_program
 from kvik.paths import Paths
-from kvik.storage import encryption, recover, volumes
+from kvik.storage import recover, volumes
 from kvik.storage.backend import Backend
 from kvik.storage.mounts import mounted_at
 from kvik.storage.pool import PoolObject
@@ -88,7 +88,6 @@ GROUP = "<pool type='logical'><name>vg{}</name><source><device path='/dev/{}'/><
 
 
 async def logical(pools: Pools) -> None:
-    pools.secret = lambda usage, which: SECRET
     pool = await pools.define(GROUP.format(1, "vda", ""))
     await refused(pool.start(), KvikError, "cannot find logical volume group name 'vg1'")
     sh("mkfs.ext4 -q -F /dev/vda")
@@ -113,7 +112,6 @@ async def logical(pools: Pools) -> None:
     )
     assert pool.volume("snap").backing_store is not None
     await refused(volumes.delete(pools, pool, "one"), OperationInvalid, "volume 'snap' of pool 'vg1' is based on it")
-    await sealed(pools, pool)
     found = resolve(pools, reference("vg1", "one"))
     assert (found.type, found.source.dev) == ("block", "/dev/vg1/one")
     sh("mkfs.ext4 -q -F /dev/vg1/two && mkdir -p /tmp/storage/m && mount /dev/vg1/two /tmp/storage/m")
@@ -133,26 +131,6 @@ async def logical(pools: Pools) -> None:
     await pool.destroy()
     await pool.delete()
     assert "vg1" not in find_sources("logical", None)
-
-
-async def sealed(pools: Pools, pool: PoolObject) -> None:
-    """An encrypted logical volume: larger by its header, and so it stays when it is resized."""
-    encryption.iteration_ms = 10
-    secret = "<secret type='passphrase' uuid='55806c7d-8e93-456f-829b-607d8c198300'/>"
-    target = f"<target><encryption format='luks'>{secret}</encryption></target>"
-    made = await volumes.create(pools, pool, VOLUME.format("sealed", 8 * MIB, target))
-    assert made.physical is not None and 8 * MIB <= made.size < made.physical.value, made
-    node = Path("/dev/vg1/sealed")
-    with node.open("rb") as file:
-        assert file.read(6) == b"LUKS\xba\xbe"
-    await volumes.resize(pools, pool, "sealed", 16 * MIB)
-    assert 16 * MIB <= pool.volume("sealed").size < 24 * MIB and "sealed" in pool.contents.volumes
-    shown = pool.volume("sealed").target
-    assert shown is not None and shown.encryption is not None and shown.encryption.secrets
-    await volumes.wipe(pools, pool, "sealed", 0)
-    shown = pool.volume("sealed").target
-    assert shown is not None and shown.encryption is None
-    await volumes.delete(pools, pool, "sealed")
 
 
 async def thin_volumes(pools: Pools) -> None:

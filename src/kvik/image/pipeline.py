@@ -3,13 +3,19 @@ lets Python go on meanwhile."""
 
 from __future__ import annotations
 
+from _thread import allocate_lock, start_new_thread
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _thread import LockType
     from collections.abc import Callable, Iterable, Iterator
+    from queue import SimpleQueue
     from typing import Any, TypeVar
 
     Job = TypeVar("Job")
     Result = TypeVar("Result")
+else:
+    from _queue import SimpleQueue  # threading and queue take longer to import than a small image to copy
 
 __all__ = ["in_order"]
 
@@ -18,13 +24,11 @@ class _Task:
     __slots__ = ("done", "error", "job", "result", "slot")
 
     def __init__(self, job: Any, slot: int) -> None:
-        import threading
-
         self.job = job
         self.slot = slot
         self.result: Any = None
         self.error: BaseException | None = None
-        self.done = threading.Lock()
+        self.done = allocate_lock()
         self.done.acquire()
 
 
@@ -40,26 +44,26 @@ def in_order(
         for job in jobs:
             yield job, work(job, 0)
         return
-    import queue
-    import threading
-    from collections import deque
+    waiting: SimpleQueue[_Task | None] = SimpleQueue()
 
-    waiting: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-
-    def run() -> None:
+    def run(ended: LockType) -> None:
         while (task := waiting.get()) is not None:
             try:
                 task.result = work(task.job, task.slot)
             except BaseException as error:
                 task.error = error
             task.done.release()
+        ended.release()
 
-    threads = [threading.Thread(target=run, name=f"image {number}", daemon=True) for number in range(workers)]
-    for thread in threads:
-        thread.start()
-    under_way: deque[_Task] = deque()
+    under_way: list[_Task] = []
     free = list(range(ahead))
+    ends: list[LockType] = []
     try:
+        for _ in range(workers):
+            ended = allocate_lock()
+            ended.acquire()
+            start_new_thread(run, (ended,))
+            ends.append(ended)
         for job in jobs:
             task = _Task(job, free.pop())
             under_way.append(task)
@@ -72,14 +76,14 @@ def in_order(
             done = _finished(under_way)
             yield done.job, done.result
     finally:
-        for _ in threads:
+        for _ in ends:
             waiting.put(None)
-        for thread in threads:
-            thread.join()
+        for ended in ends:
+            ended.acquire()
 
 
-def _finished(under_way: Any) -> _Task:
-    task: _Task = under_way.popleft()
+def _finished(under_way: list[_Task]) -> _Task:
+    task = under_way.pop(0)
     task.done.acquire()
     if task.error is not None:
         raise task.error

@@ -310,7 +310,17 @@ class Manager:
     async def _prepare(self, xml: str) -> tuple[Domain, Definition]:
         document = prepare.parse(xml)
         await prepare.complete(document, self.driver_of(document), xml)
+        self._give_variables(document)
         return document, Definition(document)
+
+    def _give_variables(self, document: Domain) -> None:
+        """A machine that was renamed keeps its firmware's variables by its old name: another one of that name, for
+        which that place was chosen, has its own."""
+        nvram, usual = document.os.nvram, str(self.paths.nvram / f"{document.name}_VARS.fd")
+        if nvram is None or nvram.value != usual:
+            return
+        if any(usual in other.config.text for other in self.domains() if other.uuid_text != document.uuid):
+            nvram.value = str(self.paths.nvram / f"{document.name}-{(document.uuid or '')[:8]}_VARS.fd")
 
     def _check_unique(self, config: Definition) -> DomainObject | None:
         """The machine that this would redefine. `AlreadyExists` if name or UUID belong to another."""

@@ -25,7 +25,17 @@ from kvik.image.rebase import change_backing, copy_up
 from kvik.storage import overlay_bitmaps
 from kvik.storage.encryption import payload_offset
 
-__all__ = ["Facts", "create_overlay", "digest", "is_empty", "look", "merge_back", "merge_forward", "rebase"]
+__all__ = [
+    "Facts",
+    "create_overlay",
+    "digest",
+    "is_empty",
+    "join_bitmaps",
+    "look",
+    "merge_back",
+    "merge_forward",
+    "rebase",
+]
 
 STEP = 1 << 20  # bytes copied at once
 MAX_CHAIN = 200
@@ -104,8 +114,8 @@ def create_overlay(
                 make(fd, "qcow2", below.size, below.path, below.format)
             else:
                 create(fd, "qcow2", below.size, backing_file=below.path, backing_format=below.format)
-                if tracked and below.format == "qcow2" and not below.locked:
-                    _go_on(fd, path, below)
+            if tracked and below.format == "qcow2":
+                _go_on(fd, path, below)
             like = os.stat(below.path)  # noqa: PTH116
             if stat.S_ISREG(like.st_mode):
                 if (like.st_uid, like.st_gid) != (os.geteuid(), os.getegid()):
@@ -147,6 +157,11 @@ def merge_back(
     """
     with _told(below.path), _opened(below, writable=True) as target, _opened(top, alone=True) as source:
         commit(source, target, progress=progress)
+    join_bitmaps(top, below, tracked)
+
+
+def join_bitmaps(top: Facts, below: Facts, tracked: Mapping[str, bool]) -> None:
+    """The data of `top` is in `below`, whoever wrote it there: what bitmaps tell of it as well."""
     if any(tracked.values()) and below.format == "qcow2":
         with _told(below.path), _writer(below, alone=True) as image, _opened(top, alone=True) as gone:
             overlay_bitmaps.join_back(image, gone, tracked)

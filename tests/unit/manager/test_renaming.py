@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from guillotine import Guillotine
@@ -152,3 +153,18 @@ async def test_one_that_runs_keeps_its_name(bench: Bench, tmp_path: Path) -> Non
     with pytest.raises(OperationInvalid, match="is running"):
         await domain.rename("c")
     assert bench.manager.lookup_name("a") is domain
+
+
+async def test_another_machine_of_the_old_name_has_firmware_variables_of_its_own(bench: Bench, tmp_path: Path) -> None:
+    """Those of the renamed one lie by its old name still."""
+    (tmp_path / "code.fd").write_bytes(b"code")
+    usual = bench.paths.nvram / "a_VARS.fd"
+    firmware = f"<loader readonly='yes' type='pflash'>{tmp_path}/code.fd</loader><nvram>{usual}</nvram>"
+    xml = document().replace("</type></os>", f"</type>{firmware}</os>")
+    first = await bench.manager.define(xml)
+    await bench.manager.define(xml)  # the same one again
+    assert first.definition.os.nvram is not None and first.definition.os.nvram.value == str(usual)
+    await first.rename("b")
+    second = await bench.manager.define(xml.replace(first.uuid_text, str(uuid4())))
+    assert second.definition.os.nvram is not None
+    assert second.definition.os.nvram.value == str(usual.with_name(f"a-{second.uuid_text[:8]}_VARS.fd"))

@@ -129,7 +129,7 @@ class BitmapChanges:
 
     def store(self) -> None:
         image = self._image
-        image.check_writable()
+        image.check_writable(data=False)
         image.begin(data=False)
         image.check_structure()
         old: list[tuple[int, int]] = []  # (offset, clusters)

@@ -5,16 +5,13 @@ disk. Reference: QEMU's docs/interop/qcow2.rst.
 from __future__ import annotations
 
 import os
+from array import array
 
 from kvik.image.base import HOLE, ZERO, ZERO_ALLOCATED, cut, write_fully, writev_fully
 from kvik.image.qcow2.allocator import Qcow2Allocator
 from kvik.image.qcow2.header import AUTOCLEAR_RAW
 from kvik.image.qcow2.reader import ALL_SUBCLUSTERS, SUBCLUSTERS
-from kvik.image.qcow2.tables import COMPRESSED_FLAG, COPIED, OFFSET, ZERO_FLAG, run_end
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from array import array
+from kvik.image.qcow2.tables import COMPRESSED_FLAG, COPIED, OFFSET, ZERO_FLAG, run_end, zero_end
 
 __all__ = ["Qcow2Writer"]
 
@@ -58,10 +55,11 @@ class Qcow2Writer(Qcow2Allocator):
             return -1
         return place + (offset & (size - 1))
 
-    def check_writable(self) -> None:
+    def check_writable(self, *, data: bool = True) -> None:
+        """Without `data`: for changes of what is never encrypted."""
         if self.fd < 0 or not self.writable:
             raise self.fault("is not open for writing")
-        if self.header.crypt_method:
+        if self.header.crypt_method and data:
             raise self.fault("is encrypted, which is not supported", 32)
         if self.data_fd < 0:
             raise self.fault(f"keeps its data in {self.header.data_file!r}, which was not opened", 72)
@@ -86,6 +84,8 @@ class Qcow2Writer(Qcow2Allocator):
                     run += 1
             else:
                 most = here + max(1, MOST_AT_ONCE >> bits) if not self._reusable(table, here) else run
+                if not table[here] and not self.extended:  # most of what is new lies in a hole
+                    run = zero_end(table, run, min(last + 1, most))
                 while run <= last and run < most:
                     if self._reusable(table, run) or self._in_place(
                         table, run, (at & -size) + (run - here) * size, end
@@ -171,6 +171,9 @@ class Qcow2Writer(Qcow2Allocator):
             if not reused and not self.has_data_file:
                 self.release_later(place, count)  # nothing leads there
             raise
+        if not self.extended and not any(table[index : index + count]):
+            table[index : index + count] = array("Q", range(place | COPIED, (place | COPIED) + count * size, size))
+            return
         for number in range(count):
             slot = (index + number) * stride
             old = table[slot]

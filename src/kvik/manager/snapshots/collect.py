@@ -142,7 +142,11 @@ async def _back(domain: DomainObject, step: Step, found: Survey) -> None:
     elif step.path in found.locked:
         top = await in_thread(overlays.look, step.path, "qcow2")
         if top.backing is not None and normpath(top.backing) == step.into:
+            tracked = merges.tracked_in(domain, step.path)
             await in_thread(encrypted_images.merge_back(domain, step.path))
+            below = await in_thread(overlays.look, step.into, format)
+            await in_thread(overlays.join_bitmaps, top, below, tracked)
+        await merges.file_moved(domain, step.path, step.into)
     else:
         tracked = merges.tracked_in(domain, step.path)
         await in_thread(_merge_back, step.path, step.into, format, tracked)

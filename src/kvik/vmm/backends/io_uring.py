@@ -28,6 +28,8 @@ IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x10000000
 IORING_FEAT_SINGLE_MMAP, IORING_FEAT_NODROP = 1 << 0, 1 << 1
 IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC, IORING_OP_READ, IORING_OP_WRITE = 1, 2, 3, 22, 23
 IORING_FSYNC_DATASYNC = 1
+IOSQE_ASYNC = 1 << 4
+LARGE = 512 << 10  # bytes of a buffered transfer that a thread of the kernel's copies: several go on beside each other
 
 # struct io_uring_params: sq_entries, cq_entries, flags, sq_thread_cpu, sq_thread_idle, features, wq_fd, 3 reserved,
 # then the offsets: sq head, tail, ring_mask, ring_entries, flags, dropped, array, reserved, user address;
@@ -120,6 +122,11 @@ class Uring:
             request.keep = pinned
             code = IORING_OP_READ if op == READ else IORING_OP_WRITE
             address, length, flags = ctypes.addressof(pinned), len(view), request.flags
+        elif request.vector:  # the buffers, which the request holds, keep what it points to
+            vector = ctypes.create_string_buffer(request.vector)
+            request.keep = vector
+            code = IORING_OP_READV if op == READ else IORING_OP_WRITEV
+            address, length, flags = ctypes.addressof(vector), len(buffers), request.flags
         else:
             pins = [_byte.from_buffer(view) for view in buffers]
             vector = ctypes.create_string_buffer(
@@ -136,7 +143,7 @@ class Uring:
             self._sqes,
             (tail & self._sq_mask) * 64,
             code,
-            0,
+            IOSQE_ASYNC if request.length >= LARGE and request.buffered_fd < 0 else 0,
             0,
             request.fd,
             request.offset,
@@ -197,6 +204,7 @@ class Uring:
         if result >= 0 and request.op != FLUSH and result < request.length:
             # Short: the end of the file, a full disk, or more than one call transfers. The pool asks for the rest.
             request.buffers = advance(request.buffers, result)
+            request.vector = b""
             request.offset += result
             request.length -= result
             self._slow.submit(request)

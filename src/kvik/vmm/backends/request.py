@@ -49,6 +49,7 @@ class Request:
         "op",
         "result",
         "unmap",
+        "vector",
     )
 
     def __init__(
@@ -74,6 +75,7 @@ class Request:
         self.is_device = False
         self.result = 0
         self.context: object = None  # the device's
+        self.vector = b""  # `buffers` as an array of struct iovec, where somebody knows it already
         self.keep: object = None  # what the kernel uses until the request is complete: I/O vectors, pinned buffers
 
 

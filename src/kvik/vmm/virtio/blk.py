@@ -257,7 +257,8 @@ class Blk(VirtioDevice):
             self._answer(queue, chain, status, S_IOERR)
             return True
         began = _clock()
-        alone = size < HAND_OVER or not queue.pending()  # else it is copied while the next one is looked at
+        # Else it is copied while the next one is looked at. Writes to one file do not go on beside each other.
+        alone = size < HAND_OVER or not (queue.pending() or (op == WRITE and image.in_flight))
         if alone and image.now(op, buffers, offset, size, self._write_through):
             self.block_stats.done(op, size, offset + size, began)
             self._copied += size + REQUEST_COST
@@ -266,6 +267,8 @@ class Blk(VirtioDevice):
         operation = _Operation(op, queue, chain, status, size)
         operation.ranges.append((offset, size, False))
         self._issue(operation)
+        if size >= HAND_OVER:  # copied while we look at the next one
+            image.flush()
         return True
 
     def _begin_other(self, queue: Queue, chain: Chain, status: memoryview, kind: int) -> None:
@@ -316,6 +319,8 @@ class Blk(VirtioDevice):
         for offset, length, unmap in operation.ranges:
             request = Request(op, offset, length, buffers, self._part_done, unmap=unmap)
             request.context = operation
+            if op <= WRITE and length >= HAND_OVER and len(buffers) > 1:
+                request.vector = chain.vector(length)
             if self.image.submit(request, write_through=self._write_through):
                 self._part_done(request)
 

@@ -86,6 +86,8 @@ def serve(queue: Queue, image: BlockImage, stats: BlockStats, limit: int, *, wri
             words = unpack_from(f"<{count >> 3}Q", ram, table)  # copied here, once
             header, header_what, status, status_what = *words[:2], *words[-2:]
             what = words[3] >> _FLAGS
+            if done + 1 < ahead and (words[3] & _LENGTH) * ((count >> 4) - 2) >= HAND_OVER:
+                break  # as below, most likely
             buffers = _pieces(ram, base, words, what)
             length = sum(map(len, buffers))
         else:
@@ -103,7 +105,9 @@ def serve(queue: Queue, image: BlockImage, stats: BlockStats, limit: int, *, wri
             break
         kind, sector = _header(ram, header)
         offset = sector * SECTOR
-        if offset + length > image_size or (length >= HAND_OVER and done + 1 < ahead):
+        if offset + length > image_size:
+            break
+        if length >= HAND_OVER and (done + 1 < ahead or (kind == T_OUT and image.in_flight)):
             break
         try:
             if kind == T_IN and what == _READ and reads:

@@ -13,7 +13,7 @@ against RAM. What is malformed raises `GuestFault`, which the device layer turns
 from __future__ import annotations
 
 from _thread import allocate_lock
-from struct import Struct
+from struct import Struct, pack, unpack
 
 from kvik.vmm.faults import GuestFault
 
@@ -51,7 +51,10 @@ class Chain:
     must be copied first (`read_all`, `take_front`).
     """
 
-    __slots__ = ("count", "head", "order", "readable", "readable_size", "targets", "writable", "writable_size")
+    __slots__ = (
+        *("count", "distance", "head", "order", "readable", "readable_size", "table", "targets"),
+        *("writable", "writable_size"),
+    )
 
     def __init__(self, head: int, count: int) -> None:
         self.head = head  # split: the first descriptor's index; packed: the buffer id
@@ -62,6 +65,21 @@ class Chain:
         self.readable_size = 0  # bytes
         self.writable_size = 0
         self.targets: list[tuple[int, int]] = []  # (address, length) of each writable part, for the dirty log
+        # The driver's table, as it was read, where all of it is in one region; from the guest's addresses to ours.
+        self.table = b""
+        self.distance = 0
+
+    def vector(self, size: int) -> bytes:
+        """What lies between a header of 16 bytes and a status of one, `size` bytes, as an array of struct iovec
+        (readv(2)). Empty where the driver cut its request otherwise, or it is not in one table."""
+        words = list(unpack(f"<{len(self.table) >> 3}Q", self.table))
+        sizes = [word & 0xFFFFFFFF for word in words[1::2]]  # beside them flags and next; struct iovec has zeros there
+        if len(sizes) < 3 or sizes[0] != 16 or sizes[-1] != 1 or sum(sizes) != size + 17:
+            return b""
+        distance = self.distance
+        words[0::2] = [address + distance for address in words[0::2]]
+        words[1::2] = sizes
+        return pack(f"={len(words)}Q", *words)[16:-16]
 
     def read_all(self, limit: int) -> bytes:
         """A copy of what the driver wrote. GuestFault if it is longer than `limit` bytes."""
@@ -134,6 +152,7 @@ class Queue:
 
     __slots__ = (
         "_base",
+        "_distance",
         "_end",
         "_fence",
         "_held",
@@ -180,7 +199,7 @@ class Queue:
 
     def forget_memory(self) -> None:
         """RAM changed: forget the region that was found last."""
-        self._base = self._end = 0
+        self._base = self._end = self._distance = 0
         self._ram = memoryview(b"")
 
     def start(self, features: int) -> None:
@@ -305,6 +324,7 @@ class Queue:
             for region in self.memory.regions if self.memory.arrival is None else ():
                 if region.start <= address < region.start + region.size:
                     self._base, self._end, self._ram = region.start, region.start + region.size, region.view
+                    self._distance = region.address - region.start
             return view
         return self._ram[start : start + length]
 

@@ -170,6 +170,8 @@ class SplitQueue(Queue):
                 if read + written > MAX_CHAIN_BYTES:
                     break
                 chain.readable_size, chain.writable_size = read, written
+                if number == length >> 4:
+                    chain.table, chain.distance = copy, self._distance
                 return
             if following != number:
                 break

@@ -243,3 +243,38 @@ def test_it_does_what_the_long_way_does_with_whatever_a_guest_writes(count, tmp_
     assert count[0] > 40
     for disk in (short, long):
         disk.close()
+
+
+@pytest.mark.parametrize("kind", [T_IN, T_OUT])
+@pytest.mark.parametrize("pieces", [[10240] * 60, [512, 65536, *[16384] * 31, 4096]])
+def test_large_requests_are_copied_beside_each_other(disk, kind, pieces, monkeypatch):
+    """By threads of the kernel, which get the driver's own table as their I/O vectors; or by ours where it has none."""
+    vectors = []
+    engine = disk.device.image._engine
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda request: (vectors.append(request.vector), submit(request)))
+    content, size = disk.path.read_bytes(), sum(pieces)
+    requests = [disk.add(kind, sector, pieces, fill) for sector, fill in ((0, b"\x11"), (700, b"\x22"))]
+    assert set(disk.kick()) == set(requests)
+    for done, sector, fill in zip(requests, (0, 700), (b"\x11", b"\x22"), strict=True):
+        if kind == T_IN:
+            assert done.data == content[sector * 512 :][:size] + b"\0"
+        else:
+            assert done.data == b"\0"
+            now = disk.path.read_bytes()[sector * 512 :][:size]
+            assert now == fill * size or (sector == 0 and now[: 700 * 512] == fill * 700 * 512)
+    assert len(vectors) >= 1  # the last one may be copied here
+    words = [struct.unpack(f"<{len(vector) // 8}Q", vector) for vector in vectors]
+    lengths = [length for word in words for length in word[1::2]]
+    assert lengths == pieces * len(vectors)
+
+
+def test_a_request_that_is_cut_otherwise_has_no_vector_ready(disk):
+    header = struct.pack("<IIQ", T_IN, 0, 0)
+    for readable, writable in (([header], [4096, 4097]), ([header[:8], header[8:]], [4096, 1]), ([header], [1])):
+        disk.queue.add(readable, writable)
+        queue = disk.device.queues[0]
+        chain = queue.pop()
+        assert chain.vector(sum(writable) - 1) == b""
+        queue.push(chain, 0)
+    disk.queue.collect()
