@@ -415,7 +415,7 @@ def slow() -> None:
     one = Guest("m1")
     name = until("the card", lambda: one.run("cd /sys/class/net; grep -l 52:54:00:00:01:78 */address | cut -d/ -f1"))
     one.run(f"ip link set {name} up")
-    one.run(f"udhcpc -i {name} -n -q -t 20 -T 3 -s /leased 2>/dev/null")
+    one.run(f"udhcpc -i {name} -n -q -t 20 -T 3 -s /leased")
     (lease,) = [lease for lease in connection.network("slow").leases() if lease.mac == "52:54:00:00:01:78"]
     until(
         "an answer by the slow link",

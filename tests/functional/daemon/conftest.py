@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 import kvik
 from kvik.client import connect
+from kvik.conf.enums import DomainUndefineFlags as Undefine
 from kvik.errors import KvikError
 from kvik.guest.tiny import TinyImage, kernel_arguments, tiny
 from kvik.host.process import find_program
@@ -26,6 +28,9 @@ from lab.kernel import cache_directory
 HERE = Path(__file__).parent
 SOURCE = Path(kvik.__file__).parent.parent
 DEADLINE = 60.0  # seconds; two to three is usual, a loaded host may need many times that
+EVERYTHING = (
+    Undefine.MANAGED_SAVE | Undefine.SNAPSHOTS_METADATA | Undefine.CHECKPOINTS_METADATA | Undefine.NVRAM | Undefine.TPM
+)
 AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 NIC = "<interface type='user'><mac address='52:54:00:00:00:01'/><model type='virtio'/></interface>"
 CONSOLE = "<serial type='pty'/><console type='pty'/>"
@@ -170,7 +175,7 @@ class Make:
                 domain = self.kvikd.connection.lookup_name(name)
             except KvikError:
                 continue
-            for step in (domain.destroy, domain.undefine):
+            for step in (domain.destroy, partial(domain.undefine, EVERYTHING)):
                 try:
                     step()
                 except KvikError:
