@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvik.image.windows import ReadFault
 
     Progress = Callable[[int, int], None]
-    Compress = Callable[[bytes], bytes | None]
+    Compress = Callable[[bytes | memoryview], bytes | None]
 
 __all__ = ["SPARSE", "convert", "deflate"]
 
@@ -75,7 +75,9 @@ def convert(
         found = _whole_clusters(sources[0], found, job.unit)
     if not sparse:
         found = _all_written(found, job.window)
-    for window, loaded in in_order(found, job.load, workers, 2 * workers):
+    # How long a window takes differs more where it is compressed.
+    ahead = min(4 * workers, 2 * MOST_WORKERS) if compressed else 2 * workers
+    for window, loaded in in_order(found, job.load, workers, ahead):
         try:
             written = job.store(window, loaded)
         except OSError as error:
@@ -253,7 +255,7 @@ class _Compressing(_Copying):
                     continue
                 for at in range(start, end, unit):
                     data = view[at : at + unit]
-                    clusters.append((base + at, self.compress(bytes(data)), data))
+                    clusters.append((base + at, self.compress(data), data))
         return clusters
 
     def store(self, window: Window, loaded: Any) -> int:
@@ -279,14 +281,14 @@ def compressor(target: Any) -> Compress:
         return deflate
     from kvik.image.zstd import compress
 
-    def checked(data: bytes) -> bytes | None:
+    def checked(data: bytes | memoryview) -> bytes | None:
         out = compress(data)
         return out if out is not None and len(out) < len(data) else None
 
     return checked
 
 
-def deflate(data: bytes) -> bytes | None:
+def deflate(data: bytes | memoryview) -> bytes | None:
     """A raw deflate stream with a window of 4 KiB ("Compressed Clusters Descriptor" of docs/interop/qcow2.rst).
 
     What four samples show to be random is not tried: zlib takes longest for what it cannot make smaller.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from functools import cache
+from typing import Any
 
 from kvik.errors import ImageError, OperationUnsupported
 
@@ -27,14 +28,14 @@ def _library() -> ctypes.CDLL:
         raise OperationUnsupported(
             "no zstd is here: libzstd.so.1 is missing", remedy="install the package libzstd1"
         ) from None
-    size, pointer, text = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
+    size, pointer = ctypes.c_size_t, ctypes.c_void_p
     library.ZSTD_isError.argtypes, library.ZSTD_isError.restype = [size], ctypes.c_uint
     library.ZSTD_createDStream.restype = pointer
     library.ZSTD_initDStream.argtypes, library.ZSTD_initDStream.restype = [pointer], size
     library.ZSTD_decompressStream.argtypes = [pointer, ctypes.POINTER(_Buffer), ctypes.POINTER(_Buffer)]
     library.ZSTD_decompressStream.restype = size
     library.ZSTD_createCCtx.restype = pointer
-    library.ZSTD_compressCCtx.argtypes = [pointer, pointer, size, text, size, ctypes.c_int]
+    library.ZSTD_compressCCtx.argtypes = [pointer, pointer, size, pointer, size, ctypes.c_int]
     library.ZSTD_compressCCtx.restype = size
     return library
 
@@ -42,14 +43,20 @@ def _library() -> ctypes.CDLL:
 _local = threading.local()  # a context belongs to one thread at a time, and is costly to make
 
 
-def compress(data: bytes, level: int = LEVEL) -> bytes | None:
-    """One frame; None where it would not be smaller than `data`."""
-    library = _library()
+def compress(data: bytes | memoryview, level: int = LEVEL) -> bytes | None:
+    """One frame; None where it would not be smaller than `data`, which is not copied if it is memory that can be
+    written."""
+    library, size = _library(), len(data)
     if not hasattr(_local, "compressor"):
-        _local.compressor = library.ZSTD_createCCtx()
-    output = ctypes.create_string_buffer(len(data))
-    written = library.ZSTD_compressCCtx(_local.compressor, output, len(data), data, len(data), level)
-    return None if library.ZSTD_isError(written) else output.raw[:written]
+        _local.compressor, _local.output = library.ZSTD_createCCtx(), bytearray()
+    if len(_local.output) < size:
+        _local.output = bytearray(size)
+    output = ctypes.c_char.from_buffer(_local.output)
+    given: Any = data
+    if isinstance(data, memoryview):
+        given = bytes(data) if data.readonly or not size else ctypes.byref(ctypes.c_char.from_buffer(data))
+    written = library.ZSTD_compressCCtx(_local.compressor, ctypes.byref(output), size, given, size, level)
+    return None if library.ZSTD_isError(written) else bytes(memoryview(_local.output)[:written])
 
 
 def decompress(data: bytes, size: int) -> bytes:
