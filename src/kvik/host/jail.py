@@ -12,13 +12,15 @@ import sys
 from collections.abc import Sequence
 
 from kvik.errors import OperationUnsupported
-from kvik.host.process import find_program
+from kvik.host.process import BASE_ENVIRONMENT, find_program
 from kvik.host.tools import Completed, run
 
 __all__ = ["run_jailed"]
 
 _LAUNCHER = f"{os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}/vmm/sandbox/launch.py"  # noqa: PTH100, PTH120
-MEMORY = 1 << 30  # bytes of address space: qemu-img maps 400 MiB for its threads
+MEMORY = 2 << 30  # bytes of address space: qemu-img maps 400 MiB, and 8 MiB for each of up to 64 threads
+# The C library reserves 64 MiB for each of eight arenas a processor: on many of them that alone would be too much.
+_ENVIRONMENT = {**BASE_ENVIRONMENT, "MALLOC_ARENA_MAX": "2"}
 
 
 def run_jailed(
@@ -56,6 +58,7 @@ def run_jailed(
                 *(sys.executable, "-I", "-S", _LAUNCHER, f"--life={there.fileno()}", *files, "--alone", *limits),
                 *("--", path, *words),
             ],
+            env=_ENVIRONMENT,
             timeout=seconds * 10.0,
             limit=limit,
             pass_fds=[there.fileno(), *readable, *writable, *private],

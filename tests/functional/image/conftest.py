@@ -68,7 +68,7 @@ def same(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
 
     def run(*words: str | Path) -> Done:
         theirs, ours = qemu_img(*words), kvik_img(*words)
-        assert ours.out == theirs.out, words
+        assert ours.out == theirs.out, (words, ours.err)
         assert ours.code == theirs.code, (words, ours.err, theirs.err)
         return ours
 

@@ -34,7 +34,8 @@ def test_images_of_others_come_in(tmp_path: Path, raw: Path, format: str, same: 
     same("info", theirs)
     same("info", "--output=json", "-f", format, theirs)
     same("info", "--output=json", "--backing-chain", theirs)
-    assert kvik_img("convert", "-c", "-O", "qcow2", theirs, ours).code == 0
+    done = kvik_img("convert", "-c", "-O", "qcow2", theirs, ours)
+    assert done.code == 0, done.err
     assert_same_data(ours, raw)
     assert_clean(ours)
     same("compare", theirs, raw)

@@ -78,7 +78,7 @@ def test_a_guest_that_writes_more_than_the_connection_carries_moves_at_once(
         running(tmp_path, code=BIG_WRITER) as source,
         awaiting(tmp_path, uri, code=BIG_WRITER, shared=shared) as there,
     ):
-        begin(source, there, uri, channels)
+        begin(source, there, uri, channels, max_postcopy_bandwidth=4 * SLOW)
         migration_of(source.machine).start_postcopy()
         until(lambda: status(source) == "completed" and status(there) == "completed", source, there)
         report = migration_of(source.machine).report()
