@@ -49,7 +49,7 @@ class _VolumeStream(Stream):
             await self._held.aclose()
 
     async def _work(self) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # each direction's own
 
     def start(self) -> None:
         self._wake.set()

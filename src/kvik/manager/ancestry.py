@@ -26,7 +26,7 @@ class Ancestry:
     @property
     def nodes(self) -> Mapping[str, Child]:
         """By name; each tree has its own."""
-        raise NotImplementedError
+        raise NotImplementedError  # each tree's own
 
     def __len__(self) -> int:
         return len(self.nodes)

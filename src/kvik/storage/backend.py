@@ -97,7 +97,7 @@ class Backend:
         self.refuse("being deleted")
 
     def refresh(self) -> Contents:
-        raise NotImplementedError
+        raise NotImplementedError  # each type's own
 
     def measure(self) -> tuple[int, int, int]:
         """Capacity, allocation and what is available, in bytes, after a change of one volume."""

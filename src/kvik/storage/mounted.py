@@ -19,10 +19,10 @@ class MountedBackend(DirectoryBackend):
 
     def attach(self) -> None:
         """Mount it on the pool's directory."""
-        raise NotImplementedError
+        raise NotImplementedError  # each type's own
 
     def is_ours(self, found: mounts.Mount) -> bool:
-        raise NotImplementedError
+        raise NotImplementedError  # each type's own
 
     def check(self) -> bool:
         found = mounts.mounted_at(self.document.path)

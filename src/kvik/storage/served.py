@@ -57,7 +57,7 @@ class ServedBackend(Backend):
     formats: ClassVar[tuple[str, ...]] = ("raw",)
 
     def node(self, volume: StorageVolume) -> Node:
-        raise NotImplementedError
+        raise NotImplementedError  # each type's own
 
     @contextmanager
     def opened(self, volume: StorageVolume, *, writable: bool = False) -> Iterator[int]:
