@@ -6,13 +6,15 @@ All functions block. An error leaves the old content, or no file where there was
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from kvik.errors import HostError, InvalidArgument
+from kvik.errors import HostError, InvalidArgument, KvikError
 from kvik.host import files
 
-__all__ = ["DOCUMENT_LIMIT", "SUFFIX", "check_document_name", "remove", "replace", "set_aside"]
+__all__ = ["DOCUMENT_LIMIT", "SUFFIX", "check_document_name", "load_all", "remove", "replace", "set_aside"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,34 @@ def check_document_name(name: str, what: str) -> str:
     if size > NAME_LIMIT:
         raise InvalidArgument(f"{what} name {name[:20]!r}... has {size} bytes: at most {NAME_LIMIT} are allowed")
     return name
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str | None: ...
+
+
+Document = TypeVar("Document", bound=Named)
+
+
+def load_all(
+    directory: Path, suffix: str, most: int, what: str, parse: Callable[[bytes], Document]
+) -> tuple[dict[str, Document], list[str]]:
+    """Those that are called as their files are, by name; and warnings of what was set aside."""
+    found: dict[str, Document] = {}
+    warnings: list[str] = []
+    for path in sorted(directory.glob(f"*{suffix}"))[:most]:
+        name = path.name.removesuffix(suffix)
+        try:
+            check_document_name(name, what)
+            document = parse(files.read_file(path, limit=DOCUMENT_LIMIT))
+            if document.name != name:
+                raise InvalidArgument(f"it is called {document.name!r}")
+        except KvikError as error:
+            warnings.append(set_aside(path, str(error)))
+            continue
+        found[name] = document
+    return found, warnings
 
 
 def replace(path: Path, data: bytes, link: Path | None = None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.checkpoint import Checkpoint, format_checkpoint, parse_checkpoint
-from kvik.errors import HostError, InvalidArgument, KvikError
+from kvik.errors import HostError
 from kvik.host import documents, files
 from kvik.host.documents import DOCUMENT_LIMIT, SUFFIX, check_document_name, set_aside
 from kvik.manager.checkpoints.tree import Checkpoints
@@ -55,16 +55,9 @@ class CheckpointStore:
             return found, warnings
         files.remove_temporaries(self.directory, older_than=0)
         for suffix, known in ((SUFFIX, found.all), (PENDING, found.pending)):
-            for path in sorted(self.directory.glob(f"*{suffix}"))[:MAX_CHECKPOINTS]:
-                name = path.name.removesuffix(suffix)
-                try:
-                    check_checkpoint_name(name)
-                    checkpoint = parse_checkpoint(files.read_file(path, limit=DOCUMENT_LIMIT))
-                    if checkpoint.name != name:
-                        raise InvalidArgument(f"it is called {checkpoint.name!r}")
-                except KvikError as error:
-                    warnings.append(set_aside(path, str(error)))
-                    continue
+            loaded, aside = documents.load_all(self.directory, suffix, MAX_CHECKPOINTS, "checkpoint", parse_checkpoint)
+            warnings += aside
+            for name, checkpoint in loaded.items():
                 self.adopt(checkpoint)
                 known[name] = checkpoint
         for name in [name for name in found.pending if name in found.all]:  # it was made, and only not tidied up after

@@ -12,9 +12,9 @@ import shutil
 from pathlib import Path
 
 from kvik.conf.snapshot import Snapshot, parse_snapshot
-from kvik.errors import InvalidArgument, KvikError
+from kvik.errors import KvikError
 from kvik.host import documents, files
-from kvik.host.documents import DOCUMENT_LIMIT, SUFFIX, check_document_name, set_aside
+from kvik.host.documents import SUFFIX, check_document_name, set_aside
 from kvik.manager.snapshots.journal import Journal, Redo
 from kvik.manager.snapshots.tree import Tree
 
@@ -41,22 +41,12 @@ class SnapshotStore:
     def load(self) -> tuple[Tree, list[str]]:
         """What is there, and warnings of what was set aside. `HostError` only if the directory cannot be read."""
         tree = Tree()
-        warnings: list[str] = []
         if not self.directory.is_dir():
-            return tree, warnings
+            return tree, []
         files.remove_temporaries(self.directory, older_than=0)
-        for path in sorted(self.directory.glob(f"*{SUFFIX}"))[:MAX_SNAPSHOTS]:
-            name = path.name.removesuffix(SUFFIX)
-            try:
-                check_snapshot_name(name)
-                snapshot = parse_snapshot(files.read_file(path, limit=DOCUMENT_LIMIT))
-                if snapshot.name != name:
-                    raise InvalidArgument(f"it is called {snapshot.name!r}")
-            except KvikError as error:
-                warnings.append(set_aside(path, str(error)))
-                continue
+        tree.snapshots, warnings = documents.load_all(self.directory, SUFFIX, MAX_SNAPSHOTS, "snapshot", parse_snapshot)
+        for snapshot in tree.snapshots.values():
             self.adopt(snapshot)
-            tree.snapshots[name] = snapshot
         try:
             self._load_facts(tree)
         except (ValueError, KvikError) as error:
