@@ -223,6 +223,8 @@ def _copy_bitmaps(ctx: Context, source: Image, target: Image, *, skip: bool) -> 
 
     if not isinstance(source, Qcow2Reader) or not isinstance(target, Qcow2Writer):
         raise UsageError("only images of format qcow2 have bitmaps", remedy="leave --bitmaps away")
+    if source.header.version < 3 or target.header.version < 3:
+        raise UsageError("images of version 2 (compat=0.10) have no bitmaps", remedy="leave --bitmaps away")
     changes = BitmapChanges(target)
     for bitmap in source.bitmaps:
         if bitmap.flags & IN_USE:

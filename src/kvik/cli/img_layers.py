@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from kvik.cli.img import Arguments
     from kvik.image.layers import Progress
 
+# formats that QEMU has images in: any may be named, and not looked at
+KNOWN = ("raw", "qcow2", "luks", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc", "parallels", "bochs", "cloop", "dmg")
 CACHES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
 
@@ -21,6 +23,11 @@ def check_caches(arguments: Arguments) -> None:
         for mode in arguments.texts(key):
             if mode not in CACHES:
                 raise UsageError(f"Invalid cache option: {mode}", remedy=f"one of: {', '.join(CACHES)}")
+
+
+def check_shared(arguments: Arguments, *, writes: bool) -> None:
+    if writes and arguments.flag("U"):
+        raise UsageError("force-share=on can only be used with read-only images", remedy="leave -U away")
 
 
 def commit(ctx: Context, arguments: Arguments) -> int:
@@ -113,11 +120,14 @@ def rebase(ctx: Context, arguments: Arguments) -> int:
         raise UsageError(
             "Must specify backing file (-b) or use unsafe mode (-u)", remedy="see 'kvik img rebase --help'"
         )
+    named, format = arguments.text("b"), arguments.text("F")
+    if format is not None and format not in KNOWN:
+        raise UsageError(f"Invalid format name: '{format}'", remedy=f"one of: {', '.join(KNOWN)}")
     with ImageProgress(ctx, arguments, "rebasing") as progress:
         change(
             arguments.files[0],
-            arguments.text("b"),
-            arguments.text("F"),
+            named,
+            format if named else None,
             format=arguments.text("f"),
             safe=not unsafe,
             opener=Opener(share=arguments.flag("U")),

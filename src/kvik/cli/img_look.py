@@ -142,13 +142,14 @@ def snapshot_lines(snapshots: list[Snapshot]) -> Iterable[str]:
 
 
 def check(ctx: Context, arguments: Arguments) -> int:
-    from kvik.cli.img_layers import check_caches
+    from kvik.cli.img_layers import check_caches, check_shared
 
     check_caches(arguments)
     repair = arguments.text("r")
     if repair not in (None, "leaks", "all"):
         raise UsageError("-r expects 'leaks' or 'all'")
     path = arguments.files[0]
+    check_shared(arguments, writes=repair is not None)
     opener = Opener(share=arguments.flag("U"))
     quiet = arguments.flag("q")
     with opener.open(path, _format(arguments), writable=repair is not None, chain=False, repairing=True) as image:
@@ -163,7 +164,8 @@ def check(ctx: Context, arguments: Arguments) -> int:
         if repair is not None:
             result = _repaired(ctx, image, result, repair, quiet)
     if ctx.json:
-        put_json(ctx, check_dict(result, path))
+        if not quiet:
+            put_json(ctx, check_dict(result, path))
     else:
         for line in result.messages:
             ctx.warn(line)
@@ -254,7 +256,7 @@ def map_image(ctx: Context, arguments: Arguments) -> int:
             length = min(length, parse_size(limit, "max-length"))
         extents = image.map(min(start, image.size), length)
         if ctx.json:
-            _map_json(ctx, extents)
+            _map_json(ctx, extents, start)
         else:
             _map_text(ctx, extents, [data_path(layer) for layer in image.chain()])
     return 0
@@ -269,7 +271,7 @@ def data_path(image: Image) -> str:
     return image.path
 
 
-def _map_json(ctx: Context, extents: Iterable[Extent]) -> None:
+def _map_json(ctx: Context, extents: Iterable[Extent], start: int) -> None:
     text = ("false", "true")
     ctx.write("[")
     comma = ""
@@ -280,6 +282,8 @@ def _map_json(ctx: Context, extents: Iterable[Extent]) -> None:
             f'"present": {text[one.present]}, "zero": {text[one.zero]}, "data": {text[one.data]}{place}}}'
         )
         comma = ",\n"
+    if not comma:  # of nothing QEMU tells, too
+        ctx.write(f'{{ "start": {start}, "length": 0, "depth": 0, "present": false, "zero": false, "data": false}}')
     ctx.write("]\n")
 
 

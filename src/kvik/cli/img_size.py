@@ -83,11 +83,12 @@ def measure(ctx: Context, arguments: Arguments) -> int:
 
     format = known_format(arguments.text("O") or "raw")
     options = parse_options(arguments.texts("o"), format)
-    size = options.pop("size", None)
+    options.pop("size", None)  # which QEMU does not ask here
+    size = None
     if (text := arguments.text("size")) is not None:
         size = parse_size(text)
-    if arguments.files and size is not None:
-        raise UsageError("--size N cannot be used together with a filename.")
+        if arguments.files:
+            raise UsageError("--size N cannot be used together with a filename.")
     if not arguments.files and size is None:
         raise UsageError("Either --size N or one filename must be specified.")
     if arguments.files:

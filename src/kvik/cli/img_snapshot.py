@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def snapshot(ctx: Context, arguments: Arguments) -> int:
+    from kvik.cli.img_layers import check_shared
     from kvik.image.opening import Opener
     from kvik.image.qcow2.reader import Qcow2Reader
 
@@ -22,6 +23,7 @@ def snapshot(ctx: Context, arguments: Arguments) -> int:
         raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
     action = actions[0] if actions else "l"
     path = arguments.files[0]
+    check_shared(arguments, writes=action != "l")
     opener = Opener(share=arguments.flag("U"))
     with opener.open(path, arguments.text("f"), writable=action != "l", chain=False) as image:
         if not isinstance(image, Qcow2Reader):

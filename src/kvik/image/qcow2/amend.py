@@ -86,8 +86,8 @@ def _check(image: Qcow2Writer, options: dict[str, Any]) -> None:
         raise InvalidArgument(
             "Lazy refcounts only supported with compatibility level 1.1 and above", remedy="use compat=1.1"
         )
-    present = header.backing_file, header.backing_format
-    if (options.get("backing_file", present[0]), options.get("backing_format", present[1])) != present:
+    named = options.get("backing_file"), options.get("backing_format")
+    if named not in ((None, None), (header.backing_file, header.backing_format)):
         raise InvalidArgument("Cannot amend the backing file", remedy="use 'kvik img rebase' instead")
     if "data_file" in options and not image.has_data_file:
         raise InvalidArgument("data-file can only be set for images that use an external data file")
