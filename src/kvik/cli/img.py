@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from kvik.cli.options import Options
 
 
+AS_QEMU = "7.2.0"  # the version of qemu-img whose commands and options these are
+
+
 class Arguments:
     """Parsed words of one command."""
 
@@ -122,21 +125,35 @@ def _long(name: str, command: Command, word: str) -> str:
     )
 
 
+def _untraced(ctx: Context, words: Sequence[str]) -> Sequence[str]:
+    """Without -T: none of the events that QEMU can be told to trace is here."""
+    while words and (words[0].startswith("-T") or words[0].partition("=")[0] == "--trace"):
+        first, words = words[0], words[1:]
+        event = first[2:] if first.startswith("-T") else first.partition("=")[2]
+        if not event and words:
+            event, words = words[0], words[1:]
+        ctx.warn(f"warning: trace event '{event}' does not exist")
+    return words
+
+
 def overview() -> str:
+    from kvik.image.opening import FOREIGN, FORMATS
+
     lines = ["usage: kvik img COMMAND [options] FILE...", ""]
     lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS_OF_IMG.items()]
-    return "\n".join([*lines, "", "  'kvik img COMMAND --help' tells the options of one."]) + "\n"
+    lines += ["", "  'kvik img COMMAND --help' tells the options of one."]
+    return "\n".join([*lines, "", f"Supported formats: {' '.join((*FORMATS, 'luks', *FOREIGN))}"]) + "\n"
 
 
 def img(ctx: Context, options: Options) -> int:
-    words = options.words("arguments")
+    words = _untraced(ctx, options.words("arguments"))
     if not words or words[0] in ("-h", "--help", "help"):
         ctx.write(overview())
         return 0 if words else 1
     if words[0] in ("-V", "--version"):
         from kvik import __version__
 
-        ctx.line(f"kvik-img {__version__}")
+        ctx.line(f"qemu-img version {AS_QEMU} (kvik-img {__version__})")  # by which scripts find out what it can do
         return 0
     name = words[0]
     command = COMMANDS_OF_IMG.get(name)

@@ -97,7 +97,7 @@ def run(ctx: Context, name: str, command: Command, given: Arguments, arguments: 
         target = _add_files(files, name, arguments)
         if not files.encrypted:
             return None
-        if name == "bench":
+        if name == "bench":  # as qemu-img's, which takes no --object
             raise UsageError("bench does not read encrypted images", remedy="measure what is on them in a machine")
         if target is not None:
             files.make(target)

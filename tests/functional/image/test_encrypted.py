@@ -242,3 +242,11 @@ def test_without_a_secret_it_is_said_how(disk: bytes) -> None:
         assert done.code == (2 if words[0] == "compare" else 1)
         assert "its secret was not given" in done.err and "--object secret" in done.err
     assert not Path("out").exists()
+
+
+def test_what_no_encrypted_image_can_be_used_for(disk: bytes) -> None:
+    for words in (["bench", *KEY, "--image-opts", LUKS], ["bench", "a.luks"]):
+        done = kvik_img(*words)
+        assert done.code == 1 and "encrypted" in done.err
+    done = kvik_img("create", *KEY, "-f", "qcow2", "-o", INSIDE + ",data_file=data", "out", "1M")
+    assert done.code == 1 and "data file" in done.err and not Path("out").exists()

@@ -115,3 +115,18 @@ def test_every_command_tells_its_options_within_80_columns(verb: str) -> None:
     (theirs,) = (line for line in qemu_img("--help").out.splitlines() if line.startswith(f"  {verb} "))
     for option in re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", theirs):
         assert re.search(rf"(?<![\w-]){option}\b", done.out), option
+
+
+def test_what_scripts_ask_first(images: bytes) -> None:
+    """The version, in qemu-img's words, and the formats; and -T, which may come before any command."""
+    for word in ("-V", "--version"):
+        assert re.match(r"qemu-img version 7\.2\.\d+ \(", kvik_img(word).out)
+        assert re.match(r"qemu-img version 7\.2\.\d+ \(", qemu_img(word).out)
+    (line,) = (line for line in kvik_img("--help").out.splitlines() if line.startswith("Supported formats: "))
+    assert {"raw", "qcow2", "luks", "vmdk"} <= {*line.split()} <= {*qemu_img("--help").out.split(), "ova"}
+    for words in (["-T", "nothing"], ["-Tnothing"], ["--trace", "nothing"], ["--trace=nothing"]):
+        theirs, ours = qemu_img(*words, "info", "a.qcow2"), kvik_img(*words, "info", "a.qcow2")
+        assert (ours.code, ours.out) == (theirs.code, theirs.out)
+        assert (
+            "trace event 'nothing' does not exist" in ours.err and "trace event 'nothing' does not exist" in theirs.err
+        )
