@@ -7,13 +7,14 @@ import socket
 from pathlib import Path
 
 import pytest
-from blk_guest import BlkDriver
+from blk_guest import BlkDriver, wait_key
 from guests import needs_kvm
 from test_disk_snapshots import idle, raw, take, told, tops, word, writes
 from test_storage_daemon import World, checked, daemons, disk, image, soon, world
+from tiny_kernel import IDLE, say
 
 from kvik.conf.enums import DomainState
-from kvik.errors import ResourceBusy
+from kvik.errors import KvikError, OperationUnsupported, ResourceBusy
 from kvik.image.lock import lock_image
 from kvik.manager.saved import machine as saved
 from kvik.manager.snapshots import delete, revert
@@ -116,3 +117,43 @@ async def test_a_guest_goes_back_with_its_memory_to_a_disk_that_another_process_
         if not name.endswith(".raw"):
             checked(world.root / name)
         assert word(world.root / name) == b"two"
+
+
+async def test_a_disk_that_was_plugged_in_has_snapshots_and_goes_again(world: World) -> None:
+    a, b = raw(world.root / "a.raw"), raw(world.root / "b.raw")
+    plugged = BlkDriver(8)
+    code = wait_key() + plugged.start() + say(b"up.")
+    for text in (b"one", b"two"):
+        code += wait_key() + plugged.write(16, text) + plugged.flush() + say(text + b".")
+    code += wait_key() + plugged.eject_when_asked()
+    domain = await world.start(code + IDLE, disk(a, "raw"))
+    assert domain.run is not None and domain.pid is not None
+    xml = disk(b, "raw", slot=8, dev="vdb")
+    await domain.attach_device(xml)
+    await told(world, b"up")
+    await told(world, b"one")
+    await take(domain, "s1")
+    await told(world, b"two")
+    live = domain.run.live.devices.disks
+    assert [Path(item.source.file or "").name for item in live if item.source] == ["a.s1", "b.s1"]
+    assert (word(b), word(world.root / "b.s1")) == (b"one", b"two")
+    world.key()
+    await domain.detach_device(disk(world.root / "b.s1", slot=8, dev="vdb"))
+    await soon(lambda: len(live) == 1)
+    opened = [os.readlink(item) for item in Path(f"/proc/{domain.pid}/fd").iterdir()]
+    assert not any("/b." in path for path in opened)
+    checked(world.root / "b.s1")
+    # the same place and name again, now for one that the VMM cannot have by itself: its memory is its own
+    with pytest.raises(OperationUnsupported, match="memory that can be shared"):
+        await domain.attach_device(disk(world.root / "b.s1", slot=8, dev="vdb"))
+    await domain.attach_device(disk(raw(world.root / "c.raw"), "raw", slot=8, dev="vdb"))
+
+
+async def test_a_machine_without_such_a_disk_at_its_start_says_so(world: World) -> None:
+    """Its code is not there, and confined it cannot be fetched."""
+    domain = await world.start(IDLE)
+    await domain.attach_device(disk(raw(world.root / "a.raw"), "raw", slot=8))
+    with pytest.raises(KvikError, match="started without a disk of this kind"):
+        await take(domain, "s1")
+    assert domain.state == DomainState.RUNNING and not list(world.root.glob("*.s1"))
+    assert domain.snapshots.journal is None

@@ -28,7 +28,7 @@ from kvik.errors import (
 )
 from kvik.image.lock import lock_image, stop_writing
 from kvik.image.opening import open_image
-from kvik.image.qcow2.header import DIRTY
+from kvik.image.qcow2.header import DIRTY, parse
 from kvik.vmm.blk.image import FormatImage, flush
 
 TYPE_CHECKING = False
@@ -179,15 +179,14 @@ class Overlays:
 
 def _check_can_open(fd: int, name: str) -> None:
     """Whoever opens it is confined by now: what opening needs and was not imported before cannot be had."""
-    with open_image(os.dup(fd), format="qcow2", path=name) as image:
-        header = getattr(image, "header", None)
-        assert header is not None
-        if header.incompatible & DIRTY:
-            raise image.fault("was not closed by its last writer", 72, f"repair it: kvik img check -r all {name}")
-        if header.compression and "kvik.image.zstd" not in sys.modules:
-            raise OperationUnsupported(
-                f"{name} is compressed by zstd, which kvik-vmm does not read", remedy="use an image of zlib, the usual"
-            )
+    header = parse(fd, name)
+    if header.incompatible & DIRTY:
+        remedy = f"repair it: kvik img check -r all {name}"
+        raise ImageError("was not closed by its last writer", file=name, offset=72, remedy=remedy)
+    if header.compression and "kvik.image.zstd" not in sys.modules:
+        raise OperationUnsupported(
+            f"{name} is compressed by zstd, which kvik-vmm does not read", remedy="use an image of zlib, the usual"
+        )
 
 
 def _check_fits(image: Image, new: BlockImage, old: BlockImage) -> None:
