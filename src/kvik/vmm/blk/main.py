@@ -128,7 +128,7 @@ def build(options: Options) -> tuple[BlkHost, Blk]:
     inner = getattr(image, "image", None)
     if inner is not None and inner.format == "qcow2":
         device.config["discard_sector_alignment"] = inner.cluster_size // 512
-    host.overlays = Overlays(device, locking="no-lock" not in options.flags, log=host.log)
+    host.overlays = device.overlays = Overlays(device, locking="no-lock" not in options.flags, log=host.log)
     if numbers["monitor"] >= 0:
         from kvik.vmm.blk.monitor import COMMANDS
         from kvik.vmm.monitor.server import MonitorServer
