@@ -118,6 +118,7 @@ AT_START = (
     "kvik.vmm.cpu.models",
     "kvik.vmm.confinement",
     "kvik.vmm.gdb",
+    "kvik.vmm.gdb_breakpoints",
     "kvik.vmm.metrics",
     "kvik.vmm.rehearsal",
     "kvik.vmm.monitor.server",
