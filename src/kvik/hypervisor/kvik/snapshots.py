@@ -226,7 +226,7 @@ async def _all(served: Sequence[_Served], command: str, *, quietly: bool = False
 
 async def _reports(machine: KvikMachine, aliases: set[str] | None = None) -> dict[str, dict[str, Any]]:
     """What the VMM says of its own disks, and each kvik-blk that lives of its image, by alias. One of an older kvik
-    knows of no such thing."""
+    has none on top."""
     found: dict[str, dict[str, Any]] = {}
     members = sorted(machine.own_disks if aliases is None else machine.own_disks & aliases)
     for member in list(machine.sidecars):
@@ -240,7 +240,7 @@ async def _reports(machine: KvikMachine, aliases: set[str] | None = None) -> dic
         except MonitorError as error:
             if error.qmp_class != "CommandNotFound":
                 raise
-            continue
+            told = {"state": "none", "top": ""}
         if isinstance(told, dict):
             found[alias] = told
     return found
@@ -285,5 +285,6 @@ async def stands(machine: KvikMachine, new: Sequence[Disk]) -> bool:
 
 
 async def clear(machine: KvikMachine, new: Sequence[Disk]) -> None:
-    for alias in await _reports(machine, {alias_of(disk) for disk in new}):
-        await _ask(machine, alias, "x-kvik-overlay-drop")
+    for alias, told in (await _reports(machine, {alias_of(disk) for disk in new})).items():
+        if told.get("state") != "none":
+            await _ask(machine, alias, "x-kvik-overlay-drop")
