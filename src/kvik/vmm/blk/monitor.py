@@ -1,9 +1,11 @@
-"""kvik-blk's own monitor: of kvik-vmm's commands those that are about its one disk, and those for a new image on it."""
+"""kvik-blk's own monitor: of kvik-vmm's commands those that are about its one disk; those for a new image on it, and
+for backups of it."""
 
 from __future__ import annotations
 
 import os
 
+from kvik.vmm.blk import backup_commands
 from kvik.vmm.monitor import block, fds, introspect, run_state
 from kvik.vmm.monitor.errors import QmpError
 from kvik.vmm.monitor.schema import ID, NOTHING, TEXT, Struct
@@ -84,9 +86,10 @@ _OVERLAYS = (
     Command("x-kvik-overlay-keep", _overlay_keep, NOTHING, NOTHING, summary="it stays; the one below is only read"),
     Command("x-kvik-query-overlay", _query_overlay, summary="what is on top, and what is under way"),
 )
+_OWN = (*_OVERLAYS, *backup_commands.COMMANDS)
 COMMANDS: dict[str, Command] = {
     command.name: command
-    for group in (block.COMMANDS, fds.COMMANDS, introspect.COMMANDS, run_state.COMMANDS, _OVERLAYS)
+    for group in (block.COMMANDS, fds.COMMANDS, introspect.COMMANDS, run_state.COMMANDS, _OWN)
     for command in group
-    if command.name in _NAMES or group is _OVERLAYS
+    if command.name in _NAMES or group is _OWN
 }

@@ -18,6 +18,7 @@ import stat
 from kvik.errors import ImageError, InvalidArgument, KvikError, OperationInvalid, OperationTimeout
 from kvik.image.lock import lock_image, stop_writing
 from kvik.image.opening import open_image
+from kvik.vmm.blk.bitmaps import go_on
 from kvik.vmm.blk.host import flush
 from kvik.vmm.blk.image import FormatImage
 
@@ -76,6 +77,7 @@ class Overlays:
             )
             try:
                 _check_fits(image, new, old)
+                go_on(image, old)
             except BaseException:
                 new.close()
                 raise
@@ -89,6 +91,8 @@ class Overlays:
         name = self._device.name
         if old.read_only:
             raise OperationInvalid(f"disk {name} is read-only")
+        if isinstance(old, FormatImage) and old.backup is not None:
+            raise OperationInvalid(f"disk {name} has a backup under way", remedy="wait for its end")
         if (data >= 0) != old.direct:
             raise InvalidArgument(f"disk {name}: cache={old.cache} and the descriptors do not agree")
         for item, wanted in ((fd, os.O_RDWR), (data, os.O_RDWR), (below, os.O_RDONLY)):
