@@ -115,7 +115,10 @@ async def test_disks_that_can_have_none_are_named(world: World) -> None:
     xml += disk(theirs, slot=7, dev="vdc", name="qemu-storage-daemon")
     xml += disk(served, "raw", slot=8, dev="vdd", name="kvik-blk")
     domain = await world.start(IDLE, xml)
-    for one, words in (("a", "kvik-vmm reads and writes itself"), ("c", "served by qemu-storage-daemon")):
+    for one, words in (
+        ("a", "kvik-vmm reads and writes itself, as it does raw"),
+        ("c", "served by qemu-storage-daemon"),
+    ):
         with pytest.raises(OperationUnsupported, match=f"disk vd{one} .*{words}") as refused:
             await begin.begin(domain, document(world.root, "no", disks=one), None, 0)
         assert f"<disk name='vd{one}' backup='no'/>" in refused.value.remedy

@@ -130,10 +130,9 @@ STEPS: list[tuple[str, str, str]] = [
     ("snapshot-revert m s1", WORKS, "reverted"),
     ("snapshot-delete m s1 --children", WORKS, "deleted"),
     ("start m", WORKS, "started"),
-    ("snapshot-create-as m s1 --disk-only", "kvik shutdown m", ""),
     # checkpoints and backups, of a disk that another process serves
     ("checkpoint-create m", "unsupported for storage type raw", ""),
-    ("backup-begin m", "disk vda of machine m is a raw image that kvik-vmm reads and writes itself", ""),
+    ("backup-begin m", "disk vda of machine m is one that kvik-vmm reads and writes itself", ""),
     ("attach-device m @disk-qcow2 --live", WORKS, "attached"),
     ("checkpoint-create-as m c1 --diskspec vdc", WORKS, "created"),
     ("checkpoint-create m @checkpoint", WORKS, "created"),
@@ -261,6 +260,15 @@ STEPS: list[tuple[str, str, str]] = [
     ("domfsinfo m", AGENT, ""),
     ("guestinfo m", AGENT, ""),
     ("exec m -- true", AGENT, ""),
+    # a snapshot while it runs, of a raw disk: with its figures, limits and size as before
+    ("snapshot-create-as m s3 --disk-only", WORKS, "Domain snapshot s3 created"),
+    ("domblklist m", WORKS, "a.s3"),
+    ("domblkinfo m vda", WORKS, "Capacity:"),
+    ("domblkstat m vda", WORKS, "rd_req"),
+    ("blkdeviotune m vda --total-iops-sec 400 --live", WORKS, ""),
+    ("blkdeviotune m vda", WORKS, "total_iops_sec : 400"),
+    ("blockresize m vda 8M", WORKS, "resized"),
+    (QUERY % "query-named-block-nodes", WORKS, '"virtual-size": 8388608'),
     # put aside with its memory; the guest goes on as it was
     ("managedsave m --verbose", WORKS, "state saved"),
     ("managedsave-dumpxml m", WORKS, "<name>m</name>"),
@@ -273,6 +281,7 @@ STEPS: list[tuple[str, str, str]] = [
     ("save-image-edit @m.save", "", ""),
     ("save-image-define @m.save @c", "", ""),  # of another machine: refused
     ("restore @m.save", WORKS, "restored from"),
+    ("snapshot-delete m s3", WORKS, "deleted"),
     # its end
     ("shutdown m --mode initctl", "by its agent or by ACPI only", ""),
     ("shutdown m --mode agent", NO_AGENT, ""),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
@@ -57,12 +58,13 @@ class KvikBackups:
 
     def _check(self, disk: Disk) -> None:
         machine, target = self._machine, disk.target.dev
-        if not storage_daemon.served(disk):
+        if alias_of(disk) in machine.own_disks:
             raise OperationUnsupported(
-                f"disk {target} of machine {machine.name} is a raw image that kvik-vmm reads and writes itself: nobody "
-                "sees what is about to be overwritten there, and it has no backup while the machine runs",
+                f"disk {target} of machine {machine.name} is one that kvik-vmm reads and writes itself, as it does raw "
+                "images: it has no checkpoints and no backups while the machine runs",
                 remedy="write <driver name='kvik-blk' type='raw'/> for full backups, or convert it to qcow2 for "
-                f"incremental ones, too; or leave it out: <disk name='{target}' backup='no'/>",
+                f"incremental ones, too, and start the machine anew; or leave it out: <disk name='{target}' "
+                "backup='no'/>",
             )
         if machine.storage_kind(disk) != kvik_blk.KIND:
             raise OperationUnsupported(
@@ -213,15 +215,47 @@ class KvikBackups:
             raise
 
     async def serve(self, parts: Sequence[BackupPart], listening: int, certificates: int | None = None) -> None:
-        raise OperationUnsupported(f"the backup of machine {self._machine.name} cannot be pulled: kvik-vmm pushes it")
+        """The first disk's process accepts the clients, and hands those over that ask for another's export."""
+        if certificates is not None:
+            raise OperationUnsupported(
+                f"the backup of machine {self._machine.name}: kvik-vmm speaks NBD without TLS",
+                remedy="use transport='unix', and take it from there, or push the backup",
+            )
+        names = [part.export for part in parts]
+        async with AsyncExitStack() as stack:
+            front = await stack.enter_async_context(self._session(parts[0].disk))
+            links = []
+            for number, part in enumerate(parts[1:]):
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                with ours, theirs:
+                    link = f"link{number}"
+                    await front.execute("getfd", {"fdname": link}, fds=[ours.fileno()])
+                    links.append({"export": part.export, "socket": link})
+                    async with self._session(part.disk) as session:
+                        await session.execute("getfd", {"fdname": "front"}, fds=[theirs.fileno()])
+                        others = [{"export": name, "socket": "front"} for name in names if name != part.export]
+                        await self._serve(session, part, names, links=others)
+            await front.execute("getfd", {"fdname": "nbd"}, fds=[listening])
+            await self._serve(front, parts[0], names, links=links, socket="nbd")
+
+    async def _serve(
+        self, session: QmpConnection, part: BackupPart, names: list[str], *, links: list[dict[str, str]], **more: str
+    ) -> None:
+        arguments = {"job": part.job, "export": part.export, "exports": names, "links": links, **more}
+        if part.bitmap:
+            arguments["bitmap"] = part.bitmap
+        await session.execute("x-kvik-backup-serve", arguments, deadline=_DEADLINE)
 
     async def silence(self, parts: Sequence[BackupPart]) -> None:
-        """There are no clients."""
+        """No client reads any more. Raises `HypervisorError`."""
+        for part in parts:
+            if self._serves(part.disk):
+                await self._ask(part.disk, "x-kvik-backup-silence", {"job": part.job})
 
     async def clear(self, parts: Sequence[BackupPart]) -> None:
         """Whatever there is of a backup goes. Can be done twice. Raises `HypervisorError`, `OperationTimeout`."""
         for part in parts:
-            if storage_daemon.served(part.disk) and self._serves(part.disk):
+            if self._serves(part.disk):
                 await self._clear(part)
 
     async def _clear(self, part: BackupPart) -> None:

@@ -220,6 +220,7 @@ class KvikDriver:
             sink=sink,
             sidecars=found.sidecars,
             log=self._log(definition),
+            own_disks=_own_disks(handle),
         )
         machine.overlays_in_doubt = True  # a daemon before us may have been killed amid a snapshot
         return await take_up(machine, handle, found)
@@ -248,6 +249,12 @@ class KvikDriver:
                 remedy=self._verdict.remedy or "use QEMU",
             )
         return format_domain_capabilities(_domain_capabilities(path, name, await self._models.of(path)))
+
+
+def _own_disks(handle: Mapping[str, Any]) -> list[str] | None:
+    """None: it was started by a kvik that put no images on top of such disks, so the document tells."""
+    told = handle.get("own_disks")
+    return [str(alias) for alias in told] if isinstance(told, list) else None
 
 
 def _version() -> int:

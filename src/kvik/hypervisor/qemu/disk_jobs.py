@@ -30,7 +30,7 @@ from kvik.hypervisor.descriptors import Opened, open_disk
 from kvik.hypervisor.driver import JobState
 from kvik.hypervisor.layers import as_disk, layers
 from kvik.hypervisor.names import alias_of
-from kvik.hypervisor.qemu import block_jobs, storage_nodes
+from kvik.hypervisor.qemu import block_jobs, host_io, storage_nodes
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.options import Files, Props, node_name
 from kvik.hypervisor.qemu.hotplug import add_fd, fresh_index, lend, node_key, remove_nodes
@@ -129,7 +129,7 @@ class QemuDiskJobs:
                 else:
                     paths[name] = await add_fd(machine, fd, name)
                     added.fdsets.append(int(paths[name].rsplit("/", 1)[-1]))
-            files = Files(opened.fds, paths)
+            files = host_io.files(machine.capabilities, opened.fds, paths)
             for item in disks.secret_objects(files, target):
                 await machine.execute("object-add", item, deadline=_DEADLINE)
                 added.objects.append(item["id"])

@@ -41,6 +41,7 @@ from kvik.hypervisor.consoles import set_pty
 from kvik.hypervisor.descriptors import Opened, open_chardev, open_disk, with_paths
 from kvik.hypervisor.layers import has_medium, indices
 from kvik.hypervisor.names import alias_of
+from kvik.hypervisor.qemu import host_io
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.build import make_context, parts_of
 from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props, node_name
@@ -128,7 +129,7 @@ async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: Und
         elif name.startswith(as_files):
             paths[name] = await add_fd(machine, fd, name)
             undone.add("remove-fd", fdset_id=int(paths[name].rsplit("/", 1)[-1]))
-    files = Files(opened.fds, paths)
+    files = host_io.files(machine.capabilities, opened.fds, paths)
     context = make_context(machine.domain, machine.capabilities, files)
     if getattr(device, "boot", None) is not None:
         context.boot_index[alias_of(device)] = device.boot.order
@@ -389,7 +390,8 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
 
 
 def _context(machine: QemuMachine, fds: Mapping[str, int], paths: Mapping[str, str]) -> Context:
-    return make_context(machine.domain, machine.capabilities, Files(fds, paths))
+    capabilities = machine.capabilities
+    return make_context(machine.domain, capabilities, host_io.files(capabilities, fds, paths))
 
 
 async def _take_medium(machine: QemuMachine, alias: str) -> None:

@@ -9,8 +9,9 @@ import os
 import socket
 import sys
 
-from kvik.errors import HostError, KvikError
+from kvik.errors import KvikError
 from kvik.vmm.blk.back_end import BackEnd, RingTransport
+from kvik.vmm.blk.image import flush
 from kvik.vmm.blk.memory import SharedMemory
 from kvik.vmm.log import Log, LogLimit
 from kvik.vmm.loop import EventLoop
@@ -139,14 +140,3 @@ class BlkHost:
             device.close()
         if self._listener is not None:
             self._listener.close()
-
-
-def flush(device: Blk) -> None:
-    """Everything that was answered survives a loss of power. Raises `HostError`, `ImageError`, OSError."""
-    image = getattr(device.image, "image", None)
-    if image is not None and image.writable:
-        image.flush()
-    elif image is None and not device.image.read_only:
-        os.fdatasync(device.image.fd)
-    if not device.image.drain(30.0):
-        raise HostError("the host's storage does not answer")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 
-from kvik.errors import ImageError, InvalidArgument, OperationInvalid
+from kvik.errors import HostError, ImageError, InvalidArgument, OperationInvalid
 from kvik.image.base import COMPRESSED, DATA, cut, zero
 from kvik.vmm.backends.block import RWF_DSYNC, BlockImage
 from kvik.vmm.backends.request import DISCARD, FLUSH, READ, WRITE, Request
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from kvik.image.base import Image
     from kvik.vmm.blk.backup import Backup
+    from kvik.vmm.virtio.blk import Blk
 
-__all__ = ["FormatImage"]
+__all__ = ["FormatImage", "flush"]
 
 SECTOR = 512
 
@@ -241,3 +242,14 @@ def _fill(parts: list[memoryview], data: memoryview) -> None:
     for view in parts:
         view[:] = data[: len(view)]
         data = data[len(view) :]
+
+
+def flush(device: Blk) -> None:
+    """Everything that was answered survives a loss of power. Raises `HostError`, `ImageError`, OSError."""
+    image = getattr(device.image, "image", None)
+    if image is not None and image.writable:
+        image.flush()
+    elif image is None and not device.image.read_only:
+        os.fdatasync(device.image.fd)
+    if not device.image.drain(30.0):
+        raise HostError("the host's storage does not answer")

@@ -130,7 +130,7 @@ def build(options: Options) -> tuple[BlkHost, Blk]:
     if inner is not None and inner.format == "qcow2":
         device.config["discard_sector_alignment"] = inner.cluster_size // 512
     locking = "no-lock" not in options.flags
-    host.overlays = Overlays(device, locking=locking, log=host.log)
+    host.overlays = device.overlays = Overlays(device, locking=locking, log=host.log)
     host.backups = Backups(device, host.emit, locking=locking, log=host.log)
     if numbers["monitor"] >= 0:
         from kvik.vmm.blk.monitor import COMMANDS
