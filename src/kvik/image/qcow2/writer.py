@@ -38,7 +38,7 @@ class Qcow2Writer(Qcow2Allocator):
                 self.write_back()
 
     def place_to_write(self, offset: int, length: int) -> int:
-        if not self._tracked or self.tracking is not None:
+        if not self._tracked:
             return -1
         table = self._table_of(offset, length, COPIED)
         if table is None:
@@ -53,6 +53,8 @@ class Qcow2Writer(Qcow2Allocator):
             return -1
         if place + (last - index) * size >= self.file_end or self.is_reserved(place >> bits, last - index + 1):
             return -1
+        if self.tracking is not None:
+            self.tracking.mark(offset, length)  # before it is written: too much is marked rather than too little
         return place + (offset & (size - 1))
 
     def check_writable(self, *, data: bool = True) -> None:

@@ -163,7 +163,7 @@ async def follow(domain: DomainObject, run: Run, job: BackupJob) -> None:
 
 async def _follow_one(machine: Machine, run: Run, job: BackupJob, name: str) -> None:
     last: JobState | None = None
-    async for state in machine.disk_jobs.follow(name):
+    async for state in machine.backups.follow(name):
         last = job.states[name] = state
     if last is not None and last.concluded and not last.error:
         return
@@ -179,7 +179,7 @@ async def _stop(machine: Machine, run: Run, job: BackupJob) -> None:
     for name in job.jobs:
         state = job.states.get(name)
         if state is None or not state.concluded:
-            await machine.disk_jobs.cancel(name, force=True)
+            await machine.backups.cancel(name)
 
 
 def _outcome(job: BackupJob) -> str:
@@ -297,7 +297,7 @@ async def take_up(domain: DomainObject, run: Run) -> None:
         await undo(domain, job)
         domain.log.note("a backup that the last daemon was about to begin was taken back")
         return
-    states = await run.machine.disk_jobs.states()
+    states = await run.machine.backups.states()
     job.states = {name: states[name] for name in job.jobs if name in states}
     began(domain, run, job)
 
