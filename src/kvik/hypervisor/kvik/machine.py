@@ -15,6 +15,7 @@ from kvik.host.process import ProcessHandle
 from kvik.hypervisor import stats
 from kvik.hypervisor.driver import EventSink
 from kvik.hypervisor.kvik import changes, hotplug, snapshots, state
+from kvik.hypervisor.kvik.backup import KvikBackups
 from kvik.hypervisor.layers import next_index
 from kvik.hypervisor.machine import SLOW_DEADLINE, QmpMachine
 from kvik.hypervisor.names import alias_of
@@ -89,6 +90,10 @@ class KvikMachine(QmpMachine):
     async def go_on(self) -> None:
         """`resume` where nothing is in doubt."""
         await super().resume()
+
+    @property
+    def backups(self) -> KvikBackups:
+        return KvikBackups(self)
 
     # -- snapshots
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from kvik.vmm.blk.backups import Backups
     from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.virtio.blk import Blk
 
@@ -45,6 +46,7 @@ class BlkHost:
         self._back_end: BackEnd | None = None
         self.life: socket.socket | None = None  # kept open
         self.overlays: Overlays | None = None  # of the device
+        self.backups: Backups | None = None
         self.loop.on_error = self._failed
 
     # What a device and a monitor ask of a machine
@@ -130,6 +132,8 @@ class BlkHost:
         """Let go of the VMM; close the devices, which completes their images."""
         if self._back_end is not None:
             self._back_end.close("")
+        if self.backups is not None:
+            self.backups.close()
         if self.overlays is not None:
             self.overlays.close()
         for device in self.devices.values():

@@ -1,7 +1,9 @@
-"""kvik-blk's own monitor: of kvik-vmm's commands those that are about its one disk, and those for a new image on it."""
+"""kvik-blk's own monitor: of kvik-vmm's commands those that are about its one disk; those for a new image on it, and
+for backups of it."""
 
 from __future__ import annotations
 
+from kvik.vmm.blk import backup_commands
 from kvik.vmm.monitor import block, fds, introspect, overlays, run_state
 from kvik.vmm.monitor.table import Command
 
@@ -20,9 +22,10 @@ _NAMES = {
     "quit",
 }
 
+_OWN = (*overlays.COMMANDS, *backup_commands.COMMANDS)
 COMMANDS: dict[str, Command] = {
     command.name: command
-    for group in (block.COMMANDS, fds.COMMANDS, introspect.COMMANDS, run_state.COMMANDS, overlays.COMMANDS)
+    for group in (block.COMMANDS, fds.COMMANDS, introspect.COMMANDS, run_state.COMMANDS, _OWN)
     for command in group
-    if command.name in _NAMES or group is overlays.COMMANDS
+    if command.name in _NAMES or group is _OWN
 }
