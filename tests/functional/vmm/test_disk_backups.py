@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from tiny_kernel import IDLE, say
 
 from kvik.conf.enums import DomainCheckpointDeleteFlags as Delete
 from kvik.conf.enums import DomainJobType, DomainState
-from kvik.errors import CheckpointInconsistent, ConfigUnsupported, KvikError, OperationUnsupported
-from kvik.manager.backup import begin
+from kvik.errors import CheckpointInconsistent, ConfigUnsupported, KvikError, OperationUnsupported, ResourceBusy
+from kvik.manager.backup import begin, job
 from kvik.manager.checkpoints import create, delete, sizes
 from kvik.manager.domain import DomainObject
 from kvik.manager.store import Store
@@ -47,6 +48,13 @@ async def push(domain: DomainObject, xml: str, checkpoint: str = "") -> None:
 
 async def ended(domain: DomainObject, death: Death | None = None) -> None:
     await soon(lambda: (domain.run is not None and domain.run.backup is None) or (death is not None and death.came))
+
+
+def pulled(root: Path, since: str = "", *, tls: str = "") -> str:
+    given = "".join(f"<disk name='vd{one}' type='file'><scratch file='{root}/scratch.{one}'/></disk>" for one in "ab")
+    incremental = f"<incremental>{since}</incremental>" if since else ""
+    server = f"<server transport='unix' socket='{root}/nbd'{tls}/>"
+    return f"<domainbackup mode='pull'>{incremental}{server}<disks>{given}</disks></domainbackup>"
 
 
 async def over(domain: DomainObject, outcome: DomainJobType = DomainJobType.COMPLETED) -> None:
@@ -151,6 +159,54 @@ async def test_what_a_killed_process_did_not_write_is_no_checkpoint(world: World
     await push(domain, document(world.root, "i1", "c1", disks="b"))  # that one was written
     await delete.delete(domain, "c1", 0)
     await push(domain, document(world.root, "full"), "c1")
+
+
+async def tool(*words: str) -> str:
+    """While the daemon, which is this process, goes on."""
+    made = await asyncio.create_subprocess_exec(*words, stdout=-1, stderr=-2)
+    said = (await made.communicate())[0].decode()
+    assert made.returncode == 0, (words, said)
+    return said
+
+
+async def test_all_disks_are_pulled_from_one_socket_as_they_were(world: World) -> None:
+    _, code, xml = two(world)
+    domain = await world.start(code, xml)
+    root = world.root
+    await told(world, b"up")
+    await create.create(domain, CHECKPOINT.format("c1"), 0)
+    await told(world, b"oneone")
+    with pytest.raises(KvikError):
+        await begin.begin(domain, pulled(root, tls=" tls='yes'"), None, 0)
+    await begin.begin(domain, pulled(root, "c1"), CHECKPOINT.format("c2"), 0)
+    assert domain.run is not None and domain.run.backup is not None
+    await told(world, b"twotwo")
+    with pytest.raises(ResourceBusy):
+        await take(domain, "s1")
+    listed = await tool("qemu-nbd", "--list", "-k", str(root / "nbd"))
+    assert all(f"export: 'vd{one}'" in listed and f"qemu:dirty-bitmap:backup-vd{one}" in listed for one in "ab"), listed
+    for one in "ba":
+        address = f"driver=nbd,server.type=unix,server.path={root}/nbd,export=vd{one}"
+        await tool("qemu-img", "convert", "-O", "qcow2", "--image-opts", address, f"{root}/pulled.{one}")
+        assert word(root / f"pulled.{one}") == b"one"
+        dirty = f"{address},x-dirty-bitmap=qemu:dirty-bitmap:backup-vd{one}"
+        shown = json.loads(await tool("qemu-img", "map", "--output=json", "--image-opts", dirty))
+        assert [(item["start"], item["length"]) for item in shown if not item["data"]] == [(0, 65536)]
+    # the next daemon goes on with it
+    await world.managers[-1].close()
+    domain = (await world.manager()).lookup_name("m")
+    assert domain.run is not None and domain.run.backup is not None
+    await told(world, b"threethree")
+    await tool("qemu-img", "convert", "-O", "qcow2", f"nbd+unix:///vda?socket={root}/nbd", str(root / "again"))
+    assert word(root / "again") == b"one"
+    await job.abort(domain)
+    await over(domain)
+    assert not list(root.glob("scratch.*")) and not (root / "nbd").exists() and "c2" in domain.checkpoints.all
+    # a process that is killed ends it, and not its machine
+    await begin.begin(domain, pulled(root), None, 0)
+    os.kill(daemons(domain)[1][0], signal.SIGKILL)
+    await over(domain, DomainJobType.FAILED)
+    assert domain.state == DomainState.RUNNING and not list(root.glob("scratch.*"))
 
 
 async def test_the_daemon_is_killed_at_each_command_of_a_backup(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

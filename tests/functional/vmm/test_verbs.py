@@ -94,6 +94,8 @@ DEVICES = {
     "disk-qcow2": "<disk type='file'><driver name='qemu' type='qcow2'/><source file='{root}/c.qcow2'/>"
     "<target dev='vdc'/></disk>",
     "checkpoint": "<domaincheckpoint><name>c2</name><disks><disk name='vdc'/></disks></domaincheckpoint>",
+    "pull": "<domainbackup mode='pull'><server transport='unix' socket='{root}/nbd'/><disks>"
+    "<disk name='vdc' type='file'><scratch file='{root}/scratch.qcow2'/></disk></disks></domainbackup>",
     "backup": "<domainbackup><incremental>c1</incremental><disks><disk name='vdc' type='file'>"
     "<target file='{root}/backup.qcow2'/></disk></disks></domainbackup>",
 }
@@ -142,7 +144,9 @@ STEPS: list[tuple[str, str, str]] = [
     ("checkpoint-info m c1", WORKS, "Children:       1"),
     ("checkpoint-parent m c2", WORKS, "c1"),
     ("backup-begin m @backup", WORKS, "started"),
-    ("backup-dumpxml m", "", ""),  # it may be over
+    ("backup-begin m @pull", WORKS, "started"),
+    ("backup-dumpxml m", WORKS, "exportname='vdc'"),
+    ("domjobabort m", WORKS, ""),
     ("checkpoint-delete m c1 --children", WORKS, "deleted"),
     ("detach-disk m vdc --live", WORKS, "detached"),
     # what it is
@@ -435,6 +439,8 @@ def test_every_verb_does_what_the_table_says(machine: Machine) -> None:
             assert done.returncode != 0 and kind in done.stdout + done.stderr, said
         assert printed in done.stdout, said
         assert "Traceback" not in done.stderr, said
+        if line == "backup-begin m @backup":
+            machine.until("domjobinfo m", "None")
         if line.startswith("setvcpus m 2 --live"):
             machine.until("vcpucount m --active --live", "2")  # when the guest has let it go
             machine.until(QUERY % "query-cpus-fast", '"cpu-index": 1')

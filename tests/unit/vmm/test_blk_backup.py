@@ -278,6 +278,31 @@ def test_a_target_that_fails_ends_the_backup_and_not_the_guest(
     assert shown(path) == holds.bytes
 
 
+def test_images_that_cannot_be_targets_are_refused(tmp_path: Path, running: Callable[..., BlkProcess]) -> None:
+    process = running((fresh(tmp_path / "disk"), "qcow2"))
+    process.start()
+    held = len(list(Path(f"/proc/{process.process.pid}/fd").iterdir()))
+    dirty = fresh(tmp_path / "dirty")
+    with dirty.open("r+b") as file:
+        file.seek(79)
+        file.write(b"\1")
+    (tmp_path / "none").write_bytes(bytes(4096))
+    locked = fresh(tmp_path / "locked")
+    with locked.open("r+b") as other:
+        lock_image(other.fileno(), "other", write=True)
+        for path, form, words in (
+            (dirty, "qcow2", "check -r all"),
+            (tmp_path / "none", "qcow2", "not a qcow2 image"),
+            (locked, "qcow2", "lock"),
+        ):
+            assert words in add(process, path, form)["desc"], path
+    assert "scratch image is a qcow2" in add(process, locked, "raw", pull=True)["desc"]
+    assert "was not added" in begin(process)["desc"]
+    assert process.ask("x-kvik-backup-silence", job="j") == process.ask("x-kvik-backup-clear", job="j") == {}
+    assert len(list(Path(f"/proc/{process.process.pid}/fd").iterdir())) == held
+    assert process.end() == (0, "")
+
+
 def resource_limit(process: BlkProcess, size: int) -> None:
     """Of the files that it writes (prlimit(2)); what is larger is EFBIG, as SIGXFSZ is ignored by Python."""
     import resource
@@ -329,3 +354,82 @@ def unanswered(driver: Served) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blk_process, "SECONDS", 0.3)
         driver.write(0, b"b" * 512)
+
+
+# Pulled over NBD --------------------------------------------------------------------------------------------------
+
+
+def listening(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(path))
+    sock.listen()
+    return sock
+
+
+def give(process: BlkProcess, name: str, sock: socket.socket) -> None:
+    process.ask("query-version")
+    text = b'{"execute": "getfd", "arguments": {"fdname": "%s"}}' % name.encode()
+    socket.send_fds(process.monitor, [text], [sock.fileno()])
+    while "event" in (reply := json.loads(process._lines.readline())):
+        process.events.append(reply)
+    assert "return" in reply
+
+
+def pull(process: BlkProcess, tmp_path: Path, *, bitmap: str = "", **more: Any) -> str:
+    """The address of the export."""
+    assert add(process, fresh(tmp_path / "scratch"), pull=True, **more) == begin(process) == {}
+    with listening(tmp_path / "nbd") as sock:
+        give(process, "nbd", sock)
+    wanted: dict[str, Any] = {"bitmap": bitmap} if bitmap else {}
+    assert (
+        process.ask("x-kvik-backup-serve", job="j", export="vda", exports=["vda"], socket="nbd", links=[], **wanted)
+        == {}
+    )
+    return f"driver=nbd,server.type=unix,server.path={tmp_path / 'nbd'},export=vda"
+
+
+def mapped(address: str) -> list[dict[str, Any]]:
+    told = subprocess.run(
+        ["qemu-img", "map", "--output=json", "--image-opts", address], check=True, capture_output=True, timeout=SECONDS
+    )
+    found: list[dict[str, Any]] = json.loads(told.stdout)
+    return found
+
+
+@needs_qemu_img
+def test_what_is_pulled_is_the_disk_as_it_was_with_what_changed(
+    tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    process = running((fresh(tmp_path / "disk"), "qcow2"))
+    holds = Holds(process.start())
+    holds.change(30)
+    assert process.ask("x-kvik-bitmap-add", names=["c"]) == {}
+    holds.write(MIB, b"x" * 65536)
+    holds.write(3 * MIB, b"y" * 512)
+    address = pull(process, tmp_path, since=since("c"), bitmap="changed")
+    then = bytes(holds.bytes)
+    holds.change(40)
+    target = tmp_path / "pulled"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", "--image-opts", address, target], check=True, timeout=SECONDS)
+    assert target.read_bytes() == then
+    dirty = [
+        (item["start"], item["length"])
+        for item in mapped(f"{address},x-dirty-bitmap=qemu:dirty-bitmap:changed")
+        if not item["data"]
+    ]
+    assert dirty == [(MIB, 65536), (3 * MIB, 65536)]
+    assert sum(item["length"] for item in mapped(address)) == SIZE
+    holds.change(40)
+    written = subprocess.run(
+        ["qemu-io", "--image-opts", f"{address}", "-c", "write 0 512"], capture_output=True, check=False, text=True
+    )
+    assert "Permission denied" in written.stderr
+    subprocess.run(["qemu-img", "convert", "-O", "raw", "--image-opts", address, target], check=True, timeout=SECONDS)
+    assert target.read_bytes() == then
+    assert process.ask("x-kvik-backup-silence", job="j") == {}
+    with pytest.raises(subprocess.CalledProcessError):
+        mapped(address)
+    assert process.ask("x-kvik-backup-cancel", job="j") == {}
+    assert over(process) == ""
+    assert process.end() == (0, "")
+    assert shown(tmp_path / "disk") == holds.bytes

@@ -52,7 +52,7 @@ class Backup:
         self.job, self.target, self.pull, self.incremental = job, target, pull, incremental
         self.state, self.error = "added", ""
         self.total = self.current = 0
-        self.bits = bytearray()  # of an incremental one: what changed, by chunks
+        self.bits, self.bits_shift = bytearray(), CHUNK_BITS  # of an incremental one: what changed
         self._loop, self._lock, self._ended = loop, lock, ended
         header = getattr(target, "header", None)
         self.chunk_bits = max(CHUNK_BITS, header.cluster_bits if header is not None else 0)
@@ -74,16 +74,17 @@ class Backup:
 
     # Its course --------------------------------------------------------------------------------------------------
 
-    def begin(self, source: FormatImage, bits: bytearray | None) -> None:
-        """From now on the backup is of this moment: nothing is in flight. `bits`: the chunks that changed, of an
-        incremental one. Raises `ImageError` for a target that is too small."""
+    def begin(self, source: FormatImage, bits: bytearray | None, shift: int) -> None:
+        """From now on the backup is of this moment: nothing is in flight. `bits`: what changed, of an incremental one,
+        a bit for 2 to the power of `shift` bytes: a chunk, if it is pushed. Raises `ImageError` for a target that is
+        too small."""
         size = source.image.size
         if self.target.size < size:
             raise ImageError(f"has {self.target.size} bytes, and the disk {size}", file=self.target.path)
         chunks = (size + (1 << self.chunk_bits) - 1) >> self.chunk_bits
         every = bytearray((chunks + 7) >> 3)
         set_bits(every, 0, chunks)
-        self.bits = bits if bits is not None else bytearray()
+        self.bits, self.bits_shift = bits if bits is not None else bytearray(), shift
         self._pending = bytearray(bits) if bits is not None and not self.pull else every
         self._source, source.backup = source, self
         self.state = "running"

@@ -78,6 +78,28 @@ def _backup_begin(context: Context, arguments: Arguments) -> None:
     _backups(context).begin(arguments["job"], arguments["track"], held=arguments.get("held", False))
 
 
+def _backup_serve(context: Context, arguments: Arguments) -> None:
+    named = context.server.named_fds
+    fds = {link["export"]: link["socket"] for link in arguments["links"]}
+    wanted = {*fds.values(), *([arguments["socket"]] if "socket" in arguments else [])}
+    for name in wanted:
+        if name not in named:
+            raise QmpError(f"File descriptor named '{name}' not found")
+    taken = {name: named.pop(name) for name in wanted}
+    _backups(context).serve(
+        arguments["job"],
+        export=arguments["export"],
+        bitmap=arguments.get("bitmap", ""),
+        names=arguments["exports"],
+        listening=taken[arguments["socket"]] if "socket" in arguments else -1,
+        links={export: taken[name] for export, name in fds.items()},
+    )
+
+
+def _backup_silence(context: Context, arguments: Arguments) -> None:
+    _backups(context).silence(arguments["job"])
+
+
 def _backup_cancel(context: Context, arguments: Arguments) -> None:
     _backups(context).cancel(arguments["job"])
 
@@ -133,6 +155,17 @@ COMMANDS = (
         NOTHING,
         summary="it is of this moment, as new bitmaps are",
     ),
+    Command(
+        "x-kvik-backup-serve",
+        _backup_serve,
+        Struct(
+            {"job": ID, "export": ID, "*bitmap": _BITMAP, "exports": List(ID), "*socket": ID}
+            | {"links": List(Struct({"export": ID, "socket": ID}))}
+        ),
+        NOTHING,
+        summary="NBD clients may read it; by a listening socket and links to other disks' processes, sent by getfd",
+    ),
+    Command("x-kvik-backup-silence", _backup_silence, _JOB, NOTHING, summary="they may no more"),
     Command("x-kvik-backup-cancel", _backup_cancel, _JOB, NOTHING, summary="it ends as it is"),
     Command("x-kvik-backup-clear", _backup_clear, _JOB, NOTHING, summary="it ends, and is forgotten"),
     Command("x-kvik-query-backups", _query_backups, summary="what is under way, or has ended"),

@@ -10,11 +10,14 @@ from kvik.image.lock import lock_image
 from kvik.image.opening import open_image
 from kvik.vmm.blk import bitmaps
 from kvik.vmm.blk.backup import Backup
+from kvik.vmm.blk.chain import check_can_open
 from kvik.vmm.blk.image import FormatImage
+from kvik.vmm.blk.nbd_export import Export
+from kvik.vmm.blk.nbd_server import NbdServer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from kvik.vmm.backends.block import BlockImage
@@ -42,6 +45,7 @@ class Backups:
         self._device, self._emit, self._locking, self._log = device, emit, locking, log
         self._since: Sequence[Source] = ()
         self._held, self._holds = False, 0
+        self._server: NbdServer | None = None
         self._plain: BlockImage | None = None  # a raw disk's own, while a `FormatImage` stands in for it
         self.backup: Backup | None = None
 
@@ -129,6 +133,8 @@ class Backups:
                 raise InvalidArgument(f"disk {self._device.name}: a scratch image is a qcow2 image")
             if self._locking:
                 lock_image(fd, name, write=True)
+            if form == "qcow2":
+                check_can_open(fd, name)
             target = open_image(fd, format=form, writable=True, path=name, barriers=not pull)
         except BaseException:
             os.close(fd)
@@ -159,12 +165,13 @@ class Backups:
         with self._device.lock:
             self._settle()
             image = self._formatted()
-            bits = None
+            bits, shift = None, backup.chunk_bits
             if backup.incremental:
-                bits = bitmaps.marked(image, self._since, backup.chunk_bits, image.image.size)
+                shift = shift if not backup.pull else bitmaps.finest(image, self._since, shift)
+                bits = bitmaps.marked(image, self._since, shift, image.image.size)
             if track:
                 bitmaps.add(image, track)
-            backup.begin(image, bits)
+            backup.begin(image, bits, shift)
 
     def _formatted(self) -> FormatImage:
         """The disk's image as one that can be asked what it is made of: a raw disk's gets one for the time being."""
@@ -200,6 +207,31 @@ class Backups:
     def _named(self, job: str) -> Backup | None:
         return self.backup if self.backup is not None and self.backup.job == job else None
 
+    def serve(
+        self, job: str, *, export: str, bitmap: str, names: Sequence[str], listening: int, links: Mapping[str, int]
+    ) -> None:
+        """The backup becomes readable for NBD clients as `export`: see `NbdServer`, which takes the descriptors. Raises
+        `KvikError`, OSError; then they are closed."""
+        backup = self._named(job)
+        try:
+            if backup is None or not backup.pull or backup.state != "running" or self._server is not None:
+                raise OperationInvalid(f"disk {self._device.name}: backup {job} is none that can be pulled")
+            shown = Export(backup, bitmap, self._device.lock)
+            loop = self._device.loop
+            server = NbdServer(loop, {export: shown}, names, listening=listening, links=links, log=self._log)
+        except BaseException:
+            for fd in {listening, *links.values()} - {-1}:
+                os.close(fd)
+            raise
+        self._server = server
+
+    def silence(self, job: str) -> None:
+        """No client reads any more."""
+        server = self._server
+        if server is not None and self._named(job) is not None:
+            self._server = None
+            server.close()
+
     def cancel(self, job: str) -> None:
         """One that is over, or not known, is left as it is."""
         backup = self._named(job)
@@ -212,6 +244,7 @@ class Backups:
         backup = self._named(job)
         if backup is None:
             return
+        self.silence(job)
         self.cancel(job)
         if backup.state != "concluded":
             raise OperationInvalid(f"disk {self._device.name}: backup {job} is being written out", remedy="ask again")
@@ -229,4 +262,5 @@ class Backups:
     def close(self) -> None:
         """The disk ends. Of what is under way nothing is whole."""
         if self.backup is not None:
+            self.silence(self.backup.job)
             self.cancel(self.backup.job)

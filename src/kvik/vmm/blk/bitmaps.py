@@ -16,6 +16,7 @@ from kvik.image.qcow2.bitmaps import AUTO, IN_USE, read_bits
 from kvik.image.qcow2.reader import Qcow2Reader
 from kvik.image.qcow2.tracking import set_bits
 from kvik.image.qcow2.writer import Qcow2Writer
+from kvik.vmm.blk.chain import check_can_open
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     Source = tuple[int, str]  # the image's place from the top down, and the bitmap's name
 
-__all__ = ["add", "count", "go_on", "marked", "remove", "remove_below", "report"]
+__all__ = ["add", "count", "finest", "go_on", "marked", "remove", "remove_below", "report"]
 
 
 class Known:
@@ -148,6 +149,7 @@ def remove_below(image: BlockImage, layer: int, fd: int, name: str) -> None:
             raise InvalidArgument(f"disk {image.name} has no image {layer} with bitmaps")
         if not os.path.sameopenfile(fd, chain[layer].fd):
             raise InvalidArgument(f"disk {image.name}: {chain[layer].path} is another file by now")
+        check_can_open(fd, chain[layer].path)
         below = open_image(fd, format="qcow2", writable=True, path=chain[layer].path)
     except BaseException:
         os.close(fd)
@@ -175,6 +177,18 @@ def marked(image: BlockImage, sources: Iterable[Source], shift: int, size: int) 
             if start < end:
                 set_bits(bits, start >> shift, ((end - 1) >> shift) + 1)
     return bits
+
+
+def finest(image: BlockImage, sources: Iterable[Source], most: int) -> int:
+    """The least granularity of these bitmaps, as a power of 2, and `most` at most."""
+    layers = _layers(image)
+    found = [
+        known.bitmap.granularity_bits
+        for layer, name in sources
+        for known in (layers[layer] if layer < len(layers) else [])
+        if known.bitmap.name == name
+    ]
+    return min([*found, most])
 
 
 def count(image: BlockImage, sources: Iterable[Source], shift: int) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 
-from kvik.errors import ImageError
+from kvik.errors import ImageError, OperationUnsupported
 from kvik.image.lock import lock_image
 from kvik.image.opening import open_image
+from kvik.image.qcow2.header import DIRTY, parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.image.base import Image
 
-__all__ = ["name_of", "open_chain"]
+__all__ = ["check_can_open", "name_of", "open_chain"]
 
 
 def open_chain(images: list[tuple[int, str]], *, read_only: bool, locking: bool = True) -> Image:
@@ -47,6 +49,18 @@ def _check(image: Image, below: Image | None) -> None:
         raise image.fault("keeps its data in another file, which is not supported", 72)
     if header.backing_file is not None and below is None:
         raise image.fault(f"sits on {header.backing_file!r}, which was not passed", 8)
+
+
+def check_can_open(fd: int, name: str) -> None:
+    """Whoever opens it is confined by now: what opening needs and was not imported before cannot be had."""
+    header = parse(fd, name)
+    if header.incompatible & DIRTY:
+        remedy = f"repair it: kvik img check -r all {name}"
+        raise ImageError("was not closed by its last writer", file=name, offset=72, remedy=remedy)
+    if header.compression and "kvik.image.zstd" not in sys.modules:
+        raise OperationUnsupported(
+            f"{name} is compressed by zstd, which kvik-vmm does not read", remedy="use an image of zlib, the usual"
+        )
 
 
 def name_of(fd: int) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-import sys
 
 from kvik.errors import (
     ImageError,
@@ -24,12 +23,11 @@ from kvik.errors import (
     KvikError,
     OperationInvalid,
     OperationTimeout,
-    OperationUnsupported,
 )
 from kvik.image.lock import lock_image, stop_writing
 from kvik.image.opening import open_image
-from kvik.image.qcow2.header import DIRTY, parse
 from kvik.vmm.blk.bitmaps import go_on
+from kvik.vmm.blk.chain import check_can_open
 from kvik.vmm.blk.image import FormatImage, flush
 
 TYPE_CHECKING = False
@@ -72,7 +70,7 @@ class Overlays:
             self.keep()
             old = self._device.image
             self._check(old, fd, below, data)
-            _check_can_open(fd, name)
+            check_can_open(fd, name)
             with self._device.lock:
                 flush(self._device)  # what is left for the standstill is little then
             image = open_image(fd, format="qcow2", writable=True, path=name)
@@ -179,18 +177,6 @@ class Overlays:
         if self._added is not None:
             self.drop()
         self.keep()
-
-
-def _check_can_open(fd: int, name: str) -> None:
-    """Whoever opens it is confined by now: what opening needs and was not imported before cannot be had."""
-    header = parse(fd, name)
-    if header.incompatible & DIRTY:
-        remedy = f"repair it: kvik img check -r all {name}"
-        raise ImageError("was not closed by its last writer", file=name, offset=72, remedy=remedy)
-    if header.compression and "kvik.image.zstd" not in sys.modules:
-        raise OperationUnsupported(
-            f"{name} is compressed by zstd, which kvik-vmm does not read", remedy="use an image of zlib, the usual"
-        )
 
 
 def _check_fits(image: Image, new: BlockImage, old: BlockImage) -> None:
