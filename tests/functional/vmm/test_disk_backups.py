@@ -209,7 +209,10 @@ async def test_all_disks_are_pulled_from_one_socket_as_they_were(world: World) -
     assert domain.state == DomainState.RUNNING and not list(root.glob("scratch.*"))
 
 
-async def test_the_daemon_is_killed_at_each_command_of_a_backup(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["push", "pull"])
+async def test_the_daemon_is_killed_at_each_command_of_a_backup(
+    mode: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever it is: the guest goes on, there is a backup with its checkpoint, or nothing of either."""
     paths, _, xml = two(world)
     drivers = BlkDriver(5), BlkDriver(6)
@@ -229,7 +232,10 @@ async def test_the_daemon_is_killed_at_each_command_of_a_backup(world: World, mo
             patch.setattr(QmpConnection, "execute", death.commands(QmpConnection.execute))
             patch.setattr(Store, "run", death.files(Store.run))
             try:
-                await begin.begin(domain, document(world.root, name), CHECKPOINT.format(name), 0)
+                xml = pulled(world.root) if mode == "pull" else document(world.root, name)
+                await begin.begin(domain, xml, CHECKPOINT.format(name), 0)
+                if mode == "pull":
+                    await job.abort(domain)
                 await ended(domain, death)
             except (Killed, KvikError):
                 assert death.came
@@ -239,10 +245,14 @@ async def test_the_daemon_is_killed_at_each_command_of_a_backup(world: World, mo
         world.managers.pop()
         domain = (await world.manager()).lookup_name("m")
         await idle(domain)
+        if domain.run is not None and domain.run.backup is not None and mode == "pull":
+            await job.abort(domain)
         await ended(domain)
         assert domain.state == DomainState.RUNNING, number
         whole.append(name in domain.checkpoints.all)
-        assert not domain.checkpoints.pending and len(list(world.root.glob(f"{name}.*"))) == 2 * whole[-1], number
+        left = list(world.root.glob(f"{name}.*"))
+        assert not domain.checkpoints.pending and len(left) == (2 * whole[-1] if mode == "push" else 0), number
+        assert not list(world.root.glob("scratch.*")) and not (world.root / "nbd").exists(), number
         await told(world, b"xx")
         if not death.came:
             break
