@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -157,3 +158,29 @@ async def test_a_machine_without_such_a_disk_at_its_start_says_so(world: World) 
         await take(domain, "s1")
     assert domain.state == DomainState.RUNNING and not list(world.root.glob("*.s1"))
     assert domain.snapshots.journal is None
+
+
+async def test_a_killed_vmm_loses_nothing_that_was_flushed(world: World) -> None:
+    """Its image is whole for the process that serves it next."""
+    a = raw(world.root / "a.raw")
+    driver = BlkDriver(5)
+    code = wait_key() + driver.start() + say(b"up.")
+    for text in (b"one", b"two"):
+        code += wait_key() + driver.write(16, text) + driver.flush() + say(text + b".")
+    for sector in range(0, 4096, 160):  # new clusters, none of them flushed
+        code += driver.write(1024 + sector, b"more")
+    domain = await world.start(code + say(b"written.") + IDLE, disk(a, "raw"))
+    await told(world, b"up")
+    await told(world, b"one")
+    await take(domain, "s1")
+    await told(world, b"two")
+    await world.said(b"written.")
+    assert domain.pid is not None
+    os.kill(domain.pid, signal.SIGKILL)
+    await soon(lambda: not domain.is_active)
+    assert (word(a), word(world.root / "a.s1")) == (b"one", b"two")
+    await domain.start()
+    assert len(daemons(domain)) == 1
+    await domain.destroy()
+    checked(world.root / "a.s1")
+    assert (word(a), word(world.root / "a.s1")) == (b"one", b"two")

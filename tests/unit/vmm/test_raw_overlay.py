@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from kvik.errors import ImageError, OperationFailed, OperationInvalid, ResourceB
 from kvik.image.create import create
 from kvik.image.lock import lock_image
 from kvik.image.opening import Opener
+from kvik.image.qcow2.writer import Qcow2Writer
 from kvik.vmm.backends.block import BlockImage
 from kvik.vmm.blk.overlay import Overlays
 from kvik.vmm.loop import IoThread
@@ -103,6 +107,12 @@ def made(tmp_path: Path) -> Iterator[Callable[..., World]]:
         world.close()
 
 
+def opened(root: Path) -> int:
+    """How many descriptors there are of files in a directory."""
+    found = [item.readlink() for item in Path("/proc/self/fd").iterdir() if item.is_symlink()]
+    return sum(path.is_relative_to(root) for path in found)
+
+
 def shown(path: Path, form: str = "qcow2") -> bytes:
     with Opener(share=True, lock=False).open(str(path), form) as image:
         return image.read(0, image.size)
@@ -184,14 +194,45 @@ def test_an_image_that_would_need_what_was_not_imported_is_refused(
     with path.open("r+b") as file:
         file.seek(bytes_at[0])
         file.write(bytes_at[1])
-    before = len(os.listdir("/proc/self/fd"))
+    before = opened(world.root)
     with pytest.raises(ImageError, match=error):
         world.add(path)
     with pytest.raises(ImageError, match="bytes, and the disk"):
         world.add(world.new("small", size=MIB))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert opened(world.root) == before
     world.write(0, b"a" * 512)
     assert world.overlays.report() == {"state": "none", "top": ""}
+
+
+def test_a_request_for_which_there_was_no_room_is_done_in_the_next_image(
+    made: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host is full, the guest stands still, a snapshot is taken elsewhere, and it goes on there."""
+    world = made()
+    device, disk = world.device, world.disk
+    device.werror = "enospc"
+    world.put(world.new("first"))
+    device.resume()
+
+    def full(image: Qcow2Writer, offset: int, buffers: list[memoryview]) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    head, status = disk.space(16, struct.pack("<IIQ", blk.T_OUT, 0, 8)), disk.space(1, b"\xee")
+    with monkeypatch.context() as patch:
+        patch.setattr(Qcow2Writer, "writev", full)
+        disk.put(0, [(head, 16, False), (disk.space(512, b"a" * 512), 512, False), (status, 1, True)])
+        disk.kick(0)
+        device.pause()
+    assert disk.machine.stopped == "io-error" and not disk.take(0)
+    first = world.below
+    world.put(world.new("second"))
+    device.resume()
+    end = time.monotonic() + 10
+    while not (done := disk.take(0)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(done) == 1 and disk.memory.read(status, 1) == bytes([blk.S_OK])
+    assert world.disk.request(blk.T_FLUSH, 0)[0] == blk.S_OK
+    assert shown(first)[4096:4608] == bytes(512) and shown(world.below)[4096:4608] == b"a" * 512
 
 
 # Handed on: a state of the VMM's own disk, restored where another process serves it ---------------------------------

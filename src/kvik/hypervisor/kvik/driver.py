@@ -143,7 +143,7 @@ class KvikDriver:
         assign_aliases(domain)
         kernel = await unpacked_kernel(domain, self._paths.cache)
         with ExitStack() as undo, ExitStack() as close:
-            opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
+            opened = await open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
             sidecars = await start_sidecars(
                 domain,
                 request.directory,

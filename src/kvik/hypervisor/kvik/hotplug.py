@@ -88,7 +88,7 @@ async def _open(machine: KvikMachine, device: Any, opened: Opened) -> None:
     if isinstance(device, Vsock):
         open_vsock(opened, device)
     if isinstance(device, Disk):
-        open_disk(opened, device)
+        await opened.beside(open_disk, device)
         if not storage_daemon.by_vhost_user(device):
             return
         await _need_shared_memory(machine)

@@ -28,6 +28,8 @@ from kvik.conf.devices.disk import Disk, DiskDriver
 from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError, MonitorError, OperationUnsupported
 from kvik.host.files import host_error
 from kvik.host.filesystem import shared_as
+from kvik.host.reach import open_file
+from kvik.host.threads import in_thread
 from kvik.hypervisor.kvik import support
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
@@ -136,7 +138,7 @@ async def put_on_top(machine: KvikMachine, new: Sequence[Disk], old: Mapping[str
         for one in served:
             if shared_as(one.below):
                 with contextlib.suppress(KvikError):
-                    lock_for_hosts(one.below, str(one.disk.target.dev), write=False)
+                    await in_thread(lock_for_hosts, one.below, str(one.disk.target.dev), write=False)
         return held
 
 
@@ -151,7 +153,7 @@ async def _connect(machine: KvikMachine, disk: Disk, old: Disk, stack: AsyncExit
     location = old.source.location if old.source is not None else None
     if not location:
         raise ConfigError(f"disk {disk.target.dev} has no image")
-    below = _open(location, os.O_RDONLY | os.O_NONBLOCK)
+    below = await open_file(location, os.O_RDONLY | os.O_NONBLOCK)
     stack.callback(os.close, below)
     if alias in machine.own_disks:  # the VMM's loop is not to wait for the medium
         await in_own_thread(lambda: _write_out(below, location))
@@ -173,10 +175,10 @@ async def _add(one: _Served, group: str) -> None:
     with ExitStack() as close:
         fds = {"below": one.below}
         for name in ("image", "data") if direct else ("image",):
-            fds[name] = _open(disk.source.file, os.O_RDWR | os.O_NOFOLLOW)
+            fds[name] = await open_file(disk.source.file, os.O_RDWR | os.O_NOFOLLOW)
             close.callback(os.close, fds[name])
         if shared_as(fds["image"]):
-            lock_for_hosts(fds["image"], disk.source.file, write=True)
+            await in_thread(lock_for_hosts, fds["image"], disk.source.file, write=True)
         for name, fd in fds.items():
             arguments[name] = f"{name}-{alias_of(disk)}"
             await monitor.execute("getfd", {"fdname": arguments[name]}, fds=[fd])
@@ -190,13 +192,6 @@ async def _add(one: _Served, group: str) -> None:
                 "that while the machine runs",
                 remedy="shut the machine down for this snapshot, or start it again",
             ) from error
-
-
-def _open(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags | os.O_CLOEXEC)
-    except OSError as error:
-        raise host_error("open", path, error) from error
 
 
 async def _change_over(machine: KvikMachine, served: Sequence[_Served]) -> int:
@@ -231,7 +226,7 @@ async def _all(served: Sequence[_Served], command: str, *, quietly: bool = False
 
 async def _reports(machine: KvikMachine, aliases: set[str] | None = None) -> dict[str, dict[str, Any]]:
     """What the VMM says of its own disks, and each kvik-blk that lives of its image, by alias. One of an older kvik
-    knows of no such thing."""
+    has none on top."""
     found: dict[str, dict[str, Any]] = {}
     members = sorted(machine.own_disks if aliases is None else machine.own_disks & aliases)
     for member in list(machine.sidecars):
@@ -245,7 +240,7 @@ async def _reports(machine: KvikMachine, aliases: set[str] | None = None) -> dic
         except MonitorError as error:
             if error.qmp_class != "CommandNotFound":
                 raise
-            continue
+            told = {"state": "none", "top": ""}
         if isinstance(told, dict):
             found[alias] = told
     return found
@@ -290,5 +285,6 @@ async def stands(machine: KvikMachine, new: Sequence[Disk]) -> bool:
 
 
 async def clear(machine: KvikMachine, new: Sequence[Disk]) -> None:
-    for alias in await _reports(machine, {alias_of(disk) for disk in new}):
-        await _ask(machine, alias, "x-kvik-overlay-drop")
+    for alias, told in (await _reports(machine, {alias_of(disk) for disk in new})).items():
+        if told.get("state") != "none":
+            await _ask(machine, alias, "x-kvik-overlay-drop")

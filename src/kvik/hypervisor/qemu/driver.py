@@ -183,7 +183,7 @@ class QemuDriver:
         await _tell_tsc_rate(domain)
         _choose_spice_ports(domain)
         with ExitStack() as undo, ExitStack() as close:
-            opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
+            opened = await open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
             sidecars = await start_sidecars(
                 domain, request.directory, opened, tpm_states=self._tpm_states, log_fd=request.log_fd, undo=undo
             )

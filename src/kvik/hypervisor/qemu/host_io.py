@@ -14,17 +14,15 @@ import os
 import stat
 from collections.abc import Mapping
 
-from kvik.errors import HostError
 from kvik.host import facilities, filesystem
 from kvik.hypervisor.qemu.argv.options import Files
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities
 
-__all__ = ["by_io_uring", "files"]
+__all__ = ["IORING_FEAT_NATIVE_WORKERS", "LOCAL", "by_io_uring", "files"]
 
 # <linux/io_uring.h>: since Linux 5.12; rings are no longer counted against RLIMIT_MEMLOCK since then, either.
 IORING_FEAT_NATIVE_WORKERS = 1 << 9
-# <linux/magic.h>: ext2 to ext4, XFS, Btrfs, tmpfs
-_LOCAL = frozenset({0xEF53, 0x58465342, 0x9123683E, 0x01021994})
+LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs"})
 
 
 def by_io_uring(capabilities: QemuCapabilities, fds: Mapping[str, int]) -> frozenset[str]:
@@ -41,7 +39,7 @@ def files(capabilities: QemuCapabilities, fds: Mapping[str, int], paths: Mapping
 
 
 def _sound(fd: int) -> bool:
-    try:
-        return stat.S_ISREG(os.fstat(fd).st_mode) and filesystem.type_number(fd) in _LOCAL
-    except (OSError, HostError):  # whoever uses the image will say what is wrong with it
+    try:  # the kind of file only where no server has to answer
+        return filesystem.type_name(fd) in LOCAL and stat.S_ISREG(os.fstat(fd).st_mode)
+    except OSError:  # whoever uses the image will say what is wrong with it
         return False

@@ -89,9 +89,9 @@ async def attach(machine: QemuMachine, device: Any, files: Mapping[str, int]) ->
             # Who keeps a record of what is being attached has numbered it already.
             given = device.source.index if device.source is not None else None
             opened.next_index = given or await fresh_index(machine)
-            open_disk(opened, device)
+            await opened.beside(open_disk, device)
         elif isinstance(device, Chardev):
-            open_chardev(opened, device, machine.directory)
+            await opened.beside(open_chardev, device, machine.directory)
         undone = Undo(machine)
         try:
             await _attach(machine, device, opened, undone)
@@ -367,7 +367,7 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
         opened = Opened(close, undo, {})
         opened.next_index = await fresh_index(machine)
         new.alias = old.alias
-        open_disk(opened, new)  # a medium that cannot be opened leaves the old one in
+        await opened.beside(open_disk, new)  # a medium that cannot be opened leaves the old one in
         await _take_medium(machine, alias)
         nodes = disks.block_nodes(_context(machine, {}, {}).files, old) if has_medium(old) else []
         for node in reversed(nodes):

@@ -82,7 +82,8 @@ async def _add_image(machine: QemuMachine, disk: Disk, opened: Opened, undone: U
     alias, index = alias_of(disk), _index(disk)
     assert disk.source is not None and disk.source.file
     name = _opaque(disk)
-    fd = opened.open(name, disk.source.file, os.O_RDWR | os.O_NOFOLLOW)
+    await opened.beside(_open_image, name, disk.source.file)
+    fd = opened.fds[name]
     path = await add_fd(machine, fd, name)
     undone.add("remove-fd", fdset_id=int(path.rsplit("/", 1)[-1]))
     await _add_secret(machine, disk, opened, undone)
@@ -96,6 +97,10 @@ async def _add_image(machine: QemuMachine, disk: Disk, opened: Opened, undone: U
             node["backing"] = None
         await machine.execute("blockdev-add", _with_backing(node), deadline=_DEADLINE)
         undone.add("blockdev-del", node_name=node["node-name"])
+
+
+def _open_image(opened: Opened, name: str, path: str) -> None:
+    opened.open(name, path, os.O_RDWR | os.O_NOFOLLOW)
 
 
 async def _add_secret(machine: QemuMachine, disk: Disk, opened: Opened, undone: Undo) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvik.conf.devices.disk import Disk
 from kvik.errors import HypervisorError, MonitorError
-from kvik.host import files as host_files
+from kvik.host.reach import open_file
 from kvik.hypervisor.layers import Layer, layers
 from kvik.hypervisor.names import alias_of, image_name
 from kvik.hypervisor.qemu import host_io
@@ -90,10 +90,7 @@ async def _exchange(machine: QemuMachine, disk: Disk, layer: Layer, kind: str, *
 
 async def _pass(machine: QemuMachine, path: str, name: str, opaque: str, *, writable: bool) -> tuple[int, Files]:
     """The fdset that QEMU has the file in, and the files to make nodes with, where the image is `name`."""
-    try:
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise host_files.host_error("open", path, error) from error
+    fd = await open_file(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK)
     try:
         reply = await machine.execute("add-fd", {"opaque": opaque}, fds=[fd])
         number = reply.get("fdset-id") if isinstance(reply, dict) else None

@@ -21,7 +21,6 @@ from kvik.hypervisor.qemu.capabilities import QemuCapabilities
 sys.path.insert(0, str(Path(__file__).parent))
 from golden import capabilities, complete_domain
 
-EXT4, NFS, FUSE, ZFS = 0xEF53, 0x6969, 0x65735546, 0x2FC12FC1
 DOCUMENT = """<domain type='qemu'><name>one</name><memory>65536</memory>
 <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>
 <disk type='file' device='disk'><driver name='qemu' type='raw'{io}/><source file='/images/a.raw'/>
@@ -33,7 +32,7 @@ IMAGE = "disk:virtio-disk0:0"
 def fds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """An image, a device, and a file that is no disk; the kernel has io_uring, the file system is ext4."""
     monkeypatch.setattr(facilities, "io_uring", lambda: Facility(0xFFFF))
-    monkeypatch.setattr(filesystem, "type_number", lambda fd: EXT4)
+    monkeypatch.setattr(filesystem, "type_name", lambda fd: "ext4")
     paths = {IMAGE: tmp_path / "image", "disk:virtio-disk1:0": Path("/dev/null"), "log:serial0": tmp_path / "log"}
     with ExitStack() as close:
         opened = {name: os.open(path, os.O_RDWR | os.O_CREAT) for name, path in paths.items()}
@@ -50,9 +49,9 @@ def test_a_file_is_and_a_device_is_not(fds: dict[str, int]) -> None:
     assert host_io.by_io_uring(having(io_uring=True), fds) == {IMAGE}
 
 
-@pytest.mark.parametrize("number", [NFS, FUSE, ZFS])
-def test_not_on_other_file_systems(fds: dict[str, int], monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(filesystem, "type_number", lambda fd: number)
+@pytest.mark.parametrize("name", ["nfs4", "cifs", "fuse.sshfs", "zfs", ""])
+def test_not_on_other_file_systems(fds: dict[str, int], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(filesystem, "type_name", lambda fd: name)
     assert not host_io.by_io_uring(having(io_uring=True), fds)
 
 
@@ -78,6 +77,17 @@ def test_the_document_has_the_last_word(written: str, chosen: str) -> None:
     nodes = [json.loads(argv[place + 1]) for place, word in enumerate(argv) if word == "-blockdev"]
     assert [node["aio"] for node in nodes if node["driver"] == "file"] == [chosen]
     assert "io_uring" not in json.dumps([node for node in nodes if node["driver"] != "file"])
+
+
+def test_the_file_system_is_found_by_its_mount(tmp_path: Path) -> None:
+    with (tmp_path / "image").open("wb") as file:
+        assert filesystem.type_name(file.fileno()) in Path("/proc/filesystems").read_text().split()
+    read, write = os.pipe()
+    try:
+        assert filesystem.type_name(read) == ""
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def test_what_the_kernel_says_of_itself() -> None:
