@@ -261,25 +261,26 @@ def test_a_disk_is_backed_up_while_the_guest_writes(lab: Lab, image: tuple[Paths
         lab.sh(f"qemu-img convert -O raw {source} /tmp/raw")
         return lab.sh(f"dd if=/tmp/raw bs=64k {count} 2>/dev/null | md5sum")
 
-    inside(lab, "dd if=/dev/urandom of=/dev/vda bs=64k count=128 conv=fsync 2>/dev/null")
-    first = inside(lab, SUM.format("count=128"))
-    inside(lab, "(while ! test -e /stop; do dd if=/dev/urandom of=/dev/vda bs=64k count=64 seek=128 oflag=direct; done)"
-                " >/dev/null 2>&1 & echo")  # fmt: skip
+    write_on = "(while ! test -e /stop; do dd if=/dev/urandom of=/dev/vda bs=64k count=64 seek=128 oflag=direct; done)"
+    first = inside(
+        lab,
+        f"dd if=/dev/urandom of=/dev/vda bs=64k count=128 conv=fsync 2>/dev/null; {SUM.format('count=128')};"
+        f"{write_on} >/dev/null 2>&1 &",
+    )
     back_up("one")
     assert sum_of("/tmp/one.qcow2", "count=128") == first
     inside(lab, "touch /stop; sleep 1; dd if=/dev/urandom of=/dev/vda bs=4k count=3 seek=1000 oflag=direct")
     lab.kvik("snapshot-create-as", "one", "s1", "--disk-only").check()
-    inside(lab, "dd if=/dev/urandom of=/dev/vda bs=4k count=3 seek=2000 oflag=direct")
+    change = "dd if=/dev/urandom of=/dev/vda bs={} count={} seek={} oflag=direct 2>/dev/null;"
+    whole = inside(lab, change.format("4k", 3, 2000) + SUM.format(""))
     back_up("two", "one")
     lab.sh("qemu-img rebase -u -F qcow2 -b /tmp/one.qcow2 /tmp/two.qcow2; qemu-img check -q /tmp/two.qcow2")
-    whole = inside(lab, SUM.format(""))
     assert sum_of("/tmp/two.qcow2") == whole
 
-    inside(lab, "dd if=/dev/urandom of=/dev/vda bs=64k count=1 seek=7 oflag=direct")
-    whole = inside(lab, SUM.format(""))
+    whole = inside(lab, change.format("64k", 1, 7) + SUM.format(""))
     virsh = f"virsh -c 'qemu+unix:///system?socket={Paths.system().socket}'"
     lab.sh(f"{virsh} backup-begin one {write('pull.xml', PULL)}")
-    inside(lab, "dd if=/dev/urandom of=/dev/vda bs=64k count=200 oflag=direct")
+    inside(lab, change.format("64k", 200, 0))
     export = "driver=nbd,server.type=unix,server.path=/tmp/nbd,export=vda"
     assert sum_of(f"--image-opts {export}") == whole
     changed = f"{export},x-dirty-bitmap=qemu:dirty-bitmap:backup-vda"

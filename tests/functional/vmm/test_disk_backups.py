@@ -16,8 +16,8 @@ from test_disk_snapshots import Death, Killed, idle, take, told, word, writes
 from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE, say
 
+from kvik.conf.enums import DomainBlockJobType, DomainJobType, DomainState
 from kvik.conf.enums import DomainCheckpointDeleteFlags as Delete
-from kvik.conf.enums import DomainJobType, DomainState
 from kvik.errors import CheckpointInconsistent, ConfigUnsupported, KvikError, OperationUnsupported, ResourceBusy
 from kvik.manager.backup import begin, job
 from kvik.manager.checkpoints import create, delete, sizes
@@ -183,6 +183,8 @@ async def test_all_disks_are_pulled_from_one_socket_as_they_were(world: World) -
     await told(world, b"twotwo")
     with pytest.raises(ResourceBusy):
         await take(domain, "s1")
+    shown = await domain.block_job_info("vda")
+    assert shown is not None and shown.type == DomainBlockJobType.BACKUP
     listed = await tool("qemu-nbd", "--list", "-k", str(root / "nbd"))
     assert all(f"export: 'vd{one}'" in listed and f"qemu:dirty-bitmap:backup-vd{one}" in listed for one in "ab"), listed
     for one in "ba":
@@ -190,8 +192,8 @@ async def test_all_disks_are_pulled_from_one_socket_as_they_were(world: World) -
         await tool("qemu-img", "convert", "-O", "qcow2", "--image-opts", address, f"{root}/pulled.{one}")
         assert word(root / f"pulled.{one}") == b"one"
         dirty = f"{address},x-dirty-bitmap=qemu:dirty-bitmap:backup-vd{one}"
-        shown = json.loads(await tool("qemu-img", "map", "--output=json", "--image-opts", dirty))
-        assert [(item["start"], item["length"]) for item in shown if not item["data"]] == [(0, 65536)]
+        changed = json.loads(await tool("qemu-img", "map", "--output=json", "--image-opts", dirty))
+        assert [(item["start"], item["length"]) for item in changed if not item["data"]] == [(0, 65536)]
     # the next daemon goes on with it
     await world.managers[-1].close()
     domain = (await world.manager()).lookup_name("m")
