@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from kvik.errors import ResourceBusy
 from kvik.image.create import create
 from kvik.image.lock import lock_image
 from kvik.image.opening import Opener
+from kvik.vmm.blk.writer import ROOM, Writer
+from kvik.vmm.loop import EventLoop
 from kvik.vmm.virtio import blk
 
 from . import blk_process
@@ -469,3 +472,59 @@ def test_what_is_pulled_is_the_disk_as_it_was_with_what_changed(
     assert over(process) == ""
     assert process.end() == (0, "")
     assert shown(tmp_path / "disk") == holds.bytes
+
+
+class Slow:
+    """A target that takes nothing until `go`."""
+
+    def __init__(self) -> None:
+        self.go, self.written, self.closed = threading.Event(), 0, False
+
+    def write(self, offset: int, data: bytearray) -> None:
+        assert self.go.wait(SECONDS)
+        self.written += len(data)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def release(self) -> None:
+        raise AssertionError("it was not given up")
+
+
+def test_a_slow_target_holds_up_who_can_wait_and_others_when_much_is_held() -> None:
+    loop, target = EventLoop(), Slow()
+    told: list[str] = []
+
+    def ended(words: str) -> None:
+        told.append(words)
+        loop.stop()
+
+    writer = Writer(target, loop, told.append, ended)  # type: ignore[arg-type]  # quacks like an image
+    for number in range(ROOM // MIB):
+        assert writer.crowded == (number > ROOM // MIB // 2)
+        writer.put(0, MIB, bytearray(MIB))  # nobody waits
+    late = threading.Thread(target=lambda: writer.put(0, MIB, bytearray(MIB)))
+    late.start()
+    late.join(0.2)
+    assert late.is_alive() and not target.written
+    target.go.set()
+    late.join()
+    writer.finish()
+    loop.run()
+    loop.close()
+    assert told == [""] and target.closed and target.written == ROOM + MIB
+
+
+def test_a_disk_whose_writes_are_recorded_can_grow(tmp_path: Path, running: Callable[..., BlkProcess]) -> None:
+    path = fresh(tmp_path / "disk")
+    process = running((path, "qcow2"))
+    driver = process.start()
+    assert process.ask("x-kvik-bitmap-add", names=["c"]) == {}
+    driver.write(0, b"a" * 512)
+    assert process.ask("block_resize", device="disk0", size=2 * SIZE) == {}
+    driver.write(0, b"b" * 512)
+    known = bitmaps(process)[0]["c"]
+    assert known["count"] == 65536 and not known["inconsistent"]
+    assert process.end() == (0, "")
+    if shutil.which("qemu-img"):
+        assert [item["name"] for item in checked(path)] == ["c"]
