@@ -56,7 +56,8 @@ if verb == "info":
     if last not in images: end(code=2, err="no such image")
     end(json.dumps({"name": last, "size": images[last], **state.get("counted", {})}))
 if verb == "du":
-    end(json.dumps({"images": [{"name": last, "snapshot": "s", "used_size": 1 << 20}, {"name": last, "used_size": 4096}]}))
+    used = [{"name": last, "snapshot": "s", "used_size": 1 << 20}, {"name": last, "used_size": 4096}]
+    end(json.dumps({"images": used}))
 if verb == "create":
     if last in images: end(code=17, err="rbd: image exists")
     images[last] = int(argv[argv.index("--size") + 1].removesuffix("B"))
