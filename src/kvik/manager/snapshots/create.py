@@ -391,7 +391,7 @@ def _definition(domain: DomainObject, new: dict[str, str], below: dict[str, Fact
 
 
 def _check_room(new: dict[str, str], reused: bool, below: dict[str, Facts]) -> None:
-    """`ConfigError` where a new image cannot be; with `reused` each has to be there and to rest on the right one."""
+    """`ConfigError` where a new image cannot be; with `reused` each has to be there, to be whole and to fit."""
     for target, path in new.items():
         about(path)
         if not reused:
@@ -403,6 +403,4 @@ def _check_room(new: dict[str, str], reused: bool, below: dict[str, Facts]) -> N
             if not Path(path).parent.is_dir():
                 raise InvalidArgument(f"disk {target!r}: there is no directory {Path(path).parent}")
             continue
-        facts = overlays.look(path, "qcow2")
-        if facts.backing is None or not os.path.samefile(facts.backing, below[target].path):  # noqa: PTH121
-            raise ConfigUnsupported(f"{path} does not rest on {below[target].path}: the disk {target} would be another")
+        overlays.check_reusable(path, below[target])
