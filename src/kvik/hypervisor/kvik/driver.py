@@ -220,6 +220,7 @@ class KvikDriver:
             sink=sink,
             sidecars=found.sidecars,
             log=self._log(definition),
+            attached=True,
         )
         machine.overlays_in_doubt = True  # a daemon before us may have been killed amid a snapshot
         return await take_up(machine, handle, found)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,8 +14,9 @@ from kvik.conf.domain import Domain
 from kvik.errors import KvikError, OperationUnsupported
 from kvik.host.process import ProcessHandle
 from kvik.hypervisor import stats
-from kvik.hypervisor.driver import EventSink
+from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
 from kvik.hypervisor.kvik import changes, hotplug, snapshots, state
+from kvik.hypervisor.kvik.back_ends import KINDS, BackEnds
 from kvik.hypervisor.layers import next_index
 from kvik.hypervisor.machine import SLOW_DEADLINE, QmpMachine
 from kvik.hypervisor.names import alias_of
@@ -42,7 +44,8 @@ def first_of(reply: Any, key: str) -> dict[str, Any]:
 
 
 class KvikMachine(QmpMachine):
-    """`log` is the machine's log file: the side processes of devices that come later write there as well."""
+    """`log` is the machine's log file: the side processes of devices that come later write there as well. `attached`:
+    it ran already when this daemon began."""
 
     product = "kvik-vmm"
 
@@ -57,11 +60,14 @@ class KvikMachine(QmpMachine):
         sink: EventSink,
         sidecars: Sidecars,
         log: Path,
+        attached: bool = False,
     ) -> None:
         super().__init__(domain, directory, process, emulator=emulator, version=version, sink=sink, sidecars=sidecars)
         self.log = log
+        self._attached = attached
         self._storages: dict[str, QmpConnection] = {}  # by alias: of those that tell events
         self.incoming: socket.socket | None = None  # our end of the connection that fills it
+        self.back_ends = BackEnds(self)
         self.overlays_in_doubt = False  # whether some of its disks may have new images on top and others not
 
     async def save_state(self, target: StateTarget) -> None:
@@ -90,7 +96,8 @@ class KvikMachine(QmpMachine):
         snapshots.check(self, disks)
 
     async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
-        return await snapshots.put_on_top(self, new, old)
+        async with self.back_ends.changing:
+            return await snapshots.put_on_top(self, new, old)
 
     async def has_on_top(self, new: Sequence[Disk]) -> bool:
         return await snapshots.stands(self, new)
@@ -139,10 +146,28 @@ class KvikMachine(QmpMachine):
         super().watch_sidecars(lost)
         for member in self.sidecars:
             self._listen(member)
+        if self._attached:
+            self.background(self.back_ends.take_up())
 
     def watch_sidecar(self, member: Sidecar) -> None:
         super().watch_sidecar(member)
         self._listen(member)
+
+    def _sidecar_died(self, member: Sidecar, how: str) -> None:
+        super()._sidecar_died(member, how)
+        if member.kind in KINDS and not self._quitting:
+            self.background(self.back_ends.revive(member.alias, how))
+
+    def note(self, text: str) -> None:
+        """Into the machine's log."""
+        self._emit(MachineEvent(EventKind.SIDECAR_ENDED, text, {}, time.time()))
+
+    def tell_served(self, member: Sidecar) -> None:
+        self._emit(MachineEvent(EventKind.SIDECAR_STARTED, f"{member.label} was started again", {}, time.time()))
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Beside everything else, as long as this machine is watched."""
+        self._background(work)
 
     def _listen(self, member: Sidecar) -> None:
         if member.kind == kvik_blk.KIND:
