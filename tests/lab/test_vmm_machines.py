@@ -200,8 +200,8 @@ def turns(lab: Lab) -> int:
 @pytest.mark.lab(deadline=400)
 def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: tuple[Paths, TinyImage]) -> None:
     """One qcow2 disk from the start, which makes the memory one that another process can map, and grows; one that is
-    plugged in, with a serial number; and the first one's kvik-blk killed again and again while the guest writes to it and
-    reads back, once with the daemon."""
+    plugged in, with a serial number; and the first one's kvik-blk killed again and again, once with the daemon, while
+    the guest writes to it and reads back."""
     lab.sh("for n in a c; do qemu-img create -q -f qcow2 /tmp/$n.qcow2 8M; done")
     paths, files = image
     kernel, initrd = in_lab(files.kernel, paths), in_lab(files.initrd, paths)

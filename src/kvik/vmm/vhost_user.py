@@ -127,6 +127,8 @@ class VhostUser:
             raise OperationFailed(f"the vhost-user back end at {self.name} refused request {request}")
 
     def _answer(self, request: int, size: int) -> bytes:
+        for fd in self._take_fds():  # that came with an answer to which none belong
+            os.close(fd)
         answered, flags, length = HEADER.unpack(self._receive(request, HEADER.size))
         if answered != request or not flags & REPLY or not size <= length <= MAX_PAYLOAD:
             raise OperationFailed(
@@ -190,8 +192,6 @@ class VhostUser:
 
     def get_inflight(self, queues: int, size: int) -> Inflight:
         """New memory where it notes its requests: for queues of up to `size` entries."""
-        for fd in self._take_fds():
-            os.close(fd)
         self._send(GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, queues, size))
         data = self._answer(GET_INFLIGHT_FD, INFLIGHT.size)
         fds = self._take_fds()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +17,12 @@ from test_disk_snapshots import WORDS, idle, take, told, tops, word, writes
 from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE, say
 
+from kvik.conf.enums import DomainState
+from kvik.errors import KvikError
 from kvik.hypervisor.kvik import back_ends
 from kvik.hypervisor.sidecars import storage_daemon
 from kvik.manager.domain import DomainObject
+from kvik.qmp.aio import QmpConnection
 
 pytestmark = [pytest.mark.functional, needs_kvm]
 __all__ = ["world"]
@@ -24,11 +30,33 @@ __all__ = ["world"]
 AGAIN = "was started again"
 
 
+async def until_again(world: World, before: int) -> None:
+    await soon(lambda: world.log().count(AGAIN) > before)
+
+
+class Axe:
+    """Kills a process before the command number `left` of a snapshot."""
+
+    def __init__(self, left: int, pid: int) -> None:
+        self.left, self.pid, self.fell = left, pid, False
+
+    def commands(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        async def execute(connection: QmpConnection, command: str, *given: Any, **more: Any) -> Any:
+            if not self.fell and (command in ("stop", "cont", "getfd") or command.startswith("x-kvik-overlay")):
+                self.fell = not self.left
+                self.left -= 1
+                if self.fell:
+                    os.kill(self.pid, signal.SIGKILL)
+            return await original(connection, command, *given, **more)
+
+        return execute
+
+
 async def kill(world: World, domain: DomainObject, number: int = 0) -> None:
     """The process that serves a disk; until there is another."""
     known, before = daemons(domain), world.log().count(AGAIN)
     os.kill(known[number][0], signal.SIGKILL)
-    await soon(lambda: world.log().count(AGAIN) > before)
+    await until_again(world, before)
     assert len(daemons(domain)) == len(known) and known[number] not in daemons(domain)
 
 
@@ -70,6 +98,45 @@ async def test_a_guest_writes_on_whatever_is_killed(world: World) -> None:
         checked(path)
     assert [word(world.root / name) for name in tops(domain)] == [WORDS[3], WORDS[3]]
     assert not list((world.root / "state").rglob("*-redo"))
+
+
+async def test_one_is_killed_at_each_command_of_a_snapshot(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All disks have their new images or none, and no word is lost."""
+    monkeypatch.setattr(back_ends, "WITHIN", 0.0)
+    paths = [image(world.root / "a.qcow2"), image(world.root / "b.qcow2")]
+    drivers = BlkDriver(5), BlkDriver(6)
+    code = wait_key() + b"".join(driver.start() for driver in drivers) + say(b"up.")
+    for _ in range(40):
+        part = wait_key()
+        for driver in drivers:
+            part += driver.write(16, b"x") + driver.read(16) + say_memory(driver.data, 1)
+        code += part + say(b".")
+    domain = await world.start(code + IDLE, disk(paths[0]) + disk(paths[1], slot=6, dev="vdb"))
+    await told(world, b"up")
+    stands: list[bool] = []
+    for number in range(24):
+        before = world.log().count(AGAIN)
+        axe = Axe(number, daemons(domain)[number % 2][0])
+        with monkeypatch.context() as patch, contextlib.suppress(KvikError):
+            patch.setattr(QmpConnection, "execute", axe.commands(QmpConnection.execute))
+            await take(domain, f"n{number}")
+        if axe.fell:
+            await until_again(world, before)
+        names = {Path(name).suffix for name in tops(domain)}
+        assert len(names) == 1, number
+        stands.append(names == {f".n{number}"})
+        assert stands[-1] == (f"n{number}" in domain.snapshots.snapshots), number
+        assert domain.state == DomainState.RUNNING and domain.snapshots.journal is None, number
+        await told(world, b"xx")
+        assert [word(world.root / name) for name in tops(domain)] == [b"x", b"x"]
+        if not axe.fell:
+            break
+    else:
+        pytest.fail("the snapshot never came to its end")
+    assert not all(stands) and not io_errors(world)
+    await domain.destroy()
+    for name in tops(domain):
+        checked(world.root / name)
 
 
 async def test_limits_and_size_are_those_of_now(world: World) -> None:

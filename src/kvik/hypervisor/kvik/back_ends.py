@@ -41,6 +41,7 @@ TRIES = 5
 WITHIN = 60.0  # seconds
 _SETTLES = 0.3  # seconds: at a VMM's end, and when a disk is unplugged, its process ends a moment before we see why
 _NOTICED = 5.0  # seconds for the VMM to see that its back end has gone
+_REPAIRED = 300.0  # seconds: an image that was not closed has its references counted anew, whatever its size
 _WRITTEN_AT_ONCE = frozenset({"raw", "vmdk", "vdi", "vpc", "vhdx"})  # qemu-storage-daemon keeps no tables of these
 
 
@@ -65,6 +66,11 @@ class BackEnds:
             self._machine.note(f"disk {alias} was not served again: {error}")
         finally:
             self._under_way.discard(alias)
+
+    async def idle(self, end: float) -> None:
+        """Until nobody's place has to be taken, or it is `end` (time.monotonic)."""
+        while self._under_way and time.monotonic() < end:
+            await asyncio.sleep(0.05)
 
     async def take_up(self) -> None:
         """After this daemon's start: what happened to back ends while none ran."""
@@ -160,7 +166,7 @@ class BackEnds:
                 )
                 if daemon is None:
                     raise HypervisorError(f"disk {disk.target.dev} is served by somebody else")
-                await daemon.ready()
+                await daemon.ready(_REPAIRED)
                 await self._hand_over(alias, opened, daemon.member)
             except BaseException:
                 await asyncio.shield(machine.sidecars.end(alias))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import time
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from kvik.conf.devices.disk import Disk, IoTune
 from kvik.conf.domain import Domain
-from kvik.errors import KvikError, OperationUnsupported
+from kvik.errors import HypervisorError, KvikError, OperationUnsupported
 from kvik.host.process import ProcessHandle
 from kvik.hypervisor import stats
 from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
@@ -29,6 +30,7 @@ __all__ = ["KvikMachine"]
 
 
 _STORAGE_DEADLINE = 2.0
+_SERVED_AGAIN = 5.0  # seconds
 
 
 def _counted(number: int) -> tuple[str, ...]:
@@ -100,7 +102,15 @@ class KvikMachine(QmpMachine):
             return await snapshots.put_on_top(self, new, old)
 
     async def has_on_top(self, new: Sequence[Disk]) -> bool:
-        return await snapshots.stands(self, new)
+        end = time.monotonic() + _SERVED_AGAIN
+        while True:
+            await self.back_ends.idle(end)
+            try:
+                return await snapshots.stands(self, new)
+            except HypervisorError:  # one that died has not come again yet
+                if time.monotonic() > end:
+                    raise
+            await asyncio.sleep(0.1)
 
     async def clear_image(self, new: Sequence[Disk]) -> None:
         await snapshots.clear(self, new)

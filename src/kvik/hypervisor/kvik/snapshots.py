@@ -37,6 +37,7 @@ __all__ = ["check", "clear", "put_on_top", "settle", "stands"]
 logger = logging.getLogger(__name__)
 
 _CONNECT = 5.0  # seconds
+_DYING = 1.0  # seconds
 _DEADLINE = 60.0  # seconds: what the guest wrote is written out first
 
 
@@ -176,6 +177,12 @@ async def _reports(machine: KvikMachine, aliases: set[str] | None = None) -> dic
             if error.qmp_class != "CommandNotFound":
                 raise
             continue
+        except KvikError:
+            with contextlib.suppress(KvikError):
+                await member.process.wait_async(_DYING)
+            if member.process.alive:
+                raise
+            continue  # it died just now: what takes its place has what the document says
         if isinstance(told, dict):
             found[member.alias] = told
     return found

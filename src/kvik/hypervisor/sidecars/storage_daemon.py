@@ -176,10 +176,10 @@ class Waiting:
     sidecars: Sidecars
     log_fd: int
 
-    async def ready(self) -> None:
+    async def ready(self, deadline: float = READY) -> None:
         """Its monitor answers when everything on its command line is done. `HypervisorError` with its own words."""
         try:
-            connection = await connect(self.monitor, self.member.label, READY)
+            connection = await connect(self.monitor, self.member.label, deadline)
             try:
                 if self.member.kind == kvik_blk.KIND and self.disk.iotune is not None:
                     await connection.execute("block_set_io_throttle", kvik_blk.throttle(self.disk, self.disk.iotune))
