@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvik.errors import ConfigUnsupported
+from kvik.host.reach import about
 
 __all__ = ["Backing", "check_meant", "check_qcow2", "qcow2_backing", "qcow2_size"]
 
@@ -98,6 +99,7 @@ def check_meant(found: Backing, image: str, *, block: bool) -> None:
     """
     if found.format == "qcow2":
         return
+    about(found.path)
     path = Path(os.path.realpath(found.path))
     remedy = "if a guest shall read it, name it in the document's <backingStore>"
     if block:

@@ -10,7 +10,7 @@ import os
 import stat
 
 from kvik.errors import ImageError, InvalidArgument
-from kvik.image.base import Image
+from kvik.image.base import KEY_WANTED, LOCKED, Image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def open_image(
         from kvik.image.luks import LuksImage
 
         if writable:
-            raise ImageError("is encrypted, which is not supported", file=path, offset=0)
+            raise ImageError(LOCKED, file=path, offset=0, remedy=KEY_WANTED)
         return LuksImage(fd, path)
     raise InvalidArgument(f"unknown disk image format '{format}'", remedy=f"known here: {', '.join(FORMATS)}")
 

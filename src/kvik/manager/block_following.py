@@ -29,6 +29,7 @@ from kvik.errors import (
     OperationTimeout,
     OperationUnsupported,
 )
+from kvik.host.threads import in_thread
 from kvik.hypervisor import new_image
 from kvik.hypervisor.driver import DiskJobs, JobState
 from kvik.hypervisor.layers import Layer
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["TWO_PHASE", "BlockJob", "disk_of", "follow", "remember", "renew_uses", "take_up", "tell", "unknown"]
+__all__ = ["TWO_PHASE", "BlockJob", "disk_of", "follow", "remember", "take_up", "tell", "unknown"]
 
 _Status = ConnectDomainEventBlockJobStatus
 _NAMES = {
@@ -197,7 +198,7 @@ async def _settle(domain: DomainObject, run: Run, job: BlockJob, jobs: DiskJobs,
     else:
         job.result = _Status.CANCELED if job.aborted else _Status.FAILED
     disk.mirror = None
-    await renew_uses(domain, run)
+    await disks.renew_uses(run)
     domain.live_changed()
     await domain.save_quietly()
     how = "done" if done else "aborted" if job.aborted else f"failed: {job.failure}"
@@ -224,7 +225,7 @@ async def _clear(domain: DomainObject, run: Run, job: BlockJob, jobs: DiskJobs) 
     if disk is not None:
         await jobs.tidy(disk)
     for path in job.remove:
-        await domain.manager.store.run(new_image.remove, path)
+        await in_thread(new_image.remove, path)
         domain.log.note(f"removed {path}, which nothing needs any more")
     run.block_jobs.pop(job.disk, None)
     domain.live_changed()
@@ -253,10 +254,6 @@ async def _save_definition(domain: DomainObject, before: Disk, after: Disk) -> N
     except KvikError as error:
         domain.log.note(f"the definition still has the old images of disk {before.target.dev}: {error}")
         logger.warning("the definition of machine %s was not changed after a block job: %s", domain.name, error)
-
-
-async def renew_uses(domain: DomainObject, run: Run) -> None:
-    run.uses = await domain.manager.store.run(disks.uses, run.live)
 
 
 # -- a daemon that comes back

@@ -26,6 +26,9 @@ from kvik.errors import (
     OperationInvalid,
     OperationUnsupported,
 )
+from kvik.host.files import Identity
+from kvik.host.reach import about, reach
+from kvik.host.threads import in_thread
 from kvik.hypervisor.driver import Driver
 from kvik.manager import figures, filtering, host_names, ports, prepare, recover, renaming, starting
 from kvik.manager.backup import job as backups
@@ -73,6 +76,11 @@ _NVRAM = DomainUndefineFlags.NVRAM | DomainUndefineFlags.KEEP_NVRAM
 _TPM = DomainUndefineFlags.TPM | DomainUndefineFlags.KEEP_TPM
 
 
+def _exists(path: Path) -> bool:
+    about(path)
+    return path.exists()
+
+
 class Manager:
     """`drivers` are named by the emulator they alone serve ("kvik-vmm": a file name), by domain type ("test") or VMM
     ("qemu", which serves every other type)."""
@@ -104,6 +112,7 @@ class Manager:
         self._last_id = 0
         self._claims: dict[str | bytes, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._removing: list[tuple[str, Sequence[Use]]] = []
 
     async def open(self) -> None:
         """Load definitions, find running machines again, then start (beside all else) what starts with the host.
@@ -267,6 +276,17 @@ class Manager:
         for domain in self._names.values():
             if domain.run is not None and domain is not besides and domain.run.uses:
                 yield domain.name, domain.run.uses
+        yield from self._removing
+
+    @contextlib.contextmanager
+    def removing(self, identity: Identity, path: str, owner: str) -> Iterator[None]:
+        """Nobody starts to use a file of machine `owner` that is about to be removed."""
+        entry = (owner, (Use(identity, path, shareable=False, readonly=False),))
+        self._removing.append(entry)
+        try:
+            yield
+        finally:
+            self._removing.remove(entry)
 
     def spawn(
         self, work: Coroutine[Any, Any, None], group: set[asyncio.Task[None]] | None = None
@@ -423,7 +443,7 @@ class Manager:
                 )
             nvram = domain.definition.os.nvram
             path = Path(nvram.value) if nvram and nvram.value else None
-            if path is not None and not flags & _NVRAM and await self.store.run(path.exists):
+            if path is not None and not flags & _NVRAM and await reach(_exists, path):
                 raise OperationInvalid(
                     f"machine {domain.name!r} has firmware variables in {path}",
                     remedy="undefine with --nvram to remove or --keep-nvram to keep them",
@@ -431,7 +451,7 @@ class Manager:
             await self.store.remove_definition(domain.name)
             if path is not None and flags & DomainUndefineFlags.NVRAM:
                 with contextlib.suppress(OSError):
-                    await self.store.run(path.unlink, missing_ok=True)
+                    await in_thread(path.unlink, missing_ok=True)
             keep_tpm = None if not flags & _TPM else bool(flags & DomainUndefineFlags.KEEP_TPM)
             await self._forget_state(domain, keep_tpm)
             if domain.has_managed_save:

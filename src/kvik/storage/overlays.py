@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from kvik.errors import ConfigUnsupported, HostError, ImageError
 from kvik.host.files import fsync_directory, host_error
+from kvik.host.reach import about
 from kvik.image.base import HOLE, Image
 from kvik.image.commit import commit
 from kvik.image.create import create
@@ -220,6 +221,7 @@ def digest(path: str, format: str) -> str:
 def _open(path: str, *, writable: bool) -> int:
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
+        about(path)
         fd = os.open(path, flags)
     except OSError as error:
         raise host_error("open", path, error) from error

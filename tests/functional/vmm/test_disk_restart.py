@@ -194,6 +194,7 @@ async def test_the_next_manager_sees_to_what_died_while_there_was_none(world: Wo
         world.line.recv(1)  # type: ignore[union-attr]
     domain = (await world.manager()).lookup_name("m")
     await world.said(b"two.")
+    await until_again(world, 0)
     (again,) = daemons(domain)
     # One that the manager had no time to note is found all the same
     status = next((world.root / "state").rglob("run/**/m.xml"))

@@ -143,7 +143,7 @@ class KvikDriver:
         assign_aliases(domain)
         kernel = await unpacked_kernel(domain, self._paths.cache)
         with ExitStack() as undo, ExitStack() as close:
-            opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
+            opened = await open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
             sidecars = await start_sidecars(
                 domain,
                 request.directory,
@@ -221,6 +221,7 @@ class KvikDriver:
             sidecars=found.sidecars,
             log=self._log(definition),
             attached=True,
+            own_disks=_own_disks(handle),
         )
         machine.overlays_in_doubt = True  # a daemon before us may have been killed amid a snapshot
         return await take_up(machine, handle, found)
@@ -249,6 +250,12 @@ class KvikDriver:
                 remedy=self._verdict.remedy or "use QEMU",
             )
         return format_domain_capabilities(_domain_capabilities(path, name, await self._models.of(path)))
+
+
+def _own_disks(handle: Mapping[str, Any]) -> list[str] | None:
+    """None: it was started by a kvik that put no images on top of such disks, so the document tells."""
+    told = handle.get("own_disks")
+    return [str(alias) for alias in told] if isinstance(told, list) else None
 
 
 def _version() -> int:

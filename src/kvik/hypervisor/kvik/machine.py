@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from kvik.hypervisor import stats
 from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
 from kvik.hypervisor.kvik import changes, hotplug, snapshots, state
 from kvik.hypervisor.kvik.back_ends import KINDS, BackEnds
+from kvik.hypervisor.kvik.backup import KvikBackups
 from kvik.hypervisor.layers import next_index
 from kvik.hypervisor.machine import SLOW_DEADLINE, QmpMachine
 from kvik.hypervisor.names import alias_of
@@ -45,6 +46,11 @@ def first_of(reply: Any, key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def own_aliases(domain: Domain) -> set[str]:
+    """The disks that a VMM which starts with this document reads and writes itself."""
+    return {alias_of(disk) for disk in domain.devices.disks if not storage_daemon.by_vhost_user(disk)}
+
+
 class KvikMachine(QmpMachine):
     """`log` is the machine's log file: the side processes of devices that come later write there as well. `attached`:
     it ran already when this daemon began."""
@@ -63,13 +69,17 @@ class KvikMachine(QmpMachine):
         sidecars: Sidecars,
         log: Path,
         attached: bool = False,
+        own_disks: Iterable[str] | None = None,
     ) -> None:
+        """`own_disks`: those of `handle`; None: what the document says, for a machine that was just started."""
         super().__init__(domain, directory, process, emulator=emulator, version=version, sink=sink, sidecars=sidecars)
         self.log = log
         self._attached = attached
         self._storages: dict[str, QmpConnection] = {}  # by alias: of those that tell events
         self.incoming: socket.socket | None = None  # our end of the connection that fills it
         self.back_ends = BackEnds(self)
+        # By alias: disks that the VMM reads and writes itself, whatever image is on top of them by now.
+        self.own_disks = set(own_aliases(domain) if own_disks is None else own_disks)
         self.overlays_in_doubt = False  # whether some of its disks may have new images on top and others not
 
     async def save_state(self, target: StateTarget) -> None:
@@ -88,6 +98,10 @@ class KvikMachine(QmpMachine):
     async def go_on(self) -> None:
         """`resume` where nothing is in doubt."""
         await super().resume()
+
+    @property
+    def backups(self) -> KvikBackups:
+        return KvikBackups(self)
 
     # -- snapshots
 
@@ -117,6 +131,16 @@ class KvikMachine(QmpMachine):
 
     # -- disks that another process serves
 
+    def served(self, disk: Disk) -> bool:
+        """Whether a daemon of ours has its image. An image on top of a raw disk is the VMM's own until it ends."""
+        return storage_daemon.served(disk) and alias_of(disk) not in self.own_disks
+
+    def by_vhost_user(self, disk: Disk) -> bool:
+        return self.served(disk) or disk.type == "vhostuser"
+
+    def handle(self) -> dict[str, Any]:
+        return {**super().handle(), "own_disks": sorted(self.own_disks)}
+
     def storage_kind(self, disk: Disk) -> str:
         """The program that serves it: the one that runs, whatever a newer manager would choose."""
         members: Iterator[Sidecar] = iter(self.sidecars)
@@ -142,7 +166,7 @@ class KvikMachine(QmpMachine):
 
     async def resize_disk(self, disk: Disk, size: int) -> None:
         """The process that has the image makes it bigger; the VMM then asks it again, and tells the guest."""
-        if storage_daemon.by_vhost_user(disk):
+        if self.by_vhost_user(disk):
             if disk.type == "vhostuser" or self.storage_kind(disk) != kvik_blk.KIND:
                 raise OperationUnsupported(
                     f"what serves disk {disk.target.dev} of machine {self.name} tells no new size while it runs",
@@ -202,9 +226,9 @@ class KvikMachine(QmpMachine):
         figures = await super().stats(groups)
         if not groups or "block" in groups:
             for number, disk in enumerate(self.domain.devices.disks):
-                if storage_daemon.by_vhost_user(disk):  # this VMM sees no requests
+                if self.by_vhost_user(disk):  # this VMM sees no requests
                     figures = {key: figures[key] for key in figures if not key.startswith(_counted(number))}
-                if storage_daemon.served(disk):
+                if self.served(disk):
                     blk = self.storage_kind(disk) == kvik_blk.KIND
                     with contextlib.suppress(KvikError):  # it has ended: the machine goes on without its figures
                         figures |= await (self._blk_figures if blk else self._storage_figures)(disk, f"block.{number}")

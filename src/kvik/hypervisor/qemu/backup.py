@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.errors import ConfigUnsupported, HostError, KvikError, MonitorError, OperationTimeout
 from kvik.hypervisor.chain import check_qcow2
 from kvik.hypervisor.descriptors import Opened
-from kvik.hypervisor.driver import BackupPart, Bitmap
+from kvik.hypervisor.driver import BackupPart, Bitmap, JobState
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.qemu import bitmaps, block_jobs
 from kvik.hypervisor.qemu.argv.options import Props, node_name
@@ -207,6 +207,17 @@ class QemuBackups:
                             "block-dirty-bitmap-remove", {"node": format_node(part.disk), "name": part.bitmap}
                         )
         await self._drop_descriptors({_opaque(part) for part in parts})
+
+    # -- its jobs
+
+    async def states(self) -> dict[str, JobState]:
+        return await self._machine.disk_jobs.states()
+
+    def follow(self, job: str) -> AsyncIterator[JobState]:
+        return self._machine.disk_jobs.follow(job)
+
+    async def cancel(self, job: str) -> None:
+        await self._machine.disk_jobs.cancel(job, force=True)
 
     async def _drop_descriptors(self, names: set[str]) -> None:
         reply: Any = await self._machine.execute("query-fdsets")

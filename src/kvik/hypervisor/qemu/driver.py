@@ -34,6 +34,7 @@ from kvik.hypervisor.qemu import hotplug
 from kvik.hypervisor.qemu.argv.build import build
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
 from kvik.hypervisor.qemu.disk_checks import check_disks
+from kvik.hypervisor.qemu.host_io import by_io_uring
 from kvik.hypervisor.qemu.machine import QemuMachine
 from kvik.hypervisor.qemu.remedies import remedy_for
 from kvik.hypervisor.sidecars import swtpm
@@ -182,11 +183,18 @@ class QemuDriver:
         await _tell_tsc_rate(domain)
         _choose_spice_ports(domain)
         with ExitStack() as undo, ExitStack() as close:
-            opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
+            opened = await open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
             sidecars = await start_sidecars(
                 domain, request.directory, opened, tpm_states=self._tpm_states, log_fd=request.log_fd, undo=undo
             )
-            line = build(domain, capabilities, opened.fds, now=time.time(), incoming=request.state is not None)
+            line = build(
+                domain,
+                capabilities,
+                opened.fds,
+                now=time.time(),
+                incoming=request.state is not None,
+                by_io_uring=by_io_uring(capabilities, opened.fds),
+            )
             handle, position = process.spawn(
                 [*request.through, *line.argv],
                 line.fds,

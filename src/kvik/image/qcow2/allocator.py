@@ -165,6 +165,14 @@ class Qcow2Allocator(Qcow2Reader):
         if self.header.bitmaps is not None and self.header.autoclear & AUTOCLEAR_BITMAPS:
             self.tracking = Tracking(self)
 
+    def store_bitmaps(self) -> None:
+        """They are in the file as they are now, and count as true there until the next write: so that what changes them
+        (`bitmap_changes`) can be done to an image that is being written."""
+        if self.tracking is not None:
+            self.write_back()
+            self.tracking.store()
+        self.tracking, self._tracked = None, False  # the next write looks which there are
+
     def is_reserved(self, cluster: int, count: int) -> bool:
         """Whether a range of clusters has a table of the image in it: only a damaged image asks to write there."""
         if self._reserved is None:

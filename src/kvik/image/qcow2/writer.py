@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from array import array
 
-from kvik.image.base import HOLE, ZERO, ZERO_ALLOCATED, cut, write_fully, writev_fully
+from kvik.image.base import HOLE, KEY_WANTED, LOCKED, ZERO, ZERO_ALLOCATED, cut, write_fully, writev_fully
 from kvik.image.qcow2.allocator import Qcow2Allocator
 from kvik.image.qcow2.header import AUTOCLEAR_RAW
 from kvik.image.qcow2.reader import ALL_SUBCLUSTERS, SUBCLUSTERS
@@ -42,7 +42,7 @@ class Qcow2Writer(Qcow2Allocator):
             self.write_back()
 
     def place_to_write(self, offset: int, length: int) -> int:
-        if not self._tracked or self.tracking is not None:
+        if not self._tracked:
             return -1
         table = self._table_of(offset, length, COPIED)
         if table is None:
@@ -57,6 +57,8 @@ class Qcow2Writer(Qcow2Allocator):
             return -1
         if place + (last - index) * size >= self.file_end or self.is_reserved(place >> bits, last - index + 1):
             return -1
+        if self.tracking is not None:
+            self.tracking.mark(offset, length)  # before it is written: too much is marked rather than too little
         return place + (offset & (size - 1))
 
     def check_writable(self, *, data: bool = True) -> None:
@@ -64,7 +66,7 @@ class Qcow2Writer(Qcow2Allocator):
         if self.fd < 0 or not self.writable:
             raise self.fault("is not open for writing")
         if self.header.crypt_method and data:
-            raise self.fault("is encrypted, which is not supported", 32)
+            raise self.fault(LOCKED, 32, KEY_WANTED)
         if self.data_fd < 0:
             raise self.fault(f"keeps its data in {self.header.data_file!r}, which was not opened", 72)
 

@@ -36,6 +36,8 @@ from kvik.errors import (
     OperationInvalid,
     ResourceBusy,
 )
+from kvik.host.reach import about, reach
+from kvik.host.threads import in_thread
 from kvik.hypervisor.layers import forget_live, has_medium
 from kvik.manager import volume_disks
 from kvik.manager.backup.busy import check_no_backup
@@ -48,7 +50,6 @@ from kvik.manager.snapshots.redefine import redefine
 from kvik.manager.snapshots.store import MAX_SNAPSHOTS, check_snapshot_name
 from kvik.storage import overlays
 from kvik.storage.overlays import Facts
-from kvik.storage.threads import in_thread
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -269,7 +270,7 @@ async def _take_inside(domain: DomainObject, snapshot: Snapshot, document: Domai
     tag = snapshot.name
     snapshot.taken = SnapshotTaken(tag=tag)
     there = inside.places(snapshot)
-    await in_thread(inside.check_names, [path for path, _ in there], tag)
+    await reach(inside.check_names, [path for path, _ in there], tag)
     kept = firmware.sources(domain, document, apply.store_of(domain).directory, tag)
     journal = Journal(
         operation=f"create {tag}", phase="prepare", made=[copy for _, copy in kept.values()], inside=there
@@ -308,12 +309,14 @@ async def _take(domain: DomainObject, snapshot: Snapshot, document: Domain, flag
         live.check(domain, flags, new)
     if len(set(new.values())) != len(new):
         raise ConfigError("two disks cannot have the same new image")
-    below = await in_thread(_look, document, new)
+    below = await reach(_look, document, new)
     reused = bool(flags & Flags.REUSE_EXT)
-    await in_thread(_check_room, new, reused, below)
+    await reach(_check_room, new, reused, below)
     images = [] if reused else sorted(new.values())
     file = snapshot.memory.file if snapshot.memory is not None else None
     directory = apply.store_of(domain).directory
+    if file and Path(file).parent != directory:  # named by whoever asked
+        await reach(memory.check_free, file)
     kept = {} if flags & Flags.NO_METADATA else firmware.sources(domain, document, directory, snapshot.name)
     copies = [copy for _, copy in kept.values()]
     made = [*images, *copies, *(memory.made(file) if file else ())]
@@ -388,6 +391,7 @@ def _definition(domain: DomainObject, new: dict[str, str], below: dict[str, Fact
 def _check_room(new: dict[str, str], reused: bool, below: dict[str, Facts]) -> None:
     """`ConfigError` where a new image cannot be; with `reused` each has to be there and to rest on the right one."""
     for target, path in new.items():
+        about(path)
         if not reused:
             if os.path.lexists(path):
                 raise ConfigUnsupported(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 
-from kvik.errors import ImageError
+from kvik.errors import ImageError, OperationUnsupported
 from kvik.image.lock import lock_image
 from kvik.image.opening import open_image
+from kvik.image.qcow2.header import DIRTY, parse
 from kvik.image.qcow2.redo import identity
 
 TYPE_CHECKING = False
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from kvik.image.base import Image
     from kvik.image.qcow2.redo import Redo
 
-__all__ = ["check_redo", "name_of", "open_chain"]
+__all__ = ["check_can_open", "check_redo", "name_of", "open_chain"]
 
 
 def open_chain(
@@ -67,6 +69,18 @@ def _check(image: Image, below: Image | None) -> None:
         raise image.fault("keeps its data in another file, which is not supported", 72)
     if header.backing_file is not None and below is None:
         raise image.fault(f"sits on {header.backing_file!r}, which was not passed", 8)
+
+
+def check_can_open(fd: int, name: str) -> None:
+    """Whoever opens it is confined by now: what opening needs and was not imported before cannot be had."""
+    header = parse(fd, name)
+    if header.incompatible & DIRTY:
+        remedy = f"repair it: kvik img check -r all {name}"
+        raise ImageError("was not closed by its last writer", file=name, offset=72, remedy=remedy)
+    if header.compression and "kvik.image.zstd" not in sys.modules:
+        raise OperationUnsupported(
+            f"{name} is compressed by zstd, which kvik-vmm does not read", remedy="use an image of zlib, the usual"
+        )
 
 
 def name_of(fd: int) -> str:

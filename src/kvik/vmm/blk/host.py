@@ -9,8 +9,9 @@ import os
 import socket
 import sys
 
-from kvik.errors import HostError, KvikError
+from kvik.errors import KvikError
 from kvik.vmm.blk.back_end import BackEnd, RingTransport
+from kvik.vmm.blk.image import flush
 from kvik.vmm.blk.inflight import TrackedQueue, inflight_memory
 from kvik.vmm.blk.memory import SharedMemory
 from kvik.vmm.log import Log, LogLimit
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from kvik.vmm.blk.backups import Backups
     from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.virtio.blk import Blk
 
@@ -46,6 +48,7 @@ class BlkHost:
         self.life: socket.socket | None = None  # kept open
         self.overlays: Overlays | None = None  # of the device
         self.inflight_fd = -1  # memory for requests in flight: a VMM holds it longer than we may live
+        self.backups: Backups | None = None
         self.loop.on_error = self._failed
 
     # What a device and a monitor ask of a machine
@@ -133,6 +136,8 @@ class BlkHost:
         """Let go of the VMM; close the devices, which completes their images."""
         if self._back_end is not None:
             self._back_end.close("")
+        if self.backups is not None:
+            self.backups.close()
         if self.overlays is not None:
             self.overlays.close()
         for device in self.devices.values():
@@ -141,14 +146,3 @@ class BlkHost:
             self._listener.close()
         if self.inflight_fd >= 0:
             os.close(self.inflight_fd)
-
-
-def flush(device: Blk) -> None:
-    """Everything that was answered survives a loss of power. Raises `HostError`, `ImageError`, OSError."""
-    image = getattr(device.image, "image", None)
-    if image is not None and image.writable:
-        image.flush()
-    elif image is None and not device.image.read_only:
-        os.fdatasync(device.image.fd)
-    if not device.image.drain(30.0):
-        raise HostError("the host's storage does not answer")

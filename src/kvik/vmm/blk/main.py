@@ -110,6 +110,7 @@ def main(words: list[str]) -> int:
 
 def build(options: Options) -> tuple[BlkHost, Blk]:
     """Everything that is opened, bound and imported, before the sandbox. Raises `KvikError`, OSError."""
+    from kvik.vmm.blk.backups import Backups
     from kvik.vmm.blk.host import BlkHost
     from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.virtio.blk import Blk
@@ -135,7 +136,10 @@ def build(options: Options) -> tuple[BlkHost, Blk]:
     if inner is not None and inner.format == "qcow2":
         device.config["discard_sector_alignment"] = inner.cluster_size // 512
     locking = "no-lock" not in options.flags
-    host.overlays = Overlays(device, locking=locking, log=host.log, redo=redo, top=options.texts["node"])
+    host.overlays = device.overlays = Overlays(
+        device, locking=locking, log=host.log, redo=redo, top=options.texts["node"]
+    )
+    host.backups = Backups(device, host.emit, locking=locking, log=host.log)
     if numbers["monitor"] >= 0:
         from kvik.vmm.blk.monitor import COMMANDS
         from kvik.vmm.monitor.server import MonitorServer

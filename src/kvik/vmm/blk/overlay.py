@@ -2,11 +2,13 @@
 
 added    the new image is open, locked and found to fit; the guest still has the old one, most of which was written out
 on top   what was asked for is answered, the old image is whole on disk, and all else goes to the new one. As long as
-         the VMM has started no ring since, nothing was written there, and it can be dropped again
+         the VMM has started no ring since (kvik-blk), or the device has not gone on (kvik-vmm's own disk), nothing was
+         written there, and it can be dropped again
 kept     the old image is read through a descriptor that cannot write, and locked as one that is read
 
-A machine's disks are in processes of their own. All of them or none have a new image because its guest stands still
-between the first "on top" and the last: who is told amid that to go on asks them all (`group`), and drops or keeps.
+A machine's disks are kvik-vmm's own (raw) and those of processes beside it. All of them or none have a new image, for
+its guest stands still between the first "on top" and the last: who is told amid that to go on asks them all (`group`),
+and drops or keeps.
 """
 
 from __future__ import annotations
@@ -14,13 +16,20 @@ from __future__ import annotations
 import fcntl
 import os
 
-from kvik.errors import ImageError, InvalidArgument, KvikError, OperationInvalid, OperationTimeout
+from kvik.errors import (
+    ImageError,
+    InvalidArgument,
+    KvikError,
+    OperationInvalid,
+    OperationTimeout,
+)
 from kvik.image.lock import lock_image, stop_writing
 from kvik.image.opening import open_image
 from kvik.image.qcow2.redo import identity
 from kvik.image.qcow2.writer import Qcow2Writer
-from kvik.vmm.blk.host import flush
-from kvik.vmm.blk.image import FormatImage
+from kvik.vmm.blk.bitmaps import go_on
+from kvik.vmm.blk.chain import check_can_open
+from kvik.vmm.blk.image import FormatImage, flush
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,6 +80,7 @@ class Overlays:
             self.keep()
             old = self._device.image
             self._check(old, fd, below, data)
+            check_can_open(fd, name)
             with self._device.lock:
                 flush(self._device)  # what is left for the standstill is little then
             image = open_image(fd, format="qcow2", writable=True, path=name)
@@ -86,6 +96,7 @@ class Overlays:
             )
             try:
                 _check_fits(image, new, old)
+                go_on(image, old)
             except BaseException:
                 new.close()
                 raise
@@ -99,6 +110,8 @@ class Overlays:
         name = self._device.name
         if old.read_only:
             raise OperationInvalid(f"disk {name} is read-only")
+        if isinstance(old, FormatImage) and old.backup is not None:
+            raise OperationInvalid(f"disk {name} has a backup under way", remedy="wait for its end")
         if (data >= 0) != old.direct:
             raise InvalidArgument(f"disk {name}: cache={old.cache} and the descriptors do not agree")
         for item, wanted in ((fd, os.O_RDWR), (data, os.O_RDWR), (below, os.O_RDONLY)):
@@ -128,7 +141,7 @@ class Overlays:
             new.take_over(old)
             device.image, self._old, self._added, self._below = new, old, None, -1
             self._before, self._top = self._top, self._node
-            if device.active:  # rings run: from here on there are writes that nobody may take back
+            if device.active and not device.paused:  # from here on there are writes that nobody may take back
                 self.keep()
 
     def drop(self) -> None:

@@ -17,7 +17,7 @@ from kvik.vmm.faults import GuestFault
 from kvik.vmm.layout import PAGE
 from kvik.vmm.vhost_user import VhostUser
 from kvik.vmm.virtio.device import VirtioDevice
-from kvik.vmm.virtio.queue import EVENT_IDX, INDIRECT_DESC, VERSION_1
+from kvik.vmm.virtio.queue import EVENT_IDX, INDIRECT_DESC, RING_RESET, VERSION_1
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,16 +84,25 @@ class VhostUserDevice(VirtioDevice):
             return
         try:
             back_end = self._connected()
-            back_end.set_features(self.acked, log=self.log is not None)
+            back_end.set_features(self._told_features, log=self.log is not None)
             if self.comes_again and back_end.tracks:
                 if self._inflight is None:
                     self._inflight = back_end.get_inflight(len(self.queue_sizes), max(self.queue_sizes))
                 back_end.set_inflight(self._inflight)
+            self.activating(back_end)
             for queue in self.queues:
                 if queue.ready:
                     self._start_queue(back_end, queue.index)
         except KvikError as error:
             self._lost(str(error))
+
+    def activating(self, back_end: VhostUser) -> None:
+        """The features are told, and no queue runs yet."""
+
+    @property
+    def _told_features(self) -> int:
+        """A queue that is reset is one that was taken back: the back end need not know of it."""
+        return self.acked & ~RING_RESET
 
     def _connected(self) -> VhostUser:
         if self.back_end is None:
@@ -107,7 +116,7 @@ class VhostUserDevice(VirtioDevice):
     def _take_up(self, back_end: VhostUser) -> None:
         """A new one. Closed where it cannot serve what the driver chose. Raises `KvikError`."""
         try:
-            if self.acked & ~(back_end.features | VERSION_1):
+            if self._told_features & ~(back_end.features | VERSION_1):
                 raise InvalidArgument(f"{self.name}: the new back end lacks features of the one before")
             back_end.set_memory(self.memory)
             if self.log is not None:
@@ -200,21 +209,7 @@ class VhostUserDevice(VirtioDevice):
     def _stop_queues(self) -> None:
         """Take the queues back. Where the back end is gone, the rings' own indices must do."""
         for index in sorted(self._running):
-            if index not in self._running:
-                continue  # the back end was lost meanwhile, which took all of them back
-            self._running.discard(index)
-            queue = self.queues[index]
-            position = {}
-            if self.back_end is not None:
-                try:
-                    base = self.back_end.stop_queue(index)
-                    used = self._settled(index, base)
-                    position = {"next_avail": base, "next_used": used, "signalled": used}
-                except (KvikError, GuestFault) as error:
-                    self._lost(str(error))
-            if position:
-                queue._set_position(position)
-            self.transport.release_notifier(index)
+            self._stop_queue(index)
         if not self.active:
             self._unfinished.clear()  # nothing that is asked later depends on them
             self._forget_inflight()
@@ -224,6 +219,34 @@ class VhostUserDevice(VirtioDevice):
         inflight, self._inflight = self._inflight, None
         if inflight is not None:
             os.close(inflight.fd)
+
+    def _stop_queue(self, index: int) -> None:
+        if index not in self._running:
+            return  # the back end was lost meanwhile, which took all of them back
+        self._running.discard(index)
+        queue = self.queues[index]
+        position = {}
+        if self.back_end is not None:
+            try:
+                base = self.back_end.stop_queue(index)
+                used = self._settled(index, base)
+                position = {"next_avail": base, "next_used": used, "signalled": used}
+            except (KvikError, GuestFault) as error:
+                self._lost(str(error))
+        if position:
+            queue._set_position(position)
+        self.transport.release_notifier(index)
+
+    def queue_reset(self, index: int) -> None:
+        self._stop_queue(index)
+        self._unfinished.discard(index)  # the driver has given them up
+
+    def queue_enabled(self, index: int) -> None:
+        if self.back_end is not None:
+            try:
+                self._start_queue(self.back_end, index)
+            except KvikError as error:
+                self._lost(str(error))
 
     def _settled(self, index: int, base: int) -> int:
         """The used index, when all that the back end took is answered: it may let go of a queue before."""
@@ -339,7 +362,7 @@ class VhostUserDevice(VirtioDevice):
                 back_end.set_log(self.log.fd, self.log.size)
             if not self._running:
                 return
-            back_end.set_features(self.acked, log=self.log is not None)
+            back_end.set_features(self._told_features, log=self.log is not None)
             for index in sorted(self._running):
                 used = self.queues[index].used if self.log is not None else -1
                 back_end.set_addresses(index, self._addresses(index), log=used)
