@@ -173,10 +173,35 @@ def inside(lab: Lab, command: str) -> str:
     return lab.kvik("exec", "one", "--", "sh", "-c", command, timeout=READY).check().stdout
 
 
+BLK = "pgrep -f 'vmm/[b]lk/.*id=virtio-disk0'"
+# Writes pieces of 32 KiB and reads each back, flushing one in five, until it is told to stop; then reads all of them.
+TURNS = """
+n=0
+while ! [ -e /stop ]; do
+    n=$((n + 1)); at=$((40 + n * 7 % 300))
+    seq $n $((n + 9000)) | head -c 32768 >/all/$at
+    flush=; [ $((n % 5)) = 0 ] && flush=conv=fsync
+    dd if=/all/$at of=/dev/vda bs=32k seek=$at count=1 oflag=direct $flush 2>/dev/null || echo write $n >>/bad
+    dd if=/dev/vda bs=32k skip=$at count=1 iflag=direct 2>/dev/null | cmp - /all/$at || echo turn $n >>/bad
+    echo $n >/turn
+done
+for at in $(ls /all); do
+    dd if=/dev/vda bs=32k skip=$at count=1 iflag=direct 2>/dev/null | cmp - /all/$at || echo piece $at >>/bad
+done
+[ -e /bad ] || echo ok >/bad
+cat /bad >/ended
+"""
+
+
+def turns(lab: Lab) -> int:
+    return int(inside(lab, "cat /turn 2>/dev/null || echo 0"))
+
+
 @pytest.mark.lab(deadline=400)
 def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: tuple[Paths, TinyImage]) -> None:
     """One qcow2 disk from the start, which makes the memory one that another process can map, and grows; one that is
-    plugged in, with a serial number; and the first one's kvik-blk killed."""
+    plugged in, with a serial number; and the first one's kvik-blk killed again and again, once with the daemon, while
+    the guest writes to it and reads back."""
     lab.sh("for n in a c; do qemu-img create -q -f qcow2 /tmp/$n.qcow2 8M; done")
     paths, files = image
     kernel, initrd = in_lab(files.kernel, paths), in_lab(files.initrd, paths)
@@ -202,14 +227,28 @@ def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: t
     lab.kvik("detach-disk", "one", "vdc", "--live").check()
     assert inside(lab, "ls /sys/block") == before
     assert not lab.sh("pgrep -f 'qemu-storage-[d]aemon' || true")
-    lab.sh("kill -KILL $(pgrep -f 'vmm/[b]lk/.*id=virtio-disk0')")
-    for _ in range(50):
-        if "vda" in lab.kvik("domblkerror", "one").stdout:
-            break
-        lab.sh("sleep 0.1")
-    else:
-        raise AssertionError(lab.kvik("domblkerror", "one").stdout)
-    assert inside(lab, "echo still here") == "still here\n"
+    inside(lab, f"cat >/turns <<'E'\n{TURNS}\nE\nmkdir /all; (sh /turns </dev/null >/dev/null 2>&1 &)")
+    for kill in range(4):
+        before = turns(lab)
+        pid = lab.sh(f"{BLK} | tee /tmp/blk; kill -KILL $(cat /tmp/blk)").strip()
+        if kill == 2:
+            lab.sh("pkill -KILL -f [k]vik.daemon")
+            lab.sh("sleep 1")
+        lab.kvik("domstate", "one").check()
+        lab.sh(f'for n in $(seq 200); do new=$({BLK}) && [ "$new" != {pid} ] && exit; sleep 0.1; done; exit 1')
+        for _ in range(50):
+            if turns(lab) > before + 3:
+                break
+            lab.sh("sleep 0.2")
+        else:
+            raise AssertionError(f"it stands still after {before} turns\n" + lab.sh("cat /var/log/kvik/qemu/one.log"))
+    assert (
+        inside(lab, "touch /stop; for n in $(seq 100); do [ -e /ended ] && break; sleep 0.2; done; cat /ended")
+        == "ok\n"
+    )
+    print(f"{turns(lab)} turns")
+    assert "No errors found" in lab.kvik("domblkerror", "one").check().stdout
+    assert lab.sh("grep -c 'kvik-blk of virtio-disk0 was started again' /var/log/kvik/qemu/one.log") == "4\n"
     lab.kvik("destroy", "one").check()
     for name in ("a", "c"):
         lab.sh(

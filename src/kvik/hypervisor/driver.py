@@ -67,6 +67,7 @@ class EventKind(enum.StrEnum):
     TRAY_CHANGE = "tray-change"  # detail: alias; data["open"]
     WRITE_THRESHOLD = "write-threshold"  # detail: the VMM's name of an image; data["threshold"], data["excess"]: bytes
     SIDECAR_ENDED = "sidecar-ended"  # a side process (TPM, shared directory, network) is gone; detail: which and how
+    SIDECAR_STARTED = "sidecar-started"  # one that had ended serves again; detail: which
     RX_FILTER = "rx-filter"  # detail: alias; the guest listens to other addresses; told once until they are asked for
     GUEST_OUTPUT = "guest-output"  # first byte on the first serial line or console
     MONITOR = "monitor"  # any raw VMM event; detail: its name, data: its payload

@@ -223,6 +223,7 @@ class KvikDriver:
             sink=sink,
             sidecars=found.sidecars,
             log=self._log(definition),
+            attached=True,
             own_disks=_own_disks(handle),
         )
         machine.bases = self.bases

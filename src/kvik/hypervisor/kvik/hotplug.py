@@ -355,6 +355,7 @@ async def finish_detach(machine: KvikMachine, device: Any) -> None:
     steps: list[tuple[str, Props]] = []
     if isinstance(device, Disk) and machine.by_vhost_user(device):
         storage_daemon.monitor_path(machine.directory, alias).unlink(missing_ok=True)
+        storage_daemon.redo_path(machine.directory, alias).unlink(missing_ok=True)
         steps.append(("chardev-remove", {"id": _backend(alias)}))  # of an attach that was cut off
         steps += [("closefd", {"fdname": f"{prefix}-{alias}"}) for prefix in ("vublk", "life")]
     elif isinstance(device, Disk):

@@ -44,6 +44,7 @@ __all__ = ["check", "clear", "put_on_top", "settle", "stands"]
 logger = logging.getLogger(__name__)
 
 _CONNECT = 5.0  # seconds
+_DYING = 1.0  # seconds
 _DEADLINE = 60.0  # seconds: what the guest wrote is written out first
 
 
@@ -241,6 +242,14 @@ async def _reports(machine: KvikMachine, aliases: set[str] | None = None) -> dic
             if error.qmp_class != "CommandNotFound":
                 raise
             told = {"state": "none", "top": ""}
+        except KvikError:
+            dying = [member for member in machine.sidecars if member.alias == alias and alias not in machine.own_disks]
+            for member in dying:
+                with contextlib.suppress(KvikError):
+                    await member.process.wait_async(_DYING)
+            if not dying or any(member.process.alive for member in dying):
+                raise
+            continue  # it died just now: what takes its place has what the document says
         if isinstance(told, dict):
             found[alias] = told
     return found

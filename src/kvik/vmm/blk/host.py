@@ -12,6 +12,7 @@ import sys
 from kvik.errors import KvikError
 from kvik.vmm.blk.back_end import BackEnd, RingTransport
 from kvik.vmm.blk.image import flush
+from kvik.vmm.blk.inflight import TrackedQueue, inflight_memory
 from kvik.vmm.blk.memory import SharedMemory
 from kvik.vmm.log import Log, LogLimit
 from kvik.vmm.loop import EventLoop
@@ -46,6 +47,7 @@ class BlkHost:
         self._back_end: BackEnd | None = None
         self.life: socket.socket | None = None  # kept open
         self.overlays: Overlays | None = None  # of the device
+        self.inflight_fd = -1  # memory for requests in flight: a VMM holds it longer than we may live
         self.backups: Backups | None = None
         self.loop.on_error = self._failed
 
@@ -66,6 +68,8 @@ class BlkHost:
     def serve(self, device: Blk, sock: socket.socket) -> None:
         """`device` to whoever connects to `sock`, or to its other end if it is a connection already."""
         self.devices[device.name] = device
+        device.split_queue = TrackedQueue
+        self.inflight_fd = inflight_memory(len(device.queue_sizes), max(device.queue_sizes))
         device.transport = self._transport = RingTransport(len(device.queue_sizes))
         device.attach(self)  # type: ignore[arg-type]  # quacks like a machine
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -140,3 +144,5 @@ class BlkHost:
             device.close()
         if self._listener is not None:
             self._listener.close()
+        if self.inflight_fd >= 0:
+            os.close(self.inflight_fd)

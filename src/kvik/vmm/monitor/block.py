@@ -267,8 +267,8 @@ def _inserted(context: Context, device: Any) -> dict[str, Any]:
 
 def _io_status(context: Context, device: Any) -> str:
     """A request that failed and stopped the machine waits inside the device until it goes on; a disk whose back end
-    has gone fails for good."""
-    if getattr(device, "back_end", device) is None:
+    has gone fails for good, unless it waits for another."""
+    if getattr(device, "back_end", device) is None and not device.waiting:
         return "failed"
     if context.machine.status != "io-error" or not getattr(device, "parked", 0):
         return "ok"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvik.vmm.monitor import (
+    back_ends,
     block,
     char,
     cpus,
@@ -27,6 +28,7 @@ GROUPS = {
     "Memory": memory,
     "Devices": devices,
     "Block": block,
+    "Back ends": back_ends,
     "New images on disks": overlays,
     "Network": net,
     "Character devices": char,

@@ -38,9 +38,12 @@ class VhostUserBlk(VhostUserDevice):
     def __init__(
         self, name: str, source: str | int, queues: int = 1, *, queue_size: int = 256, life_fd: int = -1
     ) -> None:
-        """`life_fd`: what the back end ends with, closed when this device is, or cannot be made."""
+        """`life_fd`: what the back end ends with, closed when this device is, or cannot be made. Whoever gives one also
+        starts another back end when this one has gone."""
         self.queue_size = queue_size
         self.life_fd = life_fd
+        self.comes_again = life_fd >= 0
+        self.served_by = ""  # what we were told of the back end's process, for who asks
         try:
             super().__init__(name, source, queues)
         except BaseException:
@@ -71,6 +74,8 @@ class VhostUserBlk(VhostUserDevice):
     def resize(self, size: int) -> None:
         """The back end has made its image `size` bytes long: ask it again, and tell the guest (QMP block_resize)."""
         with self.lock:
+            if self.waiting:
+                raise OperationInvalid(f"disk {self.name} waits for its back end", remedy="try again")
             if self.back_end is None:
                 raise OperationInvalid(f"disk {self.name} has lost its back end", remedy="restart the machine")
             told = self.back_end.get_config(self.config.size)
@@ -85,6 +90,31 @@ class VhostUserBlk(VhostUserDevice):
                 self.config["capacity"] = capacity // SECTOR
 
             self.config_changed(change)
+
+    def connect_anew(self, fd: int, life_fd: int = -1) -> None:
+        """Both are taken in any case. A disk that has another size by now tells the guest."""
+        try:
+            super().connect_anew(fd)
+        except BaseException:
+            if life_fd >= 0:
+                os.close(life_fd)
+            raise
+        self._end_of_life()
+        self.life_fd = life_fd
+        with self.lock:
+            if self.back_end is None:
+                return
+            try:
+                told = int.from_bytes(self.back_end.get_config(self.config.size)[:8], "little")
+            except KvikError as error:  # it has died already
+                self._lost(str(error))
+                return
+            if told != self.config["capacity"]:
+
+                def change() -> None:
+                    self.config["capacity"] = told
+
+                self.config_changed(change)
 
     def close(self) -> None:
         super().close()
