@@ -151,9 +151,9 @@ class BackEnds:
     async def _start(self, disk: Disk) -> Sidecar:
         machine, alias = self._machine, alias_of(disk)
         with ExitStack() as close, ExitStack() as undo:
-            opened = Opened(close, undo, {})
+            opened = Opened(close, undo, {}, machine.bases())
             again = clone(disk)
-            open_disk(opened, again)
+            await opened.beside(open_disk, again)
             await machine.sidecars.end(alias)  # the dead one is forgotten
             log_fd = os.open(machine.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             close.callback(os.close, log_fd)
