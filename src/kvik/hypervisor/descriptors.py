@@ -34,7 +34,7 @@ import re
 import socket
 import stat
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Concatenate, ParamSpec
@@ -90,7 +90,11 @@ P = ParamSpec("P")
 class Opened:
     """Descriptors by name. `close` closes them, in any case; `undo` removes what only a running machine needs."""
 
-    def __init__(self, close: ExitStack, undo: ExitStack, passed: Mapping[str, int]) -> None:
+    def __init__(
+        self, close: ExitStack, undo: ExitStack, passed: Mapping[str, int], bases: Collection[str] = ()
+    ) -> None:
+        """`bases`: where raw images may lie that only headers name (`chain.check_meant`)."""
+        self.bases = bases
         self.fds: dict[str, int] = {}
         self.close = close
         self.undo = undo
@@ -164,11 +168,12 @@ async def open_all(
     passed: Mapping[str, int],
     kernel: str | None,
     *,
+    bases: Collection[str],
     close: ExitStack,
     undo: ExitStack,
 ) -> Opened:
     """`kernel` replaces the document's (the unpacked one). Writes found chains and socket paths into the document."""
-    opened = Opened(close, undo, passed)
+    opened = Opened(close, undo, passed, bases)
     await opened.beside(_open_all, domain, directory, kernel)
     return opened
 
@@ -321,7 +326,7 @@ def _open_below(opened: Opened, disk: Disk, above: Disk | BackingStore, number: 
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise ConfigError(f"disk {disk.target.dev}: {found.path} is neither a file nor a block device")
         block = stat.S_ISBLK(mode)
-        check_meant(found, above.source.location, block=block)
+        check_meant(found, above.source.location, opened.bases, block=block)
         source = DiskSource(dev=found.path) if block else DiskSource(file=found.path)
         below = BackingStore(type="block" if block else "file", format=Format(type=found.format), source=source)
         _set_index(below, opened.index())

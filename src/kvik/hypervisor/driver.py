@@ -10,7 +10,7 @@ else answers from memory and never blocks.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -344,10 +344,19 @@ class Machine(Protocol):
     async def stats(self, groups: frozenset[str]) -> dict[str, int | str]: ...
 
 
+Bases = Callable[[], Collection[str]]
+
+
+def no_bases() -> Collection[str]:
+    return ()
+
+
 class Driver(Protocol):
-    """A VMM kind. `name` is what `kvik version` prints; `emulators` are the binaries it serves."""
+    """A VMM kind. `name` is what `kvik version` prints; `emulators` are the binaries it serves. `bases`: where images
+    may lie that others rest on although no document says so; whoever composes drivers sets it."""
 
     name: str
+    bases: Bases
 
     def features(self) -> frozenset[Feature]: ...
     def verdict(self) -> HostVerdict: ...

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.devices.disk import Disk, DiskDriver
@@ -234,6 +235,14 @@ async def _clear(domain: DomainObject, run: Run, job: BlockJob, jobs: DiskJobs) 
     tell(domain, disk, job, job.result)
 
 
+def _rests_elsewhere(disk: Disk) -> bool:
+    """On what has to be named, since it does not lie beside it."""
+    below = disk.backing_store.source if disk.backing_store is not None else None
+    if disk.source is None or below is None or not disk.source.location or not below.location:
+        return False
+    return Path(disk.source.location).parent != Path(below.location).parent
+
+
 async def _save_definition(domain: DomainObject, before: Disk, after: Disk) -> None:
     """The next start has the same disk, if the definition has that disk at all."""
     if not domain.persistent:
@@ -243,7 +252,8 @@ async def _save_definition(domain: DomainObject, before: Disk, after: Disk) -> N
             kept = block_chain.same_disk(before, document)
             if kept is None:
                 return
-            if kept.backing_store is not None or after.source is None or before.source is None:
+            chain = kept.backing_store is not None or after.source is None or before.source is None
+            if chain or _rests_elsewhere(after):
                 kept.backing_store = clone(after.backing_store) if after.backing_store is not None else None
             if after.source is not None and before.source != after.source:
                 kept.type, kept.source = after.type, clone(after.source)

@@ -289,6 +289,9 @@ async def info(domain: DomainObject, name: str) -> JobInfo | None:
     job = domain.run.block_jobs.get(disk.target.dev or "")
     if job is None:
         return None
+    if job.type == DomainBlockJobType.BACKUP:  # which a VMM may have that has no other jobs
+        copied = (await machine.backups.states()).get(job.id)
+        return JobInfo(job.type, 0, *((copied.current, copied.total) if copied is not None else (1, 1)))
     jobs = machine.disk_jobs
     state = (await jobs.states()).get(job.id)
     if job.result is not None or state is None:  # over in the VMM; it ends here when nothing is left of it

@@ -64,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 5.0  # seconds between looks at the size of running machines' logs
 DEFAULT_NETWORK_WAIT = 2.0  # seconds until clients are served without it
+LIBVIRT_IMAGES = "/var/lib/libvirt/images"  # machines that were defined there keep their disks
 CLOSE_WAIT = 5.0  # seconds for the last files to be written
 _KEEPS_NOTHING = (
     DomainUndefineFlags.MANAGED_SAVE
@@ -98,6 +99,8 @@ class Manager:
         self.networks = Networks(paths, rules_gone=self._rules_gone, switches=self.session_networks)
         self.pools = Pools(paths)
         self.pools.users = lambda: users(self)
+        for driver in drivers.values():
+            driver.bases = self.bases
         self.store = Store(paths)
         self.secrets = Secrets(paths, self.store)
         self.pools.secret = lambda kind, which: self.secrets.value(kind, uuid=which.uuid, usage=which.usage)
@@ -277,6 +280,19 @@ class Manager:
             if domain.run is not None and domain is not besides and domain.run.uses:
                 yield domain.name, domain.run.uses
         yield from self._removing
+
+    def bases(self) -> set[str]:
+        """Where an image may lie that another one rests on although no document says so: pools, as far as they are
+        directories, volumes that are devices, where images are kept by custom, and what snapshots of ours rest on."""
+        found = {str(self.paths.images), *([LIBVIRT_IMAGES] if self.paths.scope == "system" else [])}
+        for pool in self.pools.list():
+            if not pool.document.path.startswith("/dev"):
+                found.add(pool.document.path)
+            elif pool.is_active:
+                found.update(volume.path for volume in pool.volumes())
+        for domain in self._names.values():
+            found |= domain.snapshots.originals | domain.snapshots.made
+        return found - {""}
 
     @contextlib.contextmanager
     def removing(self, identity: Identity, path: str, owner: str) -> Iterator[None]:

@@ -16,8 +16,8 @@ from test_disk_snapshots import Death, Killed, idle, take, told, word, writes
 from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE, say
 
+from kvik.conf.enums import DomainBlockJobType, DomainJobType, DomainState
 from kvik.conf.enums import DomainCheckpointDeleteFlags as Delete
-from kvik.conf.enums import DomainJobType, DomainState
 from kvik.errors import CheckpointInconsistent, ConfigUnsupported, KvikError, OperationUnsupported, ResourceBusy
 from kvik.manager.backup import begin, job
 from kvik.manager.checkpoints import create, delete, sizes
@@ -184,6 +184,8 @@ async def test_all_disks_are_pulled_from_one_socket_as_they_were(world: World) -
     await told(world, b"twotwo")
     with pytest.raises(ResourceBusy):
         await take(domain, "s1")
+    shown = await domain.block_job_info("vda")
+    assert shown is not None and shown.type == DomainBlockJobType.BACKUP
     listed = await tool("qemu-nbd", "--list", "-k", str(root / "nbd"))
     assert all(f"export: 'vd{one}'" in listed and f"qemu:dirty-bitmap:backup-vd{one}" in listed for one in "ab"), listed
     for one in "ba":
@@ -191,8 +193,8 @@ async def test_all_disks_are_pulled_from_one_socket_as_they_were(world: World) -
         await tool("qemu-img", "convert", "-O", "qcow2", "--image-opts", address, f"{root}/pulled.{one}")
         assert word(root / f"pulled.{one}") == b"one"
         dirty = f"{address},x-dirty-bitmap=qemu:dirty-bitmap:backup-vd{one}"
-        shown = json.loads(await tool("qemu-img", "map", "--output=json", "--image-opts", dirty))
-        assert [(item["start"], item["length"]) for item in shown if not item["data"]] == [(0, 65536)]
+        changed = json.loads(await tool("qemu-img", "map", "--output=json", "--image-opts", dirty))
+        assert [(item["start"], item["length"]) for item in changed if not item["data"]] == [(0, 65536)]
     # the next daemon goes on with it
     await world.managers[-1].close()
     domain = (await world.manager()).lookup_name("m")
@@ -210,7 +212,10 @@ async def test_all_disks_are_pulled_from_one_socket_as_they_were(world: World) -
     assert domain.state == DomainState.RUNNING and not list(root.glob("scratch.*"))
 
 
-async def test_the_daemon_is_killed_at_each_command_of_a_backup(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["push", "pull"])
+async def test_the_daemon_is_killed_at_each_command_of_a_backup(
+    mode: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whichever it is: the guest goes on, there is a backup with its checkpoint, or nothing of either."""
     paths, _, xml = two(world)
     drivers = BlkDriver(5), BlkDriver(6)
@@ -230,7 +235,10 @@ async def test_the_daemon_is_killed_at_each_command_of_a_backup(world: World, mo
             patch.setattr(QmpConnection, "execute", death.commands(QmpConnection.execute))
             patch.setattr(Store, "run", death.files(Store.run))
             try:
-                await begin.begin(domain, document(world.root, name), CHECKPOINT.format(name), 0)
+                xml = pulled(world.root) if mode == "pull" else document(world.root, name)
+                await begin.begin(domain, xml, CHECKPOINT.format(name), 0)
+                if mode == "pull":
+                    await job.abort(domain)
                 await ended(domain, death)
             except (Killed, KvikError):
                 assert death.came
@@ -240,10 +248,14 @@ async def test_the_daemon_is_killed_at_each_command_of_a_backup(world: World, mo
         world.managers.pop()
         domain = (await world.manager()).lookup_name("m")
         await idle(domain)
+        if domain.run is not None and domain.run.backup is not None and mode == "pull":
+            await job.abort(domain)
         await ended(domain)
         assert domain.state == DomainState.RUNNING, number
         whole.append(name in domain.checkpoints.all)
-        assert not domain.checkpoints.pending and len(list(world.root.glob(f"{name}.*"))) == 2 * whole[-1], number
+        left = list(world.root.glob(f"{name}.*"))
+        assert not domain.checkpoints.pending and len(left) == (2 * whole[-1] if mode == "push" else 0), number
+        assert not list(world.root.glob("scratch.*")) and not (world.root / "nbd").exists(), number
         await told(world, b"xx")
         if not death.came:
             break

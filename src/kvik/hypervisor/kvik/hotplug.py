@@ -71,7 +71,7 @@ async def attach(machine: KvikMachine, device: Any, files: Mapping[str, int]) ->
     if isinstance(device, Interface):
         support.complete_interface(device)
     with ExitStack() as close, ExitStack() as undo:
-        opened = Opened(close, undo, files)
+        opened = Opened(close, undo, files, machine.bases())
         steps = _Steps(machine)
         try:
             await _open(machine, device, opened)

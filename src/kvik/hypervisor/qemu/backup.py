@@ -112,9 +112,9 @@ class QemuBackups:
         machine = self._machine
         flags = os.O_RDWR | os.O_NONBLOCK | (0 if part.block else os.O_NOFOLLOW)  # devices are called by links
         with contextlib.ExitStack() as close, contextlib.ExitStack() as undo:
-            fd = Opened(close, undo, {}).open(_opaque(part), part.path, flags)
-            if part.format == "qcow2":  # and one that leads to no other file
-                check_qcow2(fd, part.path)
+            opened = Opened(close, undo, {})
+            await opened.beside(_open_image, part, flags)
+            fd = opened.fds[_opaque(part)]
             path = await add_fd(machine, fd, _opaque(part))
         undone.add("remove-fd", fdset_id=int(path.rsplit("/", 1)[-1]))
         driver = "host_device" if part.block else "file"
@@ -225,6 +225,12 @@ class QemuBackups:
             if any(entry.get("opaque") in names for entry in item.get("fds", [])):
                 with contextlib.suppress(MonitorError):
                     await self._machine.execute("remove-fd", {"fdset-id": item["fdset-id"]})
+
+
+def _open_image(opened: Opened, part: BackupPart, flags: int) -> None:
+    fd = opened.open(_opaque(part), part.path, flags)
+    if part.format == "qcow2":  # and one that leads to no other file
+        check_qcow2(fd, part.path)
 
 
 def _index(disk: Disk) -> int:

@@ -65,7 +65,7 @@ class QemuDiskJobs:
             target.source.index, target.backing_store = index, BackingStore()
         else:
             with ExitStack() as close, ExitStack() as undo:
-                opened = Opened(close, undo, {})
+                opened = Opened(close, undo, {}, self._machine.bases())
                 opened.next_index = index
                 await opened.beside(open_disk, target)
         mirror.source, mirror.backing_store = target.source, target.backing_store
@@ -97,7 +97,7 @@ class QemuDiskJobs:
         # What both lie on is shared: its nodes exist.
         below = disk.backing_store if shallow and fresh else None
         with ExitStack() as close, ExitStack() as undo:
-            opened = Opened(close, undo, secrets)
+            opened = Opened(close, undo, secrets, machine.bases())
             given = target.source.index if target.source is not None else None
             opened.next_index = given or await fresh_index(machine)
             await opened.beside(open_disk, target)

@@ -84,7 +84,7 @@ async def attach(machine: QemuMachine, device: Any, files: Mapping[str, int]) ->
     if isinstance(device, Disk) and device.target.bus not in ("virtio", "scsi", "usb"):
         raise OperationUnsupported(f"disks on bus {device.target.bus} cannot be plugged into a running machine")
     with ExitStack() as close, ExitStack() as undo:
-        opened = Opened(close, undo, files)
+        opened = Opened(close, undo, files, machine.bases())
         if isinstance(device, Disk):
             # Who keeps a record of what is being attached has numbered it already.
             given = device.source.index if device.source is not None else None
@@ -364,7 +364,7 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
             remedy="put it into the definition (--config) and start the machine anew",
         )
     with ExitStack() as close, ExitStack() as undo:
-        opened = Opened(close, undo, {})
+        opened = Opened(close, undo, {}, machine.bases())
         opened.next_index = await fresh_index(machine)
         new.alias = old.alias
         await opened.beside(open_disk, new)  # a medium that cannot be opened leaves the old one in

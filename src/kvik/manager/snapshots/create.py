@@ -228,13 +228,15 @@ def free_name(path: str) -> str:
 
 def put_on_top(document: Domain, overlays_: dict[str, str]) -> None:
     """Let the disks of a document have new images; what was there is what these rest on, by their own headers. Headers
-    do not say which secrets images need: the chain of an encrypted disk is written in full."""
+    do not say which secrets images need, and what lies elsewhere has to be named: then the chain is written in full."""
     for disk in document.devices.disks:
         path = overlays_.get(disk.target.dev or "")
         if path is None:
             continue
         encryption, below = encryption_of(disk), None
-        if encryption is not None and disk.source is not None:
+        there = disk.source.location if disk.source is not None else None  # of a volume its pool knows
+        elsewhere = there is not None and Path(there).parent != Path(path).parent
+        if (encryption is not None or elsewhere) and disk.source is not None:
             forget_live(disk)
             disk.source.encryption, disk.encryption = encryption, None
             format = Format(type=format_of(disk))
@@ -389,7 +391,7 @@ def _definition(domain: DomainObject, new: dict[str, str], below: dict[str, Fact
 
 
 def _check_room(new: dict[str, str], reused: bool, below: dict[str, Facts]) -> None:
-    """`ConfigError` where a new image cannot be; with `reused` each has to be there and to rest on the right one."""
+    """`ConfigError` where a new image cannot be; with `reused` each has to be there, to be whole and to fit."""
     for target, path in new.items():
         about(path)
         if not reused:
@@ -401,6 +403,4 @@ def _check_room(new: dict[str, str], reused: bool, below: dict[str, Facts]) -> N
             if not Path(path).parent.is_dir():
                 raise InvalidArgument(f"disk {target!r}: there is no directory {Path(path).parent}")
             continue
-        facts = overlays.look(path, "qcow2")
-        if facts.backing is None or not os.path.samefile(facts.backing, below[target].path):  # noqa: PTH121
-            raise ConfigUnsupported(f"{path} does not rest on {below[target].path}: the disk {target} would be another")
+        overlays.check_reusable(path, below[target])

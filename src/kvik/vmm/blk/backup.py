@@ -1,19 +1,18 @@
 """A backup of the disk while its guest goes on writing: the disk as it was at one moment.
 
 What is about to be overwritten is copied first, into the backup's image. Pushed, that is the target, and a job copies
-all the rest into it, a piece each turn of the loop. Pulled, it is a scratch image: NBD clients read what is there, and
-the rest from the disk.
+all the rest, a piece each turn of the loop; a thread writes it (`writer`). Pulled, it is a scratch image: NBD clients
+read what is there, and the rest from the disk.
 
 A backup whose image fails ends, and the guest's request goes on: no backup harms its machine.
 """
 
 from __future__ import annotations
 
-import _thread
-
 from kvik.errors import ImageError, KvikError
 from kvik.image.base import COMPRESSED, DATA
 from kvik.image.qcow2.tracking import set_bits
+from kvik.vmm.blk.writer import Writer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Backup"]
 
 CHUNK_BITS = 16  # what is copied at least, as QEMU does; a target with bigger clusters has them copied as a whole
+PAUSE = 0.005  # seconds until a slow target is looked at again
 STEP = 1 << 20  # bytes that one turn of the loop copies: the guest's requests wait meanwhile
 
 
@@ -35,6 +35,7 @@ class Backup:
 
     added      nothing is copied yet
     running    from `begin` on; the device's lock is held there, and in `wants` and `before_write`
+    ending     the guest's requests are no longer looked at; what is left is the target's
     concluded  by itself, by `cancel` or by an error; what it was is known until it is cleared
     """
 
@@ -59,7 +60,7 @@ class Backup:
         self._pending = bytearray()  # chunks that are still to be copied, a bit each
         self._source: FormatImage | None = None
         self._next = 0  # the first chunk that may be pending
-        self._buffer = memoryview(bytearray(STEP))
+        self._writer: Writer | None = None  # of the target; a scratch image is written to as it is read
         if incremental and not pull:
             target.keep_zeroes = True  # type: ignore[attr-defined]  # what it is put on top of later has other data there
 
@@ -89,16 +90,25 @@ class Backup:
         self._source, source.backup = source, self
         self.state = "running"
         if not self.pull:
-            self.total = min(int.from_bytes(self._pending, "little").bit_count() << self.chunk_bits, size)
+            self.total = int.from_bytes(self._pending, "little").bit_count() << self.chunk_bits
+            if chunks and self._is_pending(chunks - 1):
+                self.total -= (chunks << self.chunk_bits) - size  # the last one is not all there
+            self._writer = Writer(self.target, self._loop, self._failed, self._conclude)
             self._loop.call_soon(self._step)
 
     def _step(self) -> None:
-        if self.state != "running":
+        writer = self._writer
+        if self.state != "running" or writer is None:
+            return
+        if writer.crowded:
+            self._loop.call_later(PAUSE, self._step)
             return
         with self._lock:
             begin = self._first_pending()
             if begin < 0:
-                self._finish()
+                self._let_go()
+                self.state = "ending"
+                writer.finish()
                 return
             end = begin + 1
             most = min(begin + max(1, STEP >> self.chunk_bits), len(self._pending) * 8)
@@ -107,32 +117,24 @@ class Backup:
             self._keep(begin, end)
         self._loop.call_soon(self._step)
 
-    def _finish(self) -> None:
-        """All is copied: the guest's writes are no longer looked at. A thread waits for the medium."""
-        self.state = "flushing"
-        self._let_go()
-        _thread.start_new_thread(self._flush, ())
-
-    def _flush(self) -> None:
-        error = ""
-        try:
-            self.target.close()
-        except (KvikError, OSError) as failure:
-            error = _words(failure)
-        self._loop.call_soon(lambda: self._conclude(error))
-
     def _conclude(self, error: str = "") -> None:
         self.state, self.error = "concluded", self.error or error
         self._ended()
 
-    def _fail(self, error: Exception) -> None:
-        self.error = _words(error)
-        self.cancel()
+    def _failed(self, error: str) -> None:
+        with self._lock:
+            self.error = self.error or error
+            self.cancel()
 
     def cancel(self) -> None:
-        """It ends as it is. Its image is worth nothing then."""
-        if self.state in ("added", "running"):
-            self._let_go()
+        """It ends as it is, under the device's lock. Its image is worth nothing then."""
+        if self.state not in ("added", "running"):
+            return
+        self._let_go()
+        if self._writer is not None:
+            self.state = "ending"
+            self._writer.abandon()
+        else:
             self.target.release()
             self._conclude()
 
@@ -186,23 +188,20 @@ class Backup:
             for kind, at, size, image, host in source.image.pieces(start, length):
                 self._copy(kind, at, size, image, host)
         except (KvikError, OSError) as error:
-            self._fail(error)
+            self._failed((isinstance(error, OSError) and error.strerror) or str(error))
             return
         for chunk in range(begin, end):
             self._pending[chunk >> 3] &= ~(1 << (chunk & 7))
         self.current += length
 
     def _copy(self, kind: int, at: int, size: int, image: Image, host: int) -> None:
-        if kind not in (DATA, COMPRESSED):
-            if not self.pull:  # a scratch image is blank
-                self.target.write_zeroes(at, size, discard=True)
-            return
-        done = 0
-        while done < size:
-            part = self._buffer[: size - done]
-            image.read_piece(kind, at + done, host + done if kind == DATA else host, part)
-            self.target.write(at + done, part)
-            done += len(part)
+        data = bytearray(size) if kind in (DATA, COMPRESSED) else None
+        if data is not None:
+            image.read_piece(kind, at, host, memoryview(data))
+        if self._writer is not None:
+            self._writer.put(at, size, data)
+        elif data is not None:  # a scratch image is blank
+            self.target.write(at, data)
 
     # The disk as it was, for who pulls it ------------------------------------------------------------------------
 
@@ -221,7 +220,3 @@ class Backup:
             stop = min(stop, end)
             yield from (self.target if kept else source.image).pieces(offset, stop - offset)
             offset = stop
-
-
-def _words(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
