@@ -29,7 +29,7 @@ from kvik.host.files import atomic_write, ensure_directory, try_read_file
 from kvik.host.kvm_probe import FAST, GUEST_DEADLINE, STAGES
 from kvik.kvm.extension import extension
 
-DEADLINE = 10.0  # seconds for the whole probe process: a busy host starts an interpreter slowly; the guest has its own
+DEADLINE = 30.0  # seconds for the whole probe process, which a busy host lets run now and then; the guest has its own
 HANG_KEPT = 600.0  # seconds that a verdict of "hangs" is believed: it may have been the load
 _FORMAT = 1  # raise when the probe or the verdict changes its meaning
 _ROOT = Path("/")

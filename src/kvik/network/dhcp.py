@@ -108,9 +108,10 @@ def _address(data: bytes | None) -> IPv4Address | None:
     return IPv4Address(data[:4]) if data is not None and len(data) >= 4 else None
 
 
-def discover(interface: str, timeout: float) -> Offer | None:
-    """Ask on an interface that is up, again and again for `timeout` seconds; None if nobody offers. Needs root."""
-    transaction = int.from_bytes(os.urandom(4), "big")
+def discover(interface: str, timeout: float, transaction: int = 0) -> Offer | None:
+    """Ask on an interface that is up, again and again for `timeout` seconds; None if nobody offers. Needs root.
+    `transaction` (32 bits; 0: a new one) goes on with an earlier call's, whose answer may yet come."""
+    transaction = transaction or int.from_bytes(os.urandom(4), "big")
     try:
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_IP)) as wire:
             wire.bind((interface, _ETH_P_IP))

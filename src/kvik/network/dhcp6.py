@@ -83,10 +83,11 @@ def _options(data: bytes) -> dict[int, bytes]:
     return found
 
 
-def solicit(interface: str, duid: bytes, timeout: float, *, name: str = "") -> Offer6 | None:
+def solicit(interface: str, duid: bytes, timeout: float, *, name: str = "", transaction: int = 0) -> Offer6 | None:
     """Ask on an interface that has a link-local address, again and again for `timeout` seconds; None if nobody answers.
-    Needs root, as `request` does. HostError."""
-    transaction = int.from_bytes(os.urandom(3))
+    `transaction` (24 bits; 0: a new one) goes on with an earlier call's, whose answer may yet come. Needs root, as
+    `request` does. HostError."""
+    transaction = transaction or int.from_bytes(os.urandom(3))
     message = client_message(duid, transaction, name=name)
     return _ask(interface, message, lambda data: parse_answer(data, duid, transaction), timeout)
 

@@ -40,7 +40,8 @@ Interface = IPv4Interface | IPv6Interface
 WORLDS = ("192.0.2.0/30", "198.51.100.0/30", "203.0.113.0/30")  # for documentation (RFC 5737): in nobody's use
 DHCP_WAIT, PACKET_WAIT = 2.0, 0.3  # seconds
 SIX_WAIT = 6.0  # the bridge's own addresses are tentative for up to two seconds once it has a port (RFC 4862, 5.4)
-TRIES = 4  # of each packet: longer than the second after which a neighbour is asked for again (RFC 4861, 10)
+# Of each packet: longer than the second after which a neighbour is asked for again (RFC 4861, 10), and than slow links.
+TRIES = 8
 STP_WAIT = 5.0  # more, while a bridge with STP listens and learns
 _PORT = 9  # discard
 _RAW = -300  # priority of the chain that marks, before all others: NF_IP_PRI_RAW
@@ -102,8 +103,9 @@ def _goes_out(document: Network) -> bool:
 def _walk4(walk: _Walk, gateway: IPv4Interface, wait: float) -> Finding | None:
     document, tracer, stop = walk.document, walk.tracer, walk.stop
     offer, deadline = None, time.monotonic() + wait
+    transaction = int.from_bytes(os.urandom(4))  # one for all rounds: the answer may take longer than a round
     while offer is None and time.monotonic() < deadline and not stop.is_set():
-        offer = walk.guest.run(lambda: dhcp.discover("eth0", min(0.5, wait)))
+        offer = walk.guest.run(lambda: dhcp.discover("eth0", min(0.5, wait), transaction))
     if stop.is_set():
         return None
     if offer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import suppress
@@ -52,9 +53,10 @@ def address(
 ) -> tuple[bool, IPv6Address | None]:
     """Whether anybody answered, and the guest's address, which it has then: as a DHCPv6 server offers it (`managed`),
     or made of what a router advertises."""
+    ask = partial(_ask, int.from_bytes(os.urandom(3)))  # one transaction: an answer may take longer than a round
     while time.monotonic() < deadline and not stop.is_set():
         if managed:
-            found = guest.run(_ask)
+            found = guest.run(ask)
             if found is None:
                 continue
             offered = found[0]
@@ -81,10 +83,10 @@ def wait_for_link_local(netlink: Netlink | None = None, index: int = 0) -> None:
         time.sleep(LOOK)
 
 
-def _ask() -> tuple[IPv6Address | None] | None:
+def _ask(transaction: int) -> tuple[IPv6Address | None] | None:
     with Netlink() as netlink:
         mac = bytes.fromhex(netlink.link("eth0").mac.replace(":", ""))
-    found = solicit("eth0", duid_of_mac(mac), ROUND)
+    found = solicit("eth0", duid_of_mac(mac), ROUND, transaction=transaction)
     return (found.address,) if found is not None else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -147,6 +148,23 @@ def test_the_deadline_is_restored_last_and_the_tsc_first(machine: Machine) -> No
     assert IA32_TSC in indices and indices[0] == IA32_TSC
     assert IA32_TSC_DEADLINE not in indices or indices[-1] == IA32_TSC_DEADLINE
     assert not any(0x800 <= index < 0x900 for index in indices)
+
+
+@pytest.mark.parametrize("age", [0.0, 0.3])
+def test_the_tsc_goes_on_where_it_was_however_old_the_other_machine_is(machine: Machine, age: float) -> None:
+    """Also where both are about as old, which KVM takes for an attempt to make TSCs equal."""
+    other = Machine()  # a moment younger
+    try:
+        time.sleep(age)
+        saved = save_machine(machine)
+        restore_machine(other, saved, identity=True)
+        after = save_machine(other)
+    finally:
+        other.close()
+    before = [dict(vcpu["msrs"])[IA32_TSC] for vcpu in saved["vcpus"]]
+    here = [dict(vcpu["msrs"])[IA32_TSC] for vcpu in after["vcpus"]]
+    assert all(new >= old for new, old in zip(here, before, strict=True)), (before, here)
+    assert here[1] >= here[0]  # read in this order: the second follows the first
 
 
 def test_a_state_of_more_processors_is_refused(machine: Machine) -> None:

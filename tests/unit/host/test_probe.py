@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -257,6 +259,48 @@ def test_virtualization_is_described(tmp_path: Path) -> None:
 def test_paravirtual_kvm_is_told_from_the_real_one(tmp_path: Path) -> None:
     found = p.virtualization(host(tmp_path, flags="hypervisor", modules={"kvm": {}, "kvm_pvm": {}}))
     assert found.paravirtual and found.extension == "" and found.inside == "virtual machine"
+
+
+WATCHED = """
+import signal, sys, time
+sys.path.insert(0, {source!r})
+from kvik.host import kvm_probe
+began = time.monotonic()
+kvm_probe.GUEST_DEADLINE = 0.05
+kvm_probe._waited = lambda: {waited}
+kvm_probe._give_up_in_time()
+while time.monotonic() < began + 0.5:
+    pass
+signal.setitimer(signal.ITIMER_REAL, 0)
+print("here")
+"""
+
+
+@pytest.mark.parametrize(
+    ("waited", "code", "says"),
+    [("0.0", -signal.SIGALRM, b""), ("time.monotonic() - began", 0, b"here\n"), ("0.2", -signal.SIGALRM, b"")],
+)
+def test_a_guests_time_does_not_run_while_it_waits_for_a_processor(waited: str, code: int, says: bytes) -> None:
+    """As the kernel counts it. 0.2: it had waited before its time began."""
+    words = WATCHED.format(source=str(Path(p.__file__).parents[2]), waited=waited)
+    done = subprocess.run(python(words), capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (code, says), done.stderr
+
+
+def test_the_time_that_a_thread_waits_for_a_processor_is_counted() -> None:
+    """Two that want the same one."""
+    if not Path("/proc/thread-self/schedstat").exists():
+        pytest.skip("this kernel counts no waiting (CONFIG_SCHED_INFO)")
+    before, mine = kvm_probe._waited(), os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    other = subprocess.Popen(python("while True: pass"))
+    try:
+        while kvm_probe._waited() < before + 0.01:
+            pass
+    finally:
+        other.kill()
+        other.wait()
+        os.sched_setaffinity(0, mine)
 
 
 # The cache

@@ -146,6 +146,20 @@ def test_state_comes_back(board: Board, wire: tuple[Serial, socket.socket]) -> N
     assert board.interrupts.level(4) and get(board, SCR) == 9 and get(board, DATA) == ord("i")
 
 
+def test_a_driver_that_waits_for_the_host_is_told_where_it_is_restored(
+    board: Board, wire: tuple[Serial, socket.socket]
+) -> None:
+    serial, _ = wire
+    serial.chardev._pending += bytes(MAX_PENDING)
+    put(board, IER, 2)
+    put(board, DATA, 1)
+    assert serial.full and not board.interrupts.level(4)
+    state = serial.state()
+    serial.reset()
+    serial.restore(state)
+    assert board.interrupts.level(4) and get(board, IIR_FCR) & 0xF == 2 and get(board, LSR) & 0x20
+
+
 @pytest.mark.parametrize(
     "backend", ["", "tty", "file:", "unix:", "fd=x", "fd=99999999999999999999", "stdio:1", "null:x", "pty:2"]
 )

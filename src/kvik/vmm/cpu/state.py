@@ -65,12 +65,12 @@ def msr_indices(system: System) -> list[int]:
 
 def save_vcpu(vcpu: Vcpu, indices: list[int]) -> State:
     """Everything of one vCPU. `indices` is `msr_indices`; MSRs that this vCPU does not have are left out."""
+    mp_state = vcpu.mp_state()  # first: asking for it lets KVM take INIT and SIPI that are on their way into the rest
     pairs, _ = vcpu.msrs(indices)
     return {
         "cpuid": bytes(vcpu.cpuid()),
         "tsc_khz": vcpu.tsc_khz(),
-        # The run state first: asking for it lets KVM take INIT and SIPI that are on their way into the rest.
-        "mp_state": vcpu.mp_state(),
+        "mp_state": mp_state,
         "regs": bytes(vcpu.regs()),
         "sregs": bytes(vcpu.sregs()),
         "xsave": vcpu.xsave(),
@@ -82,12 +82,9 @@ def save_vcpu(vcpu: Vcpu, indices: list[int]) -> State:
     }
 
 
-def restore_vcpu(vcpu: Vcpu, state: State, *, identity: bool = False) -> list[int]:
-    """Make a vCPU what `save_vcpu` saw; the MSRs that this host refused. `identity`: CPUID and TSC frequency too, for a
-    vCPU that has not run yet. Raises `OperationFailed` when the host cannot be such a CPU, ValueError or KeyError for a
-    malformed state."""
-    if identity:
-        _restore_identity(vcpu, state)
+def restore_vcpu(vcpu: Vcpu, state: State) -> list[int]:
+    """Make a vCPU what `save_vcpu` saw, but for CPUID and TSC frequency; the MSRs that this host refused. Raises
+    ValueError or KeyError for a malformed state."""
     vcpu.set_sregs(Sregs.from_buffer_copy(state["sregs"]))
     vcpu.set_xsave(state["xsave"])
     xcrs = Xcrs.from_buffer_copy(state["xcrs"])
@@ -120,6 +117,17 @@ def _restore_identity(vcpu: Vcpu, state: State) -> None:
                 f"the machine's TSC runs at {wanted} kHz, this host's at {here} kHz and cannot be scaled",
                 remedy="use a host with TSC scaling, or one with the same clock",
             ) from error
+
+
+def _leave_creation_behind(vcpu: Vcpu, state: State) -> None:
+    """Of the first vCPU, before its TSC is restored. KVM takes a TSC that lies within a second of what another vCPU's
+    would be now for an attempt to make the two equal, and lets it run on as that does; in kernels before 6.7 also of
+    what its own would be, had it not been written since it was made. A guest that is about as old as this machine would
+    find its TSC up to a second earlier than it was, and its timers would ring as much later. So it goes far away first
+    (arch/x86/kvm/x86.c, kvm_synchronize_tsc); the other vCPUs then follow this one."""
+    tsc = next((value for index, value in state["msrs"] if index == IA32_TSC), None)
+    if tsc is not None:
+        vcpu.set_msrs([(IA32_TSC, tsc ^ 1 << 62)])
 
 
 def application_processor(boot_processor: State, apic_id: int) -> State:
@@ -158,12 +166,17 @@ def save_machine(machine: _Machine) -> State:
 
 
 def restore_machine(machine: _Machine, state: State, *, identity: bool = False, catch_up: bool = False) -> list[int]:
-    """The MSRs that were refused, of all vCPUs."""
+    """The MSRs that were refused, of all vCPUs. `identity`: they have not run yet, and take over CPUID and TSC
+    frequency; `OperationFailed` when the host cannot be such a CPU."""
     saved = state["vcpus"]
     if len(saved) > len(machine.vcpus):
         raise OperationFailed(f"the saved machine has {len(saved)} vCPUs, this one {len(machine.vcpus)}")
     restore_vm(machine.vm, state["vm"], catch_up=catch_up)
     refused: set[int] = set()
-    for thread, vcpu_state in zip(machine.vcpus, saved, strict=False):
-        refused.update(restore_vcpu(thread.vcpu, vcpu_state, identity=identity))
+    for number, (thread, vcpu_state) in enumerate(zip(machine.vcpus, saved, strict=False)):
+        if identity:
+            _restore_identity(thread.vcpu, vcpu_state)
+            if not number:
+                _leave_creation_behind(thread.vcpu, vcpu_state)
+        refused.update(restore_vcpu(thread.vcpu, vcpu_state))
     return sorted(refused)

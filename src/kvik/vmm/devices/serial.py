@@ -164,7 +164,9 @@ class Serial(PortDevice):
     _FIELDS = ("ier", "lcr", "mcr", "scr", "fcr", "divisor", "lsr_errors", "tx_pending")
 
     def state(self) -> State:
-        return {name: getattr(self, name) for name in self._FIELDS} | {"input": bytes(self.input)}
+        # Where it is restored the host's side takes output: the driver that waits for that has its interrupt then.
+        own = {name: getattr(self, name) for name in self._FIELDS} | {"tx_pending": self.tx_pending or self.full}
+        return own | {"input": bytes(self.input)}
 
     def restore(self, state: State) -> None:
         for name in self._FIELDS:
