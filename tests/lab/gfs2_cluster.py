@@ -1,5 +1,6 @@
 """GFS2 on a disk that two labs have, locked by DLM: corosync tells who is there, dlm_controld carries that to the
-kernel and, between the hosts, the locks on bytes of files. Both go on running. There is no fencing: no power to cut.
+kernel and, between the hosts, the locks on bytes of files. A host that is gone is fenced before anybody takes its locks
+or its journal over: `AGENT` asks the test, which has its power, and believes it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ logging {{
 }}
 """
 
+AGENT = Path("/run/kvik-fence")
+FENCE, FENCED = "/run/lab/fence", "/run/lab/fenced"  # asked for; done
+AGENT_TEXT = f"""#!/bin/sh
+cat >{FENCE}.args; mv {FENCE}.args {FENCE}
+until test -e {FENCED}; do sleep 0.2; done
+"""
+
 Shell = Callable[[str], str]
 
 
@@ -47,6 +55,8 @@ def join(sh: Shell, addresses: Sequence[tuple[str, str]]) -> None:
     """This host in the cluster of these, by (name, address): back when the kernel's DLM is looked after."""
     nodes = "".join(NODE.format(number=n, name=name, address=a) for n, (name, a) in enumerate(addresses, 1))
     CONFIGURATION.write_text(TEXT.format(cluster=CLUSTER, nodes=nodes))
+    AGENT.write_text(AGENT_TEXT)
+    AGENT.chmod(0o755)
     # The links are udev's work elsewhere.
     sh(
         f"""
@@ -54,7 +64,9 @@ def join(sh: Shell, addresses: Sequence[tuple[str, str]]) -> None:
         for each in dlm-control dlm-monitor dlm_plock; do ln -s ../$each /dev/misc/$each; done
         corosync -c {CONFIGURATION}
         until corosync-cmapctl -g totem.cluster_name >/dev/null 2>&1; do sleep 0.1; done
-        dlm_controld --enable_fencing 0 --protocol tcp --debug_logfile 0
+        mkdir -p /etc/dlm
+        echo fence_all {AGENT} >/etc/dlm/dlm.conf
+        dlm_controld --enable_startup_fencing 0 --post_join_delay 0 --protocol tcp --debug_logfile 0
         """
     )
 

@@ -1,6 +1,7 @@
 """One of two hosts that share storage. Runs inside its lab: python -m lab.shared_host NAME, with NAME a or b.
 
-a has the NFS server, and runs a machine; b tries to run it, too. They speak of where they are by files on OCFS2.
+a has the NFS server, and runs a machine; b tries to run it, too. They speak of where they are by files on OCFS2. At the
+end b dies while its machine has an image on GFS2, which a goes on with.
 """
 
 from __future__ import annotations
@@ -196,6 +197,21 @@ def a() -> None:
     for place in POOLS.values():
         refused(connection, *own(place))
     tell("over")
+    # b dies. Nobody has what it had open before it is fenced and its journal was played back.
+    until("b is to be fenced", Path(gfs2_cluster.FENCE).exists)
+    said("fence asked for")
+    until("b's machine goes on here", lambda: went_on(connection))
+    assert (GFS2 / "synced").read_text() == "by b"
+    said("went on")
+
+
+def went_on(connection: Connection) -> bool:
+    try:
+        start(connection, "machine", disk(GFS2, "own", "vda"))
+    except KvikError as error:
+        assert "is in use" in str(error) or "does not answer" in str(error), error
+        return False
+    return True
 
 
 def b() -> None:
@@ -226,8 +242,17 @@ def b() -> None:
     start(connection, "machine", *own(*POOLS.values()))
     tell("taken")
     wait_for("over")
+    with (GFS2 / "synced").open("w") as file:
+        file.write("by b")
+        file.flush()
+        os.fsync(file.fileno())
+    Path("/run/lab/dying").touch()
+    time.sleep(PATIENCE)  # until the power is gone
 
 
 if __name__ == "__main__":
-    {"a": a, "b": b}[sys.argv[1]]()
-    print("well")
+    try:
+        {"a": a, "b": b}[sys.argv[1]]()
+        print("well")
+    finally:
+        Path("/run/lab/ended").touch()

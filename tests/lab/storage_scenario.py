@@ -21,7 +21,7 @@ from kvik.conf.devices.disk import DiskSource
 from kvik.errors import HostError, KvikError, OperationInvalid, OperationTimeout, ResourceBusy, StoragePoolBuilt
 from kvik.host.process import find_program
 from kvik.paths import Paths
-from kvik.storage import recover, volumes
+from kvik.storage import encryption, recover, volumes
 from kvik.storage.backend import Backend
 from kvik.storage.mounts import mounted_at
 from kvik.storage.pool import PoolObject
@@ -32,6 +32,10 @@ from kvik.storage.types import find_sources
 MIB = 1 << 20
 DEADLINE = 170.0  # seconds of a scene; 2 to 16 on a quiet host
 WORK = Path("/tmp/storage")
+SEALED = (
+    "<target><encryption format='luks'><secret type='passphrase' uuid='7c9e6679-7425-40de-944b-e07fc1f90ae7'/>"
+    "</encryption></target>"
+)
 VOLUME = "<volume><name>{}</name><capacity>{}</capacity>{}</volume>"
 TARGET = "iqn.2026-01.org.example:disks"
 INITIATOR = "iqn.2026-01.org.example:me"
@@ -88,6 +92,7 @@ GROUP = "<pool type='logical'><name>vg{}</name><source><device path='/dev/{}'/><
 
 
 async def logical(pools: Pools) -> None:
+    pools.secret = lambda usage, which: b"a passphrase"
     pool = await pools.define(GROUP.format(1, "vda", ""))
     await refused(pool.start(), KvikError, "cannot find logical volume group name 'vg1'")
     sh("mkfs.ext4 -q -F /dev/vda")
@@ -121,6 +126,7 @@ async def logical(pools: Pools) -> None:
     assert pool.is_active
     sh("umount /tmp/storage/m")
     await again(pools, pool)
+    await encrypted(pools, pool)
     assert "<name>vg1</name>" in find_sources("logical", None) and "/dev/vda" in find_sources("logical", None)
     await pool.destroy()
     assert not Path("/dev/vg1/one").exists()
@@ -131,6 +137,21 @@ async def logical(pools: Pools) -> None:
     await pool.destroy()
     await pool.delete()
     assert "vg1" not in find_sources("logical", None)
+
+
+async def encrypted(pools: Pools, pool: PoolObject) -> None:
+    """A logical volume is made larger by its header, and is known again by that."""
+    encryption.iteration_ms = 10  # of a passphrase that nobody guesses
+    document = VOLUME.format("sealed", 6 * MIB, SEALED)
+    made = await volumes.create(pools, pool, document)
+    assert made.physical is not None and 6 * MIB <= made.size < made.physical.value == 8 * MIB, made
+    assert Path(made.path).read_bytes()[:6] == b"LUKS\xba\xbe"
+    await pool.refresh()
+    seen = pool.volume("sealed")
+    assert seen.size == made.size and seen.target is not None and seen.target.encryption is not None
+    await volumes.resize(pools, pool, "sealed", 10 * MIB)
+    assert 10 * MIB <= pool.volume("sealed").size < 12 * MIB
+    await volumes.delete(pools, pool, "sealed")
 
 
 async def thin_volumes(pools: Pools) -> None:

@@ -1,8 +1,10 @@
 """Two hosts with the same disks: OCFS2 on one, GFS2 on another, and NFS between them. What one host's machine has open,
-the other host's is kept from, unless both share it or only read."""
+the other host's is kept from, unless both share it or only read; until that host is dead, and known to be."""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 import time
@@ -20,7 +22,7 @@ from lab.shared_host import DISKS, HOSTS
 
 MODULES = ("virtio_blk", "ocfs2", "ocfs2_stack_o2cb", "ocfs2_dlm", "nfsd", "nfsv4", *gfs2_cluster.MODULES)
 TOOLS = ("mkfs.ocfs2", "o2cb", "rpc.nfsd", *gfs2_cluster.TOOLS)
-DEADLINE = 280.0  # seconds; about 35 on a quiet host
+DEADLINE = 280.0  # seconds; about 65 on a quiet host
 
 
 def options(disks: list[Path], network: socket.socket) -> LabOptions:
@@ -65,8 +67,36 @@ def test_two_hosts_and_one_disk(hosts: list[Lab]) -> None:
     while not formatted[0].exists() and time.monotonic() < end:
         time.sleep(0.1)
     formatted[1].touch()
-    done = [each.wait() for each in running]
-    for name, lab, one in zip(HOSTS, hosts, done, strict=True):
-        progress = (lab.share / "progress").read_text()
-        print(name, progress)
-        assert one.code == 0 and one.stdout.endswith("well\n"), f"{name}: {progress}\n{one.stdout}\n{one.stderr}"
+    a, b = hosts
+    until(hosts, b.share / "dying")
+    if (b.share / "dying").exists():
+        os.kill(b.pid, signal.SIGKILL)
+        until(hosts[:1], a.share / "fence")
+        assert not b.alive
+        assert not said_in(a, "went on"), "it did not wait until the other host was known to be dead"
+        (a.share / "fenced").touch()
+        done = [running[0].wait()]
+    else:  # one of them has failed: both say so
+        done = [each.wait() for each in running]
+    for name, lab, one in zip(HOSTS, hosts, done, strict=False):
+        assert one.code == 0 and one.stdout.endswith("well\n"), (
+            f"{name}: {progress(lab)}\n{one.stdout}\n{one.stderr}\nthe other: {progress(b)}"
+        )
+    print(progress(a), progress(b))
+    assert said_in(a, "went on")
+
+
+def until(hosts: list[Lab], flag: Path) -> None:
+    """A host has made it, or has ended."""
+    end = time.monotonic() + DEADLINE
+    while not flag.exists() and not any((lab.share / "ended").exists() for lab in hosts):
+        assert time.monotonic() < end, [progress(lab) for lab in hosts]
+        time.sleep(0.1)
+
+
+def progress(lab: Lab) -> str:
+    return (lab.share / "progress").read_text()
+
+
+def said_in(lab: Lab, what: str) -> bool:
+    return f" {what}\n" in progress(lab)
