@@ -1,8 +1,8 @@
 """What a disk request costs in kvik-vmm: from the kick to the interrupt, with the mock driver; microseconds of the
 processor's time, the best of five rounds. Neither the driver's half nor KVM is in the figures; the copy out of the page
-cache is.
+cache is. `--overlay`: with an image on top, as after a live snapshot.
 
-    PYTHONPATH=src python benchmarks/vmm_blk.py [--requests 6000]
+    PYTHONPATH=src python benchmarks/vmm_blk.py [--requests 6000] [--overlay]
 """
 
 from __future__ import annotations
@@ -12,21 +12,34 @@ import os
 import struct
 import tempfile
 import time
+from pathlib import Path
 
+from kvik.image.create import create
 from kvik.vmm.backends.block import BlockImage
+from kvik.vmm.blk.overlay import Overlays
 from kvik.vmm.virtio.blk import T_IN, T_OUT, Blk
 from kvik.vmm.virtio.mock_machine import MockMachine
 
 SIZE = 8 << 20
 
 
-def measure(path: str, kind: int, depth: int, requests: int, parts: int = 1) -> float:
-    """`depth` requests wait at each kick, each of `parts` pages."""
+def put_on_top(disk: Blk, path: str, new: str) -> None:
+    create(new, "qcow2", SIZE, backing_file=path, backing_format="raw")
+    overlays = Overlays(disk)
+    overlays.add(os.open(new, os.O_RDWR), os.open(path, os.O_RDONLY), -1, node="new", group="", name=new)
+    overlays.put()
+    Path(new).unlink()
+
+
+def measure(path: str, kind: int, depth: int, requests: int, parts: int = 1, *, overlay: str = "") -> float:
+    """`depth` requests wait at each kick, each of `parts` pages. `overlay`: where a new image may be made."""
     machine = MockMachine(64 << 20)
     disk = Blk("disk", BlockImage(path), loop=machine.loop)
     guest = machine.add_virtio(disk)
     guest.use_msix(2)
     guest.start(area=SIZE)
+    if overlay:
+        put_on_top(disk, path, overlay)
     queue, pages = guest.queues[0], [4096] * parts
     data = [bytes(4096)] * parts
     clock = time.thread_time_ns
@@ -55,16 +68,19 @@ def measure(path: str, kind: int, depth: int, requests: int, parts: int = 1) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=6000)
-    requests = parser.parse_args().requests
+    parser.add_argument("--overlay", action="store_true")
+    options = parser.parse_args()
+    requests = options.requests
     with tempfile.NamedTemporaryFile() as file:
         file.write(os.urandom(SIZE))
         file.flush()
+        overlay = f"{file.name}.new" if options.overlay else ""
         print(f"{'us a request':20}{'depth 1':>10}{'depth 8':>10}{'depth 32':>10}")
         for name, kind in (("read 4k", T_IN), ("write 4k", T_OUT)):
-            figures = [measure(file.name, kind, depth, requests) for depth in (1, 8, 32)]
+            figures = [measure(file.name, kind, depth, requests, overlay=overlay) for depth in (1, 8, 32)]
             print(f"{name:20}" + "".join(f"{figure:10.1f}" for figure in figures), flush=True)
         for name, kind in (("read 248k", T_IN), ("write 248k", T_OUT)):
-            print(f"{name:20}{measure(file.name, kind, 1, requests // 10, 62):10.1f}", flush=True)
+            print(f"{name:20}{measure(file.name, kind, 1, requests // 10, 62, overlay=overlay):10.1f}", flush=True)
 
 
 if __name__ == "__main__":

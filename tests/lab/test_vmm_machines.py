@@ -173,10 +173,35 @@ def inside(lab: Lab, command: str) -> str:
     return lab.kvik("exec", "one", "--", "sh", "-c", command, timeout=READY).check().stdout
 
 
+BLK = "pgrep -f 'vmm/[b]lk/.*id=virtio-disk0'"
+# Writes pieces of 32 KiB and reads each back, flushing one in five, until it is told to stop; then reads all of them.
+TURNS = """
+n=0
+while ! [ -e /stop ]; do
+    n=$((n + 1)); at=$((40 + n * 7 % 300))
+    seq $n $((n + 9000)) | head -c 32768 >/all/$at
+    flush=; [ $((n % 5)) = 0 ] && flush=conv=fsync
+    dd if=/all/$at of=/dev/vda bs=32k seek=$at count=1 oflag=direct $flush 2>/dev/null || echo write $n >>/bad
+    dd if=/dev/vda bs=32k skip=$at count=1 iflag=direct 2>/dev/null | cmp - /all/$at || echo turn $n >>/bad
+    echo $n >/turn
+done
+for at in $(ls /all); do
+    dd if=/dev/vda bs=32k skip=$at count=1 iflag=direct 2>/dev/null | cmp - /all/$at || echo piece $at >>/bad
+done
+[ -e /bad ] || echo ok >/bad
+cat /bad >/ended
+"""
+
+
+def turns(lab: Lab) -> int:
+    return int(inside(lab, "cat /turn 2>/dev/null || echo 0"))
+
+
 @pytest.mark.lab(deadline=400)
 def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: tuple[Paths, TinyImage]) -> None:
     """One qcow2 disk from the start, which makes the memory one that another process can map, and grows; one that is
-    plugged in, with a serial number; and the first one's kvik-blk killed."""
+    plugged in, with a serial number; and the first one's kvik-blk killed again and again, once with the daemon, while
+    the guest writes to it and reads back."""
     lab.sh("for n in a c; do qemu-img create -q -f qcow2 /tmp/$n.qcow2 8M; done")
     paths, files = image
     kernel, initrd = in_lab(files.kernel, paths), in_lab(files.initrd, paths)
@@ -202,14 +227,28 @@ def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: t
     lab.kvik("detach-disk", "one", "vdc", "--live").check()
     assert inside(lab, "ls /sys/block") == before
     assert not lab.sh("pgrep -f 'qemu-storage-[d]aemon' || true")
-    lab.sh("kill -KILL $(pgrep -f 'vmm/[b]lk/.*id=virtio-disk0')")
-    for _ in range(50):
-        if "vda" in lab.kvik("domblkerror", "one").stdout:
-            break
-        lab.sh("sleep 0.1")
-    else:
-        raise AssertionError(lab.kvik("domblkerror", "one").stdout)
-    assert inside(lab, "echo still here") == "still here\n"
+    inside(lab, f"cat >/turns <<'E'\n{TURNS}\nE\nmkdir /all; (sh /turns </dev/null >/dev/null 2>&1 &)")
+    for kill in range(4):
+        before = turns(lab)
+        pid = lab.sh(f"{BLK} | tee /tmp/blk; kill -KILL $(cat /tmp/blk)").strip()
+        if kill == 2:
+            lab.sh("pkill -KILL -f [k]vik.daemon")
+            lab.sh("sleep 1")
+        lab.kvik("domstate", "one").check()
+        lab.sh(f'for n in $(seq 200); do new=$({BLK}) && [ "$new" != {pid} ] && exit; sleep 0.1; done; exit 1')
+        for _ in range(50):
+            if turns(lab) > before + 3:
+                break
+            lab.sh("sleep 0.2")
+        else:
+            raise AssertionError(f"it stands still after {before} turns\n" + lab.sh("cat /var/log/kvik/qemu/one.log"))
+    assert (
+        inside(lab, "touch /stop; for n in $(seq 100); do [ -e /ended ] && break; sleep 0.2; done; cat /ended")
+        == "ok\n"
+    )
+    print(f"{turns(lab)} turns")
+    assert "No errors found" in lab.kvik("domblkerror", "one").check().stdout
+    assert lab.sh("grep -c 'kvik-blk of virtio-disk0 was started again' /var/log/kvik/qemu/one.log") == "4\n"
     lab.kvik("destroy", "one").check()
     for name in ("a", "c"):
         lab.sh(
@@ -220,6 +259,78 @@ def test_disks_of_any_format_come_and_go_while_the_guest_runs(lab: Lab, image: t
             """
         )
     lab.sh("seq 60000 | cmp -n 262144 - /tmp/a.raw 0 13107200")  # in what came with the new size
+
+
+BACKUP = """<domainbackup>{since}<disks><disk name='vda' type='file'><target file='/tmp/{name}.qcow2'/></disk></disks>
+</domainbackup>"""
+PULL = """<domainbackup mode='pull'><incremental>two</incremental><server transport='unix' socket='/tmp/nbd'/>
+<disks><disk name='vda' type='file'><scratch file='/tmp/scratch.qcow2'/></disk></disks></domainbackup>"""
+SUM = "dd if=/dev/vda bs=64k {} iflag=direct 2>/dev/null | md5sum"
+
+
+@pytest.mark.lab(deadline=400)
+def test_a_disk_is_backed_up_while_the_guest_writes(lab: Lab, image: tuple[Paths, TinyImage]) -> None:
+    """In full while it writes, by kvik; what changed over a live snapshot, by kvik; pulled, by Debian's virsh."""
+    if lab.run(["sh", "-c", "command -v virsh"]).code:
+        pytest.skip("virsh is not installed: apt install libvirt-clients")
+    lab.sh("qemu-img create -q -f qcow2 /tmp/b.qcow2 16M")
+    paths, files = image
+    kernel, initrd = in_lab(files.kernel, paths), in_lab(files.initrd, paths)
+    words = ["--kernel", kernel, "--initrd", initrd, "--append", kernel_arguments("kvm", hostname="one")]
+    disk = ["--disk", "/tmp/b.qcow2", "--network", "none", "--detach", "--name", "one"]
+    lab.kvik("run", "--vmm", "kvik", *words, *disk, timeout=READY).check()
+    wait_for_agent(lab)
+
+    def write(name: str, text: str) -> str:
+        (lab.share / name).write_text(text)
+        return f"/run/lab/{name}"
+
+    def back_up(name: str, since: str = "") -> None:
+        wanted = BACKUP.format(name=name, since=f"<incremental>{since}</incremental>" if since else "")
+        made = write("checkpoint.xml", f"<domaincheckpoint><name>{name}</name></domaincheckpoint>")
+        begin = ("backup-begin", "one", "--backupxml", write("backup.xml", wanted), "--checkpointxml", made)
+        assert lab.kvik(*begin).check().stdout == "Backup started\n\n"
+        for _ in range(100):
+            if "None" in lab.kvik("domjobinfo", "one").check().stdout:
+                break
+            lab.sh("sleep 0.2")
+        assert "Completed" in lab.kvik("domjobinfo", "one", "--completed").check().stdout
+
+    def sum_of(source: str, count: str = "count=256") -> str:
+        lab.sh(f"qemu-img convert -O raw {source} /tmp/raw")
+        return lab.sh(f"dd if=/tmp/raw bs=64k {count} 2>/dev/null | md5sum")
+
+    write_on = "(while ! test -e /stop; do dd if=/dev/urandom of=/dev/vda bs=64k count=64 seek=128 oflag=direct; done)"
+    first = inside(
+        lab,
+        f"dd if=/dev/urandom of=/dev/vda bs=64k count=128 conv=fsync 2>/dev/null; {SUM.format('count=128')};"
+        f"{write_on} >/dev/null 2>&1 &",
+    )
+    back_up("one")
+    assert sum_of("/tmp/one.qcow2", "count=128") == first
+    inside(lab, "touch /stop; sleep 1; dd if=/dev/urandom of=/dev/vda bs=4k count=3 seek=1000 oflag=direct")
+    lab.kvik("snapshot-create-as", "one", "s1", "--disk-only").check()
+    change = "dd if=/dev/urandom of=/dev/vda bs={} count={} seek={} oflag=direct 2>/dev/null;"
+    whole = inside(lab, change.format("4k", 3, 2000) + SUM.format(""))
+    back_up("two", "one")
+    lab.sh("qemu-img rebase -u -F qcow2 -b /tmp/one.qcow2 /tmp/two.qcow2; qemu-img check -q /tmp/two.qcow2")
+    assert sum_of("/tmp/two.qcow2") == whole
+
+    whole = inside(lab, change.format("64k", 1, 7) + SUM.format(""))
+    virsh = f"virsh -c 'qemu+unix:///system?socket={Paths.system().socket}'"
+    lab.sh(f"{virsh} backup-begin one {write('pull.xml', PULL)}")
+    inside(lab, change.format("64k", 200, 0))
+    export = "driver=nbd,server.type=unix,server.path=/tmp/nbd,export=vda"
+    assert sum_of(f"--image-opts {export}") == whole
+    changed = f"{export},x-dirty-bitmap=qemu:dirty-bitmap:backup-vda"
+    told = json.loads(lab.sh(f"qemu-img map --output=json --image-opts {changed}"))
+    assert [(item["start"], item["length"]) for item in told if not item["data"]] == [(7 << 16, 1 << 16)]
+    assert "exportname='vda'" in lab.sh(f"{virsh} backup-dumpxml one")
+    lab.sh(f"{virsh} domjobabort one; test ! -e /tmp/nbd; test ! -e /tmp/scratch.qcow2")
+    assert lab.sh(f"{virsh} checkpoint-list one --name").split() == ["one", "two"]
+    lab.kvik("checkpoint-delete", "one", "one", "--children").check()
+    lab.kvik("destroy", "one").check()
+    lab.sh("qemu-img check -q /tmp/b.qcow2")
 
 
 @pytest.mark.lab(deadline=400)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def amend(ctx: Context, arguments: Arguments) -> int:
     from kvik.cli.img_layers import check_caches
+    from kvik.cli.img_progress import ImageProgress
     from kvik.image.create import parse_options
     from kvik.image.opening import Opener
     from kvik.image.qcow2.amend import amend as change
@@ -21,11 +22,16 @@ def amend(ctx: Context, arguments: Arguments) -> int:
 
     check_caches(arguments)
     if "help" in arguments.texts("o"):
-        return _help(ctx, arguments.text("f") or "qcow2")
+        from kvik.cli.img_help import list_amendments
+
+        return list_amendments(ctx, arguments.text("f") or "qcow2")
     if not arguments.texts("o"):
         raise UsageError("Must specify options (-o)", remedy="'kvik img amend -o help' lists them")
     path = arguments.files[0]
-    with Opener().open(path, arguments.text("f"), writable=True) as image:
+    with (
+        ImageProgress(ctx, arguments, "amending") as progress,
+        Opener().open(path, arguments.text("f"), writable=True) as image,
+    ):
         if not isinstance(image, Qcow2Writer):
             raise image.fault(f"Format driver '{image.format}' does not support option amendment")
         options = parse_options(arguments.texts("o"), "qcow2")
@@ -35,20 +41,7 @@ def amend(ctx: Context, arguments: Arguments) -> int:
             from kvik.image.resize import resize
 
             resize(image, size, shrink=True)
-    return 0
-
-
-def _help(ctx: Context, format: str) -> int:
-    from kvik.image.create import OPTIONS
-    from kvik.image.qcow2.amend import AMENDABLE
-
-    if format != "qcow2":
-        raise UsageError(f"Format driver '{format}' does not support option amendment")
-    ctx.line(f"Amend options for '{format}':")
-    for name, (attribute, kind, text) in OPTIONS.items():
-        if attribute in AMENDABLE or name == "size":
-            value = "size" if name == "size" else {str: "str", bool: "bool (on/off)", int: "num"}[kind]
-            ctx.line(f"  {f'{name}=<{value}>':<22} - {text}")
+        progress(1, 1)
     return 0
 
 

@@ -24,6 +24,11 @@ MOST_COROUTINES = 16
 
 
 def convert(ctx: Context, arguments: Arguments) -> int:
+    if "help" in arguments.texts("o"):
+        from kvik.cli.img_help import list_options
+        from kvik.cli.img_make import known_format
+
+        return list_options(ctx, known_format(arguments.text("O") or "raw", "luks"))
     *names, target = arguments.files
     options = _options(arguments)
     _check(arguments, names, options)
@@ -31,8 +36,8 @@ def convert(ctx: Context, arguments: Arguments) -> int:
     opener = Opener(share=arguments.flag("U"), alone=arguments.flag("alone"), foreign=foreign)
     sources: list[Image] = []
     try:
-        for name in names:
-            sources.append(opener.open(name, arguments.text("f")))
+        for number, name in enumerate(names):
+            sources.append(opener.open(name, arguments.format(number)))
         if (wanted := arguments.text("l")) is not None and not foreign.used:
             use_snapshot(sources[0], wanted)
         if arguments.flag("n"):
@@ -178,7 +183,7 @@ def _into_new(ctx: Context, arguments: Arguments, sources: list[Image], options:
 
 
 def _copy(ctx: Context, arguments: Arguments, sources: list[Image], target: Image, *, zeroed: bool) -> None:
-    from kvik.cli.progress import Progress
+    from kvik.cli.img_progress import ImageProgress
     from kvik.image.convert import convert as copy
 
     quiet = arguments.flag("q")
@@ -187,7 +192,7 @@ def _copy(ctx: Context, arguments: Arguments, sources: list[Image], target: Imag
         if not quiet:
             ctx.warn(f"warning: error while reading offset {offset}: {error.strerror}")
 
-    with Progress(ctx.stderr, quiet=quiet or not arguments.flag("p")) as bar:
+    with ImageProgress(ctx, arguments, "converting") as progress:
         copy(
             sources,
             target,
@@ -199,7 +204,7 @@ def _copy(ctx: Context, arguments: Arguments, sources: list[Image], target: Imag
             offload=arguments.flag("C"),
             rate=rate_limit(arguments),
             workers=threads(arguments),
-            progress=lambda done, total: bar.bar("converting", done, total, is_bytes=True),
+            progress=progress,
         )
     if arguments.text("t") not in (None, "unsafe"):
         target.flush()

@@ -115,14 +115,12 @@ def _facts(done: Completed, path: str) -> dict[str, Any]:
 
 
 def _qemu_img(fd: int, path: str, words: list[str], copy: int = -1, size: int = 0) -> Completed:
-    from kvik.host.jail import run_jailed
+    from kvik.host.jail import run_qemu_img
 
-    done = run_jailed(
-        "qemu-img",
+    done = run_qemu_img(
         words,
         readable=[fd],
         writable=[copy] if copy >= 0 else [],
-        package="qemu-utils",
         seconds=60 + (size >> 24),  # 16 MiB a second at the least
         size=size,
     )

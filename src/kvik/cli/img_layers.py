@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 from kvik.cli.options import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from kvik.cli.context import Context
     from kvik.cli.img import Arguments
@@ -25,16 +23,8 @@ def check_caches(arguments: Arguments) -> None:
                 raise UsageError(f"Invalid cache option: {mode}", remedy=f"one of: {', '.join(CACHES)}")
 
 
-@contextmanager
-def shown(ctx: Context, arguments: Arguments, what: str) -> Iterator[Progress]:
-    """A bar, with -p."""
-    from kvik.cli.progress import Progress as Bar
-
-    with Bar(ctx.stderr, quiet=arguments.flag("q") or not arguments.flag("p")) as bar:
-        yield lambda done, whole: bar.bar(what, done, whole, is_bytes=True)
-
-
 def commit(ctx: Context, arguments: Arguments) -> int:
+    from kvik.cli.img_progress import ImageProgress
     from kvik.image.commit import commit as write_down
     from kvik.image.commit import empty
     from kvik.image.opening import Opener
@@ -44,9 +34,9 @@ def commit(ctx: Context, arguments: Arguments) -> int:
     base = arguments.text("b")
     # qemu-img: several layers are never emptied
     keep = arguments.flag("d") or base is not None
-    depth = _depth(path, format, base)
+    depth = depth_of(path, format, base)
     with (
-        shown(ctx, arguments, "committing") as progress,
+        ImageProgress(ctx, arguments, "committing") as progress,
         Opener().open(path, format, writable=not keep, write_layer=depth) as top,
     ):
         write_down(top, top.chain()[depth], layers=depth, progress=_limited(progress, arguments.text("r")))
@@ -57,7 +47,7 @@ def commit(ctx: Context, arguments: Arguments) -> int:
     return 0
 
 
-def _depth(path: str, format: str | None, base: str | None) -> int:
+def depth_of(path: str, format: str | None, base: str | None) -> int:
     """How deep below the image at `path` the one is that is written to."""
     from kvik.errors import ImageError
     from kvik.image.layers import identity
@@ -113,6 +103,7 @@ def _limited(progress: Progress, rate: str | None) -> Progress:
 
 
 def rebase(ctx: Context, arguments: Arguments) -> int:
+    from kvik.cli.img_progress import ImageProgress
     from kvik.image.opening import Opener
     from kvik.image.rebase import rebase as change
 
@@ -122,7 +113,7 @@ def rebase(ctx: Context, arguments: Arguments) -> int:
         raise UsageError(
             "Must specify backing file (-b) or use unsafe mode (-u)", remedy="see 'kvik img rebase --help'"
         )
-    with shown(ctx, arguments, "rebasing") as progress:
+    with ImageProgress(ctx, arguments, "rebasing") as progress:
         change(
             arguments.files[0],
             arguments.text("b"),

@@ -13,22 +13,10 @@ if TYPE_CHECKING:
     from kvik.cli.img import Arguments
 
 
-def list_options(ctx: Context, format: str, heading: str = "Supported {} options:") -> int:
-    from kvik.image.create import OPTIONS, RAW_OPTIONS
-
-    ctx.line(heading.format(format))
-    for name, (_, kind, text) in OPTIONS.items():
-        if format != "raw" or name in RAW_OPTIONS:
-            value = {str: "str", bool: "bool (on/off)", int: "num"}[kind]
-            value = "size" if name in ("size", "cluster_size") else value
-            ctx.line(f"  {f'{name}=<{value}>':<22} - {text}")
-    return 0
-
-
-def known_format(name: str) -> str:
+def known_format(name: str, *others: str) -> str:
     from kvik.image.opening import FORMATS
 
-    if name not in FORMATS:
+    if name not in (*FORMATS, *others):
         raise UsageError(f"images of format '{name}' are not made here", remedy=f"one of: {', '.join(FORMATS)}")
     return name
 
@@ -37,8 +25,10 @@ def create(ctx: Context, arguments: Arguments) -> int:
     from kvik.image.create import parse_options, parse_size
     from kvik.image.fresh import FreshImage
 
-    format = known_format(arguments.text("f") or "raw")
+    format = known_format(arguments.text("f") or "raw", *(["luks"] if "help" in arguments.texts("o") else []))
     if "help" in arguments.texts("o"):
+        from kvik.cli.img_help import list_options
+
         return list_options(ctx, format)
     options = parse_options(arguments.texts("o"), format)
     path = arguments.files[0]

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 __all__ = ["use_image_opts"]
 
 FILE_DRIVERS = ("file", "host_device")
+# what opens an encrypted image, and of which drivers it is an option
+SECRETS = {
+    "key-secret": (None, "luks"),
+    "encrypt.format": (None, "qcow2"),
+    "encrypt.key-secret": (None, "qcow2"),
+}
 
 
 def use_image_opts(name: str, arguments: Arguments) -> None:
@@ -40,14 +46,11 @@ def _sources(name: str, count: int) -> list[tuple[int, str]]:
 
 
 def _replace(arguments: Arguments, places: list[tuple[int, str]]) -> None:
-    found: dict[str, str | None] = {}
     for number, key in places:
         arguments.files[number], format = parse_image_opts(arguments.files[number])
-        if found.setdefault(key, format) != format:
-            raise UsageError("images of several formats cannot be read one after the other")
-    for key, value in found.items():
-        if value is not None:
-            arguments.add(key, value)
+        arguments.formats[number] = format
+        if format is not None:
+            arguments.add(key, format)
 
 
 def parse_image_opts(text: str) -> tuple[str, str | None]:
@@ -66,6 +69,9 @@ def parse_image_opts(text: str) -> tuple[str, str | None]:
     name = values.pop("file.filename", None)
     if name is None and (driver is None or driver in FILE_DRIVERS):
         name = values.pop("filename", None)
+    for key, drivers in SECRETS.items():  # whose they are, and whether they are needed, is found with the image
+        if driver in drivers:
+            values.pop(key, None)
     if inner not in (None, *FILE_DRIVERS):
         raise UsageError(
             f"file.driver={inner} is not opened by kvik img",
@@ -74,7 +80,7 @@ def parse_image_opts(text: str) -> tuple[str, str | None]:
     if values:
         raise UsageError(
             f"--image-opts has '{next(iter(values))}', which is not known here",
-            remedy="known: driver, file.driver, file.filename",
+            remedy="known: driver, file.driver, file.filename, key-secret, encrypt.format, encrypt.key-secret",
         )
     if not name:
         raise UsageError("--image-opts names no file", remedy="driver=qcow2,file.filename=disk.qcow2")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvik.cli.context import Context
     from kvik.cli.img import Arguments
     from kvik.image.base import Image
+    from kvik.image.compare import Difference
 
 # qemu-img compare: what went wrong
 OPENING_FAILED, READING_FAILED = 2, 4
@@ -21,10 +22,11 @@ OPENING_FAILED, READING_FAILED = 2, 4
 def compare(ctx: Context, arguments: Arguments) -> int:
     from kvik.cli.img import failed
     from kvik.cli.img_layers import check_caches
-    from kvik.cli.progress import Progress
+    from kvik.cli.img_progress import ImageProgress
     from kvik.errors import KvikError
-    from kvik.image.compare import CONTENT, SIZE
+    from kvik.image.base import KEY_WANTED, LOCKED
     from kvik.image.compare import compare as look
+    from kvik.image.luks import is_encrypted
 
     check_caches(arguments)
     images: list[Image] = []
@@ -39,31 +41,38 @@ def compare(ctx: Context, arguments: Arguments) -> int:
         opener = Opener(share=arguments.flag("U"), alone=arguments.flag("alone"), foreign=Foreign())
         for path, key in zip(arguments.files, ("f", "F"), strict=True):
             images.append(opener.open(path, arguments.text(key)))
+        for image in images:
+            if is_encrypted(image):
+                raise image.fault(LOCKED, remedy=KEY_WANTED)
         code = READING_FAILED
-        with Progress(ctx.stderr, quiet=quiet or not arguments.flag("p")) as bar:
+        with ImageProgress(ctx, arguments, "comparing") as progress:
             found = look(
                 images[0],
                 images[1],
                 strict=arguments.flag("s"),
-                progress=lambda done, total: bar.bar("comparing", done, total, is_bytes=True),
+                progress=progress,
                 sizes_differ=lambda: tell("Warning: Image size mismatch!"),
             )
+            tell(_told(found))
     except (KvikError, OSError) as error:
         ctx.error(failed("compare", error) if isinstance(error, OSError) else error)
         return code
     finally:
         for image in images:
             image.release()
+    return 0 if found is None else 1
+
+
+def _told(found: Difference | None) -> str:
+    from kvik.image.compare import CONTENT, SIZE
+
     if found is None:
-        tell("Images are identical.")
-        return 0
+        return "Images are identical."
     if found.kind == SIZE:
-        tell("Strict mode: Image size mismatch!")
-    elif found.kind == CONTENT:
-        tell(f"Content mismatch at offset {found.offset}!")
-    else:
-        tell(f"Strict mode: Offset {found.offset} block status mismatch!")
-    return 1
+        return "Strict mode: Image size mismatch!"
+    if found.kind == CONTENT:
+        return f"Content mismatch at offset {found.offset}!"
+    return f"Strict mode: Offset {found.offset} block status mismatch!"
 
 
 def measure(ctx: Context, arguments: Arguments) -> int:

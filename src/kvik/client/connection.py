@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvik.client.network import Network, NetworkFacts
     from kvik.client.secret import Secret
     from kvik.client.storage import StoragePool
-    from kvik.rpc.xdr import Record
+    from kvik.rpc.xdr_types import Record
 
 __all__ = ["Connection", "NodeInfo", "OverviewRow", "connect"]
 

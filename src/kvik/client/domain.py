@@ -294,7 +294,7 @@ class Domain:
     def set_iothread(self, number: int, values: Mapping[str, int], flags: int = 0) -> None:
         """By libvirt's names, such as "poll_max_ns", "thread_pool_min"."""
         from kvik.rpc.typed_params import INT, UINT, ULLONG
-        from kvik.rpc.xdr import TypedParam
+        from kvik.rpc.xdr_types import TypedParam
 
         kinds = {"poll_max_ns": ULLONG, "thread_pool_min": INT, "thread_pool_max": INT}
         params = [TypedParam(name, kinds.get(name, UINT), value) for name, value in values.items()]
@@ -319,7 +319,7 @@ class Domain:
 
     def set_scheduler_parameters(self, values: Mapping[str, int], flags: int = 0) -> None:
         from kvik.rpc.typed_params import LLONG, ULLONG
-        from kvik.rpc.xdr import TypedParam
+        from kvik.rpc.xdr_types import TypedParam
 
         # libvirt's own types: shares and periods unsigned, quotas signed.
         params = [TypedParam(name, LLONG if name.endswith("quota") else ULLONG, n) for name, n in values.items()]
@@ -336,7 +336,7 @@ class Domain:
 
     def set_block_io_tune(self, disk: str, values: Mapping[str, int | str], flags: int = 0) -> None:
         from kvik.rpc.typed_params import STRING, ULLONG
-        from kvik.rpc.xdr import TypedParam
+        from kvik.rpc.xdr_types import TypedParam
 
         params = [TypedParam(name, STRING if isinstance(v, str) else ULLONG, v) for name, v in values.items()]
         self._call("DOMAIN_SET_BLOCK_IO_TUNE", disk, params, flags)
@@ -351,7 +351,7 @@ class Domain:
 
     def set_interface_parameters(self, interface: str, values: Mapping[str, int], flags: int = 0) -> None:
         from kvik.rpc.typed_params import UINT
-        from kvik.rpc.xdr import TypedParam
+        from kvik.rpc.xdr_types import TypedParam
 
         params = [TypedParam(name, UINT, number) for name, number in values.items()]
         self._call("DOMAIN_SET_INTERFACE_PARAMETERS", interface, params, flags)

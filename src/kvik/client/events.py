@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from kvik.rpc.message import Event
 from kvik.rpc.program import KVIK_NUMBER, QEMU_NUMBER, REMOTE_NUMBER
-from kvik.rpc.xdr import Record
+from kvik.rpc.xdr_types import Record
 
 # virDomainEventID -> (kind, procedure). Kinds are virsh's names for them.
 DOMAIN_EVENTS: Final[dict[int, tuple[str, str]]] = {

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, Final
 
-    from kvik.rpc.xdr import Record
+    from kvik.rpc.xdr_types import Record
 
 RECEIVE_SIZE: Final = 262144
 EVENTS_MAX: Final = 65536  # kept for a caller that does not look; the oldest go first

@@ -16,21 +16,8 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 from kvik.errors import HostError
-from kvik.host.netlink import (
-    DUMP,
-    GETLINK,
-    NEWLINK,
-    SETLINK,
-    Attributes,
-    Link,
-    Netlink,
-    attribute,
-    attributes,
-    link_data,
-    parse_link,
-    u32,
-    unpack_head,
-)
+from kvik.host.netlink import DUMP, GETLINK, NEWLINK, SETLINK, Link, Netlink, link_data, parse_link
+from kvik.host.netlink_attributes import Attributes, attribute, attributes, u32, unpack_head
 
 _LINK = struct.Struct("=BxHiII")
 _IFLA_LINKINFO, _IFLA_PROTINFO = 18, 12

@@ -13,18 +13,8 @@ from dataclasses import dataclass
 
 from kvik.errors import HostError
 from kvik.host.bridge import NO_VLAN_FILTERING
-from kvik.host.netlink import (
-    DELLINK,
-    DUMP,
-    GETLINK,
-    SETLINK,
-    Netlink,
-    attribute,
-    attributes,
-    iterate_attributes,
-    u32_attribute,
-    unpack_head,
-)
+from kvik.host.netlink import DELLINK, DUMP, GETLINK, SETLINK, Netlink
+from kvik.host.netlink_attributes import attribute, attributes, iterate_attributes, u32_attribute, unpack_head
 
 _LINK = struct.Struct("=BxHiII")
 _IFLA_AF_SPEC, _IFLA_EXT_MASK = 26, 29

@@ -22,6 +22,7 @@ _libc.syscall.restype = ctypes.c_long
 _SYS_USERFAULTFD, _SYS_IO_URING_SETUP, _SYS_LANDLOCK_CREATE_RULESET = 323, 425, 444
 _LANDLOCK_CREATE_RULESET_VERSION = 1
 _UFFD_USER_MODE_ONLY = 1
+_PARAMS_FEATURES = 20  # where struct io_uring_params has them
 _PR_GET_SECCOMP = 21
 _ROOT = Path("/")
 
@@ -77,7 +78,10 @@ def seccomp(root: Path = _ROOT) -> Facility:
 
 
 def io_uring() -> Facility:
-    return _descriptor(_SYS_IO_URING_SETUP, 1, ctypes.create_string_buffer(120))
+    """`value` is what the kernel says of its features (IORING_FEAT_* of <linux/io_uring.h>)."""
+    parameters = ctypes.create_string_buffer(120)  # struct io_uring_params
+    found = _descriptor(_SYS_IO_URING_SETUP, 1, parameters)
+    return Facility(max(struct.unpack_from("=I", parameters, _PARAMS_FEATURES)[0], 1)) if found else found
 
 
 def userfaultfd() -> Facility:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 
 from kvik.host.files import host_error
 
-__all__ = ["SHARED", "locks_stay_here", "shared_as", "type_number"]
+__all__ = [
+    "SHARED",
+    "locks_stay_here",
+    "may_stand_still",
+    "mount_point",
+    "shared_as",
+    "type_name",
+    "type_number",
+    "unescaped",
+]
 
 # <linux/magic.h>, and for those that are not in it the file systems' own sources.
 SHARED = {
@@ -17,6 +27,7 @@ SHARED = {
 MOUNTS = "/proc/self/mountinfo"
 FUSE = 0x65735546  # any server may be behind it: the mount says which
 SHARED_FUSE = {"fuse.glusterfs": "glusterfs", "fuse.ceph": "ceph", "fuse.ceph-fuse": "ceph"}
+_ESCAPE = re.compile(r"\\([0-7]{3})")  # as the kernel writes blanks in its list of mounts (proc(5))
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -39,6 +50,46 @@ def shared_as(fd: int) -> str:
     """The name of the shared file system that the descriptor is on; "" if it is this host's own."""
     number = type_number(fd)
     return SHARED_FUSE.get(_mount(fd)[0], "") if number == FUSE else SHARED.get(number, "")
+
+
+def may_stand_still(fd: int) -> bool:
+    """Whether a server, or a process of users, has to answer for what is done with the descriptor."""
+    number = type_number(fd)
+    return number == FUSE or number in SHARED
+
+
+def type_name(fd: int) -> str:
+    """The file system that the descriptor is on, by its name in the list of mounts; "" if it is not there. Nothing is
+    asked of the file system itself, which may not answer."""
+    with open(f"/proc/self/fdinfo/{fd}") as file:  # noqa: PTH123
+        number = next((line.split()[1] for line in file if line.startswith("mnt_id:")), "")
+    with open(MOUNTS, errors="surrogateescape") as file:  # noqa: PTH123
+        for line in file:
+            before, _, after = line.partition(" - ")
+            if before.split(" ", 1)[0] == number:
+                return after.split(" ", 1)[0]
+    return ""
+
+
+def unescaped(text: str) -> str:
+    """A field of the list of mounts as it is."""
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
+
+
+def mount_point(path: str) -> str:
+    """What a path is mounted with, by its text alone: nothing on the way is looked at, and links are not seen through.
+    "" if that cannot be told."""
+    path, found = os.path.normpath(path), ""
+    try:
+        with open(MOUNTS, errors="surrogateescape") as file:  # noqa: PTH123
+            for line in file:
+                fields = line.split(" ", 5)
+                point = unescaped(fields[4]) if len(fields) > 5 else ""
+                if len(point) > len(found) and (path == point or path.startswith(f"{point.rstrip('/')}/")):
+                    found = point
+    except OSError:
+        return ""
+    return found
 
 
 def locks_stay_here(fd: int) -> str:

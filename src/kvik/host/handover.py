@@ -15,22 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvik.errors import HostError
-from kvik.host.netlink import (
-    CREATE,
-    DELADDR,
-    DUMP,
-    EXCL,
-    GETADDR,
-    NEWADDR,
-    NEWLINK,
-    Netlink,
-    attribute,
-    attributes,
-    iterate_attributes,
-    raise_refusal,
-    text,
-    u32,
-)
+from kvik.host.netlink import CREATE, DELADDR, DUMP, EXCL, GETADDR, NEWADDR, NEWLINK, Netlink, raise_refusal
+from kvik.host.netlink_attributes import attribute, attributes, iterate_attributes, text, u32
 
 # linux/rtnetlink.h, linux/if_addr.h, linux/if_link.h
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26

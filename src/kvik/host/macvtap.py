@@ -21,7 +21,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kvik.errors import HostError
-from kvik.host.netlink import Link, Netlink, check_name
+from kvik.host.netlink import Link, Netlink
+from kvik.host.netlink_attributes import check_name
 from kvik.host.tap import Tap
 
 __all__ = ["TEMPLATE", "create_macvtap", "delete_macvtap", "follow_guest", "free_name"]

@@ -13,19 +13,8 @@ import struct
 from dataclasses import dataclass
 
 from kvik.errors import HostError
-from kvik.host.netlink import (
-    CREATE,
-    DUMP,
-    EXCL,
-    REPLACE,
-    Netlink,
-    attribute,
-    attributes,
-    parse_mac,
-    u32,
-    u32_attribute,
-    unpack_head,
-)
+from kvik.host.netlink import CREATE, DUMP, EXCL, REPLACE, Netlink
+from kvik.host.netlink_attributes import attribute, attributes, parse_mac, u32, u32_attribute, unpack_head
 
 NEWNEIGH, DELNEIGH, GETNEIGH = 28, 29, 30
 _NEIGH = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type

@@ -10,7 +10,7 @@ from typing import Literal
 
 from kvik.errors import HostError
 from kvik.host import tools
-from kvik.host.netlink import check_name
+from kvik.host.netlink_attributes import check_name
 from kvik.host.process import find_program
 
 __all__ = ["VlanMode", "add_port", "delete_port", "is_bridge"]

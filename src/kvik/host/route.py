@@ -9,19 +9,8 @@ import struct
 from dataclasses import dataclass
 
 from kvik.errors import HostError
-from kvik.host.netlink import (
-    CREATE,
-    DUMP,
-    EXCL,
-    REPLACE,
-    Attributes,
-    Netlink,
-    attribute,
-    attributes,
-    u32,
-    u32_attribute,
-    unpack_head,
-)
+from kvik.host.netlink import CREATE, DUMP, EXCL, REPLACE, Netlink
+from kvik.host.netlink_attributes import Attributes, attribute, attributes, u32, u32_attribute, unpack_head
 
 # linux/rtnetlink.h
 NEWROUTE, GETROUTE = 24, 26

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvik.errors import HostError, OperationInvalid
-from kvik.host.netlink import SETLINK, Netlink, attribute, parse_mac
+from kvik.host.netlink import SETLINK, Netlink
+from kvik.host.netlink_attributes import attribute, parse_mac
 
 __all__ = ["VirtualFunction", "check_assignable", "give_back", "set_address", "take", "virtual_functions"]
 

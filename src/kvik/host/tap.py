@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from kvik.errors import HostError
-from kvik.host.netlink import Netlink, check_name
+from kvik.host.netlink import Netlink
+from kvik.host.netlink_attributes import check_name
 
 _TUNSETIFF = 0x400454CA
 _TUNSETVNETHDRSZ = 0x400454D8

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -57,15 +57,24 @@ def run(
     pass_fds: Sequence[int] = (),
     cwd: str | None = None,
     check: bool = True,
+    listen: Callable[[bytes], None] | None = None,
 ) -> Completed:
-    """Run a short tool to its end.
+    """Run a short tool to its end; `listen` is told what it prints (not: to stderr) when it does.
 
     Raises `OperationTimeout` when `timeout` seconds are over and `HostError` when it cannot be started, writes more
     than `limit` bytes to stdout or stderr or, with `check`, fails; its own message is in the error. In each case the
     tool and what it started in its session are killed and reaped before the error is raised.
     """
     return _Tool(
-        argv, input=input, env=env, timeout=timeout, limit=limit, pass_fds=pass_fds, cwd=cwd, check=check
+        argv,
+        input=input,
+        env=env,
+        timeout=timeout,
+        limit=limit,
+        pass_fds=pass_fds,
+        cwd=cwd,
+        check=check,
+        listen=listen,
     ).run()
 
 
@@ -106,6 +115,7 @@ class _Tool:
         pass_fds: Sequence[int],
         cwd: str | None,
         check: bool,
+        listen: Callable[[bytes], None] | None = None,
     ) -> None:
         if "/" not in argv[0]:
             argv = [find_program(argv[0]) or argv[0], *argv[1:]]
@@ -117,6 +127,7 @@ class _Tool:
         self.pass_fds = tuple(pass_fds)
         self.cwd = cwd
         self.check = check
+        self.listen = listen
         self._abort_event = threading.Event()
         self._wake = -1
         self._wake_lock = threading.Lock()
@@ -181,7 +192,8 @@ class _Tool:
 
     def _converse(self, child: subprocess.Popen[bytes], pidfd: int, deadline: float) -> tuple[bytes, bytes]:
         assert child.stdout is not None and child.stderr is not None
-        gathered = {child.stdout.fileno(): bytearray(), child.stderr.fileno(): bytearray()}
+        stdout = child.stdout.fileno()
+        gathered = {stdout: bytearray(), child.stderr.fileno(): bytearray()}
         with selectors.DefaultSelector() as selector:
             for fd in gathered:
                 os.set_blocking(fd, False)
@@ -208,8 +220,12 @@ class _Tool:
                         exited = True
                     elif child.stdin is not None and key.fileobj is child.stdin:
                         self._feed(selector, child.stdin)
-                    elif key.fd in gathered and not self._gather(key.fd, gathered[key.fd]):
-                        selector.unregister(key.fd)
+                    elif key.fd in gathered:
+                        before = len(gathered[key.fd])
+                        if not self._gather(key.fd, gathered[key.fd]):
+                            selector.unregister(key.fd)
+                        elif self.listen is not None and key.fd == stdout:
+                            self.listen(bytes(gathered[stdout][before:]))
             for fd, buffer in gathered.items():
                 while self._gather(fd, buffer, drain=True):
                     pass

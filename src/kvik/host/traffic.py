@@ -18,18 +18,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from kvik.errors import HostError
-from kvik.host.netlink import (
-    CREATE,
-    DUMP,
-    EXCL,
-    Netlink,
-    attribute,
-    attributes,
-    text,
-    u32,
-    u32_attribute,
-    unpack_head,
-)
+from kvik.host.netlink import CREATE, DUMP, EXCL, Netlink
+from kvik.host.netlink_attributes import attribute, attributes, text, u32, u32_attribute, unpack_head
 
 NEWQDISC, DELQDISC, GETQDISC, NEWTCLASS, DELTCLASS, GETTCLASS, NEWTFILTER, DELTFILTER = 36, 37, 38, 40, 41, 42, 44, 45
 _TC = struct.Struct("=BxxxiIII")  # tcmsg: family, index, handle, parent, info

@@ -17,7 +17,8 @@ import struct
 from contextlib import ExitStack
 
 from kvik.errors import HostError
-from kvik.host.netlink import CREATE, EXCL, Netlink, attribute, parse_mac, u32_attribute
+from kvik.host.netlink import CREATE, EXCL, Netlink
+from kvik.host.netlink_attributes import attribute, parse_mac, u32_attribute
 from kvik.host.traffic import (
     DELTCLASS,
     DELTFILTER,

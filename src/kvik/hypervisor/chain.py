@@ -2,8 +2,9 @@
 
 QEMU never follows an image's own reference (`backing: null` or a named node everywhere), so what a chain contains is
 decided here: a backing file must state its format, because a guest could otherwise make its raw disk look like a
-qcow2 that refers to any file of the host. And as anything is a raw disk, an image from elsewhere could name the host's
-own files as one: those are refused unless the document names them. Reference: QEMU's docs/interop/qcow2.txt.
+qcow2 that refers to any file of the host. And as anything is a raw disk, an image from elsewhere could name any file as
+one: only what lies beside the image or in a storage pool is followed, unless the document names it. Reference: QEMU's
+docs/interop/qcow2.txt.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvik.errors import ConfigUnsupported
+from kvik.host.reach import about
 
 __all__ = ["Backing", "check_meant", "check_qcow2", "qcow2_backing", "qcow2_size"]
 
@@ -26,7 +29,6 @@ _SIZE = struct.Struct(">Q")
 _MAX_HEADER = 65536
 # Where no disk images are: programs, configuration, keys, the kernel's own files
 _SYSTEM = ("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "proc", "run", "sbin", "sys", "usr")
-_HIDDEN_BUT_FOR_DATA = (".local", ".cache")  # XDG's places of users' images
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +92,22 @@ def qcow2_backing(fd: int, image: str) -> Backing | None:
     return Backing(str(Path(image).parent / name), found)
 
 
-def check_meant(found: Backing, image: str, *, block: bool) -> None:
-    """Whether what a header names is something for a guest to read, if it is raw: not a file of the host's own system
-    or one that is hidden, unless it lies beside the image; not a device that is mounted or part of another one.
+def check_meant(found: Backing, image: str, bases: Collection[str], *, block: bool) -> None:
+    """Whether what a header names is something for a guest to read, if it is raw: only what lies beside the image, or
+    in one of `bases` (directories, devices and files that people told us of); and no device that the host uses.
 
     Raises `ConfigUnsupported`.
     """
     if found.format == "qcow2":
         return
+    about(found.path)
+    named = os.path.normpath(found.path)
     path = Path(os.path.realpath(found.path))
-    remedy = "if a guest shall read it, name it in the document's <backingStore>"
+    directory = Path(named).parent if block else path.parent
+    remedy = (
+        "if a guest shall read it, name it in the document's <backingStore>, or let "
+        f"{directory} be a storage pool (kvik pool-define-as)"
+    )
     if block:
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -108,12 +116,21 @@ def check_meant(found: Backing, image: str, *, block: bool) -> None:
                 raise ConfigUnsupported(
                     f"{image} sits on {path}, a device that the host uses", remedy=remedy
                 ) from error
+        if not any(Path(named).is_relative_to(base) for base in bases):  # links in /dev are the host's own
+            raise ConfigUnsupported(f"{image} sits on {named}, a device of no storage pool", remedy=remedy)
         return
-    if path.is_relative_to(Path(os.path.realpath(image)).parent):
+    if path.is_relative_to(Path(os.path.realpath(image)).parent) or any(_lies_in(path, named, base) for base in bases):
         return
-    hidden = [part for part in path.parts if part.startswith(".") and part not in _HIDDEN_BUT_FOR_DATA]
-    if path.parts[1] in _SYSTEM or hidden:
+    if path.parts[1] in _SYSTEM:
         raise ConfigUnsupported(f"{image} sits on {path}, a file of the host's own", remedy=remedy)
+    raise ConfigUnsupported(f"{image} sits on {path}, which is in no storage pool and not beside it", remedy=remedy)
+
+
+def _lies_in(path: Path, named: str, base: str) -> bool:
+    """`path` is what `named` leads to. A base that it is not in by name is not looked at: it may not answer."""
+    return path.is_relative_to(base) or (
+        Path(named).is_relative_to(base) and path.is_relative_to(os.path.realpath(base))
+    )
 
 
 def _extension(data: bytes, position: int, end: int) -> str | None:

@@ -1,5 +1,6 @@
 """Everything a machine needs open, opened before QEMU starts: what is missing or forbidden is an error that names it,
-and QEMU itself needs no right to open anything.
+and QEMU itself needs no right to open anything. What people name may lie on a server that does not answer: it is opened
+beside the event loop (`Opened.beside`).
 
     name              what it is
     monitor           listening socket for QMP, `monitor.sock` in the machine's directory
@@ -33,9 +34,10 @@ import re
 import socket
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Concatenate, ParamSpec
 
 from kvik.conf.devices.chardev import Chardev, ChardevSource
 from kvik.conf.devices.disk import BackingStore, Disk, DiskSource, Format
@@ -44,6 +46,7 @@ from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported, HostError
 from kvik.host import files as host_files
 from kvik.host.filesystem import shared_as
+from kvik.host.reach import about, closer, obtain
 from kvik.hypervisor.chain import check_meant, check_qcow2, qcow2_backing
 from kvik.hypervisor.firmware import make_variables
 from kvik.hypervisor.layers import Layer, has_medium, layers
@@ -80,26 +83,56 @@ __all__ = [
 _MAX_CHAIN = 200
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
 _FIRST_CID = 3
+_ON_STORAGE = ("disk:", "kernel", "initrd", "loader", "nvram")
+P = ParamSpec("P")
 
 
 class Opened:
     """Descriptors by name. `close` closes them, in any case; `undo` removes what only a running machine needs."""
 
-    def __init__(self, close: ExitStack, undo: ExitStack, passed: Mapping[str, int]) -> None:
+    def __init__(
+        self, close: ExitStack, undo: ExitStack, passed: Mapping[str, int], bases: Collection[str] = ()
+    ) -> None:
+        """`bases`: where raw images may lie that only headers name (`chain.check_meant`)."""
+        self.bases = bases
         self.fds: dict[str, int] = {}
         self.close = close
         self.undo = undo
         self.output: int | None = None  # our end of the first line's pipe
         self.made: list[Path] = []  # sockets to remove when the machine is gone
-        self.passed = passed
+        self.passed: dict[str, int] = {}  # our own of the rest: the caller's may be gone when they are asked for
         self.next_index = 1  # of the next image: unique in the machine, as libvirt numbers them
         for name, fd in passed.items():
             if name.startswith(("net:", "vhost:", "switch:", "vdpa:", "tpm:", "fs:", "lease:", SECRET_PREFIX)):
                 self.add(name, os.dup(fd))
+            else:
+                self.passed[name] = os.dup(fd)
+                self.close.callback(os.close, self.passed[name])
+
+    async def beside(self, work: Callable[Concatenate[Opened, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """`work(self, ...)` in a thread, as `host.reach` does it. On an error it leaves nothing open, and `self` is of
+        no use any more."""
+        close, undo = self.close, self.undo
+        self.close, self.undo = ExitStack(), ExitStack()  # theirs, for a thread that comes too late closes its own
+        mine = ExitStack()
+        mine.push(self.undo)
+        mine.push(self.close)
+
+        def all_of_it() -> None:
+            try:
+                work(self, *args, **kwargs)
+            except BaseException:
+                mine.close()
+                raise
+
+        await obtain(lambda _: mine.close(), all_of_it)
+        close.push(self.close)
+        undo.push(self.undo)
+        self.close, self.undo = close, undo
 
     def add(self, name: str, fd: int) -> None:
         self.fds[name] = fd
-        self.close.callback(os.close, fd)
+        self.close.callback(closer(fd) if name.startswith(_ON_STORAGE) else os.close, fd)
 
     def index(self) -> int:
         self.next_index += 1
@@ -120,6 +153,7 @@ class Opened:
             self.output = None
 
     def open(self, name: str, path: str, flags: int) -> int:
+        about(path)
         try:
             fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -128,17 +162,27 @@ class Opened:
         return fd
 
 
-def open_all(
+async def open_all(
     domain: Domain,
     directory: Path,
     passed: Mapping[str, int],
     kernel: str | None,
     *,
+    bases: Collection[str],
     close: ExitStack,
     undo: ExitStack,
 ) -> Opened:
     """`kernel` replaces the document's (the unpacked one). Writes found chains and socket paths into the document."""
-    opened = Opened(close, undo, passed)
+    opened = Opened(close, undo, passed, bases)
+    await opened.beside(_open_all, domain, directory, kernel)
+    return opened
+
+
+def _open_all(opened: Opened, domain: Domain, directory: Path, kernel: str | None) -> None:
+    # What may stand still comes first: until then there is nothing that another start would find in its way.
+    for disk in reversed(domain.devices.disks):  # libvirt numbers from the last disk
+        open_disk(opened, disk)
+    _open_boot(opened, domain, kernel)
     _listen(opened, MONITOR, directory / "monitor.sock")
     for device in character_devices(domain):
         open_chardev(opened, device, directory)
@@ -148,14 +192,10 @@ def open_all(
         os.set_blocking(writer, True)
         opened.add(log_name(alias_of(first)), writer)
         opened.output = reader
-        undo.callback(opened.drop_output)
-    for disk in reversed(domain.devices.disks):  # libvirt numbers from the last disk
-        open_disk(opened, disk)
-    _open_boot(opened, domain, kernel)
+        opened.undo.callback(opened.drop_output)
     _open_networks(opened, domain)
     if domain.devices.vsock is not None:
         open_vsock(opened, domain.devices.vsock)
-    return opened
 
 
 def with_paths(text: str, paths: Mapping[int, str]) -> str:
@@ -165,6 +205,7 @@ def with_paths(text: str, paths: Mapping[int, str]) -> str:
 
 def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
     """A listening socket in place of a stale one. Raises `HostError`; never removes what is no socket."""
+    about(path)
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(path.lstat().st_mode):
             path.unlink()
@@ -285,7 +326,7 @@ def _open_below(opened: Opened, disk: Disk, above: Disk | BackingStore, number: 
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise ConfigError(f"disk {disk.target.dev}: {found.path} is neither a file nor a block device")
         block = stat.S_ISBLK(mode)
-        check_meant(found, above.source.location, block=block)
+        check_meant(found, above.source.location, opened.bases, block=block)
         source = DiskSource(dev=found.path) if block else DiskSource(file=found.path)
         below = BackingStore(type="block" if block else "file", format=Format(type=found.format), source=source)
         _set_index(below, opened.index())
@@ -307,10 +348,12 @@ def _optional_and_missing(disk: Disk) -> bool:
     source = disk.source
     if source is None or source.startup_policy != "optional" or not source.location:
         return False
+    about(source.location)
     return not Path(source.location).exists()
 
 
 def _open_image(opened: Opened, name: str, source: DiskSource, read_only: bool, shareable: bool = False) -> int:
+    about(source.location or source.fdgroup or "")
     if source.fdgroup:
         passed = opened.passed.get(source.fdgroup)
         if passed is None:

@@ -10,7 +10,7 @@ else answers from memory and never blocks.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,6 +67,7 @@ class EventKind(enum.StrEnum):
     TRAY_CHANGE = "tray-change"  # detail: alias; data["open"]
     WRITE_THRESHOLD = "write-threshold"  # detail: the VMM's name of an image; data["threshold"], data["excess"]: bytes
     SIDECAR_ENDED = "sidecar-ended"  # a side process (TPM, shared directory, network) is gone; detail: which and how
+    SIDECAR_STARTED = "sidecar-started"  # one that had ended serves again; detail: which
     RX_FILTER = "rx-filter"  # detail: alias; the guest listens to other addresses; told once until they are asked for
     GUEST_OUTPUT = "guest-output"  # first byte on the first serial line or console
     MONITOR = "monitor"  # any raw VMM event; detail: its name, data: its payload
@@ -181,6 +182,11 @@ class DiskBackups(Protocol):
     async def serve(self, parts: Sequence[BackupPart], listening: int, certificates: int | None = None) -> None: ...
     async def silence(self, parts: Sequence[BackupPart]) -> None: ...
     async def clear(self, parts: Sequence[BackupPart]) -> None: ...
+
+    # the parts' jobs, by their names
+    async def states(self) -> dict[str, JobState]: ...
+    def follow(self, job: str) -> AsyncIterator[JobState]: ...
+    async def cancel(self, job: str) -> None: ...
 
 
 class DiskJobs(Protocol):
@@ -338,10 +344,19 @@ class Machine(Protocol):
     async def stats(self, groups: frozenset[str]) -> dict[str, int | str]: ...
 
 
+Bases = Callable[[], Collection[str]]
+
+
+def no_bases() -> Collection[str]:
+    return ()
+
+
 class Driver(Protocol):
-    """A VMM kind. `name` is what `kvik version` prints; `emulators` are the binaries it serves."""
+    """A VMM kind. `name` is what `kvik version` prints; `emulators` are the binaries it serves. `bases`: where images
+    may lie that others rest on although no document says so; whoever composes drivers sets it."""
 
     name: str
+    bases: Bases
 
     def features(self) -> frozenset[Feature]: ...
     def verdict(self) -> HostVerdict: ...

@@ -72,8 +72,11 @@ def _io_error(data: Data) -> tuple[EventKind, str, Data]:
     return EventKind.IO_ERROR, _alias(data, "qom-path", "device"), details | {"node": _text(data, "node-name")}
 
 
-def _back_end_gone(data: Data) -> tuple[EventKind, str, Data]:
-    """kvik-vmm's: whoever served a disk (or a shared directory) over vhost-user has ended."""
+def _back_end_gone(data: Data) -> tuple[EventKind, str, Data] | None:
+    """kvik-vmm's: whoever served a disk (or a shared directory) over vhost-user has ended. A disk that waits for
+    another has not failed."""
+    if data.get("waiting") is True:
+        return None
     return EventKind.IO_ERROR, _alias(data, "device"), {"reason": _text(data, "reason"), "action": "report"}
 
 

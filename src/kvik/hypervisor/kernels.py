@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from kvik.conf.domain import Domain
 from kvik.errors import KvikError
+from kvik.host.threads import in_thread
 
 __all__ = ["unpacked_kernel"]
 
@@ -19,7 +19,7 @@ async def unpacked_kernel(domain: Domain, cache: Path) -> str | None:
     from kvik.image.kernel import uncompressed_kernel
 
     try:
-        found = await asyncio.to_thread(uncompressed_kernel, described.kernel, cache / "kernels")
+        found = await in_thread(uncompressed_kernel, described.kernel, cache / "kernels")
     except (KvikError, OSError):
         return None  # the VMM says better what is wrong with the kernel itself
     return str(found) if found is not None else None

@@ -26,7 +26,7 @@ from kvik.errors import (
 from kvik.host.process import ProcessHandle, boot_id, describe_exit
 from kvik.hypervisor import consoles
 from kvik.hypervisor.agent import AGENT_CHANNEL, GuestAgent
-from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
+from kvik.hypervisor.driver import Bases, EventKind, EventSink, MachineEvent, no_bases
 from kvik.hypervisor.events import translate
 from kvik.hypervisor.names import alias_of, character_devices
 from kvik.hypervisor.output import Output
@@ -66,6 +66,7 @@ class MonitoredProcess:
         self.accelerator = "kvm" if domain.type == "kvm" else "tcg"
         self.name = domain.name
         self.run_state = "prelaunch"
+        self.bases: Bases = no_bases  # where images may lie that only headers name
         self.leaving: dict[str, Any] = {}  # alias -> device that the guest was asked to let go
         # What a "variable" clock was off at the start: its RTC_CHANGE counts from there.
         self.clock_base = _adjustment(domain)

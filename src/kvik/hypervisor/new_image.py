@@ -12,6 +12,7 @@ from pathlib import Path
 from kvik.conf.devices.disk import BackingStore, Mirror
 from kvik.errors import AlreadyExists, ConfigUnsupported, HostError, InvalidArgument
 from kvik.host import files
+from kvik.host.reach import about
 from kvik.image.create import create
 
 __all__ = ["check", "device_size", "make", "remove"]
@@ -41,6 +42,7 @@ def check(mirror: Mirror, size: int, below: BackingStore | None) -> str:
             )
         return ""
     _options(kind, below)
+    about(path)
     if os.path.lexists(path):
         raise _exists(path)
     return path
@@ -109,6 +111,7 @@ def _check_device(path: str, kind: str, size: int) -> None:
             f"{path}: an image of format {kind} on a block device has to be made first",
             remedy=f"kvik img create -f {kind} {path} SIZE, then give --reuse-external",
         )
+    about(path)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -124,6 +127,7 @@ def _check_device(path: str, kind: str, size: int) -> None:
 
 def device_size(path: str) -> int:
     """Bytes of a block device. Raises `HostError`."""
+    about(path)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

@@ -34,6 +34,12 @@ DATA = 3
 COMPRESSED = 4
 DATA_HOLE = 5  # data by the image's tables, and a hole of the file
 
+# an image that is used without its secret
+LOCKED = "is encrypted, and its secret was not given"
+KEY_WANTED = (
+    "kvik img has it with --object secret,id=NAME,file=FILE and --image-opts (key-secret=, encrypt.key-secret=)"
+)
+
 BLANK = bytes(1 << 16)
 SECTOR = 512
 IOV_MAX = 1024  # sysconf(_SC_IOV_MAX): vectors that one call takes

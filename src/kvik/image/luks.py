@@ -9,7 +9,7 @@ import os
 import struct
 
 from kvik.errors import ImageError
-from kvik.image.base import Image
+from kvik.image.base import KEY_WANTED, LOCKED, Image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvik.image.base import Run
+    from kvik.image.qcow2.header import Header
 
-__all__ = ["LuksImage", "luks_facts"]
+__all__ = ["LuksImage", "is_encrypted", "luks_facts"]
 
 MAGIC = b"LUKS\xba\xbe"
 _HEADER = struct.Struct(">6sH32s32s32sII20s32sI40s")  # 208 bytes
@@ -69,6 +70,12 @@ def luks_facts(data: bytes, path: str, offset: int = 0) -> dict[str, Any]:
     }
 
 
+def is_encrypted(image: Image) -> bool:
+    """Whether a secret is needed for what is on it, not counting what is below it."""
+    header: Header | None = getattr(image, "header", None)
+    return image.format == "luks" or (header is not None and header.crypt_method != 0)
+
+
 def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("ascii", "replace")
 
@@ -84,4 +91,4 @@ class LuksImage(Image):
         self.size = max(0, os.lseek(fd, 0, os.SEEK_END) - self.facts["payload-offset"])
 
     def runs(self, offset: int, length: int) -> Iterator[Run]:
-        raise self.fault("is encrypted, which is not supported", 0, "qemu-img and cryptsetup can read it with its key")
+        raise self.fault(LOCKED, 0, KEY_WANTED)

@@ -10,13 +10,14 @@ import os
 import stat
 
 from kvik.errors import ImageError, InvalidArgument
-from kvik.image.base import Image
+from kvik.image.base import KEY_WANTED, LOCKED, Image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvik.image.base import BackingOpener, DataOpener
+    from kvik.image.qcow2.redo import Redo
 
     # (descriptor, which becomes the image's; path; format): an image of a format that is not read here
     ForeignOpener = Callable[[int, str, str], Image]
@@ -67,13 +68,15 @@ def open_image(
     path: str = "",
     repairing: bool = False,
     barriers: bool = True,
+    redo: Redo | None = None,
 ) -> Image:
     """An image over an open descriptor, which becomes the image's. `format` is one of `FORMATS`; it is never guessed.
 
     `backing` and `data_file` open what the header refers to; without them such an image can be looked at, but what lies
     there cannot be read. An image that is marked as damaged is opened for writing only with `repairing`. Without
-    `barriers` nothing is flushed, for an image that is worthless until it is whole. Raises `ImageError`;
-    `InvalidArgument` for a format that is not known here.
+    `barriers` nothing is flushed, for an image that is worthless until it is whole. `redo` is for a process that may
+    have to go on where another was killed (`qcow2/redo.py`). Raises `ImageError`; `InvalidArgument` for a
+    format that is not known here.
     """
     if format == "raw":
         from kvik.image.raw import RawImage
@@ -83,7 +86,9 @@ def open_image(
         if writable:
             from kvik.image.qcow2.writer import Qcow2Writer
 
-            return Qcow2Writer(fd, path, backing=backing, data_file=data_file, repairing=repairing, barriers=barriers)
+            return Qcow2Writer(
+                fd, path, backing=backing, data_file=data_file, repairing=repairing, barriers=barriers, redo=redo
+            )
         from kvik.image.qcow2.reader import Qcow2Reader
 
         return Qcow2Reader(fd, path, backing=backing, data_file=data_file)
@@ -91,7 +96,7 @@ def open_image(
         from kvik.image.luks import LuksImage
 
         if writable:
-            raise ImageError("is encrypted, which is not supported", file=path, offset=0)
+            raise ImageError(LOCKED, file=path, offset=0, remedy=KEY_WANTED)
         return LuksImage(fd, path)
     raise InvalidArgument(f"unknown disk image format '{format}'", remedy=f"known here: {', '.join(FORMATS)}")
 

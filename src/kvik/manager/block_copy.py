@@ -17,6 +17,8 @@ from kvik.conf.reader import read_xml
 from kvik.conf.tree import clone
 from kvik.conf.xmlparse import parse_element
 from kvik.errors import AlreadyExists, ConfigError, ConfigUnsupported, InvalidArgument, KvikError
+from kvik.host.reach import reach
+from kvik.host.threads import in_thread
 from kvik.hypervisor import new_image
 from kvik.hypervisor.layers import as_disk
 from kvik.manager import disks
@@ -80,7 +82,7 @@ async def _copy(
     if granularity and (granularity & (granularity - 1) or not 512 <= granularity <= 64 * MIB):
         raise InvalidArgument("granularity must be power of 2 between 512 and 67108864")
     disk, jobs = await disk_for_job(domain, name)
-    run, store = domain.run, domain.manager.store
+    run = domain.run
     assert run is not None
     check_secrecy(disk, destination)
     if destination.type == "volume":
@@ -95,7 +97,7 @@ async def _copy(
     mirror = _mirror(disk, destination, reuse)
     below = disk.backing_store if shallow else None
     size = 0 if reuse else await domain.require_machine().disk_size(disk)
-    made = "" if reuse else await store.run(new_image.check, mirror, size, below)
+    made = "" if reuse else await reach(new_image.check, mirror, size, below)
     await jobs.number(disk, mirror, fresh=not reuse)
     assert mirror.source is not None
     if below is not None and not reuse:
@@ -107,9 +109,9 @@ async def _copy(
         try:
             if made:
                 encrypted = maker(domain.manager, mirror.source.encryption)
-                await store.run(new_image.make, mirror, size, below, encrypted)
+                await in_thread(new_image.make, mirror, size, below, encrypted)
             if mirror.type != "network":
-                await store.run(_claim, domain, run, mirror)
+                await _claim(domain, run, mirror)
             with ExitStack() as held:
                 secrets = open_secrets(domain.manager.secrets, [as_disk(disk, mirror)], held)
                 await jobs.copy(
@@ -126,7 +128,7 @@ async def _copy(
                 )
         except KvikError as error:
             if made and not isinstance(error, AlreadyExists) and not unknown(error):
-                await store.run(new_image.remove, made)
+                await in_thread(new_image.remove, made)
             raise
 
 
@@ -173,9 +175,9 @@ def _mirror(disk: Disk, destination: Destination, reuse: bool) -> Mirror:
     )
 
 
-def _claim(domain: DomainObject, run: Run, mirror: Mirror) -> None:
+async def _claim(domain: DomainObject, run: Run, mirror: Mirror) -> None:
     """No other machine has what the copy goes to, and no disk of this one. Raises `ResourceBusy`, `HostError`."""
-    use = disks.image_use(mirror.source)
+    use = await reach(disks.image_use, mirror.source)
     if use is None:
         raise ConfigError(f"{mirror.source.location if mirror.source else ''} does not exist")
     disks.check_unused([use], [*domain.manager.disk_uses(domain), (domain.name, run.uses)])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.devices.disk import Disk, DiskDriver
@@ -29,6 +30,7 @@ from kvik.errors import (
     OperationTimeout,
     OperationUnsupported,
 )
+from kvik.host.threads import in_thread
 from kvik.hypervisor import new_image
 from kvik.hypervisor.driver import DiskJobs, JobState
 from kvik.hypervisor.layers import Layer
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["TWO_PHASE", "BlockJob", "disk_of", "follow", "remember", "renew_uses", "take_up", "tell", "unknown"]
+__all__ = ["TWO_PHASE", "BlockJob", "disk_of", "follow", "remember", "take_up", "tell", "unknown"]
 
 _Status = ConnectDomainEventBlockJobStatus
 _NAMES = {
@@ -197,7 +199,7 @@ async def _settle(domain: DomainObject, run: Run, job: BlockJob, jobs: DiskJobs,
     else:
         job.result = _Status.CANCELED if job.aborted else _Status.FAILED
     disk.mirror = None
-    await renew_uses(domain, run)
+    await disks.renew_uses(run)
     domain.live_changed()
     await domain.save_quietly()
     how = "done" if done else "aborted" if job.aborted else f"failed: {job.failure}"
@@ -224,13 +226,21 @@ async def _clear(domain: DomainObject, run: Run, job: BlockJob, jobs: DiskJobs) 
     if disk is not None:
         await jobs.tidy(disk)
     for path in job.remove:
-        await domain.manager.store.run(new_image.remove, path)
+        await in_thread(new_image.remove, path)
         domain.log.note(f"removed {path}, which nothing needs any more")
     run.block_jobs.pop(job.disk, None)
     domain.live_changed()
     await domain.save_quietly()
     assert job.result is not None
     tell(domain, disk, job, job.result)
+
+
+def _rests_elsewhere(disk: Disk) -> bool:
+    """On what has to be named, since it does not lie beside it."""
+    below = disk.backing_store.source if disk.backing_store is not None else None
+    if disk.source is None or below is None or not disk.source.location or not below.location:
+        return False
+    return Path(disk.source.location).parent != Path(below.location).parent
 
 
 async def _save_definition(domain: DomainObject, before: Disk, after: Disk) -> None:
@@ -242,7 +252,8 @@ async def _save_definition(domain: DomainObject, before: Disk, after: Disk) -> N
             kept = block_chain.same_disk(before, document)
             if kept is None:
                 return
-            if kept.backing_store is not None or after.source is None or before.source is None:
+            chain = kept.backing_store is not None or after.source is None or before.source is None
+            if chain or _rests_elsewhere(after):
                 kept.backing_store = clone(after.backing_store) if after.backing_store is not None else None
             if after.source is not None and before.source != after.source:
                 kept.type, kept.source = after.type, clone(after.source)
@@ -253,10 +264,6 @@ async def _save_definition(domain: DomainObject, before: Disk, after: Disk) -> N
     except KvikError as error:
         domain.log.note(f"the definition still has the old images of disk {before.target.dev}: {error}")
         logger.warning("the definition of machine %s was not changed after a block job: %s", domain.name, error)
-
-
-async def renew_uses(domain: DomainObject, run: Run) -> None:
-    run.uses = await domain.manager.store.run(disks.uses, run.live)
 
 
 # -- a daemon that comes back

@@ -29,11 +29,12 @@ from kvik.errors import (
     OperationUnsupported,
     ResourceBusy,
 )
+from kvik.host.reach import reach
 from kvik.hypervisor import new_image
 from kvik.hypervisor.driver import DiskJobs
 from kvik.hypervisor.layers import Layer, has_medium, layers
 from kvik.manager import block_chain, disks
-from kvik.manager.block_following import TWO_PHASE, BlockJob, follow, renew_uses, unknown
+from kvik.manager.block_following import TWO_PHASE, BlockJob, follow, unknown
 from kvik.manager.checkpoints import merges
 from kvik.manager.snapshots.files import snapshot_in
 
@@ -164,7 +165,7 @@ async def commit(
         raise InvalidArgument(
             f"base '{lower.source.location}' is not immediately below '{upper.source.location}' in chain for '{target}'"
         )
-    await domain.manager.store.run(_check_written, domain, chain[upper.number + 1 : lower.number + 1])
+    await _check_written(domain, chain[upper.number + 1 : lower.number + 1])
     active = upper.number == 0
     above = chain[0] if active else chain[upper.number - 1]
     kind = DomainBlockJobType.ACTIVE_COMMIT if active else DomainBlockJobType.COMMIT
@@ -195,16 +196,16 @@ async def commit(
         await jobs.commit(job.id, disk, upper.key, lower.key, text, speed=speed)
 
 
-def _check_written(domain: DomainObject, images: list[Layer]) -> None:
+async def _check_written(domain: DomainObject, images: list[Layer]) -> None:
     """Images that others read from cannot be written to under their feet, nor those that a snapshot is kept in."""
     for layer in images:
-        kept = snapshot_in(domain.manager, layer.source.location or "")
+        kept = await snapshot_in(domain.manager, layer.source.location or "")
         if kept is not None:
             raise ResourceBusy(
                 f"{layer.source.location} keeps {kept}, which would not be what it was",
                 remedy="delete that snapshot: its data is merged then",
             )
-    uses = [use for layer in images if (use := disks.image_use(layer.source)) is not None]
+    uses = [use for layer in images if (use := await reach(disks.image_use, layer.source)) is not None]
     disks.check_unused(uses, domain.manager.disk_uses(domain))
 
 
@@ -222,7 +223,7 @@ async def begun(domain: DomainObject, run: Run, job: BlockJob, disk: Disk) -> An
         elif domain.run is run:
             run.block_jobs.pop(job.disk, None)
             disk.mirror = None
-            await renew_uses(domain, run)
+            await disks.renew_uses(run)
             domain.live_changed()
             await asyncio.shield(domain.save_quietly())
         raise
@@ -288,6 +289,9 @@ async def info(domain: DomainObject, name: str) -> JobInfo | None:
     job = domain.run.block_jobs.get(disk.target.dev or "")
     if job is None:
         return None
+    if job.type == DomainBlockJobType.BACKUP:  # which a VMM may have that has no other jobs
+        copied = (await machine.backups.states()).get(job.id)
+        return JobInfo(job.type, 0, *((copied.current, copied.total) if copied is not None else (1, 1)))
     jobs = machine.disk_jobs
     state = (await jobs.states()).get(job.id)
     if job.result is not None or state is None:  # over in the VMM; it ends here when nothing is left of it
@@ -321,7 +325,7 @@ async def resize(domain: DomainObject, name: str, size: int, *, to_capacity: boo
             raise InvalidArgument("block resize to full capacity requires size of 0")
         if disk.type != "block" or not raw or disk.source is None:
             raise InvalidArgument("block resize to full capacity supported only with 'raw' local block devices")
-        size = await domain.manager.store.run(new_image.device_size, disk.source.location or "")
+        size = await reach(new_image.device_size, disk.source.location or "")
     if not 0 < size < 1 << 63:
         raise InvalidArgument(f"a disk of {size} bytes cannot be")
     size = -(-size // 512) * 512

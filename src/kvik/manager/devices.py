@@ -39,6 +39,7 @@ from kvik.errors import (
     OperationUnsupported,
     ResourceBusy,
 )
+from kvik.host.reach import reach
 from kvik.hypervisor.driver import Feature
 from kvik.hypervisor.layers import next_index
 from kvik.manager import disks, filtering, interface_changes, lease_changes, ports, prepare, volume_disks
@@ -197,8 +198,8 @@ async def _attach_live(domain: DomainObject, kind: str, given: Element) -> None:
     fresh = [device for _, device in guest_devices(trial.devices) if device.alias and device.alias.name not in known]
     use = None
     if isinstance(given, Disk):
-        await domain.manager.store.run(disks.check_disk, given, domain.name)
-        use = await domain.manager.store.run(disks.use_of, given)
+        await reach(disks.check_disk, given, domain.name)
+        use = await reach(disks.use_of, given)
         check_idle(domain.manager, [], [given])
         if use is not None:
             disks.check_unused([use], domain.manager.disk_uses(domain))
@@ -270,7 +271,7 @@ async def settle(domain: DomainObject) -> None:
     if device is not None:
         if device.alias and device.alias.name in plugged:
             _arrived(domain, run, device)
-            if isinstance(device, Disk) and (use := await domain.manager.store.run(disks.use_of, device)):
+            if isinstance(device, Disk) and (use := await reach(disks.use_of, device)):
                 run.uses.append(use)
         else:
             await machine.clear_remains(device)
@@ -400,8 +401,8 @@ async def _update_live(domain: DomainObject, kind: str, given: Element) -> None:
     old = find(run.live, kind, given)
     if isinstance(given, Disk) and isinstance(old, Disk):
         volume_disks.resolve_disk(domain.manager, given)
-        await domain.manager.store.run(disks.check_disk, given, domain.name)
-        use = await domain.manager.store.run(disks.use_of, given)
+        await reach(disks.check_disk, given, domain.name)
+        use = await reach(disks.use_of, given)
         check_idle(domain.manager, [], [given])
         if use is not None:
             disks.check_unused([use], domain.manager.disk_uses(domain))
@@ -413,7 +414,7 @@ async def _update_live(domain: DomainObject, kind: str, given: Element) -> None:
         await machine.update_device(old, given)
     if domain.run is run:
         _replace(run.live, kind, old, given)
-        run.uses = await domain.manager.store.run(disks.uses, run.live)
+        await disks.renew_uses(run)
         domain.live_changed()
         await domain.save_status()
 

@@ -6,16 +6,21 @@ writes (<readonly/>, CD-ROMs). Identity is the file's, not its name's: links to 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvik.conf.devices.disk import Disk, DiskSource
 from kvik.conf.domain import Domain
 from kvik.errors import HostError, ResourceBusy
 from kvik.host.files import Identity, identify
+from kvik.host.reach import about, reach
+
+if TYPE_CHECKING:
+    from kvik.manager.run import Run
 
 
 class Use(NamedTuple):
@@ -45,6 +50,7 @@ def image_use(source: DiskSource | None, *, shareable: bool = False, readonly: b
     """None for what is no file of this host, or is not there."""
     if source is None or not source.location:
         return None
+    about(source.location)
     identity = identify(source.location)
     return Use(identity, source.location, shareable, readonly) if identity is not None else None
 
@@ -70,11 +76,18 @@ def uses_of(disk: Disk) -> Iterator[Use]:
             below = below.backing_store
 
 
+async def renew_uses(run: Run) -> None:
+    """As the live document has them now; as they were where storage stopped to answer just now."""
+    with contextlib.suppress(HostError):
+        run.uses = await reach(uses, run.live)
+
+
 def check_disk(disk: Disk, name: str) -> None:
     """`HostError` if the disk's file is missing or cannot be read."""
     source = disk.source
     if disk.type not in ("file", "block") or source is None or not source.location or source.fdgroup:
         return
+    about(source.location)
     if source.startup_policy in ("optional", "requisite") and not Path(source.location).exists():
         return
     what = f"{disk.device} {disk.target.dev} of machine {name!r}"
@@ -105,6 +118,7 @@ def _boot_files(definition: Domain) -> Iterator[tuple[str, str]]:
 
 
 def _check_file(path: str, what: str, *, writable: bool) -> None:
+    about(path)
     try:
         info = os.stat(path)  # noqa: PTH116
     except OSError as error:

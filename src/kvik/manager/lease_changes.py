@@ -12,8 +12,10 @@ from kvik.conf.devices.other import Lease
 from kvik.conf.devices_xml import add_device, remove_device
 from kvik.conf.domain import Domain
 from kvik.errors import AlreadyExists, NoDevice
+from kvik.host.reach import reach
+from kvik.host.threads import in_thread
 from kvik.manager import sanlock
-from kvik.manager.leases import open_leases
+from kvik.manager.leases import take_leases
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -39,12 +41,11 @@ async def attach(domain: DomainObject, lease: Lease) -> None:
     trial = run.live.copy()
     add_device(trial.devices, lease)
     await domain.manager.driver_of(trial).validate(trial)
-    store = domain.manager.store
-    if await store.run(sanlock.is_sanlocks, lease):
-        await store.run(sanlock.acquire, lease, machine.pid)
+    if await reach(sanlock.is_sanlocks, lease):
+        await in_thread(sanlock.acquire, lease, machine.pid)
     else:
         with ExitStack() as held:
-            files = await store.run(open_leases, [lease], domain.name, domain.uuid_text, held)
+            files = await take_leases([lease], domain.name, domain.uuid_text, held)
             await machine.attach_device(lease, files)
     if domain.run is run:
         add_device(run.live.devices, lease)
@@ -56,8 +57,8 @@ async def detach(domain: DomainObject, wanted: Lease) -> None:
     machine, run = domain.require_machine(), domain.run
     assert run is not None
     lease = find_lease(run.live, wanted)
-    if await domain.manager.store.run(sanlock.is_sanlocks, lease):
-        await domain.manager.store.run(sanlock.release, lease, machine.pid)
+    if await reach(sanlock.is_sanlocks, lease):
+        await in_thread(sanlock.release, lease, machine.pid)
     else:
         await machine.detach_device(lease)
     if domain.run is run:

@@ -16,14 +16,15 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 from kvik.conf.devices.other import Lease
 from kvik.errors import ConfigError, HostError, ResourceBusy
 from kvik.host.files import host_error
+from kvik.host.reach import about, closer, obtain
 
-__all__ = ["LEASE_PREFIX", "open_leases"]
+__all__ = ["LEASE_PREFIX", "open_leases", "take_leases"]
 
 LEASE_PREFIX = "lease:"
 BLOCK = 512  # bytes of the record; leases in one file lie at least so far apart
@@ -38,6 +39,21 @@ def open_leases(leases: Iterable[Lease], machine: str, uuid: str, held: ExitStac
     return {f"{LEASE_PREFIX}{number}": _take(lease, machine, uuid, held) for number, lease in enumerate(leases)}
 
 
+async def take_leases(leases: Sequence[Lease], machine: str, uuid: str, held: ExitStack) -> dict[str, int]:
+    """`open_leases` beside the event loop; on an error none is held."""
+    own = ExitStack()
+
+    def take() -> dict[str, int]:
+        with ExitStack() as taken:
+            found = open_leases(leases, machine, uuid, taken)
+            own.push(taken.pop_all())
+        return found
+
+    found = await obtain(lambda _: own.close(), take)
+    held.push(own)
+    return found
+
+
 def _take(lease: Lease, machine: str, uuid: str, held: ExitStack) -> int:
     target = lease.target
     if not lease.key or target is None or not target.path.startswith("/"):
@@ -46,12 +62,13 @@ def _take(lease: Lease, machine: str, uuid: str, held: ExitStack) -> int:
     offset = target.offset or 0
     if offset >> 62:
         raise ConfigError(f"{what}: offset {offset} is beyond any file", path="/domain/devices/lease/target/@offset")
+    about(target.path)
     try:
         # Non-blocking: a FIFO must not hold up the daemon. A link is not followed: the file is made if it is missing.
         fd = os.open(target.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         raise host_error("open", target.path, error) from error
-    held.callback(os.close, fd)
+    held.callback(closer(fd), fd)
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise ConfigError(f"{what}: {target.path} is neither a file nor a block device")

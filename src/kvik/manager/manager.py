@@ -26,6 +26,9 @@ from kvik.errors import (
     OperationInvalid,
     OperationUnsupported,
 )
+from kvik.host.files import Identity
+from kvik.host.reach import about, reach
+from kvik.host.threads import in_thread
 from kvik.hypervisor.driver import Driver
 from kvik.manager import figures, filtering, host_names, ports, prepare, recover, renaming, starting
 from kvik.manager.backup import job as backups
@@ -61,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 5.0  # seconds between looks at the size of running machines' logs
 DEFAULT_NETWORK_WAIT = 2.0  # seconds until clients are served without it
+LIBVIRT_IMAGES = "/var/lib/libvirt/images"  # machines that were defined there keep their disks
 CLOSE_WAIT = 5.0  # seconds for the last files to be written
 _KEEPS_NOTHING = (
     DomainUndefineFlags.MANAGED_SAVE
@@ -71,6 +75,11 @@ _KEEPS_NOTHING = (
 )
 _NVRAM = DomainUndefineFlags.NVRAM | DomainUndefineFlags.KEEP_NVRAM
 _TPM = DomainUndefineFlags.TPM | DomainUndefineFlags.KEEP_TPM
+
+
+def _exists(path: Path) -> bool:
+    about(path)
+    return path.exists()
 
 
 class Manager:
@@ -90,6 +99,8 @@ class Manager:
         self.networks = Networks(paths, rules_gone=self._rules_gone, switches=self.session_networks)
         self.pools = Pools(paths)
         self.pools.users = lambda: users(self)
+        for driver in drivers.values():
+            driver.bases = self.bases
         self.store = Store(paths)
         self.secrets = Secrets(paths, self.store)
         self.pools.secret = lambda kind, which: self.secrets.value(kind, uuid=which.uuid, usage=which.usage)
@@ -104,6 +115,7 @@ class Manager:
         self._last_id = 0
         self._claims: dict[str | bytes, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._removing: list[tuple[str, Sequence[Use]]] = []
 
     async def open(self) -> None:
         """Load definitions, find running machines again, then start (beside all else) what starts with the host.
@@ -267,6 +279,30 @@ class Manager:
         for domain in self._names.values():
             if domain.run is not None and domain is not besides and domain.run.uses:
                 yield domain.name, domain.run.uses
+        yield from self._removing
+
+    def bases(self) -> set[str]:
+        """Where an image may lie that another one rests on although no document says so: pools, as far as they are
+        directories, volumes that are devices, where images are kept by custom, and what snapshots of ours rest on."""
+        found = {str(self.paths.images), *([LIBVIRT_IMAGES] if self.paths.scope == "system" else [])}
+        for pool in self.pools.list():
+            if not pool.document.path.startswith("/dev"):
+                found.add(pool.document.path)
+            elif pool.is_active:
+                found.update(volume.path for volume in pool.volumes())
+        for domain in self._names.values():
+            found |= domain.snapshots.originals | domain.snapshots.made
+        return found - {""}
+
+    @contextlib.contextmanager
+    def removing(self, identity: Identity, path: str, owner: str) -> Iterator[None]:
+        """Nobody starts to use a file of machine `owner` that is about to be removed."""
+        entry = (owner, (Use(identity, path, shareable=False, readonly=False),))
+        self._removing.append(entry)
+        try:
+            yield
+        finally:
+            self._removing.remove(entry)
 
     def spawn(
         self, work: Coroutine[Any, Any, None], group: set[asyncio.Task[None]] | None = None
@@ -423,7 +459,7 @@ class Manager:
                 )
             nvram = domain.definition.os.nvram
             path = Path(nvram.value) if nvram and nvram.value else None
-            if path is not None and not flags & _NVRAM and await self.store.run(path.exists):
+            if path is not None and not flags & _NVRAM and await reach(_exists, path):
                 raise OperationInvalid(
                     f"machine {domain.name!r} has firmware variables in {path}",
                     remedy="undefine with --nvram to remove or --keep-nvram to keep them",
@@ -431,7 +467,7 @@ class Manager:
             await self.store.remove_definition(domain.name)
             if path is not None and flags & DomainUndefineFlags.NVRAM:
                 with contextlib.suppress(OSError):
-                    await self.store.run(path.unlink, missing_ok=True)
+                    await in_thread(path.unlink, missing_ok=True)
             keep_tpm = None if not flags & _TPM else bool(flags & DomainUndefineFlags.KEEP_TPM)
             await self._forget_state(domain, keep_tpm)
             if domain.has_managed_save:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from kvik.conf.devices_xml import parse_device
 from kvik.conf.domain import parse_domain
 from kvik.conf.enums import DomainState
-from kvik.errors import ConfigError, InvalidArgument, KvikError
+from kvik.errors import ConfigError, HostError, InvalidArgument, KvikError
 from kvik.host import process
 from kvik.host.documents import SUFFIX, set_aside
+from kvik.host.reach import reach
 from kvik.hypervisor.driver import EventKind, MachineEvent
 from kvik.manager import block_following, devices, disks, guest, lifecycle, ports, prepare, renaming, rx_filters
 from kvik.manager.backup import job as backup_job
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 ATTACH_WAIT = 2.0  # seconds until a VMM that does not answer is left for later
 RETRY_FIRST, RETRY_LAST = 1.0, 30.0  # seconds between tries
 EVERYTHING = "everything"  # in the list of what was started: this boot needs no more
+RETRY = 5.0  # seconds until storage that did not answer is asked again
 CURIOSITY = 5.0  # seconds to ask an attached VMM for its run state
 
 
@@ -198,10 +200,29 @@ async def _adopt(manager: Manager, status: Status) -> None:
     await ports.put_back(domain, live.devices.interfaces)
     run.stages.restore(status.stages)
     block_following.remember(domain, run, status.block_jobs)
-    run.uses = await manager.store.run(disks.uses, live)
+    await _find_uses(domain, run)
     await checkpoints.load(domain)
     if not await _attach(domain, run, status, ATTACH_WAIT):
         domain.spawn(_attach_later(domain, run, status))
+
+
+async def _find_uses(domain: DomainObject, run: Run) -> None:
+    """Which images it has; nobody is kept waiting for storage that does not answer, whose machines say so later."""
+    try:
+        async with asyncio.timeout(CURIOSITY):
+            run.uses = await reach(disks.uses, run.live)
+    except (HostError, TimeoutError) as error:
+        domain.log.note(f"its images are not looked at yet: {error or 'their storage does not answer'}")
+        domain.spawn(_find_uses_later(domain, run))
+
+
+async def _find_uses_later(domain: DomainObject, run: Run) -> None:
+    while domain.run is run:
+        await asyncio.sleep(RETRY)
+        with contextlib.suppress(HostError):
+            run.uses = await reach(disks.uses, run.live)
+            domain.log.note("its images were looked at")
+            return
 
 
 async def _attach(domain: DomainObject, run: Run, status: Status, wait: float) -> bool:

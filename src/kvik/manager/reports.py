@@ -67,6 +67,11 @@ def _sidecar(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     domain.log.note(event.detail)
 
 
+def _sidecar_again(domain: DomainObject, run: Run, event: MachineEvent) -> None:
+    domain.log.note(event.detail)
+    domain.spawn(domain.save_quietly())  # the next daemon finds it by what is noted there
+
+
 def _rx_filter(domain: DomainObject, run: Run, event: MachineEvent) -> None:
     domain.spawn(rx_filters.follow(domain, run, event.detail))
 
@@ -204,6 +209,7 @@ def _monitor(domain: DomainObject, run: Run, event: MachineEvent) -> None:
 _HANDLERS: Mapping[str, Callable[[DomainObject, Run, MachineEvent], None]] = {
     "watchdog": _watchdog,
     "sidecar-ended": _sidecar,
+    "sidecar-started": _sidecar_again,
     "io-error": _io_error,
     "rtc-change": _rtc,
     "balloon-change": _balloon,

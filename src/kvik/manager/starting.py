@@ -23,13 +23,15 @@ from kvik.errors import (
     OperationInvalid,
 )
 from kvik.host import process
+from kvik.host.reach import reach
+from kvik.host.threads import in_thread
 from kvik.hypervisor.driver import Feature, Machine, StartRequest
 from kvik.hypervisor.firmware import reset_variables
 from kvik.manager import disks, lifecycle, ports, sanlock, volume_disks
 from kvik.manager.definition import Definition
 from kvik.manager.interfaces import open_interfaces
 from kvik.manager.jobs import LIMIT
-from kvik.manager.leases import open_leases
+from kvik.manager.leases import take_leases
 from kvik.manager.run import Run
 from kvik.manager.secrets import open_secrets
 from kvik.manager.snapshots.apply import settle
@@ -118,7 +120,7 @@ async def boot(
     volume_disks.resolve_all(manager, definition)
     assign_aliases(definition)
     run = Run(definition, Path(), BootStages(definition))
-    uses = await manager.store.run(_look_at_files, definition, tuple(files))
+    uses = await reach(_look_at_files, definition, tuple(files))
     await manager.driver_of(definition).validate(definition)
     # No await between this check and the next line: two starts with one disk cannot pass it together.
     disks.check_unused(uses, manager.disk_uses(domain))
@@ -131,7 +133,7 @@ async def boot(
     definition.id = number
     try:
         if reset_nvram:
-            await manager.store.run(reset_variables, definition)
+            await in_thread(reset_variables, definition)
         machine = await _spawn(domain, run, paused or saved is not None, files, saved)
         run.machine, run.pid = machine, machine.pid
         stat = process.read_stat(machine.pid)
@@ -169,7 +171,7 @@ async def boot(
         await asyncio.shield(domain.cleaning)
         raise
     domain.updated = False
-    run.uses = await manager.store.run(disks.uses, run.live)  # with what lies below its disks
+    await disks.renew_uses(run)  # with what lies below its disks
     lifecycle.reached(domain, "vmm started")
     lifecycle.apply(domain, _booted(saved, paused))
     if saved is not None:
@@ -245,8 +247,8 @@ async def _spawn(
     try:
         interfaces = run.live.devices.interfaces
         passed = open_secrets(manager.secrets, run.live.devices.disks, taps)
-        own, theirs = await manager.store.run(_sort_leases, run.live.devices.leases)
-        passed |= await manager.store.run(open_leases, own, domain.name, domain.uuid_text, taps)
+        own, theirs = await reach(_sort_leases, run.live.devices.leases)
+        passed |= await take_leases(own, domain.name, domain.uuid_text, taps)
         files = {**await open_interfaces(domain, run.directory, interfaces, taps, attachments), **passed, **files}
         request = StartRequest(
             definition=run.live,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from kvik.host.reach import about, reach
+from kvik.host.threads import in_thread
 from kvik.manager.snapshots.files import kept_disks
 from kvik.storage import volumes
 from kvik.storage.capabilities import capabilities
@@ -12,7 +14,6 @@ from kvik.storage.pool import PoolObject
 from kvik.storage.pools import REFRESHED, Pools
 from kvik.storage.resolve import Resolved, places, resolve
 from kvik.storage.sparse import extents, punch
-from kvik.storage.threads import in_thread
 from kvik.storage.types import find_sources
 from kvik.storage.volumes import Opened
 
@@ -22,8 +23,22 @@ if TYPE_CHECKING:
     from kvik.manager.manager import Manager
 
 __all__ = [
-    "REFRESHED", "Opened", "PoolObject", "Pools", "Resolved", "capabilities", "check_idle", "extents", "find_sources",
-    "in_thread", "punch", "resolve", "users", "volumes",
+    "REFRESHED",
+    "Opened",
+    "PoolObject",
+    "Pools",
+    "Resolved",
+    "about",
+    "capabilities",
+    "check_idle",
+    "extents",
+    "find_sources",
+    "in_thread",
+    "punch",
+    "reach",
+    "resolve",
+    "users",
+    "volumes",
 ]  # fmt: skip
 
 

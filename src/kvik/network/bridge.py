@@ -16,7 +16,8 @@ from kvik.conf.network import Network
 from kvik.conf.network_addresses import ip_interface, route_destination
 from kvik.errors import AlreadyExists, HostError
 from kvik.host.bridge import NO_VLAN_FILTERING, BridgeSettings, create_bridge
-from kvik.host.netlink import Link, Netlink, check_name
+from kvik.host.netlink import Link, Netlink
+from kvik.host.netlink_attributes import check_name
 from kvik.host.route import add_route
 from kvik.host.traffic import Rate, set_traffic, sweep_ifbs
 

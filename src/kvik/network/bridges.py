@@ -14,7 +14,8 @@ from kvik.errors import AlreadyExists, HostError, InvalidArgument, NotFound, Ope
 from kvik.host import bridge as kernel
 from kvik.host import bridge_vlan, neighbour
 from kvik.host.bridge import Bridge, BridgePort, BridgeSettings, PortSettings
-from kvik.host.netlink import Link, Netlink, check_name
+from kvik.host.netlink import Link, Netlink
+from kvik.host.netlink_attributes import check_name
 
 _LINK_LOCAL = 253  # RT_SCOPE_LINK
 

@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from kvik.errors import HostError
-from kvik.host.netlink import attributes, text
+from kvik.host.netlink_attributes import attributes, text
 
 __all__ = ["Step", "Tracer", "parse_trace"]
 

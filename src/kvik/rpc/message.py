@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, Final
 
-    from kvik.rpc.xdr import Record
+    from kvik.rpc.xdr_types import Record
 
 CALL: Final = 0
 REPLY: Final = 1

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from kvik.errors import RpcError
-from kvik.rpc.xdr import STRING_MAX, Encoded, TypedParam
+from kvik.rpc.xdr_types import STRING_MAX, Encoded, TypedParam
 
 INT, UINT, LLONG, ULLONG, DOUBLE, BOOLEAN, STRING = 1, 2, 3, 4, 5, 6, 7
 
@@ -160,7 +160,7 @@ def encode(values: Mapping[str, Value]) -> Encoded:
 
 
 def _encode_slowly(values: Mapping[str, Value]) -> Encoded:
-    from kvik.rpc.xdr import encode_typed_param
+    from kvik.rpc.xdr_types import encode_typed_param
 
     params = []
     for name, value in values.items():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from kvik.conf.storage_pool import AuthSecret
 from kvik.errors import HostError, OperationUnsupported
 from kvik.host.files import host_error
-from kvik.host.jail import run_jailed
+from kvik.host.jail import run_qemu_img
 from kvik.host.secret_file import lent
 from kvik.image.lock import lock_image
 from kvik.storage.backend import SecretReader
@@ -56,13 +56,11 @@ def merge_back(chain: Sequence[Locked], secret: SecretReader) -> None:
             if image.format == "qcow2":
                 above["backing"] = node  # what its header names is not asked
             node = above
-        done = run_jailed(
-            "qemu-img",
+        done = run_qemu_img(
             ["commit", "-q", "-d", *objects, "json:" + json.dumps(node)],
             readable=fds[2:],
             writable=fds[:2],
             private=list(keys.values()),
-            package="qemu-utils",
             seconds=60 + top.allocated // SLOWEST,
             size=max(below.size, os.fstat(fds[1]).st_size) + 2 * top.allocated + (64 << 20),
         )

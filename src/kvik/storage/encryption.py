@@ -19,7 +19,7 @@ from typing import Any
 from kvik.conf.storage_pool import AuthSecret
 from kvik.conf.storage_volume import Encryption, StorageVolume
 from kvik.errors import ConfigError, ConfigUnsupported, HostError, ImageError, OperationUnsupported
-from kvik.host.jail import run_jailed
+from kvik.host.jail import run_qemu_img
 from kvik.host.secret_file import lent
 from kvik.host.tools import Completed
 from kvik.image.base import Image
@@ -40,7 +40,6 @@ __all__ = [
 
 PATH = "/volume/target/encryption"
 SLOWEST = 16 << 20  # bytes a second that qemu-img encrypts at the least
-TRIES = 20
 KEY, SOURCE_KEY = "key", "source-key"
 # How long opening such a volume takes anybody who has the passphrase, or guesses it: QEMU's own 2 s where None.
 iteration_ms: int | None = None
@@ -248,20 +247,14 @@ def _qemu_img(
     keys: list[int],
 ) -> Completed:
     size = size or document.size
-    for attempt in range(TRIES):
-        done = run_jailed(
-            "qemu-img",
-            words,
-            readable=readable or [],
-            writable=writable,
-            private=keys,
-            package="qemu-utils",
-            seconds=60 + size // SLOWEST,
-            size=size + size // 64 + (64 << 20),  # with tables of either format
-        )
-        # On a busy host QEMU 7.2 may be unable to tell how fast it derives a key: nothing is wrong then.
-        if not done.code or b"accurate CPU usage" not in done.err or attempt == TRIES - 1:
-            break
+    done = run_qemu_img(
+        words,
+        readable=readable or [],
+        writable=writable,
+        private=keys,
+        seconds=60 + size // SLOWEST,
+        size=size + size // 64 + (64 << 20),  # with tables of either format
+    )
     if done.code:
         said = done.message
         for fd in [*(readable or []), *writable]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvik.errors import HostError, OperationTimeout, ResourceBusy
+from kvik.host.filesystem import unescaped
 from kvik.named import NamedTuple
 from kvik.storage.tool import call
 
@@ -20,7 +20,6 @@ OPTIONS = ("nodev", "nosuid", "noexec")  # what lies in a pool is data
 MOUNTINFO = "/proc/self/mountinfo"
 MOUNTINFO_MAX = 16 << 20
 DEADLINE = 60.0  # seconds that a server has to answer
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 class Mount(NamedTuple):
@@ -40,13 +39,9 @@ def mounted_at(path: str) -> Mount | None:
     for line in lines:
         before, separator, after = line.partition(" - ")
         fields, rest = before.split(" "), after.split(" ")
-        if separator and len(fields) >= 6 and len(rest) >= 2 and _plain(fields[4]) == path:
-            found = Mount(fields[2], path, rest[0], _plain(rest[1]))
+        if separator and len(fields) >= 6 and len(rest) >= 2 and unescaped(fields[4]) == path:
+            found = Mount(fields[2], path, rest[0], unescaped(rest[1]))
     return found
-
-
-def _plain(text: str) -> str:
-    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
 
 
 def mount(

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from kvik.errors import ConfigUnsupported, HostError, ImageError
 from kvik.host.files import fsync_directory, host_error
+from kvik.host.reach import about
 from kvik.image.base import HOLE, Image
 from kvik.image.commit import commit
 from kvik.image.create import create
-from kvik.image.lock import lock_image
+from kvik.image.lock import check_image, lock_image
 from kvik.image.opening import open_image
 from kvik.image.qcow2 import header as qcow2_header
 from kvik.image.qcow2.writer import Qcow2Writer
@@ -27,6 +28,7 @@ from kvik.storage.encryption import payload_offset
 
 __all__ = [
     "Facts",
+    "check_reusable",
     "create_overlay",
     "digest",
     "is_empty",
@@ -88,6 +90,40 @@ def look(path: str, format: str) -> Facts:
         return Facts(path, "qcow2", header.size, allocated, below, kind, header.nb_snapshots, locked)
     finally:
         os.close(fd)
+
+
+def check_reusable(path: str, below: Facts) -> None:
+    """Whether an image that somebody else made can go on top of `below`: it is to be written to at once. Raises
+    `ConfigUnsupported`, `ResourceBusy`, `HostError`, `ImageError`."""
+    fd = _open(path, writable=False)
+    try:
+        header = qcow2_header.parse(fd, path)
+        check_image(fd, path, write=True)
+    finally:
+        os.close(fd)
+    facts = look(path, "qcow2")
+    try:
+        right = facts.backing is not None and os.path.samefile(facts.backing, below.path)  # noqa: PTH121
+    except OSError as error:
+        raise host_error("look at", f"{facts.backing}, on which {path} rests", error) from error
+    if not right:
+        raise ConfigUnsupported(
+            f"{path} does not rest on {below.path}: the disk would be another",
+            remedy=f"make it: kvik img create -f qcow2 -b {below.path} -F {below.format} {path}",
+        )
+    mend = f"kvik img check -r all {path}"
+    if header.incompatible & qcow2_header.CORRUPT:
+        raise ConfigUnsupported(f"{path} is marked as damaged", remedy=mend)
+    if header.incompatible & qcow2_header.DIRTY:
+        raise ConfigUnsupported(
+            f"{path} was not closed by whoever wrote to it last (its dirty bit is set)",
+            remedy=f"{mend}, if nobody has it open",
+        )
+    if facts.size != below.size:
+        raise ConfigUnsupported(
+            f"{path} has {facts.size} bytes, and the disk that it is to go on with {below.size}",
+            remedy=f"kvik img resize {path} {below.size}, or make it anew",
+        )
 
 
 def create_overlay(
@@ -220,6 +256,7 @@ def digest(path: str, format: str) -> str:
 def _open(path: str, *, writable: bool) -> int:
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
+        about(path)
         fd = os.open(path, flags)
     except OSError as error:
         raise host_error("open", path, error) from error

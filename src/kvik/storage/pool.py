@@ -21,9 +21,9 @@ from kvik.conf.storage_state import PoolOrigin, PoolState
 from kvik.conf.storage_volume import EncryptionSecret, StorageVolume
 from kvik.errors import KvikError, NoStorageVolume, OperationInvalid, OperationTimeout, ResourceBusy
 from kvik.host.files import Identity
+from kvik.host.threads import in_thread, settled
 from kvik.storage.backend import Backend, Contents
 from kvik.storage.encryption import encryption_of
-from kvik.storage.threads import in_thread, settled
 from kvik.storage.types import make
 
 if TYPE_CHECKING:

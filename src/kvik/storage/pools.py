@@ -14,12 +14,12 @@ from kvik.conf.storage_pool import StoragePool, complete_pool, format_pool, pars
 from kvik.conf.storage_volume import StorageVolume
 from kvik.errors import AlreadyExists, NoStoragePool, NoStorageVolume, OperationInvalid, ResourceBusy
 from kvik.host.files import Identity
+from kvik.host.threads import in_thread
 from kvik.paths import Paths
 from kvik.storage import recover
 from kvik.storage.backend import Backend, SecretReader, no_secrets
 from kvik.storage.pool import PoolObject
 from kvik.storage.store import Store, check_name
-from kvik.storage.threads import in_thread
 from kvik.storage.types import backend_of
 
 __all__ = ["PoolObject", "Pools"]

@@ -21,9 +21,9 @@ from kvik.conf.storage_pool import complete_pool, format_pool, parse_pool, valid
 from kvik.conf.storage_state import PoolState
 from kvik.errors import HostError, KvikError
 from kvik.host import files
+from kvik.host.threads import in_thread
 from kvik.storage.pool import PoolObject
 from kvik.storage.store import Loaded
-from kvik.storage.threads import in_thread
 from kvik.storage.types import backend_of, make
 
 if TYPE_CHECKING:

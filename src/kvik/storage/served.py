@@ -2,8 +2,8 @@
 
 What reads or writes one here does it through a file: qemu-storage-daemon, whose client of that server is the same as a
 machine's, shows the volume as one (FUSE), as long as it is open. So streams, copies and wiping are the same for all
-types. The file's name is gone before anything is read; the process ends with the descriptor, and with us should we be
-killed.
+types. That process has a root directory and namespaces of its own (`vmm/sandbox/own_root.py`), in which alone the file
+has a name; it ends with the descriptor, and with us should we be killed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from kvik.conf.storage_volume import Encryption, StorageVolume
-from kvik.errors import HostError, KvikError, MissingPackages, OperationTimeout, OperationUnsupported
+from kvik.errors import HostError, MissingPackages, OperationTimeout, OperationUnsupported
 from kvik.host.files import host_error
 from kvik.host.process import ProcessHandle, find_program, spawn
 from kvik.host.secret_file import lent
@@ -31,7 +31,7 @@ from kvik.image.raw import RawImage
 from kvik.named import NamedTuple
 from kvik.storage import sparse
 from kvik.storage.backend import Backend
-from kvik.storage.tool import PACKAGES, call
+from kvik.storage.tool import PACKAGES
 from kvik.storage.wiping import overwrite
 
 __all__ = ["Node", "ServedBackend", "served"]
@@ -129,18 +129,20 @@ def served(node: Node, *, writable: bool = False, deadline: float = DEADLINE) ->
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="kvik-volume-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        mountpoint, said = directory / "volume", directory / "said"
-        mountpoint.touch(mode=0o600)
+        root, said = directory / "root", directory / "said"
+        root.mkdir()
         here, there = socket.socketpair()
         stack.enter_context(here)
-        words, keys = _words(node, mountpoint, writable, stack)
+        keys = [stack.enter_context(lent(node.secret))] if node.secret_option else []
         with there, said.open("wb") as log:
             fds = [there.fileno(), *keys]
-            launched = [sys.executable, "-I", "-S", str(_LAUNCHER), f"--life={there.fileno()}", "--unconfined", "--"]
-            process = spawn([*launched, program, *words], stderr=log.fileno(), pass_fds=fds)
+            launched = [sys.executable, "-I", "-S", str(_LAUNCHER), f"--life={there.fileno()}", f"--root={root}"]
+            launched += [f"--key={fd}" for fd in keys]
+            command = [*launched, "--", program, *_words(node, writable)]
+            process = spawn(command, stderr=log.fileno(), pass_fds=fds)
         stack.enter_context(process)
         stack.callback(process.terminate, GRACE)
-        fd = _open(process, mountpoint, said, writable, deadline)
+        fd = _open(process, said, writable, deadline)
         try:
             shutil.rmtree(directory, ignore_errors=True)  # now: nothing is left of it if we are killed
             yield fd
@@ -148,28 +150,30 @@ def served(node: Node, *, writable: bool = False, deadline: float = DEADLINE) ->
             os.close(fd)
 
 
-def _words(node: Node, mountpoint: Path, writable: bool, stack: ExitStack) -> tuple[list[str], list[int]]:
-    options, keys, words = {**node.options, "node-name": "volume", "read-only": not writable}, [], []
+def _words(node: Node, writable: bool) -> list[str]:
+    """Paths are those of its own root."""
+    options, words = {**node.options, "node-name": "volume", "read-only": not writable}, []
     if node.secret_option:
-        keys.append(stack.enter_context(lent(node.secret)))
-        words += ["--object", f"secret,id=key,file=/proc/self/fd/{keys[0]}"]
+        words += ["--object", "secret,id=key,file=/key"]
         options[node.secret_option] = "key"
     options["discard"] = "unmap"
     export = {
         "type": "fuse",
         "id": "export",
         "node-name": "volume",
-        "mountpoint": str(mountpoint),
+        "mountpoint": "/volume",
         "writable": writable,
+        "allow-other": "off",  # that would be others of its namespace, which we are not in
     }
-    return [*words, "--blockdev", json.dumps(options), "--export", json.dumps(export)], keys
+    return [*words, "--blockdev", json.dumps(options), "--export", json.dumps(export)]
 
 
-def _open(process: ProcessHandle, mountpoint: Path, said: Path, writable: bool, deadline: float) -> int:
-    """The file once it is there; nobody finds it by its name afterwards."""
+def _open(process: ProcessHandle, said: Path, writable: bool, deadline: float) -> int:
+    """The file once it is there; only through its process can it be found."""
+    root = f"/proc/{process.pid}/root"
     end = time.monotonic() + deadline
     pause = 0.005
-    while mountpoint.stat().st_dev == mountpoint.parent.stat().st_dev:
+    while not _is_there(root):
         if not process.alive:
             raise HostError(_why(said))
         if time.monotonic() > end:
@@ -177,13 +181,18 @@ def _open(process: ProcessHandle, mountpoint: Path, said: Path, writable: bool, 
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
     try:
-        return os.open(mountpoint, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        return os.open(f"{root}/volume", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:
-        raise host_error("open", mountpoint, error) from error
-    finally:
-        tool = ["umount", "--internal-only", "--lazy"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
-        with suppress(KvikError):  # then the process does it, at its end
-            call([*tool, "--", str(mountpoint)], check=False)
+        raise host_error("open", f"{root}/volume", error) from error
+
+
+def _is_there(root: str) -> bool:
+    """It has left our root, and something is mounted on the file in its own."""
+    try:
+        devices = {os.stat(path).st_dev for path in ("/", f"{root}/", f"{root}/volume")}  # noqa: PTH116
+    except OSError:
+        return False
+    return len(devices) == 3
 
 
 def _why(said: Path) -> str:

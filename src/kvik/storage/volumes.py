@@ -23,6 +23,7 @@ from kvik.errors import (
     StorageVolumeExists,
 )
 from kvik.host.files import Identity, identify
+from kvik.host.threads import in_thread, settled
 from kvik.image.lock import lock_image
 from kvik.storage.backend import Backend
 from kvik.storage.chains import image_format, open_volume_image
@@ -31,7 +32,6 @@ from kvik.storage.pool import Bars, PoolObject
 from kvik.storage.pools import Pools
 from kvik.storage.resolve import places_of
 from kvik.storage.sparse import size_of
-from kvik.storage.threads import in_thread, settled
 from kvik.storage.wiping import passes_of
 
 __all__ = ["Opened", "copy", "create", "delete", "open_bytes", "resize", "wipe"]

@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
     from kvik.vmm.memory import GuestMemory, Region
 
-__all__ = ["MAX_CONFIG_SIZE", "VhostUser"]
+__all__ = ["MAX_CONFIG_SIZE", "Inflight", "VhostUser"]
 
 GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE, SET_LOG_BASE = 1, 2, 3, 5, 6
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL = 12, 13
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
 GET_CONFIG, SET_CONFIG = 24, 25
+GET_INFLIGHT_FD, SET_INFLIGHT_FD = 31, 32
 
 F_LOG_ALL, F_PROTOCOL_FEATURES = 1 << 26, 1 << 30
-P_MQ, P_LOG_SHMFD, P_REPLY_ACK, P_CONFIG = 1 << 0, 1 << 1, 1 << 3, 1 << 9
+P_MQ, P_LOG_SHMFD, P_REPLY_ACK, P_CONFIG, P_INFLIGHT = 1 << 0, 1 << 1, 1 << 3, 1 << 9, 1 << 12
 VRING_F_LOG = 1
 
 VERSION, REPLY, NEED_REPLY = 1, 1 << 2, 1 << 3
@@ -45,6 +46,16 @@ ADDR = struct.Struct("=IIQQQQ")  # index, flags, descriptors, used, available, l
 REGION = struct.Struct("=QQQQ")  # guest address, size, address in this process, offset in the file
 LOG = struct.Struct("=QQ")  # size, offset in the file
 CONFIG = struct.Struct("=III")  # offset, size, flags
+INFLIGHT = struct.Struct("=QQHH4x")  # bytes, offset in the file, queues, entries of each; as a C compiler pads it
+
+
+class Inflight:
+    """A back end's own memory, a memfd, which we hold for the one that comes after it. `place`: as it was told."""
+
+    __slots__ = ("fd", "place")
+
+    def __init__(self, fd: int, place: bytes) -> None:
+        self.fd, self.place = fd, place
 
 
 class VhostUser:
@@ -55,6 +66,7 @@ class VhostUser:
         self.name = source if isinstance(source, str) else f"descriptor {source}"
         self.features = self.protocol = 0
         self.queues = 1
+        self._fds: list[int] = []  # that came with the last answer
         if isinstance(source, int):
             self.socket = socket.socket(fileno=source)
             os.set_inheritable(source, False)
@@ -90,7 +102,7 @@ class VhostUser:
         self.features = self._get(GET_FEATURES)
         if self.features & F_PROTOCOL_FEATURES:
             offered = self._get(GET_PROTOCOL_FEATURES)
-            self.protocol = offered & (P_MQ | P_LOG_SHMFD | P_REPLY_ACK | P_CONFIG)
+            self.protocol = offered & (P_MQ | P_LOG_SHMFD | P_REPLY_ACK | P_CONFIG | P_INFLIGHT)
             self._send(SET_PROTOCOL_FEATURES, _U64.pack(self.protocol))
         self._send(SET_OWNER)
         if self.protocol & P_MQ:
@@ -115,6 +127,8 @@ class VhostUser:
             raise OperationFailed(f"the vhost-user back end at {self.name} refused request {request}")
 
     def _answer(self, request: int, size: int) -> bytes:
+        for fd in self._take_fds():  # that came with an answer to which none belong
+            os.close(fd)
         answered, flags, length = HEADER.unpack(self._receive(request, HEADER.size))
         if answered != request or not flags & REPLY or not size <= length <= MAX_PAYLOAD:
             raise OperationFailed(
@@ -126,7 +140,8 @@ class VhostUser:
         data = b""
         while len(data) < size:
             try:
-                part = self.socket.recv(size - len(data))
+                part, fds, _, _ = socket.recv_fds(self.socket, size - len(data), MAX_REGIONS, socket.MSG_CMSG_CLOEXEC)
+                self._fds += fds
             except TimeoutError as error:
                 raise self._late(request) from error
             except OSError as error:
@@ -135,6 +150,10 @@ class VhostUser:
                 raise self._gone(None)
             data += part
         return data
+
+    def _take_fds(self) -> list[int]:
+        fds, self._fds = self._fds, []
+        return fds
 
     def _gone(self, error: OSError | None) -> HostError:
         why = f": {error.strerror}" if error is not None else ""
@@ -148,6 +167,11 @@ class VhostUser:
     def _get(self, request: int) -> int:
         self._send(request)
         return int(_U64.unpack_from(self._answer(request, _U64.size))[0])
+
+    @property
+    def tracks(self) -> bool:
+        """Whether it notes which requests it has, so that the one after it can go on with them."""
+        return bool(self.protocol & P_INFLIGHT)
 
     @property
     def logs(self) -> bool:
@@ -165,6 +189,22 @@ class VhostUser:
         """The memfd where it sets a bit for each page of 4 KiB that it writes. It writes to no other from here on."""
         self._send(SET_LOG_BASE, LOG.pack(size, 0), [fd])
         self._answer(SET_LOG_BASE, 0)
+
+    def get_inflight(self, queues: int, size: int) -> Inflight:
+        """New memory where it notes its requests: for queues of up to `size` entries."""
+        self._send(GET_INFLIGHT_FD, INFLIGHT.pack(0, 0, queues, size))
+        data = self._answer(GET_INFLIGHT_FD, INFLIGHT.size)
+        fds = self._take_fds()
+        length, offset, _, _ = INFLIGHT.unpack_from(data)
+        if len(fds) != 1 or not length:
+            for fd in fds:
+                os.close(fd)
+            raise OperationFailed(f"the vhost-user back end at {self.name} gives no memory for requests in flight")
+        return Inflight(fds[0], INFLIGHT.pack(length, offset, queues, size))
+
+    def set_inflight(self, inflight: Inflight) -> None:
+        """Before its queues start: what the back end before it had taken and not answered."""
+        self._send(SET_INFLIGHT_FD, inflight.place, [inflight.fd], checked=True)
 
     def set_memory(self, memory: GuestMemory) -> None:
         """The table of RAM. Every region needs a memfd."""
@@ -242,3 +282,5 @@ class VhostUser:
 
     def close(self) -> None:
         self.socket.close()
+        for fd in self._take_fds():
+            os.close(fd)

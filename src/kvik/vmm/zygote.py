@@ -141,10 +141,10 @@ def main(fd: int) -> Fork | None:
     from kvik.vmm.sandbox.privileges import no_new_privileges
 
     no_new_privileges()
-    from kvik.vmm.confinement import LATE, LATE_CONTROL, import_all
+    from kvik.vmm.confinement import LATE, LATE_CONTROL, OVERLAYS, import_all
     from kvik.vmm.rehearsal import rehearse
 
-    import_all([*(f"kvik.vmm.{name}" for name in MODULES), *LATE, *LATE_CONTROL])
+    import_all([*(f"kvik.vmm.{name}" for name in MODULES), *LATE, *LATE_CONTROL, *OVERLAYS])
     rehearse()
     process_image.prepare()
     renames = process_image.rename("kvik-zygote", ["kvik-zygote"], dict(os.environ))

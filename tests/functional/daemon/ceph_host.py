@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -96,11 +97,17 @@ class Scene:
         self.good("pool-start", "ceph")
         self.step("keys and users")
 
+    def taken(self, name: str) -> int:
+        found = re.search(r"<allocation unit='bytes'>(\d+)<", self.good("vol-dumpxml", name, "ceph"))
+        assert found is not None
+        return int(found[1])
+
     def volumes(self) -> None:
         cluster, good = self.cluster, self.good
         good("vol-create-as", "ceph", "one", "8000000B")
         self.bad("exists already", "vol-create-as", "ceph", "one", "1M")
         assert "<capacity unit='bytes'>8000000</capacity>" in good("vol-dumpxml", "one", "ceph")
+        assert self.taken("one") == 0  # nothing was written to it
         good("vol-resize", "one", "8M", "--pool", "ceph")
         good("vol-resize", "one", "16M", "--pool", "ceph")
         good("vol-resize", "one", "8M", "--pool", "ceph", "--shrink")
@@ -108,6 +115,7 @@ class Scene:
         (self.root / "local").write_bytes(data)
         good("vol-upload", "one", str(self.root / "local"), "--pool", "ceph")
         assert cluster.image("one") == data
+        assert self.taken("one") == 8 * MIB  # whole objects, of 4 MiB each
         good("vol-clone", "one", "two", "--pool", "ceph")
         assert hashlib.sha256(cluster.image("two")).digest() == hashlib.sha256(data).digest()
         good("vol-download", "two", str(self.root / "back"), "--pool", "ceph", "--sparse")
@@ -127,6 +135,7 @@ class Scene:
         assert cluster.image("two") == bytes(len(data))
         good("vol-wipe", "three", "--pool", "ceph", "--algorithm", "trim")
         assert cluster.image("three") == bytes(len(data))
+        assert self.taken("three") == 0
         cluster.run("rbd", "create", "--size", "1", f"{POOL}/theirs")  # by somebody else
         cluster.run("rbd", "snap", "create", "--no-progress", f"{POOL}/theirs@s")
         good("pool-refresh", "ceph")

@@ -96,6 +96,60 @@ def test_images_that_name_what_they_should_not(host: Host) -> None:
     assert "/etc/shadow" not in _files_of(host.pid("raw"))
 
 
+def test_a_raw_base_is_followed_only_where_people_said_so(host: Host) -> None:
+    """Anything is a raw disk: a header that came from elsewhere could name any file for a guest to read."""
+    images, theirs = host.root / "images", host.root / "theirs"
+    images.mkdir()
+    theirs.mkdir()
+    (theirs / "key").write_bytes(bytes(1 << 20))
+    (images / "link").symlink_to(theirs / "key")
+    key = str(theirs / "key")
+    create(str(images / "elsewhere"), "qcow2", 1 << 20, backing_file=key, backing_format="raw")
+    create(str(images / "linked"), "qcow2", 1 << 20, backing_file="link", backing_format="raw")
+    create(str(images / "middle"), "qcow2", 1 << 20, backing_file="elsewhere", backing_format="qcow2")
+    refused = f"sits on {key}, which is in no storage pool and not beside it.*<backingStore>.*{theirs}.*pool-define-as"
+    for name in ("elsewhere", "linked", "middle"):
+        machine = host.define(name, disk_xml(images / name, format="qcow2"))
+        before = host.files()
+        host.kvik("start", machine, fails=refused)
+        nothing_started(host, machine, before)
+    host.define("web", disk_xml(host.image("web.img")))
+    host.kvik("start", "web")
+    device = host.document("vdb", disk_xml(images / "middle", "vdb", format="qcow2"))
+    host.kvik("attach-device", "web", device, "--live", fails=refused)
+    # Who names it has it.
+    named = f"<backingStore type='file'><format type='raw'/><source file='{key}'/><backingStore/></backingStore>"
+    host.define("named", disk_xml(images / "elsewhere", extra=named, format="qcow2"))
+    host.kvik("start", "named")
+    host.kvik("destroy", "named")
+    # So has who said of its directory that images are there.
+    host.kvik("pool-define-as", "bases", "dir", "--target", str(theirs))
+    host.kvik("attach-device", "web", device, "--live")
+    host.kvik("start", "linked")
+    host.kvik("destroy", "linked")
+    host.kvik("pool-undefine", "bases")
+    host.kvik("start", "linked", fails=refused)
+
+
+def test_what_a_snapshot_or_copy_elsewhere_rests_on_is_named_for_the_next_start(host: Host) -> None:
+    elsewhere = host.root / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("off", "on", "copied"):
+        host.define(name, disk_xml(host.image(f"{name}.img")))
+    new = ("--disk-only", "--no-metadata", "--diskspec")
+    host.kvik("snapshot-create-as", "off", "s", *new, f"vda,file={elsewhere}/off")
+    host.kvik("start", "on")
+    host.kvik("snapshot-create-as", "on", "s", *new, f"vda,file={elsewhere}/on")
+    host.kvik("start", "copied")
+    host.kvik("snapshot-create-as", "copied", "s", *new, f"vda,file={host.root}/top")
+    host.kvik("blockcopy", "copied", "vda", f"{elsewhere}/copied", "--shallow", "--wait", "--pivot")
+    for name in ("on", "copied"):
+        host.kvik("destroy", name)
+    for name in ("off", "on", "copied"):
+        host.kvik("start", name)
+        assert f"{elsewhere}/{name}" in host.kvik("domblklist", name)
+
+
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, to run a daemon as somebody else"
 )

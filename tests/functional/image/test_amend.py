@@ -105,9 +105,7 @@ def test_what_cannot_be_leaves_the_image(tmp_path: Path, option: str) -> None:
 def test_help_and_other_formats(tmp_path: Path) -> None:
     listed = kvik_img("amend", "-o", "help").out
     theirs = qemu_img("amend", "-f", "qcow2", "-o", "help").out
-    assert {line.split("=")[0] for line in listed.splitlines()} == {
-        line.split("=")[0] for line in theirs.splitlines() if "encrypt." not in line
-    }
+    assert [line.split("=")[0] for line in listed.splitlines()] == [line.split("=")[0] for line in theirs.splitlines()]
     raw = tmp_path / "raw"
     raw.write_bytes(bytes(512))
     assert kvik_img("amend", "-f", "raw", "-o", "size=1M", raw).code == 1

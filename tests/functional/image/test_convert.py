@@ -188,7 +188,7 @@ def test_an_internal_snapshot(tmp_path: Path, word: str) -> None:
 def test_other_options(tmp_path: Path, raw: Path) -> None:
     target = tmp_path / "target"
     for words in (
-        ["-p", "-W", "-m", "4", "-t", "none", "-T", "none"],
+        ["-W", "-m", "4", "-t", "none", "-T", "none"],
         ["-C"],
         ["-q", "-p", "-r", "1G", "-t", "writeback"],
         ["-O", "qcow2", "-o", "data_file=" + str(tmp_path / "data"), "-C"],

@@ -79,6 +79,12 @@ class Scenario:
         return Model(bytes(self.disk), self.snapshots, atomic=atomic)
 
 
+def write_twice(image: Qcow2Writer, scenario: Scenario) -> None:
+    for _ in range(2):  # a model for each: what the first wrote may be there as long as the second has not come
+        write_some(image, scenario.disk, scenario.dice, 1)
+        scenario.recorder.step(scenario.model(), durable=False)
+
+
 def do_write(scenario: Scenario) -> None:
     with scenario.writer() as image:
         for _ in range(3):
@@ -105,8 +111,7 @@ def do_apply_snapshot(scenario: Scenario) -> None:
         apply_snapshot(image, "first")
         scenario.disk[:] = scenario.snapshots["first"]
         scenario.recorder.step(scenario.model(atomic=True))
-        write_some(image, scenario.disk, scenario.dice, 2)
-        scenario.recorder.step(scenario.model(), durable=False)
+        write_twice(image, scenario)
     scenario.recorder.step(scenario.model())
 
 
@@ -115,8 +120,7 @@ def do_delete_snapshot(scenario: Scenario) -> None:
         delete_snapshot(image, image.snapshots[0])
         del scenario.snapshots["first"]
         scenario.recorder.step(scenario.model(atomic=True))
-        write_some(image, scenario.disk, scenario.dice, 2)
-        scenario.recorder.step(scenario.model(), durable=False)
+        write_twice(image, scenario)
     scenario.recorder.step(scenario.model())
 
 
@@ -148,8 +152,7 @@ def do_bitmaps(scenario: Scenario) -> None:
         changes.add("two")
         changes.store()
     with scenario.writer() as image:
-        write_some(image, scenario.disk, scenario.dice, 2)
-        scenario.recorder.step(scenario.model(), durable=False)
+        write_twice(image, scenario)
     scenario.recorder.step(scenario.model())
     with scenario.writer() as image:
         changes = BitmapChanges(image)

@@ -12,7 +12,8 @@ from functional.network.test_networks import links, pytestmark, space, tables, u
 from kvik.errors import OperationInvalid
 from kvik.host.bridge import create_bridge
 from kvik.host.namespace import Namespace
-from kvik.host.netlink import Netlink, u32_attribute
+from kvik.host.netlink import Netlink
+from kvik.host.netlink_attributes import u32_attribute
 from kvik.network.networks import Networks
 
 IFLA_VXLAN_ID = 1

@@ -19,7 +19,8 @@ from kvik.host import nft_probe, nftables
 from kvik.host.bridge import parse_bridge, parse_port
 from kvik.host.bridge_vlan import PortVlan, parse_vlans
 from kvik.host.neighbour import parse_fdb, parse_neighbour
-from kvik.host.netlink import DUMP, Netlink, attribute, iterate_attributes, parse_address, parse_link
+from kvik.host.netlink import DUMP, Netlink, parse_address, parse_link
+from kvik.host.netlink_attributes import attribute, iterate_attributes
 from kvik.host.netlink_monitor import parse_changes
 from kvik.host.route import parse_route
 from kvik.host.traffic import parse_queue

@@ -11,7 +11,7 @@ import pytest
 
 from kvik.errors import HostError, OperationInvalid
 from kvik.host import sriov
-from kvik.host.netlink import attributes
+from kvik.host.netlink_attributes import attributes
 
 PHYSICAL, FUNCTIONS = "0000:01:00.0", ("0000:01:10.0", "0000:01:10.2")
 

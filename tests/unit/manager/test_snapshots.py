@@ -29,6 +29,7 @@ from kvik.errors import (
 from kvik.hypervisor.driver import EventKind, Feature
 from kvik.hypervisor.test.behaviour import Behaviour
 from kvik.image.create import create as create_image
+from kvik.image.lock import lock_image
 from kvik.manager.block_copy import Destination, check_secrecy
 from kvik.manager.block_following import BlockJob
 from kvik.manager.snapshots import create, delete, revert
@@ -235,6 +236,41 @@ async def test_an_image_made_before_is_used_if_it_rests_on_the_disk(bench: Bench
     assert top(domain)[0] == str(tmp_path / "mine.qcow2")
     await delete.delete(domain, "s", 0)
     assert images(tmp_path) == {"disk.qcow2", "mine.qcow2", "other.qcow2"}, "what snapshots did not make is the user's"
+
+
+async def test_an_image_made_before_that_cannot_go_on_top_says_why(bench: Bench, tmp_path: Path) -> None:
+    domain = await machine(bench, tmp_path)
+    facts, path = overlays.look(str(tmp_path / "disk.qcow2"), "qcow2"), tmp_path / "mine.qcow2"
+    xml = f"<domainsnapshot><disks><disk name='vda'><source file='{path}'/></disk></disks></domainsnapshot>"
+
+    async def refused(why: str, remedy: str) -> None:
+        with pytest.raises(KvikError, match=why) as error:
+            await create.create(domain, xml, Create.REUSE_EXT)
+        assert remedy in error.value.remedy and not domain.snapshots.snapshots
+
+    await refused(f"cannot open {path}: No such file", "")
+    overlays.create_overlay(str(path), facts)
+    for bit, why in ((1, "was not closed by whoever wrote to it last"), (2, "is marked as damaged")):
+        with path.open("r+b") as file:
+            file.seek(79)  # the lowest of the incompatible features
+            file.write(bytes([bit]))
+        await refused(why, f"kvik img check -r all {path}")
+    with path.open("r+b") as file:
+        file.seek(79)
+        file.write(b"\0")
+    with path.open("r+b") as file:
+        lock_image(file.fileno(), str(path), write=True)
+        await refused("is in use by another process", "fuser")
+    path.unlink()
+    create_image(str(path), "qcow2", 2 * SIZE, backing_file=str(tmp_path / "disk.qcow2"), backing_format="qcow2")
+    await refused(f"has {2 * SIZE} bytes, and the disk that it is to go on with {SIZE}", "kvik img resize")
+    path.unlink()
+    create_image(str(path), "qcow2", SIZE, backing_file=str(tmp_path / "gone"), backing_format="qcow2")
+    await refused(f"{tmp_path}/gone, on which {path} rests: No such file", "")
+    path.unlink()
+    overlays.create_overlay(str(path), facts)
+    await create.create(domain, xml, Create.REUSE_EXT)
+    assert top(domain)[0] == str(path)
 
 
 async def test_disks_that_are_read_only_are_left_out(bench: Bench, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from kvik.errors import RpcError
 from kvik.rpc import typed_params as tp
 from kvik.rpc.program import remote
-from kvik.rpc.xdr import Codec, TypedParam
+from kvik.rpc.xdr import Codec
+from kvik.rpc.xdr_types import TypedParam
 
 LIST = Codec("params", "params:typed_param<262144>", {})
 VALUES = st.one_of(

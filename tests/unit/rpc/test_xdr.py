@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from kvik.errors import RpcError
 from kvik.rpc.program import admin, kvik, lxc, qemu, remote
-from kvik.rpc.xdr import Codec, Encoded, TypedParam, parse_struct
+from kvik.rpc.xdr import Codec
+from kvik.rpc.xdr_types import Encoded, TypedParam, parse_struct
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -48,12 +48,16 @@ images, last = state["images"], argv[-1].partition("/")[2]
 if argv[0] == "ceph":
     end(json.dumps({"stats": {"total_bytes": 1 << 40},
         "pools": [{"name": "images", "stats": {"bytes_used": 5 << 20, "max_avail": 1 << 30}}]}))
-verb = next(word for word in argv if word in ("ls", "info", "create", "rm", "resize"))
+verb = next(word for word in argv if word in ("ls", "info", "create", "rm", "resize", "du"))
 if verb == "ls":
     end(json.dumps([{"image": name, "size": size, "format": 2} for name, size in images.items()] +
         [{"image": name, "snapshot": "s", "size": size} for name, size in images.items()]))
 if verb == "info":
-    end(json.dumps({"name": last, "size": images[last]})) if last in images else end(code=2, err="no such image")
+    if last not in images: end(code=2, err="no such image")
+    end(json.dumps({"name": last, "size": images[last], **state.get("counted", {})}))
+if verb == "du":
+    used = [{"name": last, "snapshot": "s", "used_size": 1 << 20}, {"name": last, "used_size": 4096}]
+    end(json.dumps({"images": used}))
 if verb == "create":
     if last in images: end(code=17, err="rbd: image exists")
     images[last] = int(argv[argv.index("--size") + 1].removesuffix("B"))
@@ -156,6 +160,29 @@ async def test_rbd_images_are_volumes_and_the_key_is_on_no_command_line(tools: T
     assert "a,[2001:db8::1]:6790" in words and "--client-mount-timeout=5" in words
     assert "--rados-osd-op-timeout=30" in words and all("--conf" in call for call in state["calls"])
     assert all(call[call.index("--") + 1].startswith("images/") for call in state["calls"] if "--" in call)
+
+
+@pytest.mark.parametrize(
+    ("counted", "taken"),
+    [
+        ({}, 4 * MIB),
+        ({"features": ["layering"], "flags": []}, 4 * MIB),
+        ({"features": ["object-map", "fast-diff"], "flags": []}, MIB + 4096),
+        ({"features": ["object-map", "fast-diff"], "flags": ["fast diff invalid"]}, 4 * MIB),
+    ],
+    ids=["old", "without", "counted", "invalid"],
+)
+async def test_an_image_takes_what_the_cluster_has_counted(
+    tools: Tools, tmp_path: Path, counted: dict[str, list[str]], taken: int
+) -> None:
+    """With its snapshots; where nobody has counted, all of it at most."""
+    tools.make(RBD, "rbd", "ceph")
+    async with opened(tmp_path / "root") as pools:
+        pools.secret = lambda usage, which: b"the key itself"
+        pool = await pools.create_xml(RBD_POOL)
+        tools.path.write_text(json.dumps({**tools.state, "counted": counted}))
+        made = await volumes.create(pools, pool, f"<volume><name>v</name><capacity>{4 * MIB}</capacity></volume>")
+        assert made.allocated == taken
 
 
 async def test_an_image_that_is_written_to_starts_no_machine_and_the_other_way_round(

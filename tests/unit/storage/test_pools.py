@@ -21,12 +21,12 @@ from kvik.errors import (
     OperationTimeout,
     ResourceBusy,
 )
+from kvik.host.threads import in_thread
 from kvik.paths import Paths
 from kvik.storage import volumes
 from kvik.storage.backend import Contents
 from kvik.storage.backends import dir as dir_backend
 from kvik.storage.pools import REFRESHED, Pools
-from kvik.storage.threads import in_thread
 
 DEFINED, UNDEFINED, STARTED, STOPPED, CREATED, DELETED = range(6)
 

@@ -28,11 +28,11 @@ from kvik.errors import (
     ResourceBusy,
     StorageVolumeExists,
 )
+from kvik.host.threads import in_thread
 from kvik.image.create import create as create_image
 from kvik.storage import sparse, volumes
 from kvik.storage.pool import PoolObject
 from kvik.storage.pools import Pools
-from kvik.storage.threads import in_thread
 from kvik.storage.wiping import PASSES
 
 MIB = 1 << 20

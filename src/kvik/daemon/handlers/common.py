@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvik.errors import InvalidArgument, OperationInvalid
 from kvik.rpc.program import remote
-from kvik.rpc.xdr import Encoded, TypedParam
+from kvik.rpc.xdr_types import Encoded, TypedParam
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject

@@ -15,7 +15,7 @@ import msgspec
 from kvik.conf.enums import DomainGuestInfoTypes as Types
 from kvik.daemon.handlers.common import BOOLEAN, INT, STRING, UINT, ULLONG, check_flags, require_active
 from kvik.errors import AgentError, InvalidArgument, OperationUnsupported
-from kvik.rpc.xdr import TypedParam
+from kvik.rpc.xdr_types import TypedParam
 
 if TYPE_CHECKING:
     from kvik.daemon.connection import Connection

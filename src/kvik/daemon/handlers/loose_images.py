@@ -18,6 +18,7 @@ from xml.sax.saxutils import escape
 from kvik.daemon.dispatch import Access
 from kvik.daemon.errors import OperationDenied
 from kvik.errors import NoStoragePool, NoStorageVolume
+from kvik.manager.storage import about, reach
 
 if TYPE_CHECKING:
     from kvik.daemon.connection import Connection
@@ -50,6 +51,7 @@ def _allow(connection: Connection) -> None:
 def _stat(path: str) -> os.stat_result:
     """Of a disk image: a regular file or a block device with an absolute path."""
     if path.startswith("/") and "\0" not in path:
+        about(path)
         try:
             info = Path(path).stat()
         except OSError:
@@ -58,6 +60,11 @@ def _stat(path: str) -> os.stat_result:
             if stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode):
                 return info
     raise NoStorageVolume(f"no storage volume with path '{path}'")
+
+
+def _look(path: str) -> tuple[os.stat_result, tuple[int, int, int, str]]:
+    info = _stat(path)
+    return info, _sizes(path, info)
 
 
 def _pool(directory: str) -> tuple[str, bytes]:
@@ -81,36 +88,35 @@ def _sizes(path: str, info: os.stat_result) -> tuple[int, int, int, str]:
     return (FILE, min(capacity, 2**63 - 1), info.st_blocks * 512, kind)
 
 
-def lookup_by_path(connection: Connection, args: Any) -> tuple[Any]:
+async def lookup_by_path(connection: Connection, args: Any) -> tuple[Any]:
     (path,) = args
-    _stat(path)
+    await reach(_stat, path)
     directory, name = os.path.split(os.path.normpath(path))
     return ((directory, name, os.path.join(directory, name)),)  # noqa: PTH118  # pure text
 
 
-def lookup_pool(connection: Connection, args: Any) -> tuple[Any]:
+async def lookup_pool(connection: Connection, args: Any) -> tuple[Any]:
     _allow(connection)
-    _stat(args[0][2])
+    await reach(_stat, args[0][2])
     return (_pool(args[0][0]),)
 
 
-def get_path(connection: Connection, args: Any) -> tuple[str]:
+async def get_path(connection: Connection, args: Any) -> tuple[str]:
     _allow(connection)
-    _stat(args[0][2])
+    await reach(_stat, args[0][2])
     return (args[0][2],)
 
 
-def get_info(connection: Connection, args: Any) -> tuple[int, int, int]:
+async def get_info(connection: Connection, args: Any) -> tuple[int, int, int]:
     _allow(connection)
     path = args[0][2]
-    return _sizes(path, _stat(path))[:3]
+    return (await reach(_look, path))[1][:3]
 
 
-def get_xml(connection: Connection, args: Any) -> tuple[str]:
+async def get_xml(connection: Connection, args: Any) -> tuple[str]:
     _allow(connection)
     _, name, path = args[0]
-    info = _stat(path)
-    kind, capacity, allocation, image = _sizes(path, info)
+    info, (kind, capacity, allocation, image) = await reach(_look, path)
     return (
         f"<volume type='{'block' if kind == BLOCK else 'file'}'>\n"
         f"  <name>{escape(name)}</name>\n"
@@ -124,18 +130,29 @@ def get_xml(connection: Connection, args: Any) -> tuple[str]:
     )
 
 
-def _directory(reference: Any) -> str:
+async def _directory(reference: Any) -> str:
     name, identity = reference
-    if not name.startswith("/") or _pool(name)[1] != identity or not Path(name).is_dir():
+    if not name.startswith("/") or _pool(name)[1] != identity or not await reach(_is_directory, name):
         raise NoStoragePool(f"no storage pool '{name}'")
     return str(name)
 
 
-def get_pool_xml(connection: Connection, args: Any) -> tuple[str]:
+def _is_directory(path: str) -> bool:
+    about(path)
+    return Path(path).is_dir()
+
+
+def _space(path: str) -> tuple[int, int]:
+    """(capacity, available) of its file system, in bytes."""
+    about(path)
+    space = os.statvfs(path)
+    return space.f_frsize * space.f_blocks, space.f_frsize * space.f_bavail
+
+
+async def get_pool_xml(connection: Connection, args: Any) -> tuple[str]:
     _allow(connection)
-    directory = _directory(args[0])
-    space = os.statvfs(directory)
-    capacity, available = space.f_frsize * space.f_blocks, space.f_frsize * space.f_bavail
+    directory = await _directory(args[0])
+    capacity, available = await reach(_space, directory)
     return (
         "<pool type='dir'>\n"
         f"  <name>{escape(directory)}</name>\n"
@@ -148,19 +165,18 @@ def get_pool_xml(connection: Connection, args: Any) -> tuple[str]:
     )
 
 
-def get_pool_info(connection: Connection, args: Any) -> tuple[int, int, int, int]:
+async def get_pool_info(connection: Connection, args: Any) -> tuple[int, int, int, int]:
     _allow(connection)
-    space = os.statvfs(_directory(args[0]))
-    capacity, available = space.f_frsize * space.f_blocks, space.f_frsize * space.f_bavail
+    capacity, available = await reach(_space, await _directory(args[0]))
     return (POOL_RUNNING, capacity, capacity - available, available)
 
 
-def pool_is_active(connection: Connection, args: Any) -> tuple[int]:
+async def pool_is_active(connection: Connection, args: Any) -> tuple[int]:
     _allow(connection)
-    _directory(args[0])
+    await _directory(args[0])
     return (1,)
 
 
-def refresh_pool(connection: Connection, args: Any) -> None:
+async def refresh_pool(connection: Connection, args: Any) -> None:
     _allow(connection)
-    _directory(args[0])
+    await _directory(args[0])

@@ -58,9 +58,9 @@ def lookup_by_target_path(connection: Connection, args: Any) -> tuple[Reference]
     return (reference(connection.manager.pools.lookup_target(args[0])),)
 
 
-def lookup_by_volume(connection: Connection, args: Any) -> tuple[Reference]:
+async def lookup_by_volume(connection: Connection, args: Any) -> tuple[Reference]:
     if loose_images.is_loose(args[0]):
-        return loose_images.lookup_pool(connection, args)
+        return await loose_images.lookup_pool(connection, args)
     return (reference(connection.manager.pools.lookup_name(args[0][0])),)
 
 
@@ -123,9 +123,9 @@ async def get_capabilities(connection: Connection, args: Any) -> tuple[str]:
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-def is_active(connection: Connection, args: Any) -> tuple[int]:
+async def is_active(connection: Connection, args: Any) -> tuple[int]:
     if loose_images.is_loose_pool(args[0]):
-        return loose_images.pool_is_active(connection, args)
+        return await loose_images.pool_is_active(connection, args)
     return (int(connection.pool(args[0]).is_active),)
 
 
@@ -137,9 +137,9 @@ def get_autostart(connection: Connection, args: Any) -> tuple[int]:
     return (int(connection.pool(args[0]).autostart),)
 
 
-def get_info(connection: Connection, args: Any) -> tuple[int, int, int, int]:
+async def get_info(connection: Connection, args: Any) -> tuple[int, int, int, int]:
     if loose_images.is_loose_pool(args[0]):
-        return loose_images.get_pool_info(connection, args)
+        return await loose_images.get_pool_info(connection, args)
     pool = connection.pool(args[0])
     state = StoragePoolState.RUNNING if pool.is_active else StoragePoolState.INACTIVE
     if pool.is_building:
@@ -147,11 +147,11 @@ def get_info(connection: Connection, args: Any) -> tuple[int, int, int, int]:
     return (state, pool.contents.capacity, pool.contents.allocation, pool.contents.available)
 
 
-def get_xml(connection: Connection, args: Any) -> tuple[str]:
+async def get_xml(connection: Connection, args: Any) -> tuple[str]:
     pool, flags = args
     check_flags(flags, StorageXMLFlags.mask(), "storage pool document")
     if loose_images.is_loose_pool(pool):
-        return loose_images.get_pool_xml(connection, args)
+        return await loose_images.get_pool_xml(connection, args)
     return (connection.pool(pool).xml(inactive=bool(flags & StorageXMLFlags.INACTIVE)),)
 
 
@@ -229,7 +229,7 @@ async def refresh(connection: Connection, args: Any) -> None:
     pool, flags = args
     check_flags(flags, 0, "refresh storage pool")
     if loose_images.is_loose_pool(pool):
-        loose_images.refresh_pool(connection, args)
+        await loose_images.refresh_pool(connection, args)
         return
     await connection.pool(pool).refresh()
 

@@ -76,21 +76,21 @@ def lookup_by_key(connection: Connection, args: Any) -> tuple[Reference]:
     return (reference(*connection.manager.pools.lookup_key(args[0])),)
 
 
-def lookup_by_path(connection: Connection, args: Any) -> tuple[Reference]:
+async def lookup_by_path(connection: Connection, args: Any) -> tuple[Reference]:
     try:
         return (reference(*connection.manager.pools.lookup_path(args[0])),)
     except NoStorageVolume:
         if not loose_images.may_look(connection):
             raise
-        return loose_images.lookup_by_path(connection, args)
+        return await loose_images.lookup_by_path(connection, args)
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-def get_path(connection: Connection, args: Any) -> tuple[str]:
+async def get_path(connection: Connection, args: Any) -> tuple[str]:
     if loose_images.is_loose(args[0]):
-        return loose_images.get_path(connection, args)
+        return await loose_images.get_path(connection, args)
     return (_found(connection, args[0])[1].path,)
 
 
@@ -103,7 +103,7 @@ async def _now(connection: Connection, ref: Any) -> StorageVolume:
 
 async def get_info(connection: Connection, args: Any) -> tuple[int, int, int]:
     if loose_images.is_loose(args[0]):
-        return loose_images.get_info(connection, args)
+        return await loose_images.get_info(connection, args)
     volume = await _now(connection, args[0])
     return (TYPES[volume.type or "file"], volume.size, volume.allocated)
 
@@ -112,7 +112,7 @@ async def get_info_flags(connection: Connection, args: Any) -> tuple[int, int, i
     ref, flags = args
     check_flags(flags, StorageVolInfoFlags.mask(), "storage volume")
     if loose_images.is_loose(ref):
-        return loose_images.get_info(connection, args)
+        return await loose_images.get_info(connection, args)
     volume = await _now(connection, ref)
     physical = flags & StorageVolInfoFlags.GET_PHYSICAL and volume.physical is not None
     taken = volume.physical.value if physical and volume.physical is not None else volume.allocated
@@ -123,7 +123,7 @@ async def get_xml(connection: Connection, args: Any) -> tuple[str]:
     ref, flags = args
     check_flags(flags, 0, "storage volume document")
     if loose_images.is_loose(ref):
-        return loose_images.get_xml(connection, args)
+        return await loose_images.get_xml(connection, args)
     return (format_volume(await _now(connection, ref)),)
 
 

@@ -48,10 +48,10 @@ async def update(machine: KvikMachine, old: Any, new: Any) -> None:
 
 async def throttle(machine: KvikMachine, disk: Disk, tune: IoTune) -> None:
     """Bytes and requests a second, reads and writes together; 0: no limit. Its daemon's, for a disk that has one."""
-    if storage_daemon.served(disk) and machine.storage_kind(disk) == kvik_blk.KIND:
+    if machine.served(disk) and machine.storage_kind(disk) == kvik_blk.KIND:
         await machine.ask_storage(disk, "block_set_io_throttle", kvik_blk.throttle(disk, tune))
         return
-    if storage_daemon.served(disk):
+    if machine.served(disk):
         group = {"path": f"/objects/{storage_daemon.limits_name(alias_of(disk))}", "property": "limits"}
         await machine.ask_storage(disk, "qom-set", group | {"value": storage_daemon.limits(tune)})
         return

@@ -25,7 +25,7 @@ from kvik.errors import ConfigUnsupported, HypervisorError
 from kvik.host.process import ProcessHandle
 from kvik.hypervisor import process
 from kvik.hypervisor.descriptors import open_all
-from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
+from kvik.hypervisor.driver import Bases, EventSink, Feature, HostVerdict, StartRequest, no_bases
 from kvik.hypervisor.firmware import complete_firmware
 from kvik.hypervisor.kernels import unpacked_kernel
 from kvik.hypervisor.kvik import changes, program, state, support
@@ -63,6 +63,7 @@ class KvikDriver:
     def __init__(self, paths: Paths, probe: Callable[[], HostVerdict], *, zygote: ZygoteKeeper | None = None) -> None:
         """`probe` runs the host's acceleration probe (blocking, cached). Without a `zygote` machines are executed."""
         self._paths = paths
+        self.bases: Bases = no_bases
         self._zygote = zygote
         self._probe = probe
         self._verdict = probe()
@@ -143,7 +144,9 @@ class KvikDriver:
         assign_aliases(domain)
         kernel = await unpacked_kernel(domain, self._paths.cache)
         with ExitStack() as undo, ExitStack() as close:
-            opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
+            opened = await open_all(
+                domain, request.directory, request.files, kernel, bases=self.bases(), close=close, undo=undo
+            )
             sidecars = await start_sidecars(
                 domain,
                 request.directory,
@@ -177,7 +180,7 @@ class KvikDriver:
                 sidecars=sidecars,
                 log=self._log(domain),
             )
-            machine.incoming = incoming
+            machine.incoming, machine.bases = incoming, self.bases
             return await bring_up(
                 machine,
                 request,
@@ -220,7 +223,10 @@ class KvikDriver:
             sink=sink,
             sidecars=found.sidecars,
             log=self._log(definition),
+            attached=True,
+            own_disks=_own_disks(handle),
         )
+        machine.bases = self.bases
         machine.overlays_in_doubt = True  # a daemon before us may have been killed amid a snapshot
         return await take_up(machine, handle, found)
 
@@ -248,6 +254,12 @@ class KvikDriver:
                 remedy=self._verdict.remedy or "use QEMU",
             )
         return format_domain_capabilities(_domain_capabilities(path, name, await self._models.of(path)))
+
+
+def _own_disks(handle: Mapping[str, Any]) -> list[str] | None:
+    """None: it was started by a kvik that put no images on top of such disks, so the document tells."""
+    told = handle.get("own_disks")
+    return [str(alias) for alias in told] if isinstance(told, list) else None
 
 
 def _version() -> int:

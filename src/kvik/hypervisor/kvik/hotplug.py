@@ -71,7 +71,7 @@ async def attach(machine: KvikMachine, device: Any, files: Mapping[str, int]) ->
     if isinstance(device, Interface):
         support.complete_interface(device)
     with ExitStack() as close, ExitStack() as undo:
-        opened = Opened(close, undo, files)
+        opened = Opened(close, undo, files, machine.bases())
         steps = _Steps(machine)
         try:
             await _open(machine, device, opened)
@@ -88,7 +88,7 @@ async def _open(machine: KvikMachine, device: Any, opened: Opened) -> None:
     if isinstance(device, Vsock):
         open_vsock(opened, device)
     if isinstance(device, Disk):
-        open_disk(opened, device)
+        await opened.beside(open_disk, device)
         if not storage_daemon.by_vhost_user(device):
             return
         await _need_shared_memory(machine)
@@ -187,6 +187,7 @@ async def _attach_disk(steps: _Steps, disk: Disk, opened: Opened) -> None:
     )
     if disk.iotune is not None:
         await throttle(steps.machine, disk, disk.iotune)
+    steps.machine.own_disks.add(alias)
 
 
 async def _attach_served(steps: _Steps, disk: Disk, opened: Opened) -> None:
@@ -352,8 +353,9 @@ async def finish_detach(machine: KvikMachine, device: Any) -> None:
     """The device is gone: its host side goes as well."""
     alias = alias_of(device)
     steps: list[tuple[str, Props]] = []
-    if isinstance(device, Disk) and storage_daemon.by_vhost_user(device):
+    if isinstance(device, Disk) and machine.by_vhost_user(device):
         storage_daemon.monitor_path(machine.directory, alias).unlink(missing_ok=True)
+        storage_daemon.redo_path(machine.directory, alias).unlink(missing_ok=True)
         steps.append(("chardev-remove", {"id": _backend(alias)}))  # of an attach that was cut off
         steps += [("closefd", {"fdname": f"{prefix}-{alias}"}) for prefix in ("vublk", "life")]
     elif isinstance(device, Disk):
@@ -370,6 +372,7 @@ async def finish_detach(machine: KvikMachine, device: Any) -> None:
             await machine.execute(command, arguments)
     await machine.sidecars.end(alias)
     if isinstance(device, Disk):
+        machine.own_disks.discard(alias)
         await _remove_fdsets(machine, image_name(alias, 0))
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from kvik.conf.devices.disk import Disk, IoTune
 from kvik.conf.domain import Domain
-from kvik.errors import KvikError, OperationUnsupported
+from kvik.errors import HypervisorError, KvikError, OperationUnsupported
 from kvik.host.process import ProcessHandle
 from kvik.hypervisor import stats
-from kvik.hypervisor.driver import EventSink
+from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
 from kvik.hypervisor.kvik import changes, hotplug, snapshots, state
+from kvik.hypervisor.kvik.back_ends import KINDS, BackEnds
+from kvik.hypervisor.kvik.backup import KvikBackups
 from kvik.hypervisor.layers import next_index
 from kvik.hypervisor.machine import SLOW_DEADLINE, QmpMachine
 from kvik.hypervisor.names import alias_of
@@ -27,6 +31,7 @@ __all__ = ["KvikMachine"]
 
 
 _STORAGE_DEADLINE = 2.0
+_SERVED_AGAIN = 5.0  # seconds
 
 
 def _counted(number: int) -> tuple[str, ...]:
@@ -41,8 +46,14 @@ def first_of(reply: Any, key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def own_aliases(domain: Domain) -> set[str]:
+    """The disks that a VMM which starts with this document reads and writes itself."""
+    return {alias_of(disk) for disk in domain.devices.disks if not storage_daemon.by_vhost_user(disk)}
+
+
 class KvikMachine(QmpMachine):
-    """`log` is the machine's log file: the side processes of devices that come later write there as well."""
+    """`log` is the machine's log file: the side processes of devices that come later write there as well. `attached`:
+    it ran already when this daemon began."""
 
     product = "kvik-vmm"
 
@@ -57,11 +68,18 @@ class KvikMachine(QmpMachine):
         sink: EventSink,
         sidecars: Sidecars,
         log: Path,
+        attached: bool = False,
+        own_disks: Iterable[str] | None = None,
     ) -> None:
+        """`own_disks`: those of `handle`; None: what the document says, for a machine that was just started."""
         super().__init__(domain, directory, process, emulator=emulator, version=version, sink=sink, sidecars=sidecars)
         self.log = log
+        self._attached = attached
         self._storages: dict[str, QmpConnection] = {}  # by alias: of those that tell events
         self.incoming: socket.socket | None = None  # our end of the connection that fills it
+        self.back_ends = BackEnds(self)
+        # By alias: disks that the VMM reads and writes itself, whatever image is on top of them by now.
+        self.own_disks = set(own_aliases(domain) if own_disks is None else own_disks)
         self.overlays_in_doubt = False  # whether some of its disks may have new images on top and others not
 
     async def save_state(self, target: StateTarget) -> None:
@@ -81,6 +99,10 @@ class KvikMachine(QmpMachine):
         """`resume` where nothing is in doubt."""
         await super().resume()
 
+    @property
+    def backups(self) -> KvikBackups:
+        return KvikBackups(self)
+
     # -- snapshots
 
     async def next_image(self) -> int:
@@ -90,15 +112,34 @@ class KvikMachine(QmpMachine):
         snapshots.check(self, disks)
 
     async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
-        return await snapshots.put_on_top(self, new, old)
+        async with self.back_ends.changing:
+            return await snapshots.put_on_top(self, new, old)
 
     async def has_on_top(self, new: Sequence[Disk]) -> bool:
-        return await snapshots.stands(self, new)
+        end = time.monotonic() + _SERVED_AGAIN
+        while True:
+            await self.back_ends.idle(end)
+            try:
+                return await snapshots.stands(self, new)
+            except HypervisorError:  # one that died has not come again yet
+                if time.monotonic() > end:
+                    raise
+            await asyncio.sleep(0.1)
 
     async def clear_image(self, new: Sequence[Disk]) -> None:
         await snapshots.clear(self, new)
 
     # -- disks that another process serves
+
+    def served(self, disk: Disk) -> bool:
+        """Whether a daemon of ours has its image. An image on top of a raw disk is the VMM's own until it ends."""
+        return storage_daemon.served(disk) and alias_of(disk) not in self.own_disks
+
+    def by_vhost_user(self, disk: Disk) -> bool:
+        return self.served(disk) or disk.type == "vhostuser"
+
+    def handle(self) -> dict[str, Any]:
+        return {**super().handle(), "own_disks": sorted(self.own_disks)}
 
     def storage_kind(self, disk: Disk) -> str:
         """The program that serves it: the one that runs, whatever a newer manager would choose."""
@@ -125,7 +166,7 @@ class KvikMachine(QmpMachine):
 
     async def resize_disk(self, disk: Disk, size: int) -> None:
         """The process that has the image makes it bigger; the VMM then asks it again, and tells the guest."""
-        if storage_daemon.by_vhost_user(disk):
+        if self.by_vhost_user(disk):
             if disk.type == "vhostuser" or self.storage_kind(disk) != kvik_blk.KIND:
                 raise OperationUnsupported(
                     f"what serves disk {disk.target.dev} of machine {self.name} tells no new size while it runs",
@@ -139,10 +180,28 @@ class KvikMachine(QmpMachine):
         super().watch_sidecars(lost)
         for member in self.sidecars:
             self._listen(member)
+        if self._attached:
+            self.background(self.back_ends.take_up())
 
     def watch_sidecar(self, member: Sidecar) -> None:
         super().watch_sidecar(member)
         self._listen(member)
+
+    def _sidecar_died(self, member: Sidecar, how: str) -> None:
+        super()._sidecar_died(member, how)
+        if member.kind in KINDS and not self._quitting:
+            self.background(self.back_ends.revive(member.alias, how))
+
+    def note(self, text: str) -> None:
+        """Into the machine's log."""
+        self._emit(MachineEvent(EventKind.SIDECAR_ENDED, text, {}, time.time()))
+
+    def tell_served(self, member: Sidecar) -> None:
+        self._emit(MachineEvent(EventKind.SIDECAR_STARTED, f"{member.label} was started again", {}, time.time()))
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Beside everything else, as long as this machine is watched."""
+        self._background(work)
 
     def _listen(self, member: Sidecar) -> None:
         if member.kind == kvik_blk.KIND:
@@ -167,9 +226,9 @@ class KvikMachine(QmpMachine):
         figures = await super().stats(groups)
         if not groups or "block" in groups:
             for number, disk in enumerate(self.domain.devices.disks):
-                if storage_daemon.by_vhost_user(disk):  # this VMM sees no requests
+                if self.by_vhost_user(disk):  # this VMM sees no requests
                     figures = {key: figures[key] for key in figures if not key.startswith(_counted(number))}
-                if storage_daemon.served(disk):
+                if self.served(disk):
                     blk = self.storage_kind(disk) == kvik_blk.KIND
                     with contextlib.suppress(KvikError):  # it has ended: the machine goes on without its figures
                         figures |= await (self._blk_figures if blk else self._storage_figures)(disk, f"block.{number}")

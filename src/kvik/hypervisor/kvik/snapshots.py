@@ -1,8 +1,11 @@
-"""New images on top of a running machine's disks, each of which a kvik-blk serves: all of them in one standstill.
+"""New images on top of a running machine's disks, each of which a kvik-blk serves or, raw ones, the VMM itself: all of
+them in one standstill.
 
-    every kvik-blk opens its new image and writes out the old one     the guest runs
-    guest stopped; every kvik-blk puts the new image on top; guest goes on
-    every kvik-blk closes the old image for writing                   the guest runs
+    each of them opens its new image and writes out the old one     the guest runs
+    guest stopped; each puts the new image on top; guest goes on
+    each closes the old image for writing                           the guest runs
+
+The same commands do it in both (`vmm/monitor/overlays.py`); the VMM is told which disk is meant.
 
 As long as the guest stands still all of that can be taken back. Where a daemon was killed amid it, `settle` does that,
 or sees that it was done, before the guest goes on (`vmm/blk/overlay.py`).
@@ -17,17 +20,21 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from uuid import uuid4
 
-from kvik.conf.devices.disk import Disk
-from kvik.errors import ConfigError, HypervisorError, KvikError, MonitorError, OperationUnsupported
+from kvik.conf import tree
+from kvik.conf.devices.disk import Disk, DiskDriver
+from kvik.errors import ConfigError, ConfigUnsupported, HypervisorError, KvikError, MonitorError, OperationUnsupported
 from kvik.host.files import host_error
 from kvik.host.filesystem import shared_as
+from kvik.host.reach import open_file
+from kvik.host.threads import in_thread
+from kvik.hypervisor.kvik import support
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
+from kvik.hypervisor.state import in_own_thread
 from kvik.image.lock import lock_for_hosts
-from kvik.qmp.aio import QmpConnection
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
@@ -37,12 +44,44 @@ __all__ = ["check", "clear", "put_on_top", "settle", "stands"]
 logger = logging.getLogger(__name__)
 
 _CONNECT = 5.0  # seconds
+_DYING = 1.0  # seconds
 _DEADLINE = 60.0  # seconds: what the guest wrote is written out first
+
+
+class _Monitor(Protocol):
+    """Of whoever writes to one disk."""
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        fds: Sequence[int] = (),
+        deadline: float = _CONNECT,
+    ) -> Any: ...
+
+
+class _Own:
+    """The VMM's monitor, about a disk of its own."""
+
+    def __init__(self, machine: KvikMachine, alias: str) -> None:
+        self._machine, self._alias = machine, alias
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        fds: Sequence[int] = (),
+        deadline: float = _CONNECT,
+    ) -> Any:
+        about = {"device": self._alias} if command.startswith("x-kvik-") else {}
+        return await self._machine.execute(command, about | dict(arguments or {}), fds=fds, deadline=deadline)
 
 
 class _Served(NamedTuple):
     disk: Disk
-    connection: QmpConnection
+    monitor: _Monitor
     below: int  # our own descriptor of the image that comes to lie below
 
 
@@ -55,21 +94,30 @@ def _node(disk: Disk) -> str:
 def check(machine: KvikMachine, disks: Sequence[Disk]) -> None:
     """`OperationUnsupported` for a disk that can have no new image while the machine runs."""
     for disk in disks:
-        if not storage_daemon.served(disk):
-            raise OperationUnsupported(
-                f"disk {disk.target.dev} of machine {machine.name} is a raw image that kvik-vmm reads and writes "
-                "itself: it can have no new image on top while the machine runs",
-                remedy=f"shut it down for this snapshot: kvik shutdown {machine.name} (its next ones can then be taken "
-                f"while it runs); or write <driver name='kvik-blk' type='raw'/>; or leave it out: "
-                f"--diskspec {disk.target.dev},snapshot=no",
-            )
-        if machine.storage_kind(disk) != kvik_blk.KIND:
+        if alias_of(disk) in machine.own_disks:
+            _check_next_start(machine, disk)
+        elif machine.storage_kind(disk) != kvik_blk.KIND:
             raise OperationUnsupported(
                 f"disk {disk.target.dev} of machine {machine.name} is served by {machine.storage_kind(disk)}, which "
                 "takes no new image while it runs",
                 remedy=f"shut it down first: kvik shutdown {machine.name}; or leave the disk out: "
                 f"--diskspec {disk.target.dev},snapshot=no",
             )
+
+
+def _check_next_start(machine: KvikMachine, disk: Disk) -> None:
+    """With a qcow2 image on top kvik-blk serves the disk from the next start on: it has to be able to."""
+    next_time = tree.clone(disk)
+    next_time.driver = next_time.driver or DiskDriver()
+    next_time.driver.type = "qcow2"
+    try:
+        support.check_device(next_time)
+    except ConfigUnsupported as error:
+        raise OperationUnsupported(
+            f"disk {disk.target.dev} of machine {machine.name} could not be started again with a new image on top: "
+            f"{error}",
+            remedy=f"{error.remedy}; or leave the disk out: --diskspec {disk.target.dev},snapshot=no",
+        ) from error
 
 
 async def put_on_top(machine: KvikMachine, new: Sequence[Disk], old: Mapping[str, Disk]) -> int:
@@ -91,46 +139,60 @@ async def put_on_top(machine: KvikMachine, new: Sequence[Disk], old: Mapping[str
         for one in served:
             if shared_as(one.below):
                 with contextlib.suppress(KvikError):
-                    lock_for_hosts(one.below, str(one.disk.target.dev), write=False)
+                    await in_thread(lock_for_hosts, one.below, str(one.disk.target.dev), write=False)
         return held
 
 
 async def _connect(machine: KvikMachine, disk: Disk, old: Disk, stack: AsyncExitStack) -> _Served:
     alias = alias_of(disk)
-    path = storage_daemon.monitor_path(machine.directory, alias)
-    connection = await storage_daemon.connect(path, f"kvik-blk of {alias}", _CONNECT)
-    stack.callback(connection.close)
+    monitor: _Monitor = _Own(machine, alias)
+    if alias not in machine.own_disks:
+        path = storage_daemon.monitor_path(machine.directory, alias)
+        connection = await storage_daemon.connect(path, f"kvik-blk of {alias}", _CONNECT)
+        stack.callback(connection.close)
+        monitor = connection
     location = old.source.location if old.source is not None else None
     if not location:
         raise ConfigError(f"disk {disk.target.dev} has no image")
-    below = _open(location, os.O_RDONLY | os.O_NONBLOCK)
+    below = await open_file(location, os.O_RDONLY | os.O_NONBLOCK)
     stack.callback(os.close, below)
-    return _Served(disk, connection, below)
+    if alias in machine.own_disks:  # the VMM's loop is not to wait for the medium
+        await in_own_thread(lambda: _write_out(below, location))
+    return _Served(disk, monitor, below)
+
+
+def _write_out(fd: int, path: str) -> None:
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise host_error("write out", path, error) from error
 
 
 async def _add(one: _Served, group: str) -> None:
-    disk, connection = one.disk, one.connection
+    disk, monitor = one.disk, one.monitor
     assert disk.source is not None and disk.source.file
     direct = disk.driver is not None and disk.driver.cache in ("none", "directsync")
     arguments = {"node-name": _node(disk), "group": group, "filename": disk.source.file}
     with ExitStack() as close:
         fds = {"below": one.below}
         for name in ("image", "data") if direct else ("image",):
-            fds[name] = _open(disk.source.file, os.O_RDWR | os.O_NOFOLLOW)
+            fds[name] = await open_file(disk.source.file, os.O_RDWR | os.O_NOFOLLOW)
             close.callback(os.close, fds[name])
         if shared_as(fds["image"]):
-            lock_for_hosts(fds["image"], disk.source.file, write=True)
+            await in_thread(lock_for_hosts, fds["image"], disk.source.file, write=True)
         for name, fd in fds.items():
-            await connection.execute("getfd", {"fdname": name}, fds=[fd])
-            arguments[name] = name
-        await connection.execute("x-kvik-overlay-add", arguments, deadline=_DEADLINE)
-
-
-def _open(path: str, flags: int) -> int:
-    try:
-        return os.open(path, flags | os.O_CLOEXEC)
-    except OSError as error:
-        raise host_error("open", path, error) from error
+            arguments[name] = f"{name}-{alias_of(disk)}"
+            await monitor.execute("getfd", {"fdname": arguments[name]}, fds=[fd])
+        try:
+            await monitor.execute("x-kvik-overlay-add", arguments, deadline=_DEADLINE)
+        except MonitorError as error:
+            if error.qmp_class != "CommandNotFound":
+                raise
+            raise OperationUnsupported(
+                f"disk {disk.target.dev}: the program that serves it was started by an older kvik, which could not do "
+                "that while the machine runs",
+                remedy="shut the machine down for this snapshot, or start it again",
+            ) from error
 
 
 async def _change_over(machine: KvikMachine, served: Sequence[_Served]) -> int:
@@ -154,7 +216,7 @@ async def _change_over(machine: KvikMachine, served: Sequence[_Served]) -> int:
 async def _all(served: Sequence[_Served], command: str, *, quietly: bool = False) -> None:
     """Of all at once; the first error when each has answered."""
     answers = await asyncio.gather(
-        *(one.connection.execute(command, deadline=_DEADLINE) for one in served), return_exceptions=True
+        *(one.monitor.execute(command, deadline=_DEADLINE) for one in served), return_exceptions=True
     )
     for answer in answers:
         if isinstance(answer, BaseException) and not (quietly and isinstance(answer, KvikError)):
@@ -164,24 +226,38 @@ async def _all(served: Sequence[_Served], command: str, *, quietly: bool = False
 
 
 async def _reports(machine: KvikMachine, aliases: set[str] | None = None) -> dict[str, dict[str, Any]]:
-    """What each kvik-blk that lives says of its image, by alias. One of an older kvik knows of no such thing."""
+    """What the VMM says of its own disks, and each kvik-blk that lives of its image, by alias. One of an older kvik
+    has none on top."""
     found: dict[str, dict[str, Any]] = {}
+    members = sorted(machine.own_disks if aliases is None else machine.own_disks & aliases)
     for member in list(machine.sidecars):
         wanted = member.kind == kvik_blk.KIND and member.process.alive
         if not wanted or (aliases is not None and member.alias not in aliases):
             continue
+        members.append(member.alias)
+    for alias in members:
         try:
-            told = await _ask(machine, member.alias, "x-kvik-query-overlay")
+            told = await _ask(machine, alias, "x-kvik-query-overlay")
         except MonitorError as error:
             if error.qmp_class != "CommandNotFound":
                 raise
-            continue
+            told = {"state": "none", "top": ""}
+        except KvikError:
+            dying = [member for member in machine.sidecars if member.alias == alias and alias not in machine.own_disks]
+            for member in dying:
+                with contextlib.suppress(KvikError):
+                    await member.process.wait_async(_DYING)
+            if not dying or any(member.process.alive for member in dying):
+                raise
+            continue  # it died just now: what takes its place has what the document says
         if isinstance(told, dict):
-            found[member.alias] = told
+            found[alias] = told
     return found
 
 
 async def _ask(machine: KvikMachine, alias: str, command: str) -> Any:
+    if alias in machine.own_disks:
+        return await _Own(machine, alias).execute(command, deadline=_DEADLINE)
     path = storage_daemon.monitor_path(machine.directory, alias)
     connection = await storage_daemon.connect(path, f"kvik-blk of {alias}", _CONNECT)
     try:
@@ -218,5 +294,6 @@ async def stands(machine: KvikMachine, new: Sequence[Disk]) -> bool:
 
 
 async def clear(machine: KvikMachine, new: Sequence[Disk]) -> None:
-    for alias in await _reports(machine, {alias_of(disk) for disk in new}):
-        await _ask(machine, alias, "x-kvik-overlay-drop")
+    for alias, told in (await _reports(machine, {alias_of(disk) for disk in new})).items():
+        if told.get("state") != "none":
+            await _ask(machine, alias, "x-kvik-overlay-drop")

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.errors import ConfigUnsupported, HostError, KvikError, MonitorError, OperationTimeout
 from kvik.hypervisor.chain import check_qcow2
 from kvik.hypervisor.descriptors import Opened
-from kvik.hypervisor.driver import BackupPart, Bitmap
+from kvik.hypervisor.driver import BackupPart, Bitmap, JobState
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.qemu import bitmaps, block_jobs
 from kvik.hypervisor.qemu.argv.options import Props, node_name
@@ -112,9 +112,9 @@ class QemuBackups:
         machine = self._machine
         flags = os.O_RDWR | os.O_NONBLOCK | (0 if part.block else os.O_NOFOLLOW)  # devices are called by links
         with contextlib.ExitStack() as close, contextlib.ExitStack() as undo:
-            fd = Opened(close, undo, {}).open(_opaque(part), part.path, flags)
-            if part.format == "qcow2":  # and one that leads to no other file
-                check_qcow2(fd, part.path)
+            opened = Opened(close, undo, {})
+            await opened.beside(_open_image, part, flags)
+            fd = opened.fds[_opaque(part)]
             path = await add_fd(machine, fd, _opaque(part))
         undone.add("remove-fd", fdset_id=int(path.rsplit("/", 1)[-1]))
         driver = "host_device" if part.block else "file"
@@ -208,12 +208,29 @@ class QemuBackups:
                         )
         await self._drop_descriptors({_opaque(part) for part in parts})
 
+    # -- its jobs
+
+    async def states(self) -> dict[str, JobState]:
+        return await self._machine.disk_jobs.states()
+
+    def follow(self, job: str) -> AsyncIterator[JobState]:
+        return self._machine.disk_jobs.follow(job)
+
+    async def cancel(self, job: str) -> None:
+        await self._machine.disk_jobs.cancel(job, force=True)
+
     async def _drop_descriptors(self, names: set[str]) -> None:
         reply: Any = await self._machine.execute("query-fdsets")
         for item in reply if isinstance(reply, list) else []:
             if any(entry.get("opaque") in names for entry in item.get("fds", [])):
                 with contextlib.suppress(MonitorError):
                     await self._machine.execute("remove-fd", {"fdset-id": item["fdset-id"]})
+
+
+def _open_image(opened: Opened, part: BackupPart, flags: int) -> None:
+    fd = opened.open(_opaque(part), part.path, flags)
+    if part.format == "qcow2":  # and one that leads to no other file
+        check_qcow2(fd, part.path)
 
 
 def _index(disk: Disk) -> int:

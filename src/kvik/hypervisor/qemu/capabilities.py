@@ -26,7 +26,7 @@ __all__ = ["MINIMUM_VERSION", "CpuModel", "MachineType", "QemuCapabilities", "Qe
 
 # 6.2 has JSON syntax for -device and -netdev alike; older ones would need a second command line.
 MINIMUM_VERSION = 6_002_000
-_FORMAT = 4  # raise when the fields below change meaning
+_FORMAT = 5  # raise when the fields below change meaning
 _DEADLINE = 15.0
 _KEPT = 16  # cache files
 
@@ -69,6 +69,7 @@ class QemuCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     tpm_models: frozenset[str]
     tpm_types: frozenset[str]
     screendump_format: bool
+    io_uring: bool  # compiled in; says nothing of the host
 
     def machine(self, name: str) -> MachineType | None:
         """The machine type of this name or alias; "" gives the default one."""
@@ -217,11 +218,18 @@ async def _ask(connection: QmpConnection, binary: str, identity: tuple[int, ...]
             tpm_models=frozenset(await ask("query-tpm-models") if "query-tpm-models" in commands else ()),
             tpm_types=frozenset(await ask("query-tpm-types") if "query-tpm-types" in commands else ()),
             screendump_format=(major, minor) >= (7, 1),
+            io_uring=_has_io_uring(await ask("query-qmp-schema")),
         )
         # Through the typed decoder: what the binary said is checked exactly as a cache file is.
         return msgspec.json.decode(msgspec.json.encode(raw), type=QemuCapabilities)
     except (KeyError, TypeError, AttributeError, msgspec.MsgspecError) as error:
         raise HypervisorError(f"a reply is not what QEMU's schema promises ({error})") from error
+
+
+def _has_io_uring(schema: list[Mapping[str, Any]]) -> bool:
+    """Whether BlockdevAioOptions of qapi/block-core.json has it. The schema hides types' names: members tell them."""
+    members = (set(item["values"]) for item in schema if item["meta-type"] == "enum")
+    return any({"threads", "native", "io_uring"} <= names for names in members)
 
 
 def _machine(item: Mapping[str, Any]) -> MachineType:

@@ -25,12 +25,12 @@ from kvik.errors import (
     MonitorError,
     OperationUnsupported,
 )
-from kvik.host import files as host_files
+from kvik.host.reach import open_file
 from kvik.hypervisor.descriptors import Opened, open_disk
 from kvik.hypervisor.driver import JobState
 from kvik.hypervisor.layers import as_disk, layers
 from kvik.hypervisor.names import alias_of
-from kvik.hypervisor.qemu import block_jobs, storage_nodes
+from kvik.hypervisor.qemu import block_jobs, host_io, storage_nodes
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.options import Files, Props, node_name
 from kvik.hypervisor.qemu.hotplug import add_fd, fresh_index, lend, node_key, remove_nodes
@@ -65,9 +65,9 @@ class QemuDiskJobs:
             target.source.index, target.backing_store = index, BackingStore()
         else:
             with ExitStack() as close, ExitStack() as undo:
-                opened = Opened(close, undo, {})
+                opened = Opened(close, undo, {}, self._machine.bases())
                 opened.next_index = index
-                open_disk(opened, target)
+                await opened.beside(open_disk, target)
         mirror.source, mirror.backing_store = target.source, target.backing_store
 
     async def copy(
@@ -97,10 +97,10 @@ class QemuDiskJobs:
         # What both lie on is shared: its nodes exist.
         below = disk.backing_store if shallow and fresh else None
         with ExitStack() as close, ExitStack() as undo:
-            opened = Opened(close, undo, secrets)
+            opened = Opened(close, undo, secrets, machine.bases())
             given = target.source.index if target.source is not None else None
             opened.next_index = given or await fresh_index(machine)
-            open_disk(opened, target)
+            await opened.beside(open_disk, target)
             async with _undoing(machine, alias_of(disk)) as added:
                 shared = node_name(alias_of(disk), below.index, "format") if below and below.index is not None else None
                 top = await self._add_images(added, opened, target, shared)
@@ -129,7 +129,7 @@ class QemuDiskJobs:
                 else:
                     paths[name] = await add_fd(machine, fd, name)
                     added.fdsets.append(int(paths[name].rsplit("/", 1)[-1]))
-            files = Files(opened.fds, paths)
+            files = host_io.files(machine.capabilities, opened.fds, paths)
             for item in disks.secret_objects(files, target):
                 await machine.execute("object-add", item, deadline=_DEADLINE)
                 added.objects.append(item["id"])
@@ -203,10 +203,7 @@ class QemuDiskJobs:
         """A descriptor for writing beside the one for reading of an image: QEMU takes the one that fits."""
         machine = self._machine
         fdset = await self._fdset(node_name(alias, key, "storage"))
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise host_files.host_error("open for writing", path, error) from error
+        fd = await open_file(path, os.O_RDWR | os.O_NONBLOCK, action="open for writing")
         try:
             reply = await machine.execute("add-fd", {"fdset-id": fdset, "opaque": _written(alias, key)}, fds=[fd])
         finally:

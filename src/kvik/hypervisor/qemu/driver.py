@@ -26,7 +26,7 @@ from kvik.host.process import find_program
 from kvik.host.tsc import tsc_khz
 from kvik.hypervisor import process
 from kvik.hypervisor.descriptors import open_all
-from kvik.hypervisor.driver import EventSink, Feature, HostVerdict, StartRequest
+from kvik.hypervisor.driver import Bases, EventSink, Feature, HostVerdict, StartRequest, no_bases
 from kvik.hypervisor.firmware import complete_firmware, installed_firmware
 from kvik.hypervisor.kernels import unpacked_kernel
 from kvik.hypervisor.launch import bring_up, find_running, take_up
@@ -34,6 +34,7 @@ from kvik.hypervisor.qemu import hotplug
 from kvik.hypervisor.qemu.argv.build import build
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
 from kvik.hypervisor.qemu.disk_checks import check_disks
+from kvik.hypervisor.qemu.host_io import by_io_uring
 from kvik.hypervisor.qemu.machine import QemuMachine
 from kvik.hypervisor.qemu.remedies import remedy_for
 from kvik.hypervisor.sidecars import swtpm
@@ -54,6 +55,7 @@ class QemuDriver:
     def __init__(self, paths: Paths, probe: Callable[[], HostVerdict], *, emulator: str = "") -> None:
         """`probe` runs the host's acceleration probe (blocking); `emulator` overrides the search for a binary."""
         self._paths = paths
+        self.bases: Bases = no_bases
         self._probe = probe
         self._verdict = probe()
         self._emulator = emulator
@@ -182,11 +184,20 @@ class QemuDriver:
         await _tell_tsc_rate(domain)
         _choose_spice_ports(domain)
         with ExitStack() as undo, ExitStack() as close:
-            opened = open_all(domain, request.directory, request.files, kernel, close=close, undo=undo)
+            opened = await open_all(
+                domain, request.directory, request.files, kernel, bases=self.bases(), close=close, undo=undo
+            )
             sidecars = await start_sidecars(
                 domain, request.directory, opened, tpm_states=self._tpm_states, log_fd=request.log_fd, undo=undo
             )
-            line = build(domain, capabilities, opened.fds, now=time.time(), incoming=request.state is not None)
+            line = build(
+                domain,
+                capabilities,
+                opened.fds,
+                now=time.time(),
+                incoming=request.state is not None,
+                by_io_uring=by_io_uring(capabilities, opened.fds),
+            )
             handle, position = process.spawn(
                 [*request.through, *line.argv],
                 line.fds,
@@ -200,6 +211,7 @@ class QemuDriver:
             images = opened.paths()
             close.close()  # QEMU has its own; ours would keep its monitor from ending with it
             machine = QemuMachine(domain, request.directory, handle, capabilities, request.sink, sidecars=sidecars)
+            machine.bases = self.bases
             return await bring_up(
                 machine,
                 request,
@@ -231,6 +243,7 @@ class QemuDriver:
             found.sidecars.detach()
             raise
         machine = QemuMachine(definition, directory, found.process, capabilities, sink, sidecars=found.sidecars)
+        machine.bases = self.bases
         return await take_up(machine, handle, found)
 
     async def _running_capabilities(self, definition: Domain, handle: Mapping[str, Any]) -> QemuCapabilities:

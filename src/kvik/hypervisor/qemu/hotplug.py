@@ -41,6 +41,7 @@ from kvik.hypervisor.consoles import set_pty
 from kvik.hypervisor.descriptors import Opened, open_chardev, open_disk, with_paths
 from kvik.hypervisor.layers import has_medium, indices
 from kvik.hypervisor.names import alias_of
+from kvik.hypervisor.qemu import host_io
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.build import make_context, parts_of
 from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props, node_name
@@ -83,14 +84,14 @@ async def attach(machine: QemuMachine, device: Any, files: Mapping[str, int]) ->
     if isinstance(device, Disk) and device.target.bus not in ("virtio", "scsi", "usb"):
         raise OperationUnsupported(f"disks on bus {device.target.bus} cannot be plugged into a running machine")
     with ExitStack() as close, ExitStack() as undo:
-        opened = Opened(close, undo, files)
+        opened = Opened(close, undo, files, machine.bases())
         if isinstance(device, Disk):
             # Who keeps a record of what is being attached has numbered it already.
             given = device.source.index if device.source is not None else None
             opened.next_index = given or await fresh_index(machine)
-            open_disk(opened, device)
+            await opened.beside(open_disk, device)
         elif isinstance(device, Chardev):
-            open_chardev(opened, device, machine.directory)
+            await opened.beside(open_chardev, device, machine.directory)
         undone = Undo(machine)
         try:
             await _attach(machine, device, opened, undone)
@@ -128,7 +129,7 @@ async def _attach(machine: QemuMachine, device: Any, opened: Opened, undone: Und
         elif name.startswith(as_files):
             paths[name] = await add_fd(machine, fd, name)
             undone.add("remove-fd", fdset_id=int(paths[name].rsplit("/", 1)[-1]))
-    files = Files(opened.fds, paths)
+    files = host_io.files(machine.capabilities, opened.fds, paths)
     context = make_context(machine.domain, machine.capabilities, files)
     if getattr(device, "boot", None) is not None:
         context.boot_index[alias_of(device)] = device.boot.order
@@ -363,10 +364,10 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
             remedy="put it into the definition (--config) and start the machine anew",
         )
     with ExitStack() as close, ExitStack() as undo:
-        opened = Opened(close, undo, {})
+        opened = Opened(close, undo, {}, machine.bases())
         opened.next_index = await fresh_index(machine)
         new.alias = old.alias
-        open_disk(opened, new)  # a medium that cannot be opened leaves the old one in
+        await opened.beside(open_disk, new)  # a medium that cannot be opened leaves the old one in
         await _take_medium(machine, alias)
         nodes = disks.block_nodes(_context(machine, {}, {}).files, old) if has_medium(old) else []
         for node in reversed(nodes):
@@ -389,7 +390,8 @@ async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
 
 
 def _context(machine: QemuMachine, fds: Mapping[str, int], paths: Mapping[str, str]) -> Context:
-    return make_context(machine.domain, machine.capabilities, Files(fds, paths))
+    capabilities = machine.capabilities
+    return make_context(machine.domain, capabilities, host_io.files(capabilities, fds, paths))
 
 
 async def _take_medium(machine: QemuMachine, alias: str) -> None:

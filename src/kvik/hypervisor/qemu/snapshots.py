@@ -18,7 +18,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.errors import ConfigError, HostError, MonitorError
 from kvik.hypervisor.descriptors import Opened
 from kvik.hypervisor.names import alias_of, image_name
-from kvik.hypervisor.qemu import bitmaps
+from kvik.hypervisor.qemu import bitmaps, host_io
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.options import Files, Props, node_name
 from kvik.hypervisor.qemu.block_jobs import conclude, dismiss_job, list_jobs, run_job
@@ -82,18 +82,25 @@ async def _add_image(machine: QemuMachine, disk: Disk, opened: Opened, undone: U
     alias, index = alias_of(disk), _index(disk)
     assert disk.source is not None and disk.source.file
     name = _opaque(disk)
-    fd = opened.open(name, disk.source.file, os.O_RDWR | os.O_NOFOLLOW)
+    await opened.beside(_open_image, name, disk.source.file)
+    fd = opened.fds[name]
     path = await add_fd(machine, fd, name)
     undone.add("remove-fd", fdset_id=int(path.rsplit("/", 1)[-1]))
     await _add_secret(machine, disk, opened, undone)
     storage, image = node_name(alias, index, "storage"), _image_node(disk)
-    for node in disks.block_nodes(Files({}, {image_name(alias, 0): path}), disk):
+    top = image_name(alias, 0)
+    files = host_io.files(machine.capabilities, {top: fd}, {top: path})
+    for node in disks.block_nodes(files, disk):
         if node["node-name"] not in (storage, image):
             continue  # what lies below is there already
         if node["node-name"] == image:
             node["backing"] = None
         await machine.execute("blockdev-add", _with_backing(node), deadline=_DEADLINE)
         undone.add("blockdev-del", node_name=node["node-name"])
+
+
+def _open_image(opened: Opened, name: str, path: str) -> None:
+    opened.open(name, path, os.O_RDWR | os.O_NOFOLLOW)
 
 
 async def _add_secret(machine: QemuMachine, disk: Disk, opened: Opened, undone: Undo) -> None:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvik.conf.devices.disk import Disk
 from kvik.errors import HypervisorError, MonitorError
-from kvik.host import files as host_files
+from kvik.host.reach import open_file
 from kvik.hypervisor.layers import Layer, layers
 from kvik.hypervisor.names import alias_of, image_name
+from kvik.hypervisor.qemu import host_io
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.options import Files, node_name
 
@@ -59,12 +60,12 @@ async def _exchange(machine: QemuMachine, disk: Disk, layer: Layer, kind: str, *
     name, other = (node_name(alias, layer.key, which) for which in (kind, "storage" if kind == "spare" else "spare"))
     if name in before:  # left behind by a daemon that was killed before it was used
         await _remove(machine, name, before[name])
-    opaque = _anew(alias, layer.key) if writable else image_name(alias, layer.number)
-    fdset = await _pass(machine, path, opaque, writable=writable)
+    own = image_name(alias, layer.number)
+    opaque = _anew(alias, layer.key) if writable else own
+    fdset, files = await _pass(machine, path, own, opaque, writable=writable)
     added = False
     try:
-        place = f"/dev/fdset/{fdset}"
-        nodes = disks.block_nodes(Files({}, {image_name(alias, layer.number): place}), disk)
+        nodes = disks.block_nodes(files, disk)
         storage, image = (
             next(node for node in nodes if node["node-name"] == node_name(alias, layer.key, which))
             for which in ("storage", "format")
@@ -87,19 +88,17 @@ async def _exchange(machine: QemuMachine, disk: Disk, layer: Layer, kind: str, *
         await _remove(machine, other, before[other])
 
 
-async def _pass(machine: QemuMachine, path: str, opaque: str, *, writable: bool) -> int:
-    try:
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise host_files.host_error("open", path, error) from error
+async def _pass(machine: QemuMachine, path: str, name: str, opaque: str, *, writable: bool) -> tuple[int, Files]:
+    """The fdset that QEMU has the file in, and the files to make nodes with, where the image is `name`."""
+    fd = await open_file(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK)
     try:
         reply = await machine.execute("add-fd", {"opaque": opaque}, fds=[fd])
+        number = reply.get("fdset-id") if isinstance(reply, dict) else None
+        if not isinstance(number, int):
+            raise HypervisorError(f"{machine.name}: the reply to add-fd is malformed")
+        return number, host_io.files(machine.capabilities, {name: fd}, {name: f"/dev/fdset/{number}"})
     finally:
         os.close(fd)
-    number = reply.get("fdset-id") if isinstance(reply, dict) else None
-    if not isinstance(number, int):
-        raise HypervisorError(f"{machine.name}: the reply to add-fd is malformed")
-    return number
 
 
 async def _remove(machine: QemuMachine, name: str, place: str) -> None:

@@ -41,15 +41,28 @@ def serves(disk: Disk) -> bool:
     return all(layer.format in FORMATS and layer.source.slices is None for layer in layers(disk))
 
 
-def blk_command(disk: Disk, images: Mapping[str, int], *, life: int, monitor: int, export: int, queues: int) -> Command:
+def blk_command(
+    disk: Disk,
+    images: Mapping[str, int],
+    *,
+    life: int,
+    monitor: int,
+    export: int,
+    redo: int,
+    queues: int,
+    node: str = "",
+) -> Command:
     """`images`: by `image_name`. `life`: its end of the life line. `monitor`, `export`: sockets on which it listens;
-    the VMM's connection waits on `export`."""
+    the VMM's connection waits on `export`. `redo`: the file where it notes what the one after it must know. `node`:
+    what the first image is called, if it came on top while the machine ran."""
     alias, driver = alias_of(disk), disk.driver
     cached = ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
     argv = [sys.executable, "-I", "-S", *cached, str(_PROGRAM), f"--id={alias}"]
     chain = list(layers(disk))
     argv += [f"--image={images[image_name(alias, layer.number)]},{layer.format}" for layer in chain]
-    argv += [f"--socket={export}", f"--monitor={monitor}", f"--life={life}", f"--queues={queues}"]
+    argv += [f"--socket={export}", f"--monitor={monitor}", f"--life={life}", f"--redo={redo}", f"--queues={queues}"]
+    if node:
+        argv.append(f"--node={node}")
     if disk.serial:
         argv.append(f"--serial={disk.serial}")
     if driver is not None and driver.queue_size:
@@ -64,7 +77,7 @@ def blk_command(disk: Disk, images: Mapping[str, int], *, life: int, monitor: in
         "--no-lock": bool(disk.shareable) and chain[0].format == "raw",
     }
     argv += [flag for flag, wanted in flags.items() if wanted]
-    return Command(KIND, alias, argv, (*images.values(), life, monitor, export))
+    return Command(KIND, alias, argv, (*images.values(), life, monitor, export, redo))
 
 
 def throttle(disk: Disk, tune: IoTune | None) -> dict[str, Any]:

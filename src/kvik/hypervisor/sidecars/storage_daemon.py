@@ -31,6 +31,7 @@ import kvik
 from kvik.conf.devices.disk import Disk, IoTune
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigError, ConfigUnsupported, HostError, HypervisorError, KvikError, MissingPackages
+from kvik.host.files import host_error
 from kvik.hypervisor.descriptors import Opened, connected_listener, listen_unix
 from kvik.hypervisor.layers import layers
 from kvik.hypervisor.names import alias_of, image_name, life_name, vhost_user_name
@@ -54,6 +55,7 @@ __all__ = [
     "monitor_path",
     "of",
     "queues",
+    "redo_path",
     "served",
     "start",
     "storage_command",
@@ -102,13 +104,27 @@ def monitor_path(directory: Path, alias: str) -> Path:
     return directory / f"{alias}-storage.sock"
 
 
+def redo_path(directory: Path, alias: str) -> Path:
+    """Where kvik-blk notes what is in its memory only, for the one that may have to take its place."""
+    return directory / f"{alias}-redo"
+
+
+def _open_redo(path: Path, *, anew: bool) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_TRUNC if anew else 0)
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as error:
+        raise host_error("open", path, error) from error
+
+
 # -- starting it
 
 
 def start(
-    disk: Disk, directory: Path, opened: Opened, sidecars: Sidecars, *, vcpus: int, log_fd: int
+    disk: Disk, directory: Path, opened: Opened, sidecars: Sidecars, *, vcpus: int, log_fd: int, again: str = ""
 ) -> Waiting | None:
-    """Takes the disk's images out of `opened` and leaves the VMM's ends there: `vublk:ALIAS` and `life:ALIAS`.
+    """Takes the disk's images out of `opened` and leaves the VMM's ends there: `vublk:ALIAS` and `life:ALIAS`. `again`:
+    for one that takes the place of another, what the image that the guest writes to is called by now.
 
     Nothing to wait for where somebody else runs the back end. Raises `MissingPackages`, `HostError`, `ConfigError`.
     """
@@ -138,7 +154,11 @@ def start(
         opened.add(vhost_user_name(alias), client.detach())
         ends = {"life": theirs.fileno(), "monitor": monitor.fileno(), "export": export.fileno()}
         if kind == kvik_blk.KIND:
-            command = kvik_blk.blk_command(disk, images, queues=queues(disk, vcpus), **ends)
+            ends["redo"] = _open_redo(redo_path(directory, alias), anew=not again)
+            close.callback(os.close, ends["redo"])
+            if not again:
+                opened.undo.callback(redo_path(directory, alias).unlink, missing_ok=True)
+            command = kvik_blk.blk_command(disk, images, queues=queues(disk, vcpus), node=again, **ends)
         else:
             command = storage_command(disk, images, vcpus=vcpus, **ends)
         member = sidecars.spawn(command, log_fd)
@@ -156,10 +176,10 @@ class Waiting:
     sidecars: Sidecars
     log_fd: int
 
-    async def ready(self) -> None:
+    async def ready(self, deadline: float = READY) -> None:
         """Its monitor answers when everything on its command line is done. `HypervisorError` with its own words."""
         try:
-            connection = await connect(self.monitor, self.member.label, READY)
+            connection = await connect(self.monitor, self.member.label, deadline)
             try:
                 if self.member.kind == kvik_blk.KIND and self.disk.iotune is not None:
                     await connection.execute("block_set_io_throttle", kvik_blk.throttle(self.disk, self.disk.iotune))

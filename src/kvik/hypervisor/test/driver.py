@@ -20,7 +20,16 @@ from typing import Any
 from kvik.conf.aliases import assign_aliases
 from kvik.conf.domain import Domain, format_domain
 from kvik.errors import ConfigUnsupported, HypervisorError
-from kvik.hypervisor.driver import EventKind, EventSink, Feature, HostVerdict, MachineEvent, StartRequest
+from kvik.hypervisor.driver import (
+    Bases,
+    EventKind,
+    EventSink,
+    Feature,
+    HostVerdict,
+    MachineEvent,
+    StartRequest,
+    no_bases,
+)
 from kvik.hypervisor.test.behaviour import Behaviour
 from kvik.hypervisor.test.machine import TestMachine
 
@@ -34,6 +43,7 @@ class TestDriver:
     name = "test"
 
     def __init__(self) -> None:
+        self.bases: Bases = no_bases
         self.behaviours: dict[str, Behaviour] = {}  # by machine name
         self.default = Behaviour()
         self.machines: dict[str, TestMachine] = {}  # those that run, by name

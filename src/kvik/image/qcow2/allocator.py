@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from kvik.image.base import BackingOpener, DataOpener
+    from kvik.image.qcow2.redo import Redo
     from kvik.image.qcow2.snapshots import Snapshot
     from kvik.image.qcow2.tracking import Tracking
 
@@ -48,7 +49,8 @@ class Qcow2Allocator(Qcow2Reader):
     """An open qcow2 image whose tables can change; `writer` puts data into it.
 
     With `barriers` off nothing is flushed but at the end: for an image that is worthless until it is whole.
-    `repairing` opens one that is marked as corrupt or dirty as it is.
+    `repairing` opens one that is marked as corrupt or dirty as it is. `redo`: changes that a process before this one
+    had in memory only are made again.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Qcow2Allocator(Qcow2Reader):
         data_file: DataOpener | None = None,
         barriers: bool = True,
         repairing: bool = False,
+        redo: Redo | None = None,
     ) -> None:
         super().__init__(fd, path, writable=True, backing=backing, data_file=data_file)
         self.barriers = barriers
@@ -74,8 +77,17 @@ class Qcow2Allocator(Qcow2Reader):
         self._marked = False
         if self.corrupt and not repairing:
             raise self.fault("is marked as corrupt", 72, f"repair it: kvik img check -r all {path}")
-        if self.dirty and not repairing:
+        self.redo: Redo | None = None  # where changes of tables are noted
+        again = redo is not None and redo.count and not repairing
+        if redo is not None and again:
+            from kvik.image.qcow2.redo import replay
+
+            replay(self, redo)
+        if (self.dirty or again) and not repairing:
             self._repair_refcounts()
+        if redo is not None and again:
+            redo.clear()
+        self.redo = redo
 
     def _repair_refcounts(self) -> None:
         """An image that was not closed: its refcounts are counted anew, as QEMU does at opening."""
@@ -152,6 +164,14 @@ class Qcow2Allocator(Qcow2Reader):
 
         if self.header.bitmaps is not None and self.header.autoclear & AUTOCLEAR_BITMAPS:
             self.tracking = Tracking(self)
+
+    def store_bitmaps(self) -> None:
+        """They are in the file as they are now, and count as true there until the next write: so that what changes them
+        (`bitmap_changes`) can be done to an image that is being written."""
+        if self.tracking is not None:
+            self.write_back()
+            self.tracking.store()
+        self.tracking, self._tracked = None, False  # the next write looks which there are
 
     def is_reserved(self, cluster: int, count: int) -> bool:
         """Whether a range of clusters has a table of the image in it: only a damaged image asks to write there."""
@@ -273,6 +293,20 @@ class Qcow2Allocator(Qcow2Reader):
         self.l2.dirty.add(place)
         return place, table
 
+    def set_entries(self, cluster: int, count: int, entry: int, bitmap: int, *, step: int) -> None:
+        """The L2 entries of `count` clusters of the disk, each `step` more than the one before. What they led to before
+        still counts as used."""
+        bits, stride = self.cluster_bits, self._stride
+        for number, index, start, end in self._spans(cluster << bits, count << bits):
+            _, table = self._own_l2(number)
+            for slot in range(index * stride, (index + ((end - start) >> bits)) * stride, stride):
+                table[slot] = entry
+                if self.extended:
+                    table[slot + 1] = bitmap
+                entry += step
+            if self.l2.crowded or self.refcounts.crowded:
+                self.write_back()
+
     def _spans(self, offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:
         """(L1 index, first L2 index, start, end) of the parts of a range that one L2 table has."""
         shift = self.cluster_bits + self._l2_bits
@@ -311,6 +345,8 @@ class Qcow2Allocator(Qcow2Reader):
             for number in sorted(self._dirty_l1):
                 write_fully(self.fd, self.l1[number].to_bytes(8, "big"), self.header.l1_offset + 8 * number)
             self._dirty_l1.clear()
+        if self.redo is not None:
+            self.redo.clear()  # before a cluster that its notes lead to can be another's
         if refcounts.pending:
             self.barrier()
             self._settle()

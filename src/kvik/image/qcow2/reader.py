@@ -10,7 +10,7 @@ import os
 import zlib
 
 from kvik.errors import ImageError
-from kvik.image.base import COMPRESSED, DATA, DATA_HOLE, HOLE, ZERO, ZERO_ALLOCATED, Image
+from kvik.image.base import COMPRESSED, DATA, DATA_HOLE, HOLE, KEY_WANTED, LOCKED, ZERO, ZERO_ALLOCATED, Image
 from kvik.image.qcow2.header import CORRUPT, DATA_FILE, DIRTY, parse
 from kvik.image.qcow2.tables import COMPRESSED_FLAG, COPIED, OFFSET, ZERO_FLAG, L2Cache, read_table, run_end, zero_end
 
@@ -167,7 +167,7 @@ class Qcow2Reader(Image):
         if length <= 0:
             return
         if self.header.crypt_method:
-            raise self.fault("is encrypted, which is not supported", 32)
+            raise self.fault(LOCKED, 32, KEY_WANTED)
         if self.data_fd < 0:
             raise self.fault(f"keeps its data in {self.header.data_file!r}, which was not opened", 72)
         found = self._clusters(offset, length)

@@ -185,6 +185,21 @@ class Refcounts:
             cluster += span
             count -= span
 
+    def claim(self, first: int, count: int) -> None:
+        """At least one reference to each of `count` clusters, which lie below the hint. New blocks lie behind it."""
+        for cluster in range(first, first + count):
+            index, within = divmod(cluster, self.per_block)
+            block = self.block(index)
+            if block is None:
+                place = self.allocate(1)  # which may have made the block, or a table with room for it
+                block = self.block(index)
+                if block is None:
+                    self._new_block(index, place)
+                    block = self._blocks[index]
+            if not block[within]:
+                block[within] = 1
+                self._dirty.add(index)
+
     def set(self, cluster: int, value: int) -> None:
         """The refcount of a cluster, for repairs; its block must exist."""
         index, within = divmod(cluster, self.per_block)

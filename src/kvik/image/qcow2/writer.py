@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from array import array
 
-from kvik.image.base import HOLE, ZERO, ZERO_ALLOCATED, cut, write_fully, writev_fully
+from kvik.image.base import HOLE, KEY_WANTED, LOCKED, ZERO, ZERO_ALLOCATED, cut, write_fully, writev_fully
 from kvik.image.qcow2.allocator import Qcow2Allocator
 from kvik.image.qcow2.header import AUTOCLEAR_RAW
 from kvik.image.qcow2.reader import ALL_SUBCLUSTERS, SUBCLUSTERS
@@ -34,11 +34,15 @@ class Qcow2Writer(Qcow2Allocator):
         for number, index, start, end in self._spans(offset, length):
             _, table = self._own_l2(number)
             self._write_table(table, index, start, cut(buffers, start - offset, end - offset))
-            if self.l2.crowded or self.refcounts.crowded:
-                self.write_back()
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Between two tables: write them back where too much waits for that."""
+        if self.l2.crowded or self.refcounts.crowded or (self.redo is not None and self.redo.full):
+            self.write_back()
 
     def place_to_write(self, offset: int, length: int) -> int:
-        if not self._tracked or self.tracking is not None:
+        if not self._tracked:
             return -1
         table = self._table_of(offset, length, COPIED)
         if table is None:
@@ -53,6 +57,8 @@ class Qcow2Writer(Qcow2Allocator):
             return -1
         if place + (last - index) * size >= self.file_end or self.is_reserved(place >> bits, last - index + 1):
             return -1
+        if self.tracking is not None:
+            self.tracking.mark(offset, length)  # before it is written: too much is marked rather than too little
         return place + (offset & (size - 1))
 
     def check_writable(self, *, data: bool = True) -> None:
@@ -60,7 +66,7 @@ class Qcow2Writer(Qcow2Allocator):
         if self.fd < 0 or not self.writable:
             raise self.fault("is not open for writing")
         if self.header.crypt_method and data:
-            raise self.fault("is encrypted, which is not supported", 32)
+            raise self.fault(LOCKED, 32, KEY_WANTED)
         if self.data_fd < 0:
             raise self.fault(f"keeps its data in {self.header.data_file!r}, which was not opened", 72)
 
@@ -173,6 +179,8 @@ class Qcow2Writer(Qcow2Allocator):
             raise
         if not self.extended and not any(table[index : index + count]):
             table[index : index + count] = array("Q", range(place | COPIED, (place | COPIED) + count * size, size))
+            if self.redo is not None:
+                self.redo.add(base >> self.cluster_bits, count, place | COPIED, follow=True)
             return
         for number in range(count):
             slot = (index + number) * stride
@@ -187,6 +195,13 @@ class Qcow2Writer(Qcow2Allocator):
                 allocated = (before & ALL_SUBCLUSTERS) | bits
                 table[slot + 1] = (before >> 32 & ~bits) << 32 | allocated
             table[slot] = new
+            self._note(table, index + number, (base >> self.cluster_bits) + number)
+
+    def _note(self, table: array[int], index: int, cluster: int) -> None:
+        """That an entry was changed, for the process that comes after this one."""
+        if self.redo is not None:
+            slot = index * self._stride
+            self.redo.add(cluster, 1, table[slot], table[slot + 1] if self.extended else 0)
 
     def _holds_data(self, table: array[int], index: int) -> bool:
         """Whether a cluster with subclusters has data that must move along when it gets a new place."""
@@ -345,8 +360,10 @@ class Qcow2Writer(Qcow2Allocator):
                     table[slot + 1] = ALL_SUBCLUSTERS << 32
                 else:
                     table[slot] = keep | ZERO_FLAG
-            if self.l2.crowded:
-                self.write_back()
+                if self.redo is not None:
+                    at = slot // stride
+                    self._note(table, at, (start >> self.cluster_bits) + at - index)
+            self._make_room()
 
     def discard(self, offset: int, length: int) -> None:
         """Whole clusters give their room back: they read as zero (as QEMU's full discards do)."""
@@ -380,8 +397,10 @@ class Qcow2Writer(Qcow2Allocator):
                 table[slot] = 0
                 if self.extended:
                     table[slot + 1] = 0
-            if self.l2.crowded:
-                self.write_back()
+                if self.redo is not None:
+                    at = slot // stride
+                    self._note(table, at, (start >> self.cluster_bits) + at - index)
+            self._make_room()
 
     def make_empty(self) -> None:
         """Every cluster leaves this layer; the internal snapshots stay."""

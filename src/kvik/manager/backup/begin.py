@@ -27,7 +27,9 @@ from kvik.errors import (
     KvikError,
     OperationInvalid,
 )
+from kvik.host.reach import about, reach
 from kvik.host.secret_file import lent
+from kvik.host.threads import in_thread
 from kvik.hypervisor import new_image
 from kvik.hypervisor.descriptors import listen_unix
 from kvik.hypervisor.driver import BackupPart, Machine
@@ -75,7 +77,7 @@ async def begin(domain: DomainObject, xml: str, checkpoint_xml: str | None, flag
             checkpoint=checkpoint.name if checkpoint is not None else None,
             began=time.time(),
         )
-        await domain.manager.store.run(_check_places, domain, backup, reuse)
+        await reach(_check_places, domain, backup, reuse)
         await jobs.save(domain, job)
         try:
             await _begin(domain, job, parts, checkpoint, reuse=reuse)
@@ -101,7 +103,7 @@ async def _begin(
             except AlreadyExists:  # made by somebody else just now: not ours to remove
                 job.created.remove(part.path)
                 raise
-    await domain.manager.store.run(_claim, domain, backup)
+    await _claim(domain, backup)
     if checkpoint is not None:
         await checkpoints.announce(domain, checkpoint, backups)
     tracked = checkpoints.new_bitmaps(domain, checkpoint) if checkpoint is not None else []
@@ -161,14 +163,15 @@ async def _make(domain: DomainObject, part: BackupPart, size: int, encryption: E
         backing_store=BackingStore(),
     )
     source.encryption = encryption
-    if await domain.manager.store.run(new_image.check, image, size, None):  # else it is a device, which is there
-        await domain.manager.store.run(new_image.make, image, size, None, maker(domain.manager, encryption))
+    if await reach(new_image.check, image, size, None):  # else it is a device, which is there
+        await in_thread(new_image.make, image, size, None, maker(domain.manager, encryption))
 
 
 def _check_places(domain: DomainObject, backup: Backup, reuse: bool) -> None:
     """Before anything is written down: files that are there already are not ours, and are never removed."""
     for item in backup.chosen:
         path = place_in(item).location or ""
+        about(path)
         exists = os.path.lexists(path)
         if item.type == "block" and not exists:
             raise ConfigError(f"{path} does not exist")
@@ -186,12 +189,12 @@ def _check_places(domain: DomainObject, backup: Backup, reuse: bool) -> None:
         raise AlreadyExists(f"{server.socket} exists already", remedy="remove it, or name another socket")
 
 
-def _claim(domain: DomainObject, backup: Backup) -> None:
+async def _claim(domain: DomainObject, backup: Backup) -> None:
     """What is written to is no image of any machine, this one's among them. Raises `ResourceBusy`."""
     run = domain.run
     assert run is not None
     for item in backup.chosen:
-        use = disks.image_use(place_in(item))
+        use = await reach(disks.image_use, place_in(item))
         if use is None:
             raise ConfigError(f"{place_in(item).location} does not exist")
         disks.check_unused([use], [*domain.manager.disk_uses(domain), (domain.name, run.uses)])

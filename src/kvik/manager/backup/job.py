@@ -29,6 +29,7 @@ from kvik.conf.enums import (
     DomainJobType,
 )
 from kvik.errors import KvikError, NoBackup, OperationInvalid, OperationTimeout
+from kvik.host.threads import in_thread
 from kvik.hypervisor import new_image
 from kvik.hypervisor.driver import JobState, Machine
 from kvik.manager.backup.plan import JOB, parts_of
@@ -162,7 +163,7 @@ async def follow(domain: DomainObject, run: Run, job: BackupJob) -> None:
 
 async def _follow_one(machine: Machine, run: Run, job: BackupJob, name: str) -> None:
     last: JobState | None = None
-    async for state in machine.disk_jobs.follow(name):
+    async for state in machine.backups.follow(name):
         last = job.states[name] = state
     if last is not None and last.concluded and not last.error:
         return
@@ -178,7 +179,7 @@ async def _stop(machine: Machine, run: Run, job: BackupJob) -> None:
     for name in job.jobs:
         state = job.states.get(name)
         if state is None or not state.concluded:
-            await machine.disk_jobs.cancel(name, force=True)
+            await machine.backups.cancel(name)
 
 
 def _outcome(job: BackupJob) -> str:
@@ -219,7 +220,7 @@ async def _conclude(domain: DomainObject, run: Run, job: BackupJob) -> None:
     if job.outcome != COMPLETED and not job.backup.pull and job.checkpoint in domain.checkpoints.all:
         await checkpoint_delete.remove(domain, job.checkpoint)
         domain.log.note(f"checkpoint {job.checkpoint} was removed: the backup that it came with is not whole")
-    await domain.manager.store.run(_remove_files, job)
+    await in_thread(_remove_files, job)
     await domain.manager.store.run(store_of(domain).remove_backup)
     for item in job.backup.chosen:
         block_job = run.block_jobs.pop(item.name, None)
@@ -272,7 +273,7 @@ async def undo(domain: DomainObject, job: BackupJob) -> None:
         if checkpoint is not None:
             await take_back(domain, checkpoint)
     job.outcome = job.outcome or FAILED
-    await domain.manager.store.run(_remove_files, job)
+    await in_thread(_remove_files, job)
     await domain.manager.store.run(store_of(domain).remove_backup)
 
 
@@ -296,7 +297,7 @@ async def take_up(domain: DomainObject, run: Run) -> None:
         await undo(domain, job)
         domain.log.note("a backup that the last daemon was about to begin was taken back")
         return
-    states = await run.machine.disk_jobs.states()
+    states = await run.machine.backups.states()
     job.states = {name: states[name] for name in job.jobs if name in states}
     began(domain, run, job)
 
@@ -321,7 +322,7 @@ async def machine_gone(domain: DomainObject, run: Run) -> None:
 
 async def _forget(manager: Manager, store: CheckpointStore, job: BackupJob) -> None:
     job.outcome = job.outcome or FAILED
-    await manager.store.run(_remove_files, job)
+    await in_thread(_remove_files, job)
     if job.checkpoint and (job.phase == STARTING or (not job.backup.pull and job.outcome != COMPLETED)):
         await manager.store.run(store.remove, job.checkpoint)
     await manager.store.run(store.remove_backup)

@@ -27,6 +27,7 @@ from kvik.errors import (
     ResourceBusy,
 )
 from kvik.host.files import fsync_directory, host_error
+from kvik.host.threads import in_thread
 from kvik.hypervisor.names import character_devices
 from kvik.manager import lifecycle, prepare, volume_disks
 from kvik.manager.backup.busy import check_no_backup
@@ -35,7 +36,6 @@ from kvik.manager.saved.image import Reader, Writer
 from kvik.manager.saved.managed import check_no_managed_save, managed_path
 from kvik.manager.snapshots.files import snapshot_in
 from kvik.manager.states import Trigger, state_text
-from kvik.storage.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -301,7 +301,7 @@ async def restore(
             other = prepare.parse(xml)
             check_same_machine(document, other)
             document = other
-        _check_state(manager, document, reader)
+        await _check_state(manager, document, reader)
         run = bool(flags & RUNNING) or (reader.facts.running and not flags & PAUSED)
         await manager.create_xml(
             format_domain(document, secure=True, inactive=True),
@@ -314,7 +314,7 @@ async def restore(
         reader.close()
 
 
-def _check_state(manager: Manager, document: Domain, reader: Reader) -> None:
+async def _check_state(manager: Manager, document: Domain, reader: Reader) -> None:
     driver = manager.driver_of(document)
     if driver.name != reader.facts.driver:
         raise OperationInvalid(
@@ -323,7 +323,7 @@ def _check_state(manager: Manager, document: Domain, reader: Reader) -> None:
         )
     for disk in document.devices.disks:
         location = (disk.source.location if disk.source is not None else None) or ""
-        found = snapshot_in(manager, location) if location and not disk.readonly else None
+        found = await snapshot_in(manager, location) if location and not disk.readonly else None
         if found is not None:
             raise OperationInvalid(
                 f"{location}, which the saved machine writes to, keeps {found} by now",
@@ -346,7 +346,7 @@ async def open_managed(domain: DomainObject, flags: int) -> tuple[Saved, Domain]
         if document.uuid != domain.uuid_text:
             raise OperationFailed(f"{path} is of another machine, {document.uuid}")
         document.name = domain.name
-        _check_state(domain.manager, document, reader)
+        await _check_state(domain.manager, document, reader)
     except BaseException:
         reader.close()
         raise

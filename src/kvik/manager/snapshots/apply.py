@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 from kvik.conf.domain import parse_domain
 from kvik.conf.snapshot import parse_snapshot
 from kvik.errors import KvikError, OperationFailed
+from kvik.host.reach import about, reach
+from kvik.host.threads import in_thread
 from kvik.manager.definition import Definition
+from kvik.manager.disks import renew_uses
 from kvik.manager.snapshots import files, firmware, images, inside
 from kvik.manager.snapshots.journal import Journal, Redo
 from kvik.manager.snapshots.store import SnapshotStore
 from kvik.storage import inside as images_inside
 from kvik.storage import overlays
-from kvik.storage.threads import in_thread
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -61,7 +63,7 @@ async def abandon(domain: DomainObject) -> None:
     if journal.inside:
         domain.snapshots.inside.update(journal.inside)
         await domain.manager.store.run(store_of(domain).carry_out, redo_of(domain))
-    await domain.manager.store.run(store_of(domain).undo, journal)
+    await in_thread(store_of(domain).undo, journal)
     domain.snapshots.journal = None
     if journal.inside and await inside.collect(domain):
         await save_tree(domain)
@@ -91,13 +93,14 @@ async def _carry_out(domain: DomainObject, journal: Journal) -> None:
     for path, tag in redo.apply:
         await in_thread(images_inside.go_back, path, tag)
     for copy, path in redo.restore.items():
-        await manager.store.run(firmware.put_back, copy, path)
+        await in_thread(firmware.put_back, copy, path)
     if redo.definition is not None:
         document = parse_domain(redo.definition)
         if domain.persistent:
             await manager.store.save_definition(domain.name, redo.definition)
         domain.config = Definition(document, redo.definition)
-    if domain.is_active and images.put_on_top(domain, redo.live):
+    if domain.run is not None and domain.is_active and images.put_on_top(domain, redo.live):
+        await renew_uses(domain.run)
         await domain.save_status()
     for name, text in redo.write.items():
         tree.snapshots[name] = parse_snapshot(text)
@@ -106,12 +109,17 @@ async def _carry_out(domain: DomainObject, journal: Journal) -> None:
     tree.current = redo.current if redo.current in tree.snapshots else None
     tree.made, tree.originals, tree.inside = set(redo.made), set(redo.originals), set(redo.inside)
     for path in redo.unlink:
-        if Path(path).is_dir() and not Path(path).is_symlink():  # a copy of a TPM's state
-            await manager.store.run(shutil.rmtree, path, ignore_errors=True)
+        if await reach(_is_directory, path):  # a copy of a TPM's state
+            await in_thread(shutil.rmtree, path, ignore_errors=True)
         else:
-            files.unlink(manager, path)
+            await files.unlink(manager, path, domain.name)
     await manager.store.run(store.end_journal, last=not (tree.snapshots or tree.made or tree.inside))
     tree.journal = None
+
+
+def _is_directory(path: str) -> bool:
+    about(path)
+    return Path(path).is_dir() and not Path(path).is_symlink()
 
 
 async def settle(domain: DomainObject) -> None:

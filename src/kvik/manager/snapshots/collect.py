@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from kvik.conf.domain import Domain, format_domain
 from kvik.conf.snapshot import format_snapshot
 from kvik.errors import KvikError
-from kvik.host.files import identify
+from kvik.host.reach import reach
+from kvik.host.threads import in_thread
 from kvik.manager import encrypted_images, volume_disks
 from kvik.manager.checkpoints import merges
 from kvik.manager.snapshots import apply, files, inside, running
 from kvik.manager.snapshots.journal import Journal
 from kvik.manager.snapshots.plan import BACK, FORWARD, REMOVE, Step, plan
 from kvik.storage import overlays
-from kvik.storage.threads import in_thread
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -36,10 +36,12 @@ async def planned(domain: DomainObject, leaving: frozenset[str] = frozenset()) -
     """What `collect` would do once the snapshots `leaving` are gone."""
     tree, manager = domain.snapshots, domain.manager
     known = [top for top in files.tops(manager) if not _leaves(domain, top, leaving)]
-    found = await in_thread(files.survey, known, domain.name, sorted(tree.made))
+    found = await reach(files.survey, known, domain.name, sorted(tree.made))
     foreign = {top.path for top in known if top.machine != domain.name}
     layers = {path: layer._replace(pinned=layer.pinned or path in foreign) for path, layer in found.layers.items()}
-    used = files.used_by_running(manager, besides=domain)
+    open_now = files.used_by_running(manager, besides=domain)
+    identity = await reach(files.identities, {*layers, *open_now})
+    used = {identity[path] for path in open_now} - {None}
 
     def can(step: Step) -> bool:
         if running.chain_with(domain, step.path, step.into):
@@ -53,7 +55,7 @@ async def planned(domain: DomainObject, leaving: frozenset[str] = frozenset()) -
         {top.path for top in known},
         tree.made,
         tree.originals,
-        busy=lambda path: identify(path) in used,
+        busy=lambda path: identity[path] in used,
         can=can,
     )
     return steps, found._replace(layers=layers, tops=known)
@@ -78,7 +80,7 @@ async def collect(domain: DomainObject) -> None:
     tree.made -= gone
     for step in steps:
         if step.kind == REMOVE:
-            remove(domain, step.path)
+            await remove(domain, step.path)
         elif step.kind == FORWARD:
             await _forward(domain, step, found)
         elif step.kind == BACK:
@@ -99,8 +101,8 @@ async def collect_quietly(domain: DomainObject) -> None:
         logger.warning("machine %s: images that no snapshot needs any more are still there: %s", domain.name, error)
 
 
-def remove(domain: DomainObject, path: str) -> None:
-    if path in domain.snapshots.made and files.unlink(domain.manager, path):
+async def remove(domain: DomainObject, path: str) -> None:
+    if path in domain.snapshots.made and await files.unlink(domain.manager, path, domain.name):
         domain.snapshots.made.discard(path)
 
 
@@ -117,7 +119,7 @@ async def _forward(domain: DomainObject, step: Step, found: Survey) -> None:
         tracked = merges.tracked_in(domain, step.into)
         await in_thread(_merge_forward, step.path, step.into, found.formats[step.path], tracked)
         await merges.file_moved(domain, step.path, step.into)
-    remove(domain, step.path)
+    await remove(domain, step.path)
 
 
 def _merge_back(path: str, into: str, format: str, tracked: dict[str, bool]) -> None:
@@ -140,18 +142,18 @@ async def _back(domain: DomainObject, step: Step, found: Survey) -> None:
     if running.chain_with(domain, step.path, step.into):
         await running.back(domain, step)
     elif step.path in found.locked:
-        top = await in_thread(overlays.look, step.path, "qcow2")
+        top = await reach(overlays.look, step.path, "qcow2")
         if top.backing is not None and normpath(top.backing) == step.into:
             tracked = merges.tracked_in(domain, step.path)
             await in_thread(encrypted_images.merge_back(domain, step.path))
-            below = await in_thread(overlays.look, step.into, format)
+            below = await reach(overlays.look, step.into, format)
             await in_thread(overlays.join_bitmaps, top, below, tracked)
         await merges.file_moved(domain, step.path, step.into)
     else:
         tracked = merges.tracked_in(domain, step.path)
         await in_thread(_merge_back, step.path, step.into, format, tracked)
         await merges.file_moved(domain, step.path, step.into)
-    now = await in_thread(files.survey, files.tops(domain.manager), domain.name, sorted(tree.made))
+    now = await reach(files.survey, files.tops(domain.manager), domain.name, sorted(tree.made))
     above = [layer.path for layer in now.layers.values() if layer.backing == step.path]
     await in_thread(_rebase, above, step.into, format)
     redo = apply.redo_of(domain)

@@ -36,6 +36,8 @@ from kvik.errors import (
     OperationInvalid,
     ResourceBusy,
 )
+from kvik.host.reach import about, reach
+from kvik.host.threads import in_thread
 from kvik.hypervisor.layers import forget_live, has_medium
 from kvik.manager import volume_disks
 from kvik.manager.backup.busy import check_no_backup
@@ -48,7 +50,6 @@ from kvik.manager.snapshots.redefine import redefine
 from kvik.manager.snapshots.store import MAX_SNAPSHOTS, check_snapshot_name
 from kvik.storage import overlays
 from kvik.storage.overlays import Facts
-from kvik.storage.threads import in_thread
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -227,13 +228,15 @@ def free_name(path: str) -> str:
 
 def put_on_top(document: Domain, overlays_: dict[str, str]) -> None:
     """Let the disks of a document have new images; what was there is what these rest on, by their own headers. Headers
-    do not say which secrets images need: the chain of an encrypted disk is written in full."""
+    do not say which secrets images need, and what lies elsewhere has to be named: then the chain is written in full."""
     for disk in document.devices.disks:
         path = overlays_.get(disk.target.dev or "")
         if path is None:
             continue
         encryption, below = encryption_of(disk), None
-        if encryption is not None and disk.source is not None:
+        there = disk.source.location if disk.source is not None else None  # of a volume its pool knows
+        elsewhere = there is not None and Path(there).parent != Path(path).parent
+        if (encryption is not None or elsewhere) and disk.source is not None:
             forget_live(disk)
             disk.source.encryption, disk.encryption = encryption, None
             format = Format(type=format_of(disk))
@@ -269,7 +272,7 @@ async def _take_inside(domain: DomainObject, snapshot: Snapshot, document: Domai
     tag = snapshot.name
     snapshot.taken = SnapshotTaken(tag=tag)
     there = inside.places(snapshot)
-    await in_thread(inside.check_names, [path for path, _ in there], tag)
+    await reach(inside.check_names, [path for path, _ in there], tag)
     kept = firmware.sources(domain, document, apply.store_of(domain).directory, tag)
     journal = Journal(
         operation=f"create {tag}", phase="prepare", made=[copy for _, copy in kept.values()], inside=there
@@ -308,12 +311,14 @@ async def _take(domain: DomainObject, snapshot: Snapshot, document: Domain, flag
         live.check(domain, flags, new)
     if len(set(new.values())) != len(new):
         raise ConfigError("two disks cannot have the same new image")
-    below = await in_thread(_look, document, new)
+    below = await reach(_look, document, new)
     reused = bool(flags & Flags.REUSE_EXT)
-    await in_thread(_check_room, new, reused, below)
+    await reach(_check_room, new, reused, below)
     images = [] if reused else sorted(new.values())
     file = snapshot.memory.file if snapshot.memory is not None else None
     directory = apply.store_of(domain).directory
+    if file and Path(file).parent != directory:  # named by whoever asked
+        await reach(memory.check_free, file)
     kept = {} if flags & Flags.NO_METADATA else firmware.sources(domain, document, directory, snapshot.name)
     copies = [copy for _, copy in kept.values()]
     made = [*images, *copies, *(memory.made(file) if file else ())]
@@ -386,8 +391,9 @@ def _definition(domain: DomainObject, new: dict[str, str], below: dict[str, Fact
 
 
 def _check_room(new: dict[str, str], reused: bool, below: dict[str, Facts]) -> None:
-    """`ConfigError` where a new image cannot be; with `reused` each has to be there and to rest on the right one."""
+    """`ConfigError` where a new image cannot be; with `reused` each has to be there, to be whole and to fit."""
     for target, path in new.items():
+        about(path)
         if not reused:
             if os.path.lexists(path):
                 raise ConfigUnsupported(
@@ -397,6 +403,4 @@ def _check_room(new: dict[str, str], reused: bool, below: dict[str, Facts]) -> N
             if not Path(path).parent.is_dir():
                 raise InvalidArgument(f"disk {target!r}: there is no directory {Path(path).parent}")
             continue
-        facts = overlays.look(path, "qcow2")
-        if facts.backing is None or not os.path.samefile(facts.backing, below[target].path):  # noqa: PTH121
-            raise ConfigUnsupported(f"{path} does not rest on {below[target].path}: the disk {target} would be another")
+        overlays.check_reusable(path, below[target])

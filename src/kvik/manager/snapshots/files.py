@@ -19,6 +19,8 @@ from kvik.conf.domain import Domain
 from kvik.conf.snapshot import Snapshot
 from kvik.errors import HostError, KvikError, ResourceBusy
 from kvik.host.files import Identity, fsync_directory, host_error, identify
+from kvik.host.reach import about, reach
+from kvik.host.threads import in_thread
 from kvik.hypervisor.layers import layers as chain_of
 from kvik.manager.encrypted_images import encryption_of
 from kvik.manager.snapshots.plan import Layer
@@ -120,17 +122,25 @@ def tops(manager: Manager) -> list[Top]:
     return found
 
 
-def used_by_running(manager: Manager, *, besides: DomainObject | None = None) -> set[Identity]:
-    """The files that machines which run have open, with all they rest on."""
-    found: set[Identity] = set()
+def used_by_running(manager: Manager, *, besides: DomainObject | None = None) -> set[str]:
+    """Paths of what machines which run have open, with all they rest on."""
+    found: set[str] = set()
     for domain in manager.domains():
         if domain.run is None or domain is besides:
             continue
         for disk in domain.run.live.devices.disks:
             for layer in chain_of(disk):
-                identity = identify(layer.source.location) if layer.source.location else None
-                if identity is not None:
-                    found.add(identity)
+                if layer.source.location:
+                    found.add(layer.source.location)
+    return found
+
+
+def identities(paths: Iterable[str]) -> dict[str, Identity | None]:
+    """What each path leads to (blocking)."""
+    found = {}
+    for path in paths:
+        about(path)
+        found[path] = identify(path)
     return found
 
 
@@ -167,31 +177,43 @@ def survey(known: Iterable[Top], domain_name: str, made: Iterable[str]) -> Surve
     return Survey(layers, formats, listed, frozenset(locked))
 
 
-def snapshot_in(manager: Manager, path: str) -> str | None:
+async def snapshot_in(manager: Manager, path: str) -> str | None:
     """ "snapshot 's1' of machine 'web'" if one is kept in this file."""
-    mine = identify(path) if path else None
+    kept: dict[str, str] = {}
     for domain in manager.domains():
         for name, snapshot in domain.snapshots.snapshots.items():
             for disk, _ in kept_disks(snapshot):
                 there = (disk.source.location if disk.source else None) or ""
-                if there == path or (mine is not None and identify(there) == mine):
-                    return f"snapshot {name!r} of machine {domain.name!r}"
-    return None
+                kept.setdefault(there, f"snapshot {name!r} of machine {domain.name!r}")
+    if path in kept or not path or not kept:
+        return kept.get(path)
+    known = await reach(identities, [path, *kept])
+    mine = known[path]
+    return next((who for there, who in kept.items() if mine is not None and known[there] == mine), None)
 
 
-def unlink(manager: Manager, path: str) -> bool:
-    """Remove a file that a snapshot made, unless anything needs it. Looked at and done in one go: no other coroutine
-    comes in between, and so nobody can begin to need it meanwhile. Raises `HostError`."""
-    mine = identify(path)
+async def unlink(manager: Manager, path: str, owner: str) -> bool:
+    """Remove a file that a snapshot of machine `owner` made, unless anything needs it. Raises `HostError`, also where
+    that cannot be told of an image; then it is there. Nobody begins to need it meanwhile: it counts as in use before
+    the last look at who does."""
+    known = await reach(identities, [path])
+    mine = known[path]
     if mine is None:
         return True
-    for top in tops(manager):
-        if top.path == path or identify(top.path) == mine:
-            logger.error("%s is needed by %s and was not removed", path, top.who)
+    with manager.removing(mine, path, owner):
+        known |= await reach(identities, {top.path for top in tops(manager)} | used_by_running(manager))
+        for top in tops(manager):
+            if top.path == path or known.get(top.path, mine) == mine:
+                logger.error("%s is needed by %s and was not removed", path, top.who)
+                return False
+        if any(known.get(used, mine) == mine for used in used_by_running(manager)):
+            logger.error("%s is in use by a machine that runs and was not removed", path)
             return False
-    if mine in used_by_running(manager):
-        logger.error("%s is in use by a machine that runs and was not removed", path)
-        return False
+        await in_thread(_unlink, path)
+    return True
+
+
+def _unlink(path: str) -> None:
     try:
         os.unlink(path)  # noqa: PTH108
         fsync_directory(Path(path).parent)
@@ -199,4 +221,3 @@ def unlink(manager: Manager, path: str) -> bool:
         pass
     except OSError as error:
         raise host_error("remove", path, error) from error
-    return True

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from kvik.conf import tree
 from kvik.conf.devices.disk import BackingStore, Disk, DiskSource, Format
-from kvik.manager import disks
 from kvik.manager.encrypted_images import encryption_of
 from kvik.manager.snapshots.files import format_of
 
@@ -64,5 +63,4 @@ def put_on_top(domain: DomainObject, images: dict[str, tuple[str, int]]) -> bool
         changed = True
     if changed:
         domain.live_changed()
-        domain.run.uses = disks.uses(domain.run.live)
     return changed

@@ -19,10 +19,11 @@ from kvik.conf.domain import Domain
 from kvik.conf.enums import DomainSnapshotCreateFlags as Flags
 from kvik.conf.snapshot import Snapshot
 from kvik.errors import ConfigUnsupported, KvikError, NoSnapshot, OperationInvalid, OperationUnsupported
+from kvik.host.reach import about
+from kvik.host.threads import in_thread
 from kvik.hypervisor.driver import Feature
 from kvik.manager.snapshots.files import Survey, format_of, kept_disks
 from kvik.storage import inside
-from kvik.storage.threads import in_thread
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -81,6 +82,7 @@ def check(domain: DomainObject, snapshot: Snapshot, document: Domain, flags: int
 def check_names(paths: Iterable[str], tag: str) -> None:
     """`ConfigUnsupported` where somebody has put one of this name (blocking)."""
     for path in paths:
+        about(path)
         if tag in inside.names(path):
             raise ConfigUnsupported(f"{path} has a snapshot {tag!r} inside already", remedy="choose another name")
 

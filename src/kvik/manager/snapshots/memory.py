@@ -18,17 +18,18 @@ from kvik.conf.enums import DomainJobOperation, DomainState
 from kvik.conf.enums import DomainSnapshotCreateFlags as Flags
 from kvik.conf.snapshot import Snapshot
 from kvik.errors import ConfigError, ConfigUnsupported, OperationInvalid
+from kvik.host.reach import about
+from kvik.host.threads import in_thread
 from kvik.manager import lifecycle, prepare
 from kvik.manager.saved import machine as saved
 from kvik.manager.saved.image import Reader, Writer, temporary
 from kvik.manager.saved.machine import Saved
 from kvik.manager.states import Trigger
-from kvik.storage.threads import in_thread
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
 
-__all__ = ["Standstill", "document_of", "made", "open_memory", "place_of"]
+__all__ = ["Standstill", "check_free", "document_of", "made", "open_memory", "place_of"]
 
 
 def place_of(domain: DomainObject, snapshot: Snapshot, directory: Path, flags: int) -> str | None:
@@ -48,9 +49,14 @@ def place_of(domain: DomainObject, snapshot: Snapshot, directory: Path, flags: i
     path = file or str(directory / f"{snapshot.name}.mem")
     if not path.startswith("/"):
         raise ConfigError(f"the path {path!r} for the memory is not absolute", path="/domainsnapshot/memory")
-    if file is not None and Path(file).exists():
-        raise ConfigUnsupported(f"the file for the memory already exists: {file}", remedy="remove it, or name another")
     return path
+
+
+def check_free(path: str) -> None:
+    """`ConfigUnsupported` where something is already (blocking)."""
+    about(path)
+    if Path(path).exists():
+        raise ConfigUnsupported(f"the file for the memory already exists: {path}", remedy="remove it, or name another")
 
 
 def made(path: str) -> list[str]:

@@ -12,6 +12,8 @@ from kvik.conf.domain import format_domain
 from kvik.conf.enums import DomainSnapshotRevertFlags as Flags
 from kvik.conf.snapshot import Snapshot
 from kvik.errors import InvalidArgument, OperationInvalid
+from kvik.host.reach import reach
+from kvik.host.threads import in_thread
 from kvik.hypervisor.firmware import pristine_variables, reset_variables
 from kvik.manager import lifecycle, prepare, starting
 from kvik.manager.backup.busy import check_no_backup
@@ -24,7 +26,6 @@ from kvik.manager.snapshots.files import kept_disks, kind_of
 from kvik.manager.snapshots.journal import Journal
 from kvik.storage import overlays
 from kvik.storage.overlays import Facts
-from kvik.storage.threads import in_thread
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -48,7 +49,7 @@ async def revert(domain: DomainObject, name: str, flags: int) -> None:
         if not domain.persistent:
             raise OperationInvalid(f"machine {domain.name!r} is transient", remedy="define it first")
         if flags & Flags.RESET_NVRAM:  # said before anything ends
-            await in_thread(pristine_variables, snapshot.inactive or snapshot.domain)
+            await reach(pristine_variables, snapshot.inactive or snapshot.domain)
         if inside.asked(snapshot):
             await _inside(domain, snapshot, flags)
             return
@@ -103,7 +104,7 @@ async def _inside(domain: DomainObject, snapshot: Snapshot, flags: int) -> None:
 async def _reset_variables(domain: DomainObject, flags: int) -> None:
     """Not those that were kept with the snapshot, if so wanted."""
     if flags & Flags.RESET_NVRAM:
-        await domain.manager.store.run(reset_variables, domain.definition)
+        await in_thread(reset_variables, domain.definition)
 
 
 async def _go_on(domain: DomainObject, kept: Saved, new: dict[str, str], flags: int) -> None:
@@ -119,8 +120,8 @@ async def _disks(domain: DomainObject, name: str, snapshot: Snapshot) -> dict[st
     assert snapshot.domain is not None
     document = (snapshot.inactive or snapshot.domain).copy()
     document.name, document.uuid = domain.name, domain.uuid_text
-    below = await in_thread(_facts, snapshot)
-    new = await in_thread(_names, below, name)
+    below = await reach(_facts, snapshot)
+    new = await reach(_names, below, name)
     journal = Journal(operation=f"revert {name}", phase="prepare", made=sorted(new.values()))
     await apply.begin(domain, journal)
     try:

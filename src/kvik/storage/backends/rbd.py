@@ -161,11 +161,11 @@ class Backend(ServedBackend):
         # A pool that was made some seconds ago, or a cluster without a manager: nobody has counted yet.
         return number(cluster.get("total_bytes")), 0, number(cluster.get("total_avail_bytes"))
 
-    def _volume(self, name: str, size: int) -> StorageVolume:
+    def _volume(self, name: str, size: int, taken: int | None = None) -> StorageVolume:
+        """`taken`: bytes of the cluster's storage, if that is known; else all of it at most."""
         path = f"{self.pool}/{name}"
         volume = StorageVolume(type="network", name=name, key=path)
-        # What an image takes is not known without reading its whole map (rbd du): all of it at most.
-        volume.capacity, volume.allocation = bytes_of(size), bytes_of(size)
+        volume.capacity, volume.allocation = bytes_of(size), bytes_of(size if taken is None else min(taken, size))
         volume.target = VolumeTarget(path=path, format=VolumeFormat(type="raw"))
         return volume
 
@@ -178,7 +178,22 @@ class Backend(ServedBackend):
             answer = None
         if not isinstance(answer, dict) or "size" not in answer:
             raise NoStorageVolume(f"image '{volume.name}' of pool '{self.name}' is gone")
-        return self._volume(volume.name, number(answer["size"]))
+        return self._volume(volume.name, number(answer["size"]), self._taken(volume.name, answer))
+
+    def _taken(self, name: str, facts: dict[str, Any]) -> int | None:
+        """What an image takes, if the cluster has counted it (its feature fast-diff): else each of its objects would
+        have to be asked for."""
+        features, flags = facts.get("features"), facts.get("flags")
+        if not isinstance(features, list) or "fast-diff" not in features or (isinstance(flags, list) and flags):
+            return None  # a flag says that what was counted is not valid
+        try:
+            answer = self._json("rbd", "du", "--", f"{self.pool}/{name}")
+        except KvikError:
+            return None
+        images = answer.get("images") if isinstance(answer, dict) else None
+        # Its snapshots are listed, too, each with what is in it alone.
+        found = [number(each.get("used_size")) for each in images or [] if isinstance(each, dict)]
+        return sum(found) if found else None
 
     def create_volume(self, document: StorageVolume, *, preallocate_metadata: bool = False) -> StorageVolume:
         name = document.name

@@ -76,6 +76,7 @@ class BlockImage:
             raise _unsupported(self.name, image_format)
         self.read_only = read_only
         self.cache = cache
+        self.locking = locking
         self.direct, self.sync, self.ignore_flush = CACHE_MODES[cache]
         self.can_discard = discard and not read_only
         self.fd = self._open(source)

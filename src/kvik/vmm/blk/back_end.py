@@ -14,6 +14,7 @@ import struct
 
 from kvik.errors import HostError, KvikError
 from kvik.vmm import vhost_user as v
+from kvik.vmm.blk.inflight import Inflight, TrackedQueue
 from kvik.vmm.blk.memory import DirtyPages
 from kvik.vmm.faults import GuestFault
 from kvik.vmm.virtio.queue import EVENT_IDX, INDIRECT_DESC, VERSION_1
@@ -31,7 +32,7 @@ __all__ = ["BackEnd", "RingTransport"]
 
 RESET_OWNER, SET_LOG_FD, SET_VRING_ERR = 4, 7, 14  # beside those that our own front end sends
 RING_FEATURES = VERSION_1 | EVENT_IDX | INDIRECT_DESC
-PROTOCOL_FEATURES = v.P_MQ | v.P_LOG_SHMFD | v.P_REPLY_ACK | v.P_CONFIG
+PROTOCOL_FEATURES = v.P_MQ | v.P_LOG_SHMFD | v.P_REPLY_ACK | v.P_CONFIG | v.P_INFLIGHT
 MAX_FDS = v.MAX_REGIONS
 VERSION_MASK = 3
 SETTLES = 4.0  # seconds for requests of a ring that is taken back; the VMM waits for 5
@@ -104,6 +105,7 @@ class BackEnd:
         self._fds: list[int] = []
         self._features = self._protocol = 0
         self._log: DirtyPages | None = None
+        self._inflight: Inflight | None = None
         self._rings = [_Ring() for _ in device.queue_sizes]
         sock.setblocking(False)
         host.loop.add_reader(self._fd, self._readable)
@@ -179,7 +181,8 @@ class BackEnd:
                 os.close(fd)
         if answer is not None:
             message = v.HEADER.pack(request, v.VERSION | v.REPLY, len(answer)) + answer
-            if self._socket.send(message) != len(message):
+            sent = [self._host.inflight_fd] if request == v.GET_INFLIGHT_FD and len(answer) == v.INFLIGHT.size else []
+            if socket.send_fds(self._socket, [message], sent) != len(message):
                 raise HostError("the VMM does not read its answers")
 
     def _acknowledges(self, flags: int) -> bool:
@@ -240,6 +243,27 @@ class BackEnd:
     def _set_log(self) -> None:
         on = self._features & v.F_LOG_ALL and self._log is not None
         self._host.memory.dirty_log = self._log.mark if on and self._log is not None else None
+
+    # Requests in flight
+
+    def _get_inflight_fd(self, payload: bytes, fds: list[int]) -> Answer:
+        """New memory for them, for the VMM to hold. There is one piece, made before the sandbox."""
+        _, _, queues, size = v.INFLIGHT.unpack(payload)
+        if any(ring.running for ring in self._rings):
+            raise HostError("the VMM wants new memory for requests in flight while rings run")
+        length = os.fstat(self._host.inflight_fd).st_size
+        self._inflight = Inflight(self._host.inflight_fd, length, 0, queues, size, fresh=True)
+        return v.INFLIGHT.pack(length, 0, queues, size)
+
+    def _set_inflight_fd(self, payload: bytes, fds: list[int]) -> Answer:
+        length, offset, queues, size = v.INFLIGHT.unpack(payload)
+        if any(ring.running for ring in self._rings):
+            raise HostError("the VMM changes the memory for requests in flight while rings run")
+        (fd,) = fds if len(fds) == 1 else (-1,)
+        if fd < 0 or length > os.fstat(fd).st_size - offset:
+            raise HostError(f"the VMM tells {length} bytes for requests in flight with {len(fds)} files")
+        self._inflight = Inflight(fd, length, offset, queues, size)
+        return None
 
     # Configuration space
 
@@ -363,7 +387,13 @@ class BackEnd:
         queue.used = memory.guest_address(used, 6 + 8 * size)
         queue.start(features)
         answered = memory.u16(queue.used + 2)
-        queue._set_position({"next_avail": ring.base, "next_used": answered, "signalled": answered})
+        base = ring.base
+        if self._inflight is not None and isinstance(queue, TrackedQueue):
+            queue.inflight = self._inflight.ring(index, size)
+            again = queue.inflight.recover(answered)
+            if again is not None:  # what was taken is answered, or one of these
+                queue.again, base = again, answered + len(again) & 0xFFFF
+        queue._set_position({"next_avail": base, "next_used": answered, "signalled": answered})
         if not device.active:
             device.broken = ""
             device.start(features)
@@ -440,4 +470,6 @@ _HANDLERS: dict[int, Callable[[BackEnd, bytes, list[int]], Answer]] = {
     v.SET_VRING_ENABLE: BackEnd._set_vring_enable,
     v.GET_CONFIG: BackEnd._get_config,
     v.SET_CONFIG: BackEnd._set_config,
+    v.GET_INFLIGHT_FD: BackEnd._get_inflight_fd,
+    v.SET_INFLIGHT_FD: BackEnd._set_inflight_fd,
 }

@@ -9,8 +9,10 @@ import os
 import socket
 import sys
 
-from kvik.errors import HostError, KvikError
+from kvik.errors import KvikError
 from kvik.vmm.blk.back_end import BackEnd, RingTransport
+from kvik.vmm.blk.image import flush
+from kvik.vmm.blk.inflight import TrackedQueue, inflight_memory
 from kvik.vmm.blk.memory import SharedMemory
 from kvik.vmm.log import Log, LogLimit
 from kvik.vmm.loop import EventLoop
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from kvik.vmm.blk.backups import Backups
     from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.virtio.blk import Blk
 
@@ -44,6 +47,8 @@ class BlkHost:
         self._back_end: BackEnd | None = None
         self.life: socket.socket | None = None  # kept open
         self.overlays: Overlays | None = None  # of the device
+        self.inflight_fd = -1  # memory for requests in flight: a VMM holds it longer than we may live
+        self.backups: Backups | None = None
         self.loop.on_error = self._failed
 
     # What a device and a monitor ask of a machine
@@ -63,6 +68,8 @@ class BlkHost:
     def serve(self, device: Blk, sock: socket.socket) -> None:
         """`device` to whoever connects to `sock`, or to its other end if it is a connection already."""
         self.devices[device.name] = device
+        device.split_queue = TrackedQueue
+        self.inflight_fd = inflight_memory(len(device.queue_sizes), max(device.queue_sizes))
         device.transport = self._transport = RingTransport(len(device.queue_sizes))
         device.attach(self)  # type: ignore[arg-type]  # quacks like a machine
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -129,20 +136,13 @@ class BlkHost:
         """Let go of the VMM; close the devices, which completes their images."""
         if self._back_end is not None:
             self._back_end.close("")
+        if self.backups is not None:
+            self.backups.close()
         if self.overlays is not None:
             self.overlays.close()
         for device in self.devices.values():
             device.close()
         if self._listener is not None:
             self._listener.close()
-
-
-def flush(device: Blk) -> None:
-    """Everything that was answered survives a loss of power. Raises `HostError`, `ImageError`, OSError."""
-    image = getattr(device.image, "image", None)
-    if image is not None and image.writable:
-        image.flush()
-    elif image is None and not device.image.read_only:
-        os.fdatasync(device.image.fd)
-    if not device.image.drain(30.0):
-        raise HostError("the host's storage does not answer")
+        if self.inflight_fd >= 0:
+            os.close(self.inflight_fd)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 
-from kvik.errors import ImageError, InvalidArgument
+from kvik.errors import HostError, ImageError, InvalidArgument, OperationInvalid
 from kvik.image.base import COMPRESSED, DATA, cut, zero
 from kvik.vmm.backends.block import RWF_DSYNC, BlockImage
 from kvik.vmm.backends.request import DISCARD, FLUSH, READ, WRITE, Request
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvik.image.base import Image
+    from kvik.vmm.blk.backup import Backup
+    from kvik.vmm.virtio.blk import Blk
 
-__all__ = ["FormatImage"]
+__all__ = ["FormatImage", "flush"]
 
 SECTOR = 512
 
@@ -46,6 +48,7 @@ class FormatImage(BlockImage):
     ) -> None:
         self.image = image
         self._log = log
+        self.backup: Backup | None = None  # wants to have what is about to be overwritten
         self._unflushed = False  # tables changed since the last write that waited for the medium
         super().__init__(
             data_fd,
@@ -75,9 +78,14 @@ class FormatImage(BlockImage):
             raise InvalidArgument(f"a disk cannot have {size} bytes", remedy="give a multiple of 512")
         if self.read_only:
             raise InvalidArgument(f"disk {self.name} is read-only")
+        if self.backup is not None:
+            raise OperationInvalid(f"disk {self.name} has a backup under way", remedy="wait for its end")
+        from kvik.image.qcow2.writer import Qcow2Writer
         from kvik.image.resize import resize
 
         self.drain(30.0)
+        if isinstance(self.image, Qcow2Writer):
+            self.image.store_bitmaps()  # those that record count as inconsistent on disk, which is not resized
         resize(self.image, size, shrink=size < self.image.size)
         self.refresh_size()
 
@@ -101,6 +109,8 @@ class FormatImage(BlockImage):
         return -1, -1
 
     def place_to_write(self, offset: int, length: int) -> tuple[int, int]:
+        if self.backup is not None and self.backup.wants(offset, length):
+            return -1, -1
         try:
             return self.fd, self.image.place_to_write(offset, length)
         except ImageError:
@@ -148,6 +158,11 @@ class FormatImage(BlockImage):
                 return True
             self.image.write_back()
             return self._to_engine(request, self.fd, 0)
+        if self.backup is not None and self.backup.wants(request.offset, request.length):
+            if op == DISCARD:  # which is advice: copying all that first would take longer than it is worth
+                request.result = 0
+                return True
+            self.backup.before_write(request.offset, request.length)
         if op == WRITE:
             fd, place = self.place_to_write(request.offset, request.length)
             if place >= 0:
@@ -227,3 +242,14 @@ def _fill(parts: list[memoryview], data: memoryview) -> None:
     for view in parts:
         view[:] = data[: len(view)]
         data = data[len(view) :]
+
+
+def flush(device: Blk) -> None:
+    """Everything that was answered survives a loss of power. Raises `HostError`, `ImageError`, OSError."""
+    image = getattr(device.image, "image", None)
+    if image is not None and image.writable:
+        image.flush()
+    elif image is None and not device.image.read_only:
+        os.fdatasync(device.image.fd)
+    if not device.image.drain(30.0):
+        raise HostError("the host's storage does not answer")

@@ -5,7 +5,9 @@
     --image=FD,FORMAT     raw or qcow2; the first is the one the guest writes to, the others lie below it, in order
     --socket=FD           a socket that listens, or a connection: vhost-user
     --monitor=FD          a socket that listens, for QMP
+    --redo=FD             a file on a tmpfs where changes of tables are noted, for the process that comes after this one
     --life=FD             a socket whose other end's closing ends the process, in order
+    --node=NAME           what the first image is called, if it came on top while the machine ran
     --id=NAME, --serial=TEXT, --queues=N, --queue-size=N, --block-size=BYTES
     --cache=MODE          writeback, none, writethrough, directsync or unsafe
     --read-only, --share, --no-discard, --no-lock
@@ -27,6 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from kvik.image.qcow2.redo import Redo
     from kvik.vmm.backends.block import BlockImage
     from kvik.vmm.blk.host import BlkHost
     from kvik.vmm.virtio.blk import Blk
@@ -35,8 +38,8 @@ __all__ = ["main"]
 
 NAME = "kvik-blk"
 _FLAGS = ("read-only", "share", "no-discard", "no-lock")
-_NUMBERS = {"socket": -1, "monitor": -1, "life": -1, "queues": 1, "queue-size": 256, "block-size": 0}
-_TEXTS = {"id": "disk0", "serial": "", "cache": "writeback", "sandbox": "on"}
+_NUMBERS = {"socket": -1, "monitor": -1, "life": -1, "redo": -1, "queues": 1, "queue-size": 256, "block-size": 0}
+_TEXTS = {"id": "disk0", "node": "", "serial": "", "cache": "writeback", "sandbox": "on"}
 _MAX_LAYERS = 200
 
 
@@ -68,7 +71,7 @@ class Options:
 
     @property
     def descriptors(self) -> set[int]:
-        return {fd for fd, _ in self.images} | {self.numbers[name] for name in ("socket", "monitor", "life")}
+        return {fd for fd, _ in self.images} | {self.numbers[name] for name in ("socket", "monitor", "life", "redo")}
 
 
 def _number(word: str, value: str) -> int:
@@ -107,12 +110,16 @@ def main(words: list[str]) -> int:
 
 def build(options: Options) -> tuple[BlkHost, Blk]:
     """Everything that is opened, bound and imported, before the sandbox. Raises `KvikError`, OSError."""
+    from kvik.vmm.blk.backups import Backups
     from kvik.vmm.blk.host import BlkHost
     from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.virtio.blk import Blk
 
     host = BlkHost()
-    image = _open(options, host)
+    redo = _redo(options)
+    image = _open(options, host, redo)
+    if redo is not None:
+        redo.begin(image.fd)
     numbers = options.numbers
     device = Blk(
         options.texts["id"],
@@ -128,7 +135,11 @@ def build(options: Options) -> tuple[BlkHost, Blk]:
     inner = getattr(image, "image", None)
     if inner is not None and inner.format == "qcow2":
         device.config["discard_sector_alignment"] = inner.cluster_size // 512
-    host.overlays = Overlays(device, locking="no-lock" not in options.flags, log=host.log)
+    locking = "no-lock" not in options.flags
+    host.overlays = device.overlays = Overlays(
+        device, locking=locking, log=host.log, redo=redo, top=options.texts["node"]
+    )
+    host.backups = Backups(device, host.emit, locking=locking, log=host.log)
     if numbers["monitor"] >= 0:
         from kvik.vmm.blk.monitor import COMMANDS
         from kvik.vmm.monitor.server import MonitorServer
@@ -144,7 +155,18 @@ def build(options: Options) -> tuple[BlkHost, Blk]:
     return host, device
 
 
-def _open(options: Options, host: BlkHost) -> BlockImage:
+def _redo(options: Options) -> Redo | None:
+    if options.numbers["redo"] < 0 or "read-only" in options.flags:
+        return None
+    from kvik.image.qcow2.redo import Redo
+    from kvik.vmm.blk.chain import check_redo
+
+    redo = Redo(options.numbers["redo"])
+    check_redo(redo, options.images)
+    return redo
+
+
+def _open(options: Options, host: BlkHost, redo: Redo | None) -> BlockImage:
     from kvik.image.lock import lock_image
     from kvik.vmm.backends.block import CACHE_MODES, BlockImage
     from kvik.vmm.blk.chain import name_of, open_chain
@@ -170,7 +192,7 @@ def _open(options: Options, host: BlkHost) -> BlockImage:
     try:
         if settings["locking"]:  # before it is opened: that repairs one that was not closed
             lock_image(data, settings["name"], write=not read_only, share_write=settings["share_write"])
-        image = open_chain(options.images, read_only=read_only, locking=settings["locking"])
+        image = open_chain(options.images, read_only=read_only, locking=settings["locking"], redo=redo)
     except BaseException:
         os.close(data)
         raise
@@ -215,6 +237,7 @@ LATE = (
     "kvik.image.fallocate",
     "kvik.image.qcow2.preallocate",
     "kvik.image.qcow2.reader",
+    "kvik.image.qcow2.redo",
     "kvik.image.qcow2.refcount",
     "kvik.image.qcow2.resize",
     "kvik.image.qcow2.snapshots",

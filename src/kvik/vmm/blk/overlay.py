@@ -2,30 +2,41 @@
 
 added    the new image is open, locked and found to fit; the guest still has the old one, most of which was written out
 on top   what was asked for is answered, the old image is whole on disk, and all else goes to the new one. As long as
-         the VMM has started no ring since, nothing was written there, and it can be dropped again
+         the VMM has started no ring since (kvik-blk), or the device has not gone on (kvik-vmm's own disk), nothing was
+         written there, and it can be dropped again
 kept     the old image is read through a descriptor that cannot write, and locked as one that is read
 
-A machine's disks are in processes of their own. All of them or none have a new image because its guest stands still
-between the first "on top" and the last: who is told amid that to go on asks them all (`group`), and drops or keeps.
+A machine's disks are kvik-vmm's own (raw) and those of processes beside it. All of them or none have a new image, for
+its guest stands still between the first "on top" and the last: who is told amid that to go on asks them all (`group`),
+and drops or keeps.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import stat
 
-from kvik.errors import ImageError, InvalidArgument, KvikError, OperationInvalid, OperationTimeout
+from kvik.errors import (
+    ImageError,
+    InvalidArgument,
+    KvikError,
+    OperationInvalid,
+    OperationTimeout,
+)
 from kvik.image.lock import lock_image, stop_writing
 from kvik.image.opening import open_image
-from kvik.vmm.blk.host import flush
-from kvik.vmm.blk.image import FormatImage
+from kvik.image.qcow2.redo import identity
+from kvik.image.qcow2.writer import Qcow2Writer
+from kvik.vmm.blk.bitmaps import go_on
+from kvik.vmm.blk.chain import check_can_open
+from kvik.vmm.blk.image import FormatImage, flush
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvik.image.base import Image
+    from kvik.image.qcow2.redo import Redo
     from kvik.vmm.backends.block import BlockImage
     from kvik.vmm.virtio.blk import Blk
 
@@ -37,13 +48,21 @@ SETTLES = 10.0  # seconds for requests that are under way
 class Overlays:
     """Of one disk. `locking`: whether its images are locked."""
 
-    def __init__(self, device: Blk, *, locking: bool = True, log: Callable[[str], object] = lambda text: None) -> None:
-        self._device, self._locking, self._log = device, locking, log
+    def __init__(
+        self,
+        device: Blk,
+        *,
+        locking: bool = True,
+        log: Callable[[str], object] = lambda text: None,
+        redo: Redo | None = None,
+        top: str = "",
+    ) -> None:
+        self._device, self._locking, self._log, self._redo = device, locking, log, redo
         self._added: FormatImage | None = None
         self._below = -1  # to read the image that is on top now, when it is below
         self._old: BlockImage | None = None  # below the one on top, as long as that can be dropped
         self._node = self._group = ""  # of the image that is added, or that can be dropped
-        self._top = self._before = ""  # the node of the image that the guest writes to; "": the one it started with
+        self._top = self._before = top  # the node of the image that the guest writes to; "": the one it started with
 
     def report(self) -> dict[str, str]:
         state = "added" if self._added is not None else "on-top" if self._old is not None else "none"
@@ -61,6 +80,7 @@ class Overlays:
             self.keep()
             old = self._device.image
             self._check(old, fd, below, data)
+            check_can_open(fd, name)
             with self._device.lock:
                 flush(self._device)  # what is left for the standstill is little then
             image = open_image(fd, format="qcow2", writable=True, path=name)
@@ -76,6 +96,7 @@ class Overlays:
             )
             try:
                 _check_fits(image, new, old)
+                go_on(image, old)
             except BaseException:
                 new.close()
                 raise
@@ -89,12 +110,14 @@ class Overlays:
         name = self._device.name
         if old.read_only:
             raise OperationInvalid(f"disk {name} is read-only")
+        if isinstance(old, FormatImage) and old.backup is not None:
+            raise OperationInvalid(f"disk {name} has a backup under way", remedy="wait for its end")
         if (data >= 0) != old.direct:
             raise InvalidArgument(f"disk {name}: cache={old.cache} and the descriptors do not agree")
         for item, wanted in ((fd, os.O_RDWR), (data, os.O_RDWR), (below, os.O_RDONLY)):
             if item >= 0 and fcntl.fcntl(item, fcntl.F_GETFL) & os.O_ACCMODE != wanted:
                 raise InvalidArgument(f"disk {name}: a descriptor was not opened as it has to be")
-        if _identity(below) != _identity(old.fd):
+        if identity(below) != identity(old.fd):
             raise InvalidArgument(
                 f"disk {name}: {old.name} is another file by now than the one that the guest writes to",
                 remedy="its file was replaced while the machine ran: bring the old one back",
@@ -118,7 +141,7 @@ class Overlays:
             new.take_over(old)
             device.image, self._old, self._added, self._below = new, old, None, -1
             self._before, self._top = self._top, self._node
-            if device.active:  # rings run: from here on there are writes that nobody may take back
+            if device.active and not device.paused:  # from here on there are writes that nobody may take back
                 self.keep()
 
     def drop(self) -> None:
@@ -146,6 +169,12 @@ class Overlays:
             return
         with self._device.lock:
             reader, inner = top.image.backing, getattr(old, "image", None)
+            if self._redo is not None:  # nothing was written to the one on top until now, nor to the old one since
+                if isinstance(inner, Qcow2Writer):
+                    inner.redo = None
+                self._redo.begin(top.image.fd)
+                if isinstance(top.image, Qcow2Writer):
+                    top.image.redo = self._redo
             try:
                 if self._locking and reader is not None:
                     stop_writing(old.fd)
@@ -177,11 +206,3 @@ def _check_fits(image: Image, new: BlockImage, old: BlockImage) -> None:
         raise image.fault("rests on no other image", 8)
     if new.size != old.size:
         raise ImageError(f"has {new.size} bytes, and the disk {old.size}", file=image.path)
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    """Which file, or which device, an open one is."""
-    status = os.fstat(fd)
-    if stat.S_ISBLK(status.st_mode):
-        return -1, status.st_rdev
-    return status.st_dev, status.st_ino

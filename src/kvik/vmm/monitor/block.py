@@ -208,7 +208,7 @@ def drives(context: Context) -> Iterator[Any]:
     yield from context.devices(*KINDS)
 
 
-def _drive(context: Context, arguments: Arguments) -> Any:
+def drive(context: Context, arguments: Arguments) -> Any:
     """The disk that `id`, `device`, `qdev` or `node-name` names. Raises `QmpError`."""
     wanted = next((arguments[key] for key in ("id", "qdev", "device", "node-name") if key in arguments), "")
     users: dict[str, str] = context.server.values.get("node-users", {})
@@ -267,8 +267,8 @@ def _inserted(context: Context, device: Any) -> dict[str, Any]:
 
 def _io_status(context: Context, device: Any) -> str:
     """A request that failed and stopped the machine waits inside the device until it goes on; a disk whose back end
-    has gone fails for good."""
-    if getattr(device, "back_end", device) is None:
+    has gone fails for good, unless it waits for another."""
+    if getattr(device, "back_end", device) is None and not device.waiting:
         return "failed"
     if context.machine.status != "io-error" or not getattr(device, "parked", 0):
         return "ok"
@@ -331,14 +331,14 @@ def query_blockstats(context: Context, arguments: Arguments) -> list[dict[str, A
 
 
 def block_resize(context: Context, arguments: Arguments) -> None:
-    device = _drive(context, arguments)
+    device = drive(context, arguments)
     if not hasattr(device, "resize"):
         raise refused(f"cannot resize disk {device.name}", "its storage is another process's")
     device.resize(arguments["size"])
 
 
 def block_set_io_throttle(context: Context, arguments: Arguments) -> None:
-    device = _drive(context, arguments)
+    device = drive(context, arguments)
     if not hasattr(device, "set_limits"):
         raise refused(f"cannot limit disk {device.name}", "its storage is another process's")
     limits = {}
@@ -351,7 +351,7 @@ def block_set_io_throttle(context: Context, arguments: Arguments) -> None:
 
 
 def _no_medium(context: Context, arguments: Arguments) -> None:
-    _drive(context, arguments)
+    drive(context, arguments)
     raise QmpError(f"Device '{arguments.get('id', arguments.get('device', ''))}' is not removable")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvik.vmm.monitor import (
+    back_ends,
     block,
     char,
     cpus,
@@ -14,6 +15,7 @@ from kvik.vmm.monitor import (
     memory,
     migration,
     net,
+    overlays,
     qom,
     run_state,
     stats,
@@ -26,6 +28,8 @@ GROUPS = {
     "Memory": memory,
     "Devices": devices,
     "Block": block,
+    "Back ends": back_ends,
+    "New images on disks": overlays,
     "Network": net,
     "Character devices": char,
     "Descriptors": fds,

@@ -13,14 +13,14 @@ import resource
 
 from kvik.vmm.sandbox import seccomp
 
-__all__ = ["LIMITS", "isolate", "leave_namespaces"]
+__all__ = ["LIMITS", "REFUSED", "isolate", "leave_namespaces"]
 
 LIMITS = {"cpu": resource.RLIMIT_CPU, "memory": resource.RLIMIT_AS, "size": resource.RLIMIT_FSIZE}
 
 _NEWUTS, _NEWIPC, _NEWUSER, _NEWNET = 0x04000000, 0x08000000, 0x10000000, 0x40000000  # linux/sched.h
 
 # x86-64 numbers (asm/unistd_64.h).
-_REFUSED = {
+REFUSED = {
     "socket": 41, "connect": 42, "bind": 49, "listen": 50, "socketpair": 53, "truncate": 76, "rename": 82, "mkdir": 83,
     "rmdir": 84, "link": 86, "unlink": 87, "symlink": 88, "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93,
     "lchown": 94, "ptrace": 101, "mknod": 133, "pivot_root": 155, "chroot": 161, "mount": 165, "umount2": 166,
@@ -44,7 +44,7 @@ def isolate(limits: dict[str, int]) -> None:
             value = min(value, hard)
         resource.setrlimit(LIMITS[name], (value, value))
     if os.uname().machine == "x86_64":
-        seccomp.load(seccomp.pack(seccomp.assemble({}, seccomp.ALLOW, _REFUSED.values())))
+        seccomp.load(seccomp.pack(seccomp.assemble({}, seccomp.ALLOW, REFUSED.values())))
 
 
 def leave_namespaces() -> None:

@@ -4,7 +4,9 @@
     --read=FD        an open file that the program may open again, through /proc/self/fd/FD, for reading
     --write=FD       the same for writing
     --lock=FD        hold QEMU's image lock on it as the image's only writer (after --write) or as a reader
-    --unconfined     the life line and the locks only: of what needs the network and mounts
+    --root=DIRECTORY for what needs the network and mounts FUSE: a root directory of its own (own_root.py), made over
+                     this one, with an empty file /volume; in place of Landlock
+    --key=FD         with --root: a secret, which is the file /key there
     --alone          no network, no sockets, no other process (isolation.py); and not at all without Landlock
     --cpu=SECONDS    with --alone: of processor time
     --memory=BYTES   with --alone: of address space
@@ -41,15 +43,16 @@ def main(words: list[str]) -> int:
     program = words[split + 1 :]
     files: dict[int, bool] = {}
     limits: dict[str, int] = {}
-    alone = unconfined = False
+    alone, root = False, ""
+    given = {"/volume": b""}
     try:
         for word in words[:split]:
             option, _, value = word.partition("=")
             if option == "--alone":
                 alone = True
                 continue
-            if option == "--unconfined":
-                unconfined = True
+            if option == "--root":
+                root = value
                 continue
             if option in ("--cpu", "--memory", "--size"):
                 limits[option[2:]] = int(value)
@@ -57,11 +60,19 @@ def main(words: list[str]) -> int:
             fd = int(value)
             if option == "--life":
                 _tie(fd)
+            elif option == "--key":
+                with open(fd, "rb") as file:
+                    given["/key"] = file.read()
             elif option == "--lock":
                 lock_image(fd, f"/proc/self/fd/{fd}", write=files.get(fd, False))
             else:
                 files[fd] = {"--read": False, "--write": True}[option]
-        if unconfined:
+        places = {*filter(os.path.isdir, _PROGRAMS), os.path.dirname(os.path.realpath(program[0]))}  # noqa: PTH120
+        if root:
+            from kvik.vmm.sandbox import own_root
+
+            own_root.enter(root, sorted(_outermost(places)), given)
+            own_root.restrict()
             os.execv(program[0], program)
         if alone:
             from kvik.vmm.sandbox import isolation
@@ -71,7 +82,6 @@ def main(words: list[str]) -> int:
         privileges.no_new_privileges()
         privileges.bound_capabilities((_DAC_OVERRIDE, _DAC_READ_SEARCH))
         files |= {os.open(path, os.O_PATH | os.O_CLOEXEC): path == "/dev/null" for path in _SETTINGS}
-        places = {*filter(os.path.isdir, _PROGRAMS), os.path.dirname(os.path.realpath(program[0]))}  # noqa: PTH120
         if not landlock.restrict(programs=tuple(sorted(places)), files=files):
             if alone:
                 raise OSError(0, "this kernel has no Landlock, without which the program could open files of its own")
@@ -82,6 +92,10 @@ def main(words: list[str]) -> int:
     except (OSError, KvikError) as error:
         sys.stderr.write(f"{error}\n")
     return 1
+
+
+def _outermost(places: set[str]) -> list[str]:
+    return [place for place in places if not any(place.startswith(f"{other}/") for other in places)]
 
 
 def _tie(fd: int) -> None:

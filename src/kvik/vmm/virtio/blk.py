@@ -27,6 +27,7 @@ from kvik.vmm.virtio.device import VirtioDevice
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.backends.block import BlockImage
+    from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.device import State
     from kvik.vmm.loop import EventLoop
     from kvik.vmm.machine import Machine
@@ -122,6 +123,7 @@ class Blk(VirtioDevice):
         self.image = image
         self.serial = serial
         self.rerror, self.werror = rerror, werror
+        self.overlays: Overlays | None = None  # in kvik-vmm, once a new image was to be put on top
         self.block_stats = BlockStats()
         self.limits = {key: RateLimiter() for key in ("total", "read", "write")}
         self.paused = False
@@ -417,6 +419,8 @@ class Blk(VirtioDevice):
 
     def resume(self) -> None:
         with self.lock:
+            if self.overlays is not None:  # an image that was put on top meanwhile is there to stay
+                self.overlays.keep()
             self.paused = False
             parked, self._parked = self._parked, []
         self.loop.call_soon(lambda: self._go_on(parked))
@@ -443,7 +447,8 @@ class Blk(VirtioDevice):
     def restore(self, state: State) -> None:
         super().restore(state)
         for key, limit in self.limits.items():
-            limit.restore(state["limits"][key])
+            if "limits" in state:  # not in that of a disk which another process served
+                limit.restore(state["limits"][key])
         self._limits_changed()
         self.config["capacity"] = self.image.size // SECTOR  # the disk as it is, whatever the state says
         self._set_write_through()
@@ -451,6 +456,8 @@ class Blk(VirtioDevice):
     def close(self) -> None:
         with self.lock:
             super().close()
+            if self.overlays is not None:
+                self.overlays.close()
             self.image.close()
             self._started = False
 

@@ -49,12 +49,12 @@ def serve(queue: Queue, image: BlockImage, stats: BlockStats, limit: int, *, wri
     """Answers up to `limit` requests from the ring's front, as long as they are usual ones; how many. The driver sees
     all of them at once; `queue.flush` then tells it."""
     mapped = image.mapped
-    if type(queue) is not SplitQueue or not (image.plain or mapped) or queue.memory.dirty_log is not None:
+    if not isinstance(queue, SplitQueue) or not (image.plain or mapped) or queue.memory.dirty_log is not None:
         return 0
     last, avail, size = queue._next_avail, queue._avail, queue.size
     ahead = (avail[1] - last) & 0xFFFF
     most = queue._table_limit  # bytes of a table
-    if not ahead or ahead > size or most < 48 or queue.in_order:
+    if not ahead or ahead > size or most < 48 or queue.in_order or queue.again:
         return 0
     reads, writes = image.may_read_now, image.inline_write_limit if not write_through else 0
     if not (reads or writes):

@@ -83,6 +83,7 @@ class VirtioDevice(Device):
     features = 0  # offered feature bits of the device type
     ring_features = RING_FEATURES  # offered feature bits of the rings; may add IN_ORDER and RING_PACKED
     config_fields: tuple[Field, ...] = ()
+    split_queue: type[Queue] = SplitQueue
 
     memory: GuestMemory
     loop: EventLoop
@@ -169,7 +170,7 @@ class VirtioDevice(Device):
 
     def make_queues(self, features: int = 0) -> None:
         """New queues of the kind that the features ask for, with registers as after a reset."""
-        kind: type[Queue] = SplitQueue
+        kind = self.split_queue
         if features & RING_PACKED:
             from kvik.vmm.virtio.packed import PackedQueue
 

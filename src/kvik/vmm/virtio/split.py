@@ -38,10 +38,12 @@ class SplitQueue(Queue):
         "_table_limit",
         "_used",
         "_used_ring",
+        "again",
     )
 
     def reset(self) -> None:
         super().reset()
+        self.again: list[int] = []  # heads that were taken before, by whoever served this queue then: they come first
         self._next_avail = self._next_used = self._signalled = 0
         self._desc = memoryview(b"")
         self._avail = self._used = self._used_ring = self._desc
@@ -61,6 +63,11 @@ class SplitQueue(Queue):
         self._table_limit = 16 * size if self.indirect else 0
 
     def pop(self) -> Chain | None:
+        if self.again:
+            chain = self._chain(self.again[0])
+            chain.order = -1
+            del self.again[0]
+            return chain
         last = self._next_avail
         avail = self._avail
         ahead = (avail[1] - last) & 0xFFFF  # x86 does not reorder loads: the entry is read behind the index
@@ -71,7 +78,15 @@ class SplitQueue(Queue):
         size = self.size
         if ahead > size:
             raise GuestFault(f"queue {self.index}: the available index is {ahead} ahead, of {size} entries")
-        head = avail[2 + (last & self._mask)]
+        chain = self._chain(avail[2 + (last & self._mask)])
+        self._next_avail = (last + 1) & 0xFFFF
+        chain.order = self._pop_order
+        self._pop_order += 1
+        return chain
+
+    def _chain(self, head: int) -> Chain:
+        """The request that begins with descriptor `head`."""
+        size = self.size
         if head >= size:
             raise GuestFault(f"queue {self.index}: descriptor {head} of {size}")
         chain = Chain(head, 1)
@@ -92,9 +107,6 @@ class SplitQueue(Queue):
                     # 2.7.5.3.1 lets a table end a chain of direct descriptors, though Linux never does it
                     self._indirect(chain, address, length, flags)
                     break
-        self._next_avail = (last + 1) & 0xFFFF
-        chain.order = self._pop_order
-        self._pop_order += 1
         return chain
 
     def pop_singles(self, limit: int) -> tuple[list[int], list[int], list[int]]:
@@ -193,6 +205,9 @@ class SplitQueue(Queue):
         raise GuestFault(f"queue {self.index}: an indirect chain that loops, or leaves its {count} descriptors")
 
     def undo_pop(self, chain: Chain) -> None:
+        if chain.order < 0:
+            self.again.insert(0, chain.head)
+            return
         self._next_avail = (self._next_avail - 1) & 0xFFFF
         self._pop_order -= 1
 
@@ -264,7 +279,7 @@ class SplitQueue(Queue):
         return self._avail[1] != self._next_avail
 
     def pending(self) -> bool:
-        return self.ready and self._avail[1] != self._next_avail
+        return self.ready and (self._avail[1] != self._next_avail or bool(self.again))
 
     def flush(self) -> None:
         new, old = self._next_used, self._signalled

@@ -2,6 +2,9 @@
 
 When the back end goes away, the device needs a reset, the event VHOST_USER_DISCONNECTED tells it, and the machine goes
 on. When the guest then resets the device, its back end is connected anew, if somebody has started it again.
+
+Where somebody sees to it that another comes (`comes_again`), and the back end notes which requests it has, the device
+waits instead: requests stay in the rings until `connect_anew`, which hands the notes over to the new back end.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ from kvik.vmm.faults import GuestFault
 from kvik.vmm.layout import PAGE
 from kvik.vmm.vhost_user import VhostUser
 from kvik.vmm.virtio.device import VirtioDevice
-from kvik.vmm.virtio.queue import EVENT_IDX, INDIRECT_DESC, VERSION_1
+from kvik.vmm.virtio.queue import EVENT_IDX, INDIRECT_DESC, RING_RESET, VERSION_1
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.device import State
     from kvik.vmm.machine import Machine
     from kvik.vmm.vhost import DirtyLog
+    from kvik.vmm.vhost_user import Inflight
 
 __all__ = ["VhostUserDevice"]
 
@@ -35,6 +39,7 @@ class VhostUserDevice(VirtioDevice):
     queue_size = 256
     maps_ram = True  # another process does, by itself
     extra_queues = 0  # beside the request queues
+    comes_again = False  # another back end, when this one has gone: see `connect_anew`
     _call_fds: dict[int, int]
     _running: set[int]
 
@@ -46,6 +51,8 @@ class VhostUserDevice(VirtioDevice):
         self._memory_told = False
         self.disconnects = 0
         self.log: DirtyLog | None = None
+        self.waiting = ""  # why there is no back end just now; requests wait for the next
+        self._inflight: Inflight | None = None  # the back end's notes of requests that it has
         self._unfinished: set[int] = set()  # queues with requests that the back end still had when they were stopped
         if queues < 1 or queues + self.extra_queues > max(self.back_end.queues, 1 + self.extra_queues):
             self.back_end.close()
@@ -73,29 +80,84 @@ class VhostUserDevice(VirtioDevice):
     # Life of the queues ------------------------------------------------------------------------------------------
 
     def activate(self) -> None:
+        if self.waiting:
+            return
         try:
             back_end = self._connected()
-            back_end.set_features(self.acked, log=self.log is not None)
+            back_end.set_features(self._told_features, log=self.log is not None)
+            if self.comes_again and back_end.tracks:
+                if self._inflight is None:
+                    self._inflight = back_end.get_inflight(len(self.queue_sizes), max(self.queue_sizes))
+                back_end.set_inflight(self._inflight)
+            self.activating(back_end)
             for queue in self.queues:
                 if queue.ready:
                     self._start_queue(back_end, queue.index)
         except KvikError as error:
             self._lost(str(error))
 
+    def activating(self, back_end: VhostUser) -> None:
+        """The features are told, and no queue runs yet."""
+
+    @property
+    def _told_features(self) -> int:
+        """A queue that is reset is one that was taken back: the back end need not know of it."""
+        return self.acked & ~RING_RESET
+
     def _connected(self) -> VhostUser:
         if self.back_end is None:
             back_end = VhostUser(self.source) if isinstance(self.source, str) else None
             if back_end is None:
                 raise InvalidArgument(f"{self.name}: its back end was given as a descriptor, and has gone")
-            if self.acked & ~(back_end.features | VERSION_1):
-                back_end.close()
-                raise InvalidArgument(f"{self.name}: the new back end lacks features of the one before")
+            self._take_up(back_end)
             self.back_end = back_end
+        return self.back_end
+
+    def _take_up(self, back_end: VhostUser) -> None:
+        """A new one. Closed where it cannot serve what the driver chose. Raises `KvikError`."""
+        try:
+            if self._told_features & ~(back_end.features | VERSION_1):
+                raise InvalidArgument(f"{self.name}: the new back end lacks features of the one before")
             back_end.set_memory(self.memory)
             if self.log is not None:
                 back_end.set_log(self.log.fd, self.log.size)
-            self.loop.add_reader(back_end.fileno(), self._heard)
-        return self.back_end
+        except BaseException:
+            back_end.close()
+            raise
+        self.loop.add_reader(back_end.fileno(), self._heard)
+
+    def connect_anew(self, fd: int) -> None:
+        """`fd` is connected to a new back end, which goes on where the one that has gone was. It is taken in any case.
+        Raises `OperationInvalid`, `InvalidArgument`, `KvikError`; then the device goes on waiting."""
+        back_end = VhostUser(fd)
+        with self.lock:
+            if not self.waiting:
+                back_end.close()
+                raise OperationInvalid(f"{self.name} does not wait for a back end")
+            if not back_end.tracks:
+                back_end.close()
+                raise InvalidArgument(f"{self.name}: the new back end cannot go on with requests of the one before")
+            self._take_up(back_end)
+            self.back_end, self.waiting = back_end, ""
+            if self.machine is not None:
+                self.machine.log(f"{self.name}: has a new back end")
+            if self.active and not self.paused:
+                self._start_again()
+
+    def give_up(self, reason: str) -> None:
+        """No other back end comes: the device fails. Raises `OperationInvalid` for one that does not wait."""
+        with self.lock:
+            if not self.waiting:
+                raise OperationInvalid(f"{self.name} does not wait for a back end")
+            self.waiting = ""
+            self._tell_lost(reason, waits=False)
+            self.needs_reset(reason)
+
+    def _start_again(self) -> None:
+        self._unfinished.clear()
+        self.activate()
+        for index in list(self._running):  # what was answered meanwhile was told to nobody
+            self.transport.signal_queue(index)
 
     def _start_queue(self, back_end: VhostUser, index: int) -> None:
         queue = self.queues[index]
@@ -147,23 +209,44 @@ class VhostUserDevice(VirtioDevice):
     def _stop_queues(self) -> None:
         """Take the queues back. Where the back end is gone, the rings' own indices must do."""
         for index in sorted(self._running):
-            if index not in self._running:
-                continue  # the back end was lost meanwhile, which took all of them back
-            self._running.discard(index)
-            queue = self.queues[index]
-            position = {}
-            if self.back_end is not None:
-                try:
-                    base = self.back_end.stop_queue(index)
-                    used = self._settled(index, base)
-                    position = {"next_avail": base, "next_used": used, "signalled": used}
-                except (KvikError, GuestFault) as error:
-                    self._lost(str(error))
-            if position:
-                queue._set_position(position)
-            self.transport.release_notifier(index)
+            self._stop_queue(index)
         if not self.active:
             self._unfinished.clear()  # nothing that is asked later depends on them
+            self._forget_inflight()
+
+    def _forget_inflight(self) -> None:
+        """The driver has taken the rings back: what was in flight is its own again."""
+        inflight, self._inflight = self._inflight, None
+        if inflight is not None:
+            os.close(inflight.fd)
+
+    def _stop_queue(self, index: int) -> None:
+        if index not in self._running:
+            return  # the back end was lost meanwhile, which took all of them back
+        self._running.discard(index)
+        queue = self.queues[index]
+        position = {}
+        if self.back_end is not None:
+            try:
+                base = self.back_end.stop_queue(index)
+                used = self._settled(index, base)
+                position = {"next_avail": base, "next_used": used, "signalled": used}
+            except (KvikError, GuestFault) as error:
+                self._lost(str(error))
+        if position:
+            queue._set_position(position)
+        self.transport.release_notifier(index)
+
+    def queue_reset(self, index: int) -> None:
+        self._stop_queue(index)
+        self._unfinished.discard(index)  # the driver has given them up
+
+    def queue_enabled(self, index: int) -> None:
+        if self.back_end is not None:
+            try:
+                self._start_queue(self.back_end, index)
+            except KvikError as error:
+                self._lost(str(error))
 
     def _settled(self, index: int, base: int) -> int:
         """The used index, when all that the back end took is answered: it may let go of a queue before."""
@@ -184,18 +267,18 @@ class VhostUserDevice(VirtioDevice):
         super().reset()
         if self._running:
             self._stop_queues()
+        self._forget_inflight()
 
     def pause(self) -> None:
         with self.lock:
+            self.paused = True
             self._stop_queues()
 
     def resume(self) -> None:
         with self.lock:
-            self._unfinished.clear()
-            if self.active and not self._running:
-                self.activate()
-                for index in list(self._running):  # what was answered meanwhile was told to nobody
-                    self.transport.signal_queue(index)
+            self.paused = False
+            if self.active and not self._running and not self.waiting:
+                self._start_again()
 
     def queue_kicked(self, index: int) -> None:
         """The back end hears the kicks; one that came here first is passed on."""
@@ -203,6 +286,10 @@ class VhostUserDevice(VirtioDevice):
             os.eventfd_write(self.transport.notifier_fd(index), 1)
 
     def state(self) -> State:
+        if self.waiting and self.active:
+            raise OperationInvalid(
+                f"{self.name}: it waits for its back end to be started again: {self.waiting}", remedy="try again"
+            )
         if self._unfinished:
             raise OperationInvalid(
                 f"{self.name}: its back end has not answered all requests", remedy="try again: its storage is slow"
@@ -275,7 +362,7 @@ class VhostUserDevice(VirtioDevice):
                 back_end.set_log(self.log.fd, self.log.size)
             if not self._running:
                 return
-            back_end.set_features(self.acked, log=self.log is not None)
+            back_end.set_features(self._told_features, log=self.log is not None)
             for index in sorted(self._running):
                 used = self.queues[index].used if self.log is not None else -1
                 back_end.set_addresses(index, self._addresses(index), log=used)
@@ -293,11 +380,24 @@ class VhostUserDevice(VirtioDevice):
         back_end, self.back_end = self.back_end, None
         if back_end is not None:
             self.loop.remove_reader(back_end.fileno())
+            tracked = self._inflight is not None or not self.active
+            waits = self.comes_again and back_end.tracks and tracked and not self.broken
             back_end.close()
             self.disconnects += 1
-            if self.machine is not None:
-                self.machine.emit("VHOST_USER_DISCONNECTED", {"device": self.name, "reason": reason})
-        self.needs_reset(reason)
+            self._tell_lost(reason, waits=waits)
+            if waits:
+                self.waiting = reason
+                self._unfinished |= self._running  # their requests, and where they are, only the next one can tell
+                self._stop_queues()
+                return
+        if not self.waiting:
+            self.needs_reset(reason)
+
+    def _tell_lost(self, reason: str, *, waits: bool) -> None:
+        if self.machine is not None:
+            self.machine.log(f"{self.name}: {reason}{', and waits for the next' if waits else ''}")
+            data = {"device": self.name, "reason": reason}
+            self.machine.emit("VHOST_USER_DISCONNECTED", data | ({"waiting": True} if waits else {}))
 
     def close(self) -> None:
         with self.lock:
@@ -305,6 +405,7 @@ class VhostUserDevice(VirtioDevice):
             if self.machine is not None and self._table_changed in self.memory.on_change:
                 self.memory.on_change.remove(self._table_changed)
             self.stop_log()
+            self._forget_inflight()
             back_end, self.back_end = self.back_end, None
             if back_end is not None:
                 if self.machine is not None:
@@ -316,4 +417,9 @@ class VhostUserDevice(VirtioDevice):
             self._call_fds.clear()
 
     def stats(self) -> dict[str, int]:
-        return {**super().stats(), "connected": int(self.back_end is not None), "disconnects": self.disconnects}
+        return {
+            **super().stats(),
+            "connected": int(self.back_end is not None),
+            "disconnects": self.disconnects,
+            "waiting": int(bool(self.waiting)),
+        }

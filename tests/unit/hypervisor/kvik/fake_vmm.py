@@ -1,7 +1,7 @@
 """A process that takes kvik-vmm's command line and plays its monitor: what the driver does is seen without a guest.
 
 Every command goes, as a line of JSON, into the file `commands` in its HOME, the machine's directory. The kernel's
-command line can make it fail: "die" (with a message), "silent".
+command line can make it fail: "die" (with a message), "silent"; "old": it lacks kvik's own commands.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ class Fake:
         command, arguments = request["execute"], request.get("arguments", {})
         with self.said.open("a") as file:
             file.write(json.dumps([command, arguments, fds]) + "\n")
+        if command.startswith("x-kvik-") and "old" in self.config.boot.cmdline.split():
+            self.send({"error": {"class": "CommandNotFound", "desc": "not found"}, "id": request.get("id")})
+            return
         method = getattr(self, command.replace("-", "_"), None)
         try:
             reply = method(**{key.replace("-", "_"): value for key, value in arguments.items()}) if method else {}

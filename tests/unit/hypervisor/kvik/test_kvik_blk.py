@@ -26,8 +26,8 @@ async def disk() -> Disk:
 
 
 def options(disk: Disk) -> Options:
-    command = kvik_blk.blk_command(disk, FDS, life=30, monitor=31, export=32, queues=3)
-    assert set(command.fds) == {20, 21, 30, 31, 32}
+    command = kvik_blk.blk_command(disk, FDS, life=30, monitor=31, export=32, redo=33, queues=3)
+    assert set(command.fds) == {20, 21, 30, 31, 32, 33}
     assert list(command.argv[:3]) == [sys.executable, "-I", "-S"]
     start = next(number for number, word in enumerate(command.argv) if word.endswith("/vmm/blk/__main__.py"))
     return Options(list(command.argv[start + 1 :]))
@@ -38,7 +38,7 @@ async def test_the_whole_chain_and_nothing_by_name(disk: Disk) -> None:
     found = options(disk)
     assert found.images == [(20, "qcow2"), (21, "raw")]
     assert found.numbers == {
-        **{"socket": 32, "monitor": 31, "life": 30, "queues": 3},
+        **{"socket": 32, "monitor": 31, "life": 30, "redo": 33, "queues": 3},
         **{"queue-size": 256, "block-size": 0},
     }
     assert (found.texts["id"], found.texts["cache"]) == ("virtio-disk0", "none")

@@ -15,15 +15,18 @@ from typing import Any
 import pytest
 
 import kvik
+from kvik.conf.enums import DomainSnapshotCreateFlags as Create
 from kvik.conf.enums import DomainState
 from kvik.errors import ConfigUnsupported, HypervisorError, MonitorError, OperationTimeout, OperationUnsupported
 from kvik.host.process import read_stat
 from kvik.hypervisor import launch
 from kvik.hypervisor.driver import HostVerdict
 from kvik.hypervisor.kvik.driver import KvikDriver
+from kvik.hypervisor.kvik.machine import KvikMachine, own_aliases
 from kvik.hypervisor.test.driver import TestDriver
 from kvik.manager.domain import DomainObject
 from kvik.manager.manager import Manager
+from kvik.manager.snapshots import create
 from kvik.paths import Paths
 
 FAKE = Path(__file__).with_name("fake_vmm.py")
@@ -225,3 +228,30 @@ async def test_a_vmm_that_is_silent_is_given_up_and_ended(world: World, monkeypa
     needle = str(world.root / "kvik-vmm").encode()
     running = [Path(f"/proc/{entry}/cmdline") for entry in os.listdir("/proc") if entry.isdecimal()]
     assert not any(needle in path.read_bytes() for path in running if path.exists())
+
+
+async def test_a_vmm_of_an_older_kvik_takes_no_new_image_while_it_runs(world: World) -> None:
+    manager = await world.manager()
+    domain = await manager.define(world.document("old"))
+    await domain.start()
+    document = "<domainsnapshot><name>s1</name></domainsnapshot>"
+    with pytest.raises(OperationUnsupported, match="older kvik") as refused:
+        await create.create(domain, document, Create.DISK_ONLY)
+    assert "start it again" in refused.value.remedy
+    assert domain.state == DomainState.RUNNING and domain.snapshots.journal is None
+    assert not list(world.root.glob("*.s1")) and domain.config.parse().devices.disks[0].source is not None
+    assert "stop" not in [name for name, _, _ in world.commands(domain)]
+
+
+async def test_the_next_daemon_knows_which_disks_are_the_vmms_own(world: World) -> None:
+    """Also one that came later; and of a machine whose status does not tell, it is those that are raw."""
+    manager, domain = await world.started()
+    await domain.attach_device(DISK.format(world.root / "b.raw", "x"))
+    assert domain.require_machine().handle()["own_disks"] == ["virtio-disk0", "virtio-disk1"]
+    await manager.close()
+    domain = (await world.manager()).lookup_name("m")
+    machine = domain.require_machine()
+    assert isinstance(machine, KvikMachine) and machine.own_disks == {"virtio-disk0", "virtio-disk1"}
+    assert own_aliases(domain.run.live) == machine.own_disks if domain.run is not None else False
+    await domain.detach_device(DISK.format(world.root / "b.raw", "x"))
+    await soon(lambda: machine.own_disks == {"virtio-disk0"})

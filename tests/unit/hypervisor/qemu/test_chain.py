@@ -83,23 +83,32 @@ def test_no_header_makes_it_fail_otherwise(noise: bytes, place: int) -> None:
         pass
 
 
-@pytest.mark.parametrize("path", ["/etc/shadow", "/proc/1/environ", "/dev/mem", "/home/me/.ssh/id_rsa", "{}/link"])
+@pytest.mark.parametrize("path", ["/etc/shadow", "/proc/1/environ", "/dev/mem", "{}/link"])
 def test_no_raw_file_of_the_hosts_own_is_read_by_a_headers_word(tmp_path: Path, path: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/link").symlink_to("/etc/shadow")
     named = path.format(tmp_path / "elsewhere")
+    bases = [str(tmp_path / "elsewhere")]  # in which the link lies, and not what it leads to
     with pytest.raises(ConfigUnsupported, match="a file of the host's own") as refused:
-        check_meant(Backing(named, "raw"), str(tmp_path / "top.qcow2"), block=False)
+        check_meant(Backing(named, "raw"), str(tmp_path / "top.qcow2"), bases, block=False)
     assert "<backingStore>" in refused.value.remedy
-    check_meant(Backing(named, "qcow2"), str(tmp_path / "top.qcow2"), block=False)  # is none, which is found
+    check_meant(Backing(named, "qcow2"), str(tmp_path / "top.qcow2"), (), block=False)  # is none, which is found
 
 
-def test_images_wherever_they_are_kept_may_be_named(tmp_path: Path) -> None:
-    hidden = tmp_path / ".mine"
-    hidden.mkdir()
-    check_meant(Backing(str(hidden / "base.raw"), "raw"), str(hidden / "top.qcow2"), block=False)
-    for path in ("/srv/base.raw", "/var/lib/libvirt/images/base.raw", "/home/me/.local/share/kvik/images/base.raw"):
-        check_meant(Backing(path, "raw"), str(tmp_path / "top.qcow2"), block=False)
+@pytest.mark.parametrize("path", ["/srv/base.raw", "/home/me/.ssh/id_rsa", "/home/you/disk.raw", "/srvs/base.raw"])
+def test_no_other_raw_file_is_unless_people_said_where_images_are(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConfigUnsupported, match="in no storage pool and not beside it") as refused:
+        check_meant(Backing(path, "raw"), str(tmp_path / "top.qcow2"), ["/srv/pool", "/srv/b"], block=False)
+    assert str(Path(path).parent) in refused.value.remedy
+    check_meant(Backing(path, "raw"), str(tmp_path / "top.qcow2"), [str(Path(path).parent)], block=False)
+    check_meant(Backing(path, "raw"), str(tmp_path / "top.qcow2"), [path], block=False)
+    check_meant(Backing(path, "raw"), str(Path(path).parent / "top.qcow2"), (), block=False)
+
+
+def test_a_pool_that_is_named_by_a_link_is_that_pool(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "pool").symlink_to(tmp_path / "images")
+    check_meant(Backing(str(tmp_path / "pool/base"), "raw"), "/images/top", [str(tmp_path / "pool")], block=False)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("losetup") is None, reason="needs root and losetup")
@@ -111,12 +120,14 @@ def test_a_device_that_the_host_has_mounted_is_not_named(tmp_path: Path) -> None
     loop = subprocess.run(["losetup", "-f", "--show", str(image)], check=True, capture_output=True, text=True)
     device = loop.stdout.strip()
     try:
-        check_meant(Backing(device, "raw"), "/images/top.qcow2", block=True)
+        check_meant(Backing(device, "raw"), "/images/top.qcow2", [device], block=True)
+        with pytest.raises(ConfigUnsupported, match="a device of no storage pool"):
+            check_meant(Backing(device, "raw"), "/dev/top.qcow2", ["/dev/vg"], block=True)
         (tmp_path / "m").mkdir()
         subprocess.run(["mount", device, str(tmp_path / "m")], check=True)
         try:
             with pytest.raises(ConfigUnsupported, match="a device that the host uses"):
-                check_meant(Backing(device, "raw"), "/images/top.qcow2", block=True)
+                check_meant(Backing(device, "raw"), "/images/top.qcow2", [device], block=True)
         finally:
             subprocess.run(["umount", str(tmp_path / "m")], check=True)
     finally:

@@ -6,7 +6,7 @@ opens the path itself, which is what a person wants to see in `domxml-to-native`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -63,12 +63,13 @@ def build(
     paused: bool = True,
     now: float = 0.0,
     incoming: bool = False,
+    by_io_uring: Collection[str] = (),
 ) -> CommandLine:
     """`now`, in seconds since the epoch, matters to <clock offset='variable'> only. `incoming`: QEMU waits to be filled
-    instead of booting. Raises `ConfigUnsupported` for what
-    this QEMU cannot do."""
+    instead of booting. `by_io_uring`: images of `files` that are read and written so. Raises `ConfigUnsupported` for
+    what this QEMU cannot do."""
     fds = dict(files or {})
-    passed = Files(fds)
+    passed = Files(fds, by_io_uring=by_io_uring)
     context = make_context(domain, capabilities, passed)
     head = [
         "-name",

@@ -110,9 +110,10 @@ def _overlay(files: Files, disk: Disk, top: Layer, below: str | None) -> list[Pr
     """What a transient disk is written to: it refers to nothing by itself, for it is read by nobody else."""
     alias = alias_of(disk)
     storage = node_name(alias, top.key, "overfile")
-    image = files.path(overlay_name(alias), f"{top.source.location}.TRANSIENT")
+    name = overlay_name(alias)
+    image = files.path(name, f"{top.source.location}.TRANSIENT")
     common = {"cache": _cache(disk), "discard": _discard(disk)}
-    aio = disk.driver.io if disk.driver else None
+    aio = (disk.driver.io if disk.driver else None) or files.host_io(name)
     return [
         {"driver": "file", "filename": image, "aio": aio, "node-name": storage, **common},
         {
@@ -179,10 +180,11 @@ def _storage(files: Files, disk: Disk, layer: Layer) -> Props:
         driver = "host_device" if layer.type == "block" else "file"
         if layer.type == "block" and disk.device == "cdrom" and path.startswith("/dev/sr"):
             driver = "host_cdrom"
+        name = image_name(alias_of(disk), layer.number)
         return {
             "driver": driver,
-            "filename": files.path(image_name(alias_of(disk), layer.number), path),
-            "aio": disk.driver.io if disk.driver else None,
+            "filename": files.path(name, path),
+            "aio": (disk.driver.io if disk.driver else None) or files.host_io(name),
         }
     if layer.type == "dir":
         return {"driver": "vvfat", "dir": source.dir, "floppy": disk.device == "floppy", "rw": not layer.read_only}

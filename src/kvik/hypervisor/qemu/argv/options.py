@@ -8,7 +8,7 @@ lists go through `keyval`, where a comma is doubled.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,11 +102,18 @@ class Files:
 
     At start `fds` are numbers in QEMU; a file goes in by an fdset of the same number. At hot-plug the monitor
     decides: `paths` holds what `add-fd` answered, and a bare descriptor is called by the name `getfd` gave it.
+    `by_io_uring`: the images that QEMU reads and writes so unless the document says how.
     """
 
-    def __init__(self, fds: Mapping[str, int] | None = None, paths: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        fds: Mapping[str, int] | None = None,
+        paths: Mapping[str, str] | None = None,
+        by_io_uring: Collection[str] = (),
+    ) -> None:
         self.fds = dict(fds or {})
         self.paths = dict(paths or {})
+        self.by_io_uring = by_io_uring
         self.hotplug = paths is not None
         self.sets: dict[str, int] = {}  # names used as files, in order
 
@@ -118,6 +125,10 @@ class Files:
             self.sets[name] = self.fds[name]
             return f"/dev/fdset/{self.fds[name]}"
         return fallback
+
+    def host_io(self, name: str) -> str | None:
+        """QEMU's `aio` of an image; None: QEMU's default."""
+        return "io_uring" if name in self.by_io_uring else None
 
     def own_path(self, name: str) -> str:
         """A name that QEMU opens by itself, past its fdsets, as it does with a secret's file."""

@@ -42,7 +42,7 @@ async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
         except RuntimeError:  # the loop has ended: nobody waits any more
             pass
 
-    threading.Thread(target=work, name="kvik-storage", daemon=True).start()
+    threading.Thread(target=work, name="kvik-waits", daemon=True).start()
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
