@@ -9,6 +9,7 @@ that follow it.
         -> {"id", "code", "out", "timed_out"} + stdout + stderr
     {"id", "op": "kill", "target", "signal"} -> {"id", "code"}
     {"id", "op": "load", "modules"}          -> {"id", "code"}
+    {"op": "beat"}                           -> nothing
     an error of the server's own             -> {"id", "error", "errno"}
 
 `code` is as in subprocess: an exit status or minus a signal; "out" is the length of stdout.
@@ -146,6 +147,8 @@ class Server:
             header, body = struct.unpack(">II", self.read(8))
             request = json.loads(self.read(header))
             stdin = self.read(body)
+            if request["op"] == "beat":
+                continue  # that it came was all
             threading.Thread(target=self.answer, args=(request, stdin), daemon=True).start()
 
     def answer(self, request, stdin):

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 
 from lab.harness import REPOSITORY, Lab
 
+CPU_STATE = "tests/functional/vmm/test_cpu_state.py"
 OTHER_HOSTS = "KVM-PVM"  # a test of another kind of KVM is the one that may be skipped here
 
 
@@ -18,6 +19,7 @@ def test_the_tests_of_the_binding_and_of_the_probe_pass_with_a_true_kvm(new_lab:
         [
             *(sys.executable, "-m", "pytest", "-q", "--junitxml=/run/lab/kvm.xml"),
             *("tests/unit/kvm", "tests/unit/host/test_probe.py", "tests/functional/test_kvm_examples.py"),
+            f"{CPU_STATE}::test_the_tsc_goes_on_where_it_was_however_old_the_other_machine_is",
         ],
         timeout=100,
         cwd=str(REPOSITORY),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 
@@ -30,6 +31,7 @@ done
 dmesg | grep -iE 'soft lockup|rcu.*stall|clocksource.*unstable|BUG:' || echo "nothing wrong"
 """
 
+TREE = {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}/tests"}
 TICK = re.compile(r"tick (\d+) ([0-9a-f]{32}) (same|\d+)")
 
 
@@ -39,10 +41,11 @@ def test_a_stock_kernel_lives_through_save_restore_rewind_and_migration(lab: Lab
     lab.sh("rm -rf /tmp/state; mkdir /tmp/state; truncate -s 16M /tmp/state/disk")
     done = lab.run(
         [
-            *(sys.executable, str(REPOSITORY / "tests/lab/vmm_state_machine.py"), str(lab.kernel.image)),
+            *(sys.executable, "-m", "lab.vmm_state_machine", str(lab.kernel.image)),
             *(f"{SHARE}/initrd", "console=ttyS0 quiet panic=-1", "/tmp/state/disk", "/tmp/state"),
         ],
         timeout=200,
+        env=TREE,
     )
     assert done.code == 0, done.stdout[-3000:] + done.stderr
     figures = json.loads(done.stderr.strip().splitlines()[-1])
@@ -65,3 +68,40 @@ def test_a_stock_kernel_lives_through_save_restore_rewind_and_migration(lab: Lab
     assert "nothing wrong" in done.stdout
     numbers = [int(number) for number, _, _ in ticks["moved"]]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))  # none twice, none lost
+
+
+# Reads of the disk, random numbers, and writes to the disk with all that said by the serial line: each counts.
+AT_WORK = """
+echo 0 > /tmp/read; echo 0 > /tmp/random
+exec 3<&0
+( while read word <&3; do echo "heard $word"; [ "$word" = end ] && touch /stop; done ) &
+( n=0; while :; do n=$((n + 1)); dd if=/dev/vda of=/dev/null bs=4k count=8 skip=$((n % 1000)) iflag=direct 2>/dev/null
+    echo $n > /tmp/read; done ) &
+( n=0; while :; do n=$((n + 1)); dd if=/dev/hwrng of=/dev/null bs=64 count=1 2>/dev/null; echo $n > /tmp/random
+    usleep 3000; done ) &
+i=0
+while [ ! -e /stop ]; do
+    i=$((i + 1))
+    echo "number $i" | dd of=/dev/vda bs=512 conv=sync 2>/dev/null; sync
+    read reads < /tmp/read; read random < /tmp/random
+    echo "tick $i $reads $random"
+    usleep 50000
+done
+"""
+HAND_OVERS = int(os.environ.get("KVIK_HAND_OVERS", "4"))  # more by hand: 60 take five minutes
+
+
+@pytest.mark.lab(deadline=400)
+def test_a_guest_that_moves_again_and_again_never_stands_still(lab: Lab) -> None:
+    (lab.share / "initrd").write_bytes(initramfs(AT_WORK, ["virtio_pci", "virtio_blk", "virtio_rng"]))
+    lab.sh("rm -rf /tmp/state; mkdir /tmp/state; truncate -s 16M /tmp/state/disk")
+    done = lab.run(
+        [
+            *(sys.executable, "-m", "lab.vmm_hand_over", str(lab.kernel.image), f"{SHARE}/initrd"),
+            *("console=ttyS0 quiet panic=-1 pci=noearly", "/tmp/state/disk", "/tmp/state", str(HAND_OVERS)),
+        ],
+        timeout=340,
+        env=TREE,
+    )
+    assert done.code == 0, done.stdout[-3000:] + done.stderr
+    assert f"{HAND_OVERS} moves: guest-shutdown" in done.stderr
