@@ -24,7 +24,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.conf.tree import clone
 from kvik.errors import HypervisorError, KvikError, MonitorError
 from kvik.host import process
-from kvik.host.process import boot_id
+from kvik.host.process import boot_id, describe_exit
 from kvik.hypervisor.cpus import boot_vcpus
 from kvik.hypervisor.descriptors import Opened, open_disk
 from kvik.hypervisor.names import alias_of, life_name, vhost_user_name
@@ -55,13 +55,15 @@ class BackEnds:
         self.changing = asyncio.Lock()  # held while disks get other images, and while one is opened again
 
     async def revive(self, alias: str, how: str) -> None:
-        """Whoever served that disk has ended. Nothing is raised: what goes wrong is told by the disk's failure."""
+        """Whoever served that disk has ended, or does not answer: then it is ended. Nothing is raised: what goes wrong
+        is told by the disk's failure."""
         if alias in self._under_way:
             return
         self._under_way.add(alias)
         try:
             await asyncio.sleep(_SETTLES)
-            await self._revive(alias, how)
+            dead = [member for member in self._machine.sidecars if member.alias == alias and not member.process.alive]
+            await self._revive(alias, describe_exit(dead[0].process.code) if dead else how)
         except KvikError as error:
             self._machine.note(f"disk {alias} was not served again: {error}")
         finally:
@@ -122,9 +124,9 @@ class BackEnds:
     async def _revive(self, alias: str, how: str) -> None:
         machine = self._machine
         deaths = self._deaths.setdefault(alias, deque(maxlen=TRIES))
-        deaths.append(time.monotonic())
         pause = 0.2
         while machine.process.alive and not machine.ended and await self._waits(alias):
+            deaths.append(time.monotonic())
             disk = next((disk for disk in machine.domain.devices.disks if alias_of(disk) == alias), None)
             if disk is None:
                 return
@@ -139,12 +141,13 @@ class BackEnds:
                 async with self.changing:
                     member = await self._start(disk)
                 machine.watch_sidecar(member)
-                machine.tell_served(member)
-                return
+                if (await self._report()).get(alias, {}).get("waiting") is not True:
+                    machine.tell_served(member)
+                    return
+                how = "the VMM lost it at once"
             except KvikError as error:
                 how = str(error)
                 machine.note(f"{kind} of {alias} could not be started again: {how}")
-                deaths.append(time.monotonic())
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
 
@@ -154,7 +157,7 @@ class BackEnds:
             opened = Opened(close, undo, {})
             again = clone(disk)
             open_disk(opened, again)
-            await machine.sidecars.end(alias)  # the dead one is forgotten
+            await machine.sidecars.end(alias)  # one that is dead is forgotten
             log_fd = os.open(machine.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             close.callback(os.close, log_fd)
             vcpus = boot_vcpus(machine.domain)
