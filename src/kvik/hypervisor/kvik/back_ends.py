@@ -63,9 +63,19 @@ class BackEnds:
         try:
             await asyncio.sleep(_SETTLES)
             dead = [member for member in self._machine.sidecars if member.alias == alias and not member.process.alive]
-            await self._revive(alias, describe_exit(dead[0].process.code) if dead else how)
-        except KvikError as error:
-            self._machine.note(f"disk {alias} was not served again: {error}")
+            how = describe_exit(dead[0].process.code) if dead else how
+            told = ""
+            while self._machine.watched:
+                try:
+                    await self._revive(alias, how)
+                    return
+                except KvikError as error:
+                    if str(error) != told:
+                        told = str(error)
+                        self._machine.note(f"disk {alias} was not served again: {told}")
+                    if isinstance(error, MonitorError):  # the VMM has said no
+                        return
+                await asyncio.sleep(2.0)  # its monitor does not answer just now
         finally:
             self._under_way.discard(alias)
 
@@ -77,7 +87,7 @@ class BackEnds:
     async def take_up(self) -> None:
         """After this daemon's start: what happened to back ends while none ran."""
         machine = self._machine
-        while not machine.ended:
+        while machine.watched:
             try:
                 told = await self._report()
                 break
@@ -124,13 +134,13 @@ class BackEnds:
     async def _revive(self, alias: str, how: str) -> None:
         machine = self._machine
         deaths = self._deaths.setdefault(alias, deque(maxlen=TRIES))
-        pause = 0.2
-        while machine.process.alive and not machine.ended and await self._waits(alias):
+        pause, kind = 0.2, ""
+        while machine.process.alive and machine.watched and await self._waits(alias):
             deaths.append(time.monotonic())
             disk = next((disk for disk in machine.domain.devices.disks if alias_of(disk) == alias), None)
             if disk is None:
                 return
-            kind = machine.storage_kind(disk)
+            kind = kind or machine.storage_kind(disk)
             lasting = _why_not(disk, kind)
             if lasting or (len(deaths) == TRIES and deaths[-1] - deaths[0] < WITHIN):
                 often = "" if lasting else f" {TRIES} times within {WITHIN:.0f} s, last"
@@ -154,10 +164,10 @@ class BackEnds:
     async def _start(self, disk: Disk) -> Sidecar:
         machine, alias = self._machine, alias_of(disk)
         with ExitStack() as close, ExitStack() as undo:
-            opened = Opened(close, undo, {})
+            await machine.sidecars.end(alias)  # one that is dead is forgotten; one that runs lets go of the images
+            opened = Opened(close, undo, {}, machine.bases())
             again = clone(disk)
-            open_disk(opened, again)
-            await machine.sidecars.end(alias)  # one that is dead is forgotten
+            await opened.beside(open_disk, again)
             log_fd = os.open(machine.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             close.callback(os.close, log_fd)
             vcpus = boot_vcpus(machine.domain)

@@ -188,6 +188,11 @@ class KvikMachine(QmpMachine):
         super().watch_sidecar(member)
         self._listen(member)
 
+    @property
+    def watched(self) -> bool:
+        """Whether it runs, and is this daemon's to look after."""
+        return not self.ended and not self._quitting
+
     def heard(self, event: Event) -> None:
         """Also one that runs may be lost to the VMM: it did not answer in time."""
         alias = event.data.get("device")
