@@ -14,7 +14,7 @@ import pytest
 from blk_guest import BlkDriver, say_memory, wait_key
 from guests import needs_kvm
 from test_disk_snapshots import WORDS, idle, take, told, tops, word, writes
-from test_storage_daemon import World, checked, daemons, disk, image, soon, world
+from test_storage_daemon import SECONDS, World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE, say
 
 from kvik.conf.enums import DomainState
@@ -210,6 +210,24 @@ async def test_the_next_manager_sees_to_what_died_while_there_was_none(world: Wo
     await domain.destroy()
     checked(path)
     assert word(path) == b"three"
+
+
+async def test_one_that_does_not_answer_the_vmm_is_replaced(world: World) -> None:
+    path = image(world.root / "a.qcow2")
+    domain = await world.start(writes(BlkDriver(5)), disk(path))
+    await told(world, b"up")
+    (known,) = daemons(domain)
+    os.kill(known[0], signal.SIGSTOP)
+    world.key()
+    await domain.require_machine().execute("stop", deadline=SECONDS)  # its rings are not given back in time
+    await until_again(world, 0)
+    assert known not in daemons(domain) and not io_errors(world)
+    world.text = b""
+    await domain.require_machine().execute("cont")
+    await world.said(b"one.")
+    await domain.destroy()
+    checked(path)
+    assert word(path) == b"one"
 
 
 async def test_a_request_under_way_is_answered_once(world: World) -> None:

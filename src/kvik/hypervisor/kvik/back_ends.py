@@ -24,7 +24,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.conf.tree import clone
 from kvik.errors import HypervisorError, KvikError, MonitorError
 from kvik.host import process
-from kvik.host.process import boot_id
+from kvik.host.process import boot_id, describe_exit
 from kvik.hypervisor.cpus import boot_vcpus
 from kvik.hypervisor.descriptors import Opened, open_disk
 from kvik.hypervisor.names import alias_of, life_name, vhost_user_name
@@ -55,15 +55,27 @@ class BackEnds:
         self.changing = asyncio.Lock()  # held while disks get other images, and while one is opened again
 
     async def revive(self, alias: str, how: str) -> None:
-        """Whoever served that disk has ended. Nothing is raised: what goes wrong is told by the disk's failure."""
+        """Whoever served that disk has ended, or does not answer: then it is ended. Nothing is raised: what goes wrong
+        is told by the disk's failure."""
         if alias in self._under_way:
             return
         self._under_way.add(alias)
         try:
             await asyncio.sleep(_SETTLES)
-            await self._revive(alias, how)
-        except KvikError as error:
-            self._machine.note(f"disk {alias} was not served again: {error}")
+            dead = [member for member in self._machine.sidecars if member.alias == alias and not member.process.alive]
+            how = describe_exit(dead[0].process.code) if dead else how
+            told = ""
+            while self._machine.watched:
+                try:
+                    await self._revive(alias, how)
+                    return
+                except KvikError as error:
+                    if str(error) != told:
+                        told = str(error)
+                        self._machine.note(f"disk {alias} was not served again: {told}")
+                    if isinstance(error, MonitorError):  # the VMM has said no
+                        return
+                await asyncio.sleep(2.0)  # its monitor does not answer just now
         finally:
             self._under_way.discard(alias)
 
@@ -75,7 +87,7 @@ class BackEnds:
     async def take_up(self) -> None:
         """After this daemon's start: what happened to back ends while none ran."""
         machine = self._machine
-        while not machine.ended:
+        while machine.watched:
             try:
                 told = await self._report()
                 break
@@ -122,13 +134,13 @@ class BackEnds:
     async def _revive(self, alias: str, how: str) -> None:
         machine = self._machine
         deaths = self._deaths.setdefault(alias, deque(maxlen=TRIES))
-        deaths.append(time.monotonic())
-        pause = 0.2
-        while machine.process.alive and not machine.ended and await self._waits(alias):
+        pause, kind = 0.2, ""
+        while machine.process.alive and machine.watched and await self._waits(alias):
+            deaths.append(time.monotonic())
             disk = next((disk for disk in machine.domain.devices.disks if alias_of(disk) == alias), None)
             if disk is None:
                 return
-            kind = machine.storage_kind(disk)
+            kind = kind or machine.storage_kind(disk)
             lasting = _why_not(disk, kind)
             if lasting or (len(deaths) == TRIES and deaths[-1] - deaths[0] < WITHIN):
                 often = "" if lasting else f" {TRIES} times within {WITHIN:.0f} s, last"
@@ -139,22 +151,23 @@ class BackEnds:
                 async with self.changing:
                     member = await self._start(disk)
                 machine.watch_sidecar(member)
-                machine.tell_served(member)
-                return
+                if (await self._report()).get(alias, {}).get("waiting") is not True:
+                    machine.tell_served(member)
+                    return
+                how = "the VMM lost it at once"
             except KvikError as error:
                 how = str(error)
                 machine.note(f"{kind} of {alias} could not be started again: {how}")
-                deaths.append(time.monotonic())
             await asyncio.sleep(pause)
             pause = min(2 * pause, 5.0)
 
     async def _start(self, disk: Disk) -> Sidecar:
         machine, alias = self._machine, alias_of(disk)
         with ExitStack() as close, ExitStack() as undo:
+            await machine.sidecars.end(alias)  # one that is dead is forgotten; one that runs lets go of the images
             opened = Opened(close, undo, {}, machine.bases())
             again = clone(disk)
             await opened.beside(open_disk, again)
-            await machine.sidecars.end(alias)  # the dead one is forgotten
             log_fd = os.open(machine.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             close.callback(os.close, log_fd)
             vcpus = boot_vcpus(machine.domain)

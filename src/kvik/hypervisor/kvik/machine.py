@@ -26,6 +26,7 @@ from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
 from kvik.hypervisor.sidecars.group import Sidecar, Sidecars
 from kvik.hypervisor.state import StateSource, StateTarget
 from kvik.qmp.aio import QmpConnection
+from kvik.qmp.protocol import Event
 
 __all__ = ["KvikMachine"]
 
@@ -186,6 +187,17 @@ class KvikMachine(QmpMachine):
     def watch_sidecar(self, member: Sidecar) -> None:
         super().watch_sidecar(member)
         self._listen(member)
+
+    @property
+    def watched(self) -> bool:
+        """Whether it runs, and is this daemon's to look after."""
+        return not self.ended and not self._quitting
+
+    def heard(self, event: Event) -> None:
+        """Also one that runs may be lost to the VMM: it did not answer in time."""
+        alias = event.data.get("device")
+        if event.name == "VHOST_USER_DISCONNECTED" and event.data.get("waiting") is True and isinstance(alias, str):
+            self.background(self.back_ends.revive(alias, str(event.data.get("reason") or "it was lost")))
 
     def _sidecar_died(self, member: Sidecar, how: str) -> None:
         super()._sidecar_died(member, how)
