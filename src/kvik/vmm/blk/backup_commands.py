@@ -62,6 +62,10 @@ def _bitmap_count(context: Context, arguments: Arguments) -> dict[str, int]:
     return {"count": _backups(context).changed(_sources(arguments), arguments["granularity"].bit_length() - 1)}
 
 
+def _bitmap_merge(context: Context, arguments: Arguments) -> None:
+    _backups(context).merge(arguments["layers"])
+
+
 def _backup_add(context: Context, arguments: Arguments) -> None:
     _backups(context).add(
         arguments["job"],
@@ -137,6 +141,13 @@ COMMANDS = (
         Struct({"since": _SOURCES, "granularity": Int(512, 1 << 31)}),
         Struct({"count": Int()}),
         summary="bytes that any of these bitmaps marks",
+    ),
+    Command(
+        "x-kvik-bitmap-merge",
+        _bitmap_merge,
+        Struct({"layers": List(Int(1, MAX_CHAIN), MAX_CHAIN)}),
+        NOTHING,
+        summary="what the bitmaps of images below mark is marked by those that record",
     ),
     Command(
         "x-kvik-backup-add",

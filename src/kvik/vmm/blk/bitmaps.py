@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Source = tuple[int, str]  # the image's place from the top down, and the bitmap's name
 
-__all__ = ["add", "count", "finest", "go_on", "marked", "remove", "remove_below", "report"]
+__all__ = ["add", "count", "finest", "go_on", "marked", "merge", "remove", "remove_below", "report"]
 
 
 class Known:
@@ -161,6 +161,29 @@ def remove_below(image: BlockImage, layer: int, fd: int, name: str) -> None:
             changes.store()
     finally:
         below.close()
+
+
+def merge(image: BlockImage, sources: Iterable[int]) -> None:
+    """What the bitmaps of these images further down mark is marked by those of the same names that record. All or none:
+    raises `OperationInvalid` where one of them is not true."""
+    top = _top(image)
+    top.begin()
+    if top.tracking is None:
+        return
+    layers = _layers(image)
+    below = [known for layer in sources if layer < len(layers) for known in layers[layer]]
+    found: list[tuple[bytearray, int, int]] = []
+    for bitmap, bits in top.tracking.bits:
+        shift = bitmap.granularity_bits
+        for known in below:
+            if known.bitmap.name != bitmap.name:
+                continue
+            if known.inconsistent:
+                raise OperationInvalid(f"disk {image.name}: bitmap '{bitmap.name}' below it tells not all that changed")
+            runs = runs_of_bits(known.bits(), known.bitmap.granularity_bits)
+            found += [(bits, start >> shift, ((end - 1) >> shift) + 1) for start, end in runs]
+    for bits, first, end in found:
+        set_bits(bits, first, end)
 
 
 def marked(image: BlockImage, sources: Iterable[Source], shift: int, size: int) -> bytearray:

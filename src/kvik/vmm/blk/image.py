@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from kvik.image.base import Image
     from kvik.vmm.blk.backup import Backup
+    from kvik.vmm.blk.block_job import BlockJob
     from kvik.vmm.virtio.blk import Blk
 
 __all__ = ["FormatImage", "flush"]
@@ -49,6 +50,7 @@ class FormatImage(BlockImage):
         self.image = image
         self._log = log
         self.backup: Backup | None = None  # wants to have what is about to be overwritten
+        self.job: BlockJob | None = None  # works on it
         self._unflushed = False  # tables changed since the last write that waited for the medium
         super().__init__(
             data_fd,
@@ -80,6 +82,8 @@ class FormatImage(BlockImage):
             raise InvalidArgument(f"disk {self.name} is read-only")
         if self.backup is not None:
             raise OperationInvalid(f"disk {self.name} has a backup under way", remedy="wait for its end")
+        if self.job is not None:
+            raise OperationInvalid(f"disk {self.name} has a block job under way", remedy="wait for its end")
         from kvik.image.qcow2.writer import Qcow2Writer
         from kvik.image.resize import resize
 

@@ -112,6 +112,8 @@ class Overlays:
             raise OperationInvalid(f"disk {name} is read-only")
         if isinstance(old, FormatImage) and old.backup is not None:
             raise OperationInvalid(f"disk {name} has a backup under way", remedy="wait for its end")
+        if isinstance(old, FormatImage) and old.job is not None:
+            raise OperationInvalid(f"disk {name} has a block job under way", remedy="wait for its end")
         if (data >= 0) != old.direct:
             raise InvalidArgument(f"disk {name}: cache={old.cache} and the descriptors do not agree")
         for item, wanted in ((fd, os.O_RDWR), (data, os.O_RDWR), (below, os.O_RDONLY)):

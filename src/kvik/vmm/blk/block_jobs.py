@@ -1,0 +1,99 @@
+"""The block job of one disk, from its start until it is dismissed; one at a time."""
+
+from __future__ import annotations
+
+from kvik.errors import InvalidArgument, OperationInvalid
+from kvik.image.qcow2.redo import identity
+from kvik.image.qcow2.writer import Qcow2Writer
+from kvik.vmm.blk.image import FormatImage
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from kvik.vmm.blk.backups import Backups
+    from kvik.vmm.blk.block_job import BlockJob
+    from kvik.vmm.blk.overlay import Overlays
+    from kvik.vmm.virtio.blk import Blk
+
+__all__ = ["BlockJobs"]
+
+
+class BlockJobs:
+    """Of one disk. `emit` tells events."""
+
+    def __init__(
+        self, device: Blk, overlays: Overlays, backups: Backups, emit: Callable[[str, dict[str, Any]], object]
+    ) -> None:
+        self._device, self._overlays, self._backups, self._emit = device, overlays, backups, emit
+        self.job: BlockJob | None = None
+
+    def chain(self) -> list[dict[str, int]]:
+        """Which files the guest's disk is made of, from the one that it writes to down."""
+        image = self._device.image
+        fds = [one.fd for one in image.image.chain()] if isinstance(image, FormatImage) else [image.fd]
+        return [dict(zip(("device", "inode"), identity(fd), strict=True)) for fd in fds]
+
+    def report(self) -> list[dict[str, Any]]:
+        return [self.job.report()] if self.job is not None else []
+
+    def pull(self, job: str, base: int, backing: str | None, speed: int) -> None:
+        """`base`: the place from the top down of the image that stays below; 0: none does. Raises `KvikError`."""
+        from kvik.vmm.blk.pull import Pull
+
+        device = self._device
+        image, top = self._idle()
+        chain = top.chain()
+        if len(chain) < 2 or not 0 <= base < len(chain) or (backing is None) != (not base):
+            raise InvalidArgument(f"disk {device.name} has {len(chain)} images, of which {base} cannot stay below")
+        if top.snapshots:
+            raise OperationInvalid(
+                f"disk {device.name}: snapshots inside {image.name} read from the images below it",
+                remedy=f"delete them first, while the machine is off: kvik img snapshot -d NAME {image.name}",
+            )
+        below = chain[base] if base else None
+        self.job = Pull(job, device, image, top, base=below, name=backing, speed=speed, ended=self._concluded)
+
+    def _idle(self) -> tuple[FormatImage, Qcow2Writer]:
+        """The disk's image and what is in it, when nobody else works on it. Raises `OperationInvalid`."""
+        device = self._device
+        if self.job is not None:
+            raise OperationInvalid(f"disk {device.name} has a block job under way: {self.job.job}")
+        if self._backups.backup is not None:
+            raise OperationInvalid(f"disk {device.name} has a backup under way", remedy="wait for its end")
+        if self._overlays.report()["state"] == "added":
+            raise OperationInvalid(f"disk {device.name}: an image waits to be put on top of it")
+        self._overlays.keep()
+        image = device.image
+        if not isinstance(image, FormatImage) or not isinstance(image.image, Qcow2Writer):
+            raise OperationInvalid(f"disk {device.name}: {image.name} is no qcow2 image that is written to")
+        return image, image.image
+
+    def _concluded(self) -> None:
+        job = self.job
+        if job is not None:
+            self._emit("JOB_STATUS_CHANGE", {"id": job.job, "status": job.state})
+
+    # One that is not known is left as it is
+
+    def set_speed(self, job: str, speed: int) -> None:
+        if self.job is not None and self.job.job == job:
+            self.job.set_speed(speed)
+
+    def cancel(self, job: str) -> None:
+        if self.job is not None and self.job.job == job:
+            with self._device.lock:
+                self.job.cancel()
+
+    def dismiss(self, job: str) -> None:
+        """Raises `OperationInvalid` for one that is not over."""
+        if self.job is not None and self.job.job == job:
+            if self.job.state != "concluded":
+                raise OperationInvalid(f"disk {self._device.name}: block job {job} is not over")
+            self.job = None
+
+    def close(self) -> None:
+        """The disk ends, and a job that is under way with it."""
+        if self.job is not None:
+            self.cancel(self.job.job)

@@ -1,0 +1,205 @@
+"""kvik-blk: block jobs on the images of the disk that it serves, in the confined process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvik.image.create import create
+from kvik.image.lock import lock_image
+from kvik.image.opening import Opener
+
+from .blk_process import SECONDS, BlkProcess
+from .test_blk_backup import MIB, SIZE, Holds, bitmaps, checked, fresh, running, send, shown
+
+__all__ = ["running"]
+needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img (apt install qemu-utils)")
+
+
+def on(path: Path, below: Path, form: str = "qcow2", **options: Any) -> Path:
+    size = options.pop("size", SIZE)
+    create(str(path), "qcow2", size, backing_file=str(below), backing_format=form, **options)
+    return path
+
+
+def put(path: Path, offset: int, data: bytes) -> None:
+    with Opener().open(str(path), "qcow2", writable=True) as image:
+        image.write(offset, data)
+
+
+def state(process: BlkProcess) -> dict[str, Any]:
+    (told,) = process.ask("x-kvik-query-block-jobs")
+    return dict(told)
+
+
+def over(process: BlkProcess) -> str:
+    """Its error."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        told = state(process)
+        if told["state"] == "concluded":
+            assert process.ask("x-kvik-block-job-dismiss", job="j") == {}
+            assert process.ask("x-kvik-query-block-jobs") == []
+            return str(told["error"])
+        time.sleep(0.01)
+    raise TimeoutError(told)
+
+
+def chain(process: BlkProcess) -> list[int]:
+    return [item["inode"] for item in process.ask("x-kvik-query-chain")]
+
+
+def inodes(*paths: Path) -> list[int]:
+    return [path.stat().st_ino for path in paths]
+
+
+def three(tmp_path: Path, **options: Any) -> tuple[list[Path], bytearray]:
+    """Images on each other, the top one first, and what a guest reads; the middle one is shorter than the others."""
+    base = fresh(tmp_path / "base")
+    put(base, 0, b"b" * SIZE)
+    middle = on(tmp_path / "middle", base, size=SIZE - MIB // 2)
+    put(middle, MIB + 512, b"m" * MIB)
+    with Opener().open(str(middle), "qcow2", writable=True) as image:
+        image.write_zeroes(3 * MIB, MIB)
+    top = on(tmp_path / "top", middle, size=SIZE, **options)
+    put(top, 2 * MIB, b"t" * 4096)
+    holds = bytearray(b"b" * (SIZE - MIB // 2) + bytes(MIB // 2))
+    holds[MIB + 512 : 2 * MIB + 512] = b"m" * MIB
+    holds[2 * MIB : 2 * MIB + 4096] = b"t" * 4096
+    holds[3 * MIB : 4 * MIB] = bytes(MIB)
+    return [top, middle, base], holds
+
+
+def serve(running: Callable[..., BlkProcess], images: list[Path], **more: Any) -> tuple[BlkProcess, Holds]:
+    process = running(*((path, "qcow2") for path in images), **more)
+    return process, Holds(process.start())
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("extended", [False, True], ids=["clusters", "subclusters"])
+@pytest.mark.parametrize("base", [0, 2], ids=["all", "to-the-base"])
+def test_the_top_image_gets_what_those_below_have(
+    base: int, extended: bool, tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    images, before = three(tmp_path, extended_l2=extended)
+    top, middle, lowest = images
+    process, holds = serve(running, images)
+    holds.bytes[:] = before
+    wanted = {"base": base, "backing-file": str(lowest)} if base else {}
+    assert process.ask("x-kvik-pull", job="j", speed=8 * MIB, **wanted) == {}
+    assert chain(process) == inodes(*images)
+    while state(process)["state"] == "running":
+        holds.change(5)
+    assert over(process) == ""
+    assert "JOB_STATUS_CHANGE" in [item["event"] for item in process.events]
+    left = [top, lowest] if base else [top]
+    assert chain(process) == inodes(*left)
+    assert holds.driver.read(0, SIZE) == holds.bytes
+    for path in {*images} - {*left}:
+        with path.open("r+b") as other:
+            lock_image(other.fileno(), str(path), write=True)  # nobody has it
+    holds.change(20)
+    assert process.end() == (0, "")
+    middle.unlink()
+    if not base:
+        lowest.unlink()
+    checked(top)
+    said = subprocess.run(["qemu-img", "info", str(top)], check=True, capture_output=True, text=True).stdout
+    assert (f"backing file: {lowest}\nbacking file format: qcow2" in said) == bool(base)
+    assert ("backing file" in said) == bool(base)
+    assert shown(top) == holds.bytes
+
+
+def test_speed_is_kept_and_changed_and_a_pull_can_be_given_up(
+    tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    images, before = three(tmp_path)
+    process, holds = serve(running, images)
+    assert process.ask("x-kvik-pull", job="j", speed=1) == {}
+    for command, arguments in (
+        ("x-kvik-pull", {"job": "k"}),
+        ("block_resize", {"device": "disk0", "size": 2 * SIZE}),
+    ):
+        assert "block job under way" in process.ask(command, **arguments)["desc"]
+    send(process, "image", on(tmp_path / "new", images[0]))
+    send(process, "below", images[0], os.O_RDONLY)
+    names = {"image": "image", "below": "below", "node-name": "new", "group": "g", "filename": "new"}
+    assert "block job under way" in process.ask("x-kvik-overlay-add", **names)["desc"]
+    assert holds.driver.read(0, SIZE) == before
+    told = state(process)
+    assert told["speed"] == 1 and told["state"] == "running" and told["current"] < told["total"] == SIZE
+    assert "not over" in process.ask("x-kvik-block-job-dismiss", job="j")["desc"]
+    assert process.ask("x-kvik-block-job-cancel", job="j") == {}
+    assert over(process) == "" and chain(process) == inodes(*images)
+    assert process.ask("x-kvik-pull", job="j", speed=1) == {}
+    assert process.ask("x-kvik-block-job-speed", job="j", speed=0) == {}
+    assert over(process) == "" and chain(process) == inodes(images[0])
+    assert "1 images" in process.ask("x-kvik-pull", job="j")["desc"]
+    assert process.end() == (0, "")
+    assert shown(images[0]) == before
+
+
+def test_the_next_process_has_the_chain_as_before_of_one_that_was_killed(
+    tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    images, before = three(tmp_path)
+    process, holds = serve(running, images)
+    assert process.ask("x-kvik-pull", job="j", speed=4 * MIB) == {}
+    while not state(process)["current"]:
+        pass
+    holds.driver.flush()
+    process.kill()
+    process, holds = serve(running, images)
+    assert process.ask("x-kvik-query-block-jobs") == [] and chain(process) == inodes(*images)
+    assert holds.driver.read(0, SIZE) == before
+    assert process.ask("x-kvik-pull", job="j") == {} and over(process) == ""
+    # killed when it had changed over, and before anybody knew
+    process.kill()
+    process, holds = serve(running, images)
+    assert chain(process) == inodes(*images) and holds.driver.read(0, SIZE) == before
+    assert process.end() == (0, "")
+
+
+def test_what_cannot_be_read_ends_a_pull_and_not_the_disk(tmp_path: Path, running: Callable[..., BlkProcess]) -> None:
+    images, before = three(tmp_path)
+    os.truncate(images[2], images[2].stat().st_size - MIB)  # what was there is read as zeros
+    with images[1].open("r+b") as file:
+        file.seek(65536 * 3)  # its L2 table, or what lies behind it
+        file.write(b"\xff" * 65536)
+    process, _ = serve(running, images)
+    assert process.ask("x-kvik-pull", job="j") == {}
+    assert "middle" in over(process)
+    assert chain(process) == inodes(*images)
+    driver = process.driver
+    assert driver is not None and driver.read(2 * MIB, 4096) == before[2 * MIB : 2 * MIB + 4096]
+
+
+def test_bitmaps_below_are_told_by_those_on_top_which_record_no_pull(
+    tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    old = fresh(tmp_path / "old")
+    process = running((old, "qcow2"))
+    holds = Holds(process.start())
+    assert process.ask("x-kvik-bitmap-add", names=["c"]) == {}
+    holds.write(0, b"a" * 65536)
+    new = on(tmp_path / "new", old)
+    send(process, "image", new)
+    send(process, "below", old, os.O_RDONLY)
+    names = {"image": "image", "below": "below", "node-name": "new", "group": "g", "filename": str(new)}
+    assert process.ask("x-kvik-overlay-add", **names) == process.ask("x-kvik-overlay-put") == {}
+    holds.write(MIB, b"b" * 65536)
+    assert process.ask("x-kvik-bitmap-merge", layers=[1]) == {}
+    assert [layer["c"]["count"] for layer in bitmaps(process)] == [2 * 65536, 65536]
+    assert process.ask("x-kvik-pull", job="j") == {} and over(process) == ""
+    assert [layer["c"]["count"] for layer in bitmaps(process)] == [2 * 65536]
+    holds.write(2 * MIB, b"c" * 512)
+    assert process.end() == (0, "")
+    assert [item["name"] for item in checked(new)] == ["c"]
+    assert shown(new) == holds.bytes
