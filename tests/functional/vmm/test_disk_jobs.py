@@ -15,6 +15,7 @@ from test_storage_daemon import World, checked, daemons, disk, image, soon, worl
 from tiny_kernel import IDLE
 
 from kvik.conf.enums import ConnectDomainEventBlockJobStatus as Status
+from kvik.conf.enums import DomainBlockCommitFlags as Commit
 from kvik.conf.enums import DomainState
 from kvik.errors import OperationUnsupported
 from kvik.hypervisor.layers import layers
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.functional, needs_kvm]
 __all__ = ["world"]
 
 MIB = 1 << 20
+DELETE = Commit.DELETE
 SLOW = 65536  # bytes a second
 
 
@@ -137,6 +139,38 @@ async def test_a_snapshot_that_is_deleted_is_merged_up_while_the_guest_writes(wo
     await domain.destroy()
     checked(world.root / "a.s2")
     assert word(world.root / "a.s2") == b"four" and word(world.root / "a.qcow2") == b"one"
+
+
+async def test_images_of_the_middle_are_merged_down_while_the_guest_writes(world: World) -> None:
+    images = chain(world.root)
+    domain = await world.start(writes(BlkDriver(5)), disk(images[0]))
+    await told(world, b"up")
+    await told(world, b"one")
+    await block_jobs.commit(domain, "vda", None, str(images[1]), bandwidth=SLOW, flags=Commit.BANDWIDTH_BYTES)
+    await told(world, b"two")
+    assert (shown := await domain.block_job_info("vda")) is not None and shown.cur < shown.end == 8 * MIB
+    os.kill(daemons(domain)[0][0], signal.SIGKILL)
+    await soon(lambda: "kvik-blk of virtio-disk0 was started again" in world.log())
+    await over(world, Status.FAILED)
+    assert images_of(domain) == [path.name for path in images]
+    await told(world, b"three")
+    await block_jobs.commit(domain, "vda", None, str(images[1]), bandwidth=1, flags=Commit.BANDWIDTH_BYTES | DELETE)
+    await world.managers[-1].close()
+    domain = (await world.manager()).lookup_name("m")
+    await domain.block_job_speed("vda", 0, in_bytes=False)
+    await over(world, Status.FAILED, Status.COMPLETED)
+    assert images_of(domain) == ["top.qcow2", "a.qcow2"] and not images[1].exists()
+    with pytest.raises(OperationUnsupported, match="what the guest writes to as disk vda cannot be merged"):
+        await block_jobs.commit(domain, "vda", None, None, flags=Commit.ACTIVE)
+    assert domain.run is not None and not domain.run.block_jobs and domain.run.live.devices.disks[0].mirror is None
+    await told(world, b"four")
+    await domain.destroy()
+    for path in (images[0], images[2]):
+        checked(path)
+    assert word(images[0]) == b"four"
+    said = subprocess.run(["qemu-io", "-c", "read -P 7 4M 2M", "-c", "read -P 9 6M 1M", str(images[2])],
+                          check=True, capture_output=True, text=True).stdout  # fmt: skip
+    assert "Pattern verification failed" not in said
 
 
 async def test_disks_that_others_serve_and_jobs_that_are_not_there_are_refused_by_name(world: World) -> None:

@@ -149,6 +149,7 @@ STEPS: list[tuple[str, str, str]] = [
     ("domjobabort m", WORKS, ""),
     ("checkpoint-delete m c1 --children", WORKS, "deleted"),
     ("blockcommit m vdc --active", "cannot be merged into the one below while", ""),
+    ("blockcommit m vdc --top @below.qcow2 --wait", WORKS, "Commit complete"),
     ("blockpull m vdc --wait", WORKS, "Pull complete"),
     ("detach-disk m vdc --live", WORKS, "detached"),
     # what it is
@@ -349,9 +350,10 @@ class Machine:
         for name in ("a.raw", "b.raw"):
             with (self.root / name).open("wb") as image:
                 image.truncate(4 << 20)
-        create(str(self.root / "below.qcow2"), "qcow2", 4 << 20)
-        below = {"backing_file": str(self.root / "below.qcow2"), "backing_format": "qcow2"}
-        create(str(self.root / "c.qcow2"), "qcow2", 4 << 20, **below)
+        create(str(self.root / "lowest.qcow2"), "qcow2", 4 << 20)
+        for name, below in (("below.qcow2", "lowest.qcow2"), ("c.qcow2", "below.qcow2")):
+            backing = str(self.root / below)
+            create(str(self.root / name), "qcow2", 4 << 20, backing_file=backing, backing_format="qcow2")
         self.write("m", DOMAIN.format(name="m", root=self.root, devices=OWN.format(root=self.root)))
         self.write("c", DOMAIN.format(name="c", root=self.root, devices=""))
         for name, text in DEVICES.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kvik.errors import ResourceBusy
 from kvik.image.create import create
 from kvik.image.lock import lock_image
 from kvik.image.opening import Opener
@@ -60,11 +61,12 @@ def inodes(*paths: Path) -> list[int]:
     return [path.stat().st_ino for path in paths]
 
 
-def three(tmp_path: Path, **options: Any) -> tuple[list[Path], bytearray]:
-    """Images on each other, the top one first, and what a guest reads; the middle one is shorter than the others."""
-    base = fresh(tmp_path / "base")
-    put(base, 0, b"b" * SIZE)
-    middle = on(tmp_path / "middle", base, size=SIZE - MIB // 2)
+def three(tmp_path: Path, *, short: int = 1, **options: Any) -> tuple[list[Path], bytearray]:
+    """Images on each other, the top one first, and what a guest reads; number `short` is shorter than the others."""
+    sizes = [SIZE - MIB // 2 * (number == short) for number in range(3)]
+    base = fresh(tmp_path / "base", size=sizes[2])
+    put(base, 0, b"b" * sizes[2])
+    middle = on(tmp_path / "middle", base, size=sizes[1])
     put(middle, MIB + 512, b"m" * MIB)
     with Opener().open(str(middle), "qcow2", writable=True) as image:
         image.write_zeroes(3 * MIB, MIB)
@@ -203,3 +205,121 @@ def test_bitmaps_below_are_told_by_those_on_top_which_record_no_pull(
     assert process.end() == (0, "")
     assert [item["name"] for item in checked(new)] == ["c"]
     assert shown(new) == holds.bytes
+
+
+def commit(process: BlkProcess, images: list[Path], top: int, base: int, **more: Any) -> Any:
+    send(process, "image", images[base])
+    wanted = {"job": "j", "top": top, "base": base, "image": "image", "backing-file": str(images[base]), **more}
+    if top > 1:
+        send(process, "above", images[top - 1])
+        wanted["above"] = "above"
+    return process.ask("x-kvik-commit", **wanted)
+
+
+def is_locked(path: Path, *, write: bool) -> bool:
+    with path.open("r+b") as other:
+        try:
+            lock_image(other.fileno(), str(path), write=write)
+        except ResourceBusy:
+            return True
+    return False
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("top", [1, 2], ids=["under-the-top", "deeper"])
+@pytest.mark.parametrize("form", ["qcow2", "raw"])
+def test_images_of_the_middle_go_into_the_one_below(
+    form: str, top: int, tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    images, before = three(tmp_path, short=2)
+    if form == "raw":
+        raw = tmp_path / "raw"
+        subprocess.run(["qemu-img", "convert", "-O", "raw", str(images[2]), str(raw)], check=True)
+        subprocess.run(["qemu-img", "rebase", "-q", "-u", "-F", "raw", "-b", str(raw), str(images[1])], check=True)
+        images[2] = raw
+    if top == 2:
+        images.insert(0, on(tmp_path / "newest", images[0]))
+    forms = [*["qcow2"] * (top + 1), form]
+    process = running(*zip(images, forms, strict=True))
+    holds = Holds(process.start())
+    holds.bytes[:] = before
+    assert not is_locked(images[-1], write=False)
+    assert commit(process, images, top, top + 1, speed=2 * MIB) == {}
+    assert is_locked(images[-1], write=False)
+    while state(process)["state"] == "running":
+        holds.change(5)
+    assert over(process) == "" and not is_locked(images[-1], write=False) and is_locked(images[-1], write=True)
+    assert not is_locked(images[top], write=True)
+    left = [*images[:top], images[-1]]
+    assert chain(process) == inodes(*left)
+    assert holds.driver.read(0, SIZE) == holds.bytes
+    holds.change(20)
+    assert process.end() == (0, "")
+    images[top].unlink()
+    for path in left[:-1]:
+        checked(path)
+    assert shown(images[0]) == holds.bytes
+    said = subprocess.run(["qemu-img", "info", str(images[top - 1])], check=True, capture_output=True, text=True)
+    assert f"backing file: {images[-1]}\nbacking file format: {form}" in said.stdout
+
+
+def test_a_commit_that_is_given_up_or_killed_leaves_the_disk_as_it_was(
+    tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    images, before = three(tmp_path, short=2)
+    process, holds = serve(running, images)
+    with images[2].open("r+b") as other:
+        lock_image(other.fileno(), "other", write=False)
+        assert "in use" in commit(process, images, 1, 2)["desc"]
+    assert chain(process) == inodes(*images) and holds.driver.read(0, SIZE) == before
+    assert commit(process, images, 1, 2, speed=1) == {}
+    assert process.ask("x-kvik-block-job-cancel", job="j") == {} and over(process) == ""
+    assert chain(process) == inodes(*images) and holds.driver.read(0, SIZE) == before
+    assert not is_locked(images[2], write=False) and is_locked(images[2], write=True)
+    assert commit(process, images, 1, 2, speed=1) == {}
+    while not state(process)["current"]:
+        pass
+    process.kill()
+    checked(images[2])
+    process, holds = serve(running, images)
+    assert holds.driver.read(0, SIZE) == before
+    assert commit(process, images, 1, 2) == {} and over(process) == ""
+    process.kill()
+    # killed when it had changed over, and before anybody knew
+    process, holds = serve(running, images)
+    assert chain(process) == inodes(*images) and holds.driver.read(0, SIZE) == before
+    assert process.end() == (0, "")
+
+
+def test_what_ends_the_disk_before_the_base_does_is_not_committed(
+    tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    images, before = three(tmp_path)
+    process, holds = serve(running, images)
+    assert "is longer than" in commit(process, images, 1, 2)["desc"]
+    assert "cannot go into" in commit(process, images, 2, 2)["desc"]
+    assert chain(process) == inodes(*images) and holds.driver.read(0, SIZE) == before
+    assert process.ask("x-kvik-query-block-jobs") == [] and is_locked(images[2], write=True)
+
+
+def test_bitmaps_of_the_middle_go_along_with_its_data(tmp_path: Path, running: Callable[..., BlkProcess]) -> None:
+    base = fresh(tmp_path / "base")
+    images = [base]
+    process = running((base, "qcow2"))
+    holds = Holds(process.start())
+    for number in range(2):
+        assert process.ask("x-kvik-bitmap-add", names=[f"c{number}"]) == {}
+        holds.write(number * MIB, b"a" * 65536)
+        images.insert(0, on(tmp_path / f"new{number}", images[0]))
+        send(process, "image", images[0])
+        send(process, "below", images[1], os.O_RDONLY)
+        names = {"image": "image", "below": "below", "node-name": "new", "group": "g", "filename": str(images[0])}
+        assert process.ask("x-kvik-overlay-add", **names) == process.ask("x-kvik-overlay-put") == {}
+    holds.write(2 * MIB, b"a" * 65536)
+    send(process, "below", base)
+    assert process.ask("x-kvik-bitmap-merge", layers=[1], into=2, image="below") == {}
+    assert commit(process, images, 1, 2) == {} and over(process) == ""
+    told = [{name: item["count"] for name, item in layer.items()} for layer in bitmaps(process)]
+    assert told == [{"c0": 65536, "c1": 65536}, {"c0": 2 * 65536, "c1": 65536}]
+    assert process.end() == (0, "")
+    assert [item["name"] for item in checked(base)] == ["c0", "c1"]

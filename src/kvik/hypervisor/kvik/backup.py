@@ -27,6 +27,7 @@ from kvik.errors import (
 )
 from kvik.host.files import host_error
 from kvik.host.filesystem import shared_as
+from kvik.host.reach import open_file
 from kvik.hypervisor.chain import check_qcow2
 from kvik.hypervisor.driver import BackupPart, Bitmap, JobState
 from kvik.hypervisor.kvik import blk_monitor
@@ -146,11 +147,20 @@ class KvikBackups:
         return count if isinstance(count, int) else 0
 
     async def carry(self, disk: Disk, images: Sequence[int], into: int, *, new: bool, written: bool = False) -> None:
-        """Into the image that the guest writes to, by the names that it has."""
-        places = {layer.key: place for place, layer in enumerate(layers(disk))}
-        if places[into] or new:
-            raise OperationUnsupported("kvik-vmm merges bitmaps into the image that the guest writes to only")
-        await self._ask(disk, "x-kvik-bitmap-merge", {"layers": [places[image] for image in images]})
+        """Into the image that the guest writes to by the names that it has, into another one by all."""
+        chain = {layer.key: layer for layer in layers(disk)}
+        arguments: dict[str, Any] = {"layers": [chain[image].number for image in images]}
+        if not chain[into].number:
+            await self._ask(disk, "x-kvik-bitmap-merge", arguments)
+            return
+        fd = await open_file(chain[into].source.location or "", os.O_RDWR | os.O_NONBLOCK)
+        try:
+            async with self._session(disk) as connection:
+                await connection.execute("getfd", {"fdname": "below"}, fds=[fd])
+                arguments |= {"into": chain[into].number, "image": "below"}
+                await connection.execute("x-kvik-bitmap-merge", arguments, deadline=DEADLINE)
+        finally:
+            os.close(fd)
 
     # -- a backup
 

@@ -6,15 +6,17 @@ until a job's last step the guest reads the same from those.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvik.conf.devices.disk import Disk, Mirror
 from kvik.errors import HypervisorError, OperationUnsupported
-from kvik.host.reach import about, reach
+from kvik.host.reach import about, open_file, reach
 from kvik.hypervisor.driver import JobState
 from kvik.hypervisor.kvik import blk_monitor
 from kvik.hypervisor.kvik.blk_monitor import number
@@ -36,10 +38,10 @@ class KvikDiskJobs:
     def __init__(self, machine: KvikMachine) -> None:
         self._machine = machine
 
-    def merges(self, disk: Disk, *, down: bool) -> bool:
+    def merges(self, disk: Disk, *, active: bool) -> bool:
         machine = self._machine
         return (
-            not down
+            not active
             and alias_of(disk) not in machine.own_disks
             and machine.storage_kind(disk) == kvik_blk.KIND
             and _top_format(disk) == "qcow2"
@@ -95,11 +97,32 @@ class KvikDiskJobs:
         self._refuse(disk, "copied")
 
     async def commit(self, job: str, disk: Disk, top: int, base: int, backing: str | None, *, speed: int = 0) -> None:
-        self._refuse(disk, "merged into the one below")
+        """As `QemuDiskJobs.commit`."""
+        chain = {layer.key: layer for layer in layers(disk)}
+        place = chain[top].number
+        if not place:
+            self._refuse(disk, "merged into the one below")
+        written = {"image": chain[base]}
+        if place > 1:
+            written["above"] = next(layer for layer in chain.values() if layer.number == place - 1)
+        arguments = {"job": job, "top": place, "base": chain[base].number, "backing-file": backing, "speed": speed}
+        self._check(disk)
+        with ExitStack() as close:
+            fds = {}
+            for name, layer in written.items():
+                path = layer.source.location or ""
+                fds[name] = await open_file(path, os.O_RDWR | os.O_NONBLOCK, action="open for writing")
+                close.callback(os.close, fds[name])
+            async with blk_monitor.session(self._machine, disk, _LACKS) as connection:
+                for name, fd in fds.items():
+                    await connection.execute("getfd", {"fdname": name}, fds=[fd])
+                arguments |= {name: name for name in fds}
+                await connection.execute("x-kvik-commit", arguments, deadline=blk_monitor.DEADLINE)
 
     def _refuse(self, disk: Disk, what: str) -> NoReturn:
         raise OperationUnsupported(
-            f"kvik-vmm: an image of disk {disk.target.dev} cannot be {what} while machine {self._machine.name} runs",
+            f"kvik-vmm: what the guest writes to as disk {disk.target.dev} cannot be {what} while machine "
+            f"{self._machine.name} runs",
             remedy="shut it down and use kvik img, or run it with QEMU (<emulator>qemu-system-...</emulator>)",
         )
 

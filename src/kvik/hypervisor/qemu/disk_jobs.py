@@ -53,7 +53,7 @@ class QemuDiskJobs:
     def __init__(self, machine: QemuMachine) -> None:
         self._machine = machine
 
-    def merges(self, disk: Disk, *, down: bool) -> bool:
+    def merges(self, disk: Disk, *, active: bool) -> bool:
         return True
 
     # -- starting

@@ -44,7 +44,7 @@ def can(domain: DomainObject, step: Step) -> bool:
         return False
     disk, chain = found
     try:
-        merges = domain.run.machine.disk_jobs.merges(disk, down=step.kind != FORWARD)
+        merges = domain.run.machine.disk_jobs.merges(disk, active=chain[0] == step.path)
     except OperationUnsupported:
         return False
     if not merges or disk.target.dev in domain.run.block_jobs or step.path not in chain or step.into not in chain:

@@ -63,7 +63,9 @@ def _bitmap_count(context: Context, arguments: Arguments) -> dict[str, int]:
 
 
 def _bitmap_merge(context: Context, arguments: Arguments) -> None:
-    _backups(context).merge(arguments["layers"])
+    into = arguments.get("into", 0)
+    fd = _named_fd(context, arguments.get("image", "")) if into else -1
+    _backups(context).merge(arguments["layers"], into, fd)
 
 
 def _backup_add(context: Context, arguments: Arguments) -> None:
@@ -145,9 +147,9 @@ COMMANDS = (
     Command(
         "x-kvik-bitmap-merge",
         _bitmap_merge,
-        Struct({"layers": List(Int(1, MAX_CHAIN), MAX_CHAIN)}),
+        Struct({"layers": List(Int(1, MAX_CHAIN), MAX_CHAIN), "*into": Int(0, MAX_CHAIN), "*image": ID}),
         NOTHING,
-        summary="what the bitmaps of images below mark is marked by those that record",
+        summary="what bitmaps of images below mark is marked by another's, which is sent by getfd if not on top",
     ),
     Command(
         "x-kvik-backup-add",

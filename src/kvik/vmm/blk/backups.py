@@ -111,9 +111,13 @@ class Backups:
         with self._device.lock:
             return bitmaps.count(self._device.image, sources, shift)
 
-    def merge(self, layers: Sequence[int]) -> None:
+    def merge(self, layers: Sequence[int], into: int, fd: int) -> None:
+        """Takes over `fd`, of an image that is not on top."""
         with self._device.lock:
-            bitmaps.merge(self._device.image, layers)
+            if into:
+                bitmaps.merge_below(self._device.image, layers, into, fd)
+            else:
+                bitmaps.merge(self._device.image, layers)
 
     def _settle(self) -> None:
         """What is in flight is either before or after."""

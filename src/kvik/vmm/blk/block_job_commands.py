@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvik.vmm.monitor.errors import QmpError
 from kvik.vmm.monitor.schema import ID, NOTHING, Int, Str, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
 
@@ -36,6 +37,23 @@ def _pull(context: Context, arguments: Arguments) -> None:
     )
 
 
+def _commit(context: Context, arguments: Arguments) -> None:
+    named = context.server.named_fds
+    names = [arguments["image"], *([arguments["above"]] if "above" in arguments else [])]
+    for name in names:
+        if name not in named:
+            raise QmpError(f"File descriptor named '{name}' not found")
+    fds = [named.pop(name) for name in names]
+    _jobs(context).commit(
+        arguments["job"],
+        arguments["top"],
+        arguments["base"],
+        fds=(fds[0], fds[1] if len(fds) > 1 else -1),
+        backing=arguments["backing-file"],
+        speed=arguments.get("speed", 0),
+    )
+
+
 def _set_speed(context: Context, arguments: Arguments) -> None:
     _jobs(context).set_speed(arguments["job"], arguments["speed"])
 
@@ -58,6 +76,17 @@ COMMANDS = (
         Struct(_JOB | {"*base": Int(1, MAX_CHAIN), "*backing-file": Str(1023), "*speed": _SPEED}),
         NOTHING,
         summary="the image on top gets what those below it have, down to a base",
+    ),
+    Command(
+        "x-kvik-commit",
+        _commit,
+        Struct(
+            _JOB
+            | {"top": Int(1, MAX_CHAIN), "base": Int(2, MAX_CHAIN), "backing-file": Str(1023), "*speed": _SPEED}
+            | {"image": ID, "*above": ID}
+        ),
+        NOTHING,
+        summary="images go into a base below them; that and the one above, if not on top, are sent by getfd",
     ),
     Command(
         "x-kvik-block-job-speed",

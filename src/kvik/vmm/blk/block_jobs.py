@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from kvik.errors import InvalidArgument, OperationInvalid
 from kvik.image.qcow2.redo import identity
 from kvik.image.qcow2.writer import Qcow2Writer
@@ -21,11 +23,18 @@ __all__ = ["BlockJobs"]
 
 
 class BlockJobs:
-    """Of one disk. `emit` tells events."""
+    """Of one disk. `emit` tells events; `locking`: whether its images are locked."""
 
     def __init__(
-        self, device: Blk, overlays: Overlays, backups: Backups, emit: Callable[[str, dict[str, Any]], object]
+        self,
+        device: Blk,
+        overlays: Overlays,
+        backups: Backups,
+        emit: Callable[[str, dict[str, Any]], object],
+        *,
+        locking: bool = True,
     ) -> None:
+        self._locking = locking
         self._device, self._overlays, self._backups, self._emit = device, overlays, backups, emit
         self.job: BlockJob | None = None
 
@@ -54,6 +63,41 @@ class BlockJobs:
             )
         below = chain[base] if base else None
         self.job = Pull(job, device, image, top, base=below, name=backing, speed=speed, ended=self._concluded)
+
+    def commit(self, job: str, place: int, base: int, *, fds: tuple[int, int], backing: str, speed: int) -> None:
+        """The images from `place` on into image `base`. Takes over `fds`, both for writing: of that, and of the image
+        above `place`, which is -1 where it is the one on top. Raises `KvikError`, OSError."""
+        from kvik.vmm.blk.commit import Commit
+
+        device = self._device
+        try:
+            image, top = self._idle()
+            chain = top.chain()
+            if not 0 < place < base < len(chain) or (fds[1] < 0) != (place == 1):
+                raise InvalidArgument(f"disk {device.name} has {len(chain)} images: {place} cannot go into {base}")
+            for upper in chain[place:base]:
+                if getattr(upper, "snapshots", ()):
+                    raise OperationInvalid(
+                        f"disk {device.name}: there are snapshots inside {upper.path}",
+                        remedy=f"delete them first, while the machine is off: kvik img snapshot -d NAME {upper.path}",
+                    )
+        except BaseException:
+            for fd in {*fds} - {-1}:
+                os.close(fd)
+            raise
+        self.job = Commit(
+            job,
+            device,
+            image,
+            top,
+            above=chain[place - 1],
+            count=base - place,
+            fds=fds,
+            name=backing,
+            locking=self._locking,
+            speed=speed,
+            ended=self._concluded,
+        )
 
     def _idle(self) -> tuple[FormatImage, Qcow2Writer]:
         """The disk's image and what is in it, when nobody else works on it. Raises `OperationInvalid`."""
