@@ -14,10 +14,13 @@ from test_disk_snapshots import idle, take, told, tops, word, writes
 from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE
 
+from kvik.conf.devices.disk import Disk
 from kvik.conf.enums import ConnectDomainEventBlockJobStatus as Status
 from kvik.conf.enums import DomainBlockCommitFlags as Commit
+from kvik.conf.enums import DomainBlockJobAbortFlags as Abort
 from kvik.conf.enums import DomainState
 from kvik.errors import OperationUnsupported
+from kvik.hypervisor.kvik.disk_jobs import KvikDiskJobs
 from kvik.hypervisor.layers import layers
 from kvik.manager import block_jobs
 from kvik.manager.checkpoints import create as checkpoints
@@ -160,9 +163,6 @@ async def test_images_of_the_middle_are_merged_down_while_the_guest_writes(world
     await domain.block_job_speed("vda", 0, in_bytes=False)
     await over(world, Status.FAILED, Status.COMPLETED)
     assert images_of(domain) == ["top.qcow2", "a.qcow2"] and not images[1].exists()
-    with pytest.raises(OperationUnsupported, match="what the guest writes to as disk vda cannot be merged"):
-        await block_jobs.commit(domain, "vda", None, None, flags=Commit.ACTIVE)
-    assert domain.run is not None and not domain.run.block_jobs and domain.run.live.devices.disks[0].mirror is None
     await told(world, b"four")
     await domain.destroy()
     for path in (images[0], images[2]):
@@ -171,6 +171,91 @@ async def test_images_of_the_middle_are_merged_down_while_the_guest_writes(world
     said = subprocess.run(["qemu-io", "-c", "read -P 7 4M 2M", "-c", "read -P 9 6M 1M", str(images[2])],
                           check=True, capture_output=True, text=True).stdout  # fmt: skip
     assert "Pattern verification failed" not in said
+
+
+async def ready(domain: DomainObject) -> None:
+    run = domain.run
+    assert run is not None
+    await soon(lambda: all(job.ready for job in run.block_jobs.values()))
+
+
+async def test_the_guest_changes_over_to_the_image_that_its_own_goes_into(world: World) -> None:
+    images = chain(world.root)
+    domain = await world.start(writes(BlkDriver(5)), disk(images[0], options=" cache='none'"))
+    await told(world, b"up")
+    await told(world, b"one")
+    await block_jobs.commit(domain, "vda", str(images[1]), None, flags=Commit.ACTIVE)
+    await told(world, b"two")
+    await ready(domain)
+    # given up; then taken up by the next daemon
+    await domain.block_job_abort("vda", 0)
+    await over(world, Status.READY, Status.CANCELED)
+    assert images_of(domain) == [path.name for path in images]
+    await block_jobs.commit(domain, "vda", str(images[1]), None, flags=Commit.ACTIVE | DELETE)
+    await ready(domain)
+    await world.managers[-1].close()
+    domain = (await world.manager()).lookup_name("m")
+    await told(world, b"three")
+    await domain.block_job_abort("vda", Abort.PIVOT)
+    assert images_of(domain) == ["middle.qcow2", "a.qcow2"] and tops(domain) == ["middle.qcow2"]
+    await soon(lambda: not images[0].exists())
+    # killed when it had changed over
+    os.kill(daemons(domain)[0][0], signal.SIGKILL)
+    await soon(lambda: "kvik-blk of virtio-disk0 was started again" in world.log())
+    await told(world, b"four")
+    await domain.destroy()
+    checked(images[1])
+    assert word(images[1]) == b"four"
+    await domain.start()
+    assert images_of(domain) == ["middle.qcow2", "a.qcow2"]
+
+
+async def test_a_kvik_blk_that_died_before_the_document_says_it_changed_over_goes_on_in_the_base(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = chain(world.root)
+    domain = await world.start(writes(BlkDriver(5)), disk(images[0]))
+    await told(world, b"up")
+    await told(world, b"one")
+    await block_jobs.commit(domain, "vda", str(images[1]), None, flags=Commit.ACTIVE)
+    await ready(domain)
+    original = KvikDiskJobs.chain
+    killed = False
+
+    async def chain_of(jobs: KvikDiskJobs, one: Disk) -> list[int]:
+        nonlocal killed
+        if not killed:
+            killed = True
+            await told(world, b"two")  # which is in the base only
+            os.kill(daemons(domain)[0][0], signal.SIGKILL)
+        return await original(jobs, one)
+
+    monkeypatch.setattr(KvikDiskJobs, "chain", chain_of)
+    await domain.block_job_abort("vda", Abort.PIVOT)
+    assert killed and images_of(domain) == ["middle.qcow2", "a.qcow2"]
+    assert word(images[0]) == b"one" and word(images[1]) == b"two"
+    await told(world, b"three")
+    await domain.destroy()
+    assert word(images[1]) == b"three"
+
+
+async def test_the_only_snapshot_that_is_deleted_is_merged_down_while_the_guest_writes(world: World) -> None:
+    domain = await world.start(writes(BlkDriver(5)), disk(image(world.root / "a.qcow2")))
+    await told(world, b"up")
+    await checkpoints.create(domain, "<domaincheckpoint><name>c1</name></domaincheckpoint>", 0)
+    await told(world, b"one")
+    await take(domain, "s1")
+    await told(world, b"two")
+    await delete.delete(domain, "s1", 0)
+    await idle(domain)
+    await soon(lambda: not (world.root / "a.s1").exists())
+    assert images_of(domain) == ["a.qcow2"] and tops(domain) == ["a.qcow2"]
+    known = await domain.require_machine().backups.bitmaps(domain.run.live.devices.disks[0])  # type: ignore[union-attr]
+    assert [bitmap.usable and bitmap.count > 0 for layer in known.values() for bitmap in layer.values()] == [True]
+    await told(world, b"three")
+    await domain.destroy()
+    checked(world.root / "a.qcow2")
+    assert word(world.root / "a.qcow2") == b"three"
 
 
 async def test_disks_that_others_serve_and_jobs_that_are_not_there_are_refused_by_name(world: World) -> None:

@@ -148,8 +148,8 @@ STEPS: list[tuple[str, str, str]] = [
     ("backup-dumpxml m", WORKS, "exportname='vdc'"),
     ("domjobabort m", WORKS, ""),
     ("checkpoint-delete m c1 --children", WORKS, "deleted"),
-    ("blockcommit m vdc --active", "cannot be merged into the one below while", ""),
-    ("blockcommit m vdc --top @below.qcow2 --wait", WORKS, "Commit complete"),
+    ("blockcommit m vdc --top @below.qcow2 --shallow --wait", WORKS, "Commit complete"),
+    ("blockcommit m vdc --base @middle.qcow2 --active --pivot", WORKS, "Successfully pivoted"),
     ("blockpull m vdc --wait", WORKS, "Pull complete"),
     ("detach-disk m vdc --live", WORKS, "detached"),
     # what it is
@@ -351,7 +351,11 @@ class Machine:
             with (self.root / name).open("wb") as image:
                 image.truncate(4 << 20)
         create(str(self.root / "lowest.qcow2"), "qcow2", 4 << 20)
-        for name, below in (("below.qcow2", "lowest.qcow2"), ("c.qcow2", "below.qcow2")):
+        for name, below in (
+            ("middle.qcow2", "lowest.qcow2"),
+            ("below.qcow2", "middle.qcow2"),
+            ("c.qcow2", "below.qcow2"),
+        ):
             backing = str(self.root / below)
             create(str(self.root / name), "qcow2", 4 << 20, backing_file=backing, backing_format="qcow2")
         self.write("m", DOMAIN.format(name="m", root=self.root, devices=OWN.format(root=self.root)))

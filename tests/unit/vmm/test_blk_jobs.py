@@ -323,3 +323,102 @@ def test_bitmaps_of_the_middle_go_along_with_its_data(tmp_path: Path, running: C
     assert told == [{"c0": 65536, "c1": 65536}, {"c0": 2 * 65536, "c1": 65536}]
     assert process.end() == (0, "")
     assert [item["name"] for item in checked(base)] == ["c0", "c1"]
+
+
+def until_ready(process: BlkProcess) -> None:
+    end = time.monotonic() + SECONDS
+    while state(process)["state"] != "ready":
+        assert time.monotonic() < end
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+@pytest.mark.parametrize("base", [1, 2])
+def test_the_guest_changes_over_to_the_base_that_its_image_went_into(
+    base: int, cache: str, tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    images, before = three(tmp_path, short=2)
+    process, holds = serve(running, images, options=(f"--cache={cache}",))
+    holds.bytes[:] = before
+    send(process, "image", images[base])
+    more: dict[str, Any] = {}
+    if cache == "none":
+        send(process, "data", images[base], os.O_RDWR)
+        more["data"] = "data"
+    wanted = {"job": "j", "top": 0, "base": base, "image": "image", "node-name": "node", **more}
+    assert process.ask("x-kvik-commit", speed=65536, **wanted) == {}
+    assert base == 1 or "not ready" in process.ask("x-kvik-block-job-complete", job="j")["desc"]
+    for _ in range(10):
+        holds.change(5)
+    assert process.ask("x-kvik-block-job-speed", job="j", speed=0) == {}
+    until_ready(process)
+    holds.change(30)
+    assert process.ask("x-kvik-block-job-complete", job="j") == {}
+    while state(process)["state"] != "concluded":
+        holds.change(1)
+    assert over(process) == "" and chain(process) == inodes(*images[base:])
+    assert process.ask("x-kvik-query-overlay")["top"] == "node"
+    assert holds.driver.read(0, SIZE) == holds.bytes
+    for path in images[:base]:
+        assert not is_locked(path, write=True)
+        path.unlink()
+    assert is_locked(images[base], write=False)
+    holds.change(30)
+    assert process.end() == (0, "")
+    checked(images[base])
+    assert shown(images[base]) == holds.bytes
+
+
+def test_a_commit_of_the_top_that_is_given_up_or_killed_leaves_the_disk_as_it_was(
+    tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    images, before = three(tmp_path, short=2)
+    process, holds = serve(running, images)
+    wanted = {"job": "j", "top": 0, "base": 2, "image": "image"}
+    send(process, "image", images[2])
+    assert process.ask("x-kvik-commit", **wanted) == {}
+    until_ready(process)
+    holds.bytes[:] = before
+    holds.change(5)
+    assert process.ask("x-kvik-block-job-cancel", job="j") == {} and over(process) == ""
+    assert chain(process) == inodes(*images) and holds.driver.read(0, SIZE) == holds.bytes
+    send(process, "image", images[2])
+    assert process.ask("x-kvik-commit", **wanted) == {}
+    until_ready(process)
+    holds.change(5)
+    holds.driver.flush()
+    now = bytes(holds.bytes)
+    process.kill()
+    process, holds = serve(running, images)
+    assert holds.driver.read(0, SIZE) == now and chain(process) == inodes(*images)
+
+
+def test_a_process_that_changed_over_is_followed_by_none_that_would_hide_what_was_written_since(
+    tmp_path: Path, running: Callable[..., BlkProcess]
+) -> None:
+    images, before = three(tmp_path, short=2)
+
+    def start(served: list[Path]) -> BlkProcess:
+        redo = os.open(tmp_path / "redo", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            return BlkProcess(*((path, "qcow2") for path in served), options=(f"--redo={redo}",), keep=(redo,))
+        finally:
+            os.close(redo)
+
+    process = start(images)
+    holds = Holds(process.start())
+    holds.bytes[:] = before
+    send(process, "image", images[1])
+    assert process.ask("x-kvik-commit", job="j", top=0, base=1, image="image") == {}
+    until_ready(process)
+    assert process.ask("x-kvik-block-job-complete", job="j") == {} and over(process) == ""
+    holds.change(5)
+    holds.driver.flush()  # no change of a table waits
+    process.kill()
+    old = start(images)
+    assert old.process.wait(SECONDS) == 1
+    assert old.process.stderr is not None and "is not the image that the process before" in old.process.stderr.read()
+    old.close()
+    process = start(images[1:])
+    assert process.start().read(0, SIZE) == holds.bytes
+    assert process.end() == (0, "")

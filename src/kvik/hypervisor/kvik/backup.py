@@ -153,6 +153,9 @@ class KvikBackups:
         if not chain[into].number:
             await self._ask(disk, "x-kvik-bitmap-merge", arguments)
             return
+        if written:
+            await self._ask(disk, "x-kvik-bitmap-merge", arguments | {"into": chain[into].number})
+            return
         fd = await open_file(chain[into].source.location or "", os.O_RDWR | os.O_NONBLOCK)
         try:
             async with self._session(disk) as connection:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.devices.disk import Disk
 from kvik.errors import HypervisorError, MonitorError, OperationInvalid, OperationTimeout, OperationUnsupported
+from kvik.host.reach import about
 from kvik.hypervisor.driver import JobState
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
@@ -17,7 +20,7 @@ from kvik.qmp.aio import QmpConnection
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
 
-__all__ = ["DEADLINE", "INTERVAL", "ask", "follow", "number", "serves", "session"]
+__all__ = ["DEADLINE", "INTERVAL", "ask", "follow", "identity", "number", "serves", "session"]
 
 DEADLINE = 60.0  # seconds: what the guest wrote may have to be written out first
 INTERVAL = 0.5  # seconds between two looks at a job's progress
@@ -86,3 +89,14 @@ async def follow(
 def number(item: Mapping[str, Any], key: str) -> int:
     value = item.get(key)
     return value if isinstance(value, int) and value > 0 else 0
+
+
+def identity(path: str | None) -> tuple[int, int]:
+    """As `kvik.image.qcow2.redo.identity`, of a file by its name; (0, 0) for one that is not there. Looks at a file
+    that may not answer: see `host/reach.py`."""
+    about(path or "")
+    try:
+        status = Path(path or "").stat()
+    except OSError:
+        return 0, 0
+    return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)

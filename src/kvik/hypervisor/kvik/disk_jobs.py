@@ -7,20 +7,18 @@ until a job's last step the guest reads the same from those.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvik.conf.devices.disk import Disk, Mirror
 from kvik.errors import HypervisorError, OperationUnsupported
-from kvik.host.reach import about, open_file, reach
+from kvik.host.reach import open_file, reach
 from kvik.hypervisor.driver import JobState
 from kvik.hypervisor.kvik import blk_monitor
 from kvik.hypervisor.kvik.blk_monitor import number
-from kvik.hypervisor.layers import Layer, layers
+from kvik.hypervisor.layers import layers
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import kvik_blk
 
@@ -41,10 +39,9 @@ class KvikDiskJobs:
     def merges(self, disk: Disk, *, active: bool) -> bool:
         machine = self._machine
         return (
-            not active
-            and alias_of(disk) not in machine.own_disks
+            alias_of(disk) not in machine.own_disks
             and machine.storage_kind(disk) == kvik_blk.KIND
-            and _top_format(disk) == "qcow2"
+            and all(layer.format == "qcow2" for layer in layers(disk) if active or not layer.number)
         )
 
     def _check(self, disk: Disk) -> None:
@@ -100,12 +97,15 @@ class KvikDiskJobs:
         """As `QemuDiskJobs.commit`."""
         chain = {layer.key: layer for layer in layers(disk)}
         place = chain[top].number
-        if not place:
-            self._refuse(disk, "merged into the one below")
+        if not place and chain[base].format != "qcow2":
+            self._refuse(disk, "merged into a raw image")
         written = {"image": chain[base]}
         if place > 1:
             written["above"] = next(layer for layer in chain.values() if layer.number == place - 1)
-        arguments = {"job": job, "top": place, "base": chain[base].number, "backing-file": backing, "speed": speed}
+        arguments: dict[str, Any] = {"job": job, "top": place, "base": chain[base].number, "speed": speed}
+        arguments |= {"backing-file": backing} if place else {"node-name": f"{alias_of(disk)}-{base}-format"}
+        if not place and disk.driver is not None and disk.driver.cache in ("none", "directsync"):
+            written["data"] = chain[base]
         self._check(disk)
         with ExitStack() as close:
             fds = {}
@@ -155,7 +155,7 @@ class KvikDiskJobs:
         await self._tell(job, "x-kvik-block-job-speed", {"speed": speed})
 
     async def complete(self, job: str) -> None:
-        raise OperationUnsupported(f"kvik-vmm: block job {job} is none that waits to be told how to end")
+        await self._tell(job, "x-kvik-block-job-complete", {})
 
     async def cancel(self, job: str, *, force: bool) -> None:
         await self._tell(job, "x-kvik-block-job-cancel", {})
@@ -175,7 +175,7 @@ class KvikDiskJobs:
         if not blk_monitor.serves(self._machine, disk):
             raise HypervisorError(f"{self._machine.name}: nobody serves disk {disk.target.dev} now")
         reply = await self._ask(disk, "x-kvik-query-chain")
-        known = {await reach(_identity, layer): layer.key for layer in layers(disk)}
+        known = {await reach(blk_monitor.identity, layer.source.location): layer.key for layer in layers(disk)}
         items = [item for item in reply if isinstance(item, dict)] if isinstance(reply, list) else []
         found = [(item.get("device"), item.get("inode")) for item in items]
         return [known[one] for one in found if one in known]
@@ -193,26 +193,12 @@ class KvikDiskJobs:
         )
 
 
-def _top_format(disk: Disk) -> str:
-    return next((layer.format for layer in layers(disk)), "")
-
-
-def _identity(layer: Layer) -> tuple[int, int]:
-    """As `kvik.image.qcow2.redo.identity`, of a file by its name; (0, 0) for one that is not there."""
-    path = layer.source.location or ""
-    about(path)
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return 0, 0
-    return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
-
-
 def _state(item: Mapping[str, Any]) -> JobState:
     error = item.get("error")
     return JobState(
         current=number(item, "current"),
         total=number(item, "total"),
+        ready=item.get("state") == "ready",
         concluded=item.get("state") == "concluded",
         error=error if isinstance(error, str) else "",
     )

@@ -64,7 +64,7 @@ def _bitmap_count(context: Context, arguments: Arguments) -> dict[str, int]:
 
 def _bitmap_merge(context: Context, arguments: Arguments) -> None:
     into = arguments.get("into", 0)
-    fd = _named_fd(context, arguments.get("image", "")) if into else -1
+    fd = _named_fd(context, arguments["image"]) if "image" in arguments else -1
     _backups(context).merge(arguments["layers"], into, fd)
 
 
@@ -147,7 +147,7 @@ COMMANDS = (
     Command(
         "x-kvik-bitmap-merge",
         _bitmap_merge,
-        Struct({"layers": List(Int(1, MAX_CHAIN), MAX_CHAIN), "*into": Int(0, MAX_CHAIN), "*image": ID}),
+        Struct({"layers": List(Int(0, MAX_CHAIN), MAX_CHAIN), "*into": Int(0, MAX_CHAIN), "*image": ID}),
         NOTHING,
         summary="what bitmaps of images below mark is marked by another's, which is sent by getfd if not on top",
     ),

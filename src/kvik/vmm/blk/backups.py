@@ -115,6 +115,7 @@ class Backups:
         """Takes over `fd`, of an image that is not on top."""
         with self._device.lock:
             if into:
+                self._settle()
                 bitmaps.merge_below(self._device.image, layers, into, fd)
             else:
                 bitmaps.merge(self._device.image, layers)

@@ -167,22 +167,34 @@ def remove_below(image: BlockImage, layer: int, fd: int, name: str) -> None:
 
 
 def merge_below(image: BlockImage, sources: Iterable[int], layer: int, fd: int) -> None:
-    """What the bitmaps of these images further down mark is marked by those of image `layer` as well, which gets those
-    that it does not have. All or none: raises `OperationInvalid` where one of them is not true."""
+    """What the bitmaps of these images mark is marked by those of image `layer` as well, which gets those that it does
+    not have. `fd`: as of `_open_below`; -1 for an image that a job writes to, when nothing is in flight. All or none:
+    raises `OperationInvalid` where one of them is not true."""
     chain = _chain(image)
+    written = chain[layer] if 0 < layer < len(chain) else None
+    if fd < 0 and isinstance(written, Qcow2Writer):  # a job writes to it
+        written.store_bitmaps()
+        _merge_into(written, [chain[source] for source in sources if source < layer])
+        return
     with _open_below(image, layer, fd) as below:
-        changes, known = BitmapChanges(below), {bitmap.name for bitmap in below.bitmaps}
-        for source in sources:
-            above = chain[source] if source < len(chain) else None
-            if not isinstance(above, Qcow2Reader):
-                continue
+        _merge_into(below, [chain[source] for source in sources if source < layer])
+
+
+def _merge_into(below: Qcow2Writer, sources: list[Image]) -> None:
+    changes, known = BitmapChanges(below), {bitmap.name for bitmap in below.bitmaps}
+    for above in sources:
+        if not isinstance(above, Qcow2Reader):
+            continue
+        if isinstance(above, Qcow2Writer):
+            above.store_bitmaps()
+        else:
             _look_again(above)
-            for bitmap in above.bitmaps:
-                if bitmap.name not in known:
-                    changes.add(bitmap.name, bitmap.granularity)
-                    known.add(bitmap.name)
-                changes.merge(bitmap.name, bitmap.name, above)
-        changes.store()
+        for bitmap in above.bitmaps:
+            if bitmap.name not in known:
+                changes.add(bitmap.name, bitmap.granularity)
+                known.add(bitmap.name)
+            changes.merge(bitmap.name, bitmap.name, above)
+    changes.store()
 
 
 def merge(image: BlockImage, sources: Iterable[int]) -> None:

@@ -2,6 +2,7 @@
 
     running    from its making on
     settling   all is copied, and is being written out
+    ready      all is copied, and what the guest writes goes on being copied, until it is told to change over
     concluded  by itself, by `cancel` or by an error; known until it is dismissed
 
 Until the last step the guest has the images that it had, and reads the same from them whatever was copied: a process
@@ -28,6 +29,7 @@ __all__ = ["STEP", "BlockJob"]
 
 STEP = 1 << 20  # bytes that one turn of the loop copies: the guest's requests wait meanwhile
 SETTLES = 10.0  # seconds for requests that are under way
+WAITS = 0.02  # seconds
 AGAIN = 1.0  # seconds until storage that does not answer is looked at again
 
 
@@ -68,6 +70,10 @@ class BlockJob:
         """Nothing is in flight: the images change places."""
         raise NotImplementedError
 
+    def waits(self) -> bool:
+        """Whether it goes on although it has copied all."""
+        return False
+
     def abandon(self) -> None:
         """It comes to no good end."""
 
@@ -93,6 +99,8 @@ class BlockJob:
             self._due = max(self._due, now) + copied / self.speed
         if self.current < self.total:
             loop.call_soon(self._turn)
+        elif self.waits():
+            loop.call_later(0 if copied else WAITS, self._turn)
         else:
             self.state = "settling"
             _thread.start_new_thread(self._write_out, (os.dup(self.written),))

@@ -39,17 +39,22 @@ def _pull(context: Context, arguments: Arguments) -> None:
 
 def _commit(context: Context, arguments: Arguments) -> None:
     named = context.server.named_fds
-    names = [arguments["image"], *([arguments["above"]] if "above" in arguments else [])]
+    names = [arguments[key] for key in ("image", "above", "data") if key in arguments]
     for name in names:
         if name not in named:
             raise QmpError(f"File descriptor named '{name}' not found")
-    fds = [named.pop(name) for name in names]
+    given = [named.pop(name) for name in names]
+    fds = given[0], given[1] if len(given) > 1 else -1
+    if not arguments["top"]:
+        node, speed = arguments.get("node-name", ""), arguments.get("speed", 0)
+        _jobs(context).commit_top(arguments["job"], arguments["base"], fds=fds, node=node, speed=speed)
+        return
     _jobs(context).commit(
         arguments["job"],
         arguments["top"],
         arguments["base"],
-        fds=(fds[0], fds[1] if len(fds) > 1 else -1),
-        backing=arguments["backing-file"],
+        fds=fds,
+        backing=arguments.get("backing-file", ""),
         speed=arguments.get("speed", 0),
     )
 
@@ -60,6 +65,10 @@ def _set_speed(context: Context, arguments: Arguments) -> None:
 
 def _cancel(context: Context, arguments: Arguments) -> None:
     _jobs(context).cancel(arguments["job"])
+
+
+def _complete(context: Context, arguments: Arguments) -> None:
+    _jobs(context).complete(arguments["job"])
 
 
 def _dismiss(context: Context, arguments: Arguments) -> None:
@@ -82,8 +91,8 @@ COMMANDS = (
         _commit,
         Struct(
             _JOB
-            | {"top": Int(1, MAX_CHAIN), "base": Int(2, MAX_CHAIN), "backing-file": Str(1023), "*speed": _SPEED}
-            | {"image": ID, "*above": ID}
+            | {"top": Int(0, MAX_CHAIN), "base": Int(1, MAX_CHAIN), "*backing-file": Str(1023), "*speed": _SPEED}
+            | {"image": ID, "*above": ID, "*data": ID, "*node-name": ID}
         ),
         NOTHING,
         summary="images go into a base below them; that and the one above, if not on top, are sent by getfd",
@@ -96,5 +105,6 @@ COMMANDS = (
         summary="bytes a second, 0: no limit",
     ),
     Command("x-kvik-block-job-cancel", _cancel, Struct(_JOB), NOTHING, summary="it ends as it is"),
+    Command("x-kvik-block-job-complete", _complete, Struct(_JOB), NOTHING, summary="one that is ready changes over"),
     Command("x-kvik-block-job-dismiss", _dismiss, Struct(_JOB), NOTHING, summary="it is forgotten"),
 )

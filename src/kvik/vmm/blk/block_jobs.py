@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from kvik.image.base import Image
     from kvik.vmm.blk.backups import Backups
     from kvik.vmm.blk.block_job import BlockJob
     from kvik.vmm.blk.overlay import Overlays
@@ -33,8 +34,9 @@ class BlockJobs:
         emit: Callable[[str, dict[str, Any]], object],
         *,
         locking: bool = True,
+        log: Callable[[str], object] = lambda text: None,
     ) -> None:
-        self._locking = locking
+        self._locking, self._log = locking, log
         self._device, self._overlays, self._backups, self._emit = device, overlays, backups, emit
         self.job: BlockJob | None = None
 
@@ -75,12 +77,7 @@ class BlockJobs:
             chain = top.chain()
             if not 0 < place < base < len(chain) or (fds[1] < 0) != (place == 1):
                 raise InvalidArgument(f"disk {device.name} has {len(chain)} images: {place} cannot go into {base}")
-            for upper in chain[place:base]:
-                if getattr(upper, "snapshots", ()):
-                    raise OperationInvalid(
-                        f"disk {device.name}: there are snapshots inside {upper.path}",
-                        remedy=f"delete them first, while the machine is off: kvik img snapshot -d NAME {upper.path}",
-                    )
+            _check_no_snapshots(device.name, chain[place:base])
         except BaseException:
             for fd in {*fds} - {-1}:
                 os.close(fd)
@@ -98,6 +95,43 @@ class BlockJobs:
             speed=speed,
             ended=self._concluded,
         )
+
+    def commit_top(self, job: str, base: int, *, fds: tuple[int, int], node: str, speed: int) -> None:
+        """The image on top, and those below it, into image `base`, to which the guest changes over when the job is told
+        to complete. Takes over `fds`: see `ActiveCommit`. Raises `KvikError`, OSError."""
+        from kvik.vmm.blk.active_commit import ActiveCommit
+
+        device = self._device
+        try:
+            image, top = self._idle()
+            chain = top.chain()
+            if not 0 < base < len(chain) or chain[base].format != "qcow2" or (fds[1] >= 0) != image.direct:
+                raise InvalidArgument(f"disk {device.name} has {len(chain)} images: the first cannot go into {base}")
+            _check_no_snapshots(device.name, chain[:base])
+        except BaseException:
+            for fd in {*fds} - {-1}:
+                os.close(fd)
+            raise
+        self.job = ActiveCommit(
+            job,
+            device,
+            image,
+            top,
+            count=base,
+            fds=fds,
+            node=node,
+            overlays=self._overlays,
+            locking=self._locking,
+            speed=speed,
+            ended=self._concluded,
+            log=self._log,
+        )
+
+    def complete(self, job: str) -> None:
+        """One that is ready changes over. Raises `OperationInvalid` for any other."""
+        complete = getattr(self.job, "complete", None)
+        if self.job is None or self.job.job != job or complete is None or not complete():
+            raise OperationInvalid(f"disk {self._device.name}: block job {job} is not ready to change over")
 
     def _idle(self) -> tuple[FormatImage, Qcow2Writer]:
         """The disk's image and what is in it, when nobody else works on it. Raises `OperationInvalid`."""
@@ -141,3 +175,12 @@ class BlockJobs:
         """The disk ends, and a job that is under way with it."""
         if self.job is not None:
             self.cancel(self.job.job)
+
+
+def _check_no_snapshots(name: str, images: list[Image]) -> None:
+    for image in images:
+        if getattr(image, "snapshots", ()):
+            raise OperationInvalid(
+                f"disk {name}: there are snapshots inside {image.path}",
+                remedy=f"delete them first, while the machine is off: kvik img snapshot -d NAME {image.path}",
+            )

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from kvik.vmm.blk.image import FormatImage
     from kvik.vmm.virtio.blk import Blk
 
-__all__ = ["Commit"]
+__all__ = ["Base", "Commit"]
 
 LOOK = 64 << 20  # bytes of the disk that one turn of the loop looks at
 
 
-class _Base:
+class Base:
     """An image of the chain below `above`, open for writing in its reader's place. Takes over `fd`. Raises `KvikError`,
     OSError; then all is as it was."""
 
@@ -64,6 +64,12 @@ class _Base:
     def finish(self) -> None:
         """All that was written is on the medium, as of an image that is closed in order."""
         self.image.finish()
+
+    def keep(self) -> Image:
+        """It is written from here on; its reader goes."""
+        self._above.backing = None
+        self._reader.release()
+        return self.image
 
     def let_go(self, above: Image) -> None:
         """It is read again, below `above`. Nothing is in flight."""
@@ -117,7 +123,7 @@ class Commit(BlockJob):
             self._close_header()
             raise
         try:
-            self._base = _Base(upper[-1], base_fd, locking=locking)
+            self._base = Base(upper[-1], base_fd, locking=locking)
         except BaseException:
             self._close_header()
             raise

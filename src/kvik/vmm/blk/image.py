@@ -51,6 +51,7 @@ class FormatImage(BlockImage):
         self._log = log
         self.backup: Backup | None = None  # wants to have what is about to be overwritten
         self.job: BlockJob | None = None  # works on it
+        self.changing: Callable[[int, int], None] | None = None  # is told of what is about to be written
         self._unflushed = False  # tables changed since the last write that waited for the medium
         super().__init__(
             data_fd,
@@ -113,6 +114,8 @@ class FormatImage(BlockImage):
         return -1, -1
 
     def place_to_write(self, offset: int, length: int) -> tuple[int, int]:
+        if self.changing is not None:
+            self.changing(offset, length)
         if self.backup is not None and self.backup.wants(offset, length):
             return -1, -1
         try:
@@ -177,6 +180,8 @@ class FormatImage(BlockImage):
                 return self._to_engine(request, fd, place)
             self.image.writev(request.offset, request.buffers)
         else:
+            if self.changing is not None:
+                self.changing(request.offset, request.length)
             # What is in flight may be on its way into clusters that are given back now.
             if self.in_flight and not self.drain(30.0):
                 raise OSError(errno.ETIMEDOUT, "requests before a discard have not ended")

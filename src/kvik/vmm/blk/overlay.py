@@ -190,6 +190,20 @@ class Overlays:
             except (KvikError, OSError) as error:  # its bitmaps; all else was written before
                 self._log(f"{old.name} was not closed in order: {error}")
 
+    def pivot(self, new: FormatImage, node: str) -> None:
+        """The guest goes on in `new`, which lay below and holds the same. The device's lock is held, nothing is in
+        flight, and both are on the medium."""
+        device, old = self._device, self._device.image
+        new.take_over(old)
+        if self._redo is not None:
+            inner = getattr(old, "image", None)
+            if isinstance(inner, Qcow2Writer):
+                inner.redo = None
+            self._redo.begin(new.image.fd, alone=True)
+            if isinstance(new.image, Qcow2Writer):
+                new.image.redo = self._redo
+        device.image, self._top = new, node
+
     def close(self) -> None:
         """An image that was added is let go; the device closes what is on top."""
         if self._added is not None:
