@@ -6,7 +6,6 @@ What it does: `vmm/blk/overlay.py`, which only a machine with a disk of its own 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
 from kvik.vmm.monitor import block
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from kvik.vmm.virtio.blk import Blk
 
 __all__ = ["COMMANDS"]
-
-_MODULE = "kvik.vmm.blk.overlay"
 
 
 def _of(context: Context, arguments: Arguments) -> Blk:
@@ -47,13 +44,13 @@ def _ready(context: Context, arguments: Arguments) -> Overlays:
     """Of that disk, whether it had a new image before or not. Raises `QmpError`."""
     device = _of(context, arguments)
     if device.overlays is None:
-        if _MODULE not in sys.modules:  # confined, nothing can be imported
+        try:
+            from kvik.vmm.blk.overlay import Overlays
+        except ImportError as error:  # confined
             raise refused(
                 f"cannot put an image on top of disk {device.name}",
                 "the machine was started without a disk of this kind: start it again with this one",
-            )
-        from kvik.vmm.blk.overlay import Overlays
-
+            ) from error
         device.overlays = Overlays(device, locking=device.image.locking, log=context.machine.log)
     return device.overlays
 
