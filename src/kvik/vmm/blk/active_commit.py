@@ -13,7 +13,7 @@ from kvik.errors import ImageError, KvikError
 from kvik.image.layers import own_parts
 from kvik.image.qcow2.tracking import set_bits
 from kvik.image.resize import resize
-from kvik.vmm.blk.block_job import SETTLES, STEP, BlockJob
+from kvik.vmm.blk.block_job import STEP, BlockJob
 from kvik.vmm.blk.commit import LOOK, Base
 from kvik.vmm.blk.image import FormatImage
 
@@ -101,7 +101,7 @@ class ActiveCommit(BlockJob):
         if self.current < self.total:
             self.current, copied = self._copy(self.current, min(self.current + LOOK, self.total))
             return copied
-        return self._copy_marked(STEP) if self._device.image.drain(SETTLES) else 0
+        return self._copy_marked(STEP) if self.settled() else 0
 
     def _copy_marked(self, most: int) -> int:
         """What was written since it was copied; nothing is in flight."""
@@ -162,7 +162,7 @@ class ActiveCommit(BlockJob):
     def abandon(self) -> None:
         self._image.changing = None
         self._close_data()
-        if not self._device.image.drain(SETTLES):  # then the base stays as it is, and open, until the disk ends
+        if not self.settled():  # then the base stays as it is, and open, until the disk ends
             return
         try:
             self._base.finish()

@@ -77,6 +77,12 @@ class BlockJob:
     def abandon(self) -> None:
         """It comes to no good end."""
 
+    def settled(self) -> bool:
+        """Nothing is in flight, and what was is answered. False: the host's storage does not answer."""
+        settled = self._device.image.drain(SETTLES)
+        self._device._publish()
+        return settled
+
     # Its course --------------------------------------------------------------------------------------------------
 
     def set_speed(self, speed: int) -> None:
@@ -123,10 +129,9 @@ class BlockJob:
             self._failed(error)
             return
         with self._device.lock:
-            if not self._device.image.drain(SETTLES):
+            if not self.settled():
                 self._device.loop.call_later(AGAIN, lambda: self._written_out(None))
                 return
-            self._device._publish()
             try:
                 self.finish()
             except (KvikError, OSError) as caught:

@@ -16,7 +16,7 @@ from kvik.image.opening import open_image
 from kvik.image.qcow2.redo import identity
 from kvik.image.rebase import change_backing
 from kvik.image.resize import resize
-from kvik.vmm.blk.block_job import SETTLES, STEP, BlockJob
+from kvik.vmm.blk.block_job import STEP, BlockJob
 from kvik.vmm.blk.chain import check_can_open
 
 TYPE_CHECKING = False
@@ -150,7 +150,7 @@ class Commit(BlockJob):
         return self._base.image.data_fd
 
     def step(self) -> int:
-        if self._settles and not self._device.image.drain(SETTLES):
+        if self._settles and not self.settled():
             return 0
         end = min(self.current + LOOK, self.total)
         copied = 0
@@ -188,7 +188,7 @@ class Commit(BlockJob):
 
     def abandon(self) -> None:
         self._close_header()
-        if not self._device.image.drain(SETTLES):  # then the base stays as it is, and open, until the disk ends
+        if not self.settled():  # then the base stays as it is, and open, until the disk ends
             return
         try:
             self._base.finish()
