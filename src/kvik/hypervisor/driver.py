@@ -193,6 +193,7 @@ class DiskJobs(Protocol):
     """Block jobs on a machine's disks: see `hypervisor/qemu/disk_jobs.py`. Images are named by their `index` in the
     live document, jobs by the caller. Of a job's end nothing is forgotten before `dismiss`."""
 
+    def merges(self, disk: Disk, *, active: bool) -> bool: ...  # its images; `active`: the top one into one below
     async def number(self, disk: Disk, mirror: Mirror, *, fresh: bool) -> None: ...
     async def copy(
         self,

@@ -9,7 +9,7 @@ from kvik.conf.devices.disk import BackingStore, Disk, DiskDriver, DiskSource, M
 from kvik.conf.tree import clone
 from kvik.errors import ConfigUnsupported
 
-__all__ = ["Layer", "as_disk", "forget_live", "has_medium", "indices", "layers", "next_index"]
+__all__ = ["Layer", "as_disk", "forget_live", "has_medium", "indices", "layers", "next_index", "on_image"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,19 @@ def as_disk(disk: Disk, mirror: Mirror) -> Disk:
     changed.driver.type = mirror.format.type if mirror.format is not None else "raw"
     changed.driver.copy_on_read = None
     return changed
+
+
+def on_image(disk: Disk, key: int) -> Disk | None:
+    """The disk as it is when its guest goes on in an image of its chain; None if there is none of that key below."""
+    changed = clone(disk)
+    below = changed.backing_store
+    while below is not None and below.index != key:
+        below = below.backing_store
+    if below is None or below.source is None or below.type is None:
+        return None
+    below.source.index = key
+    mirror = Mirror(type=below.type, format=below.format, source=below.source, backing_store=below.backing_store)
+    return as_disk(changed, mirror)
 
 
 def indices(disk: Disk) -> Iterator[int]:

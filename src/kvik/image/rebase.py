@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from kvik.image.layers import Part, Progress
 
-__all__ = ["change_backing", "copy_up", "rebase"]
+__all__ = ["change_backing", "changed", "copy_up", "rebase"]
 
 
 def rebase(
@@ -71,7 +71,7 @@ def copy_up(image: Qcow2Writer, new: Image | None, progress: Progress | None = N
     image.keep_zeroes = True  # its holes are to read as `new` does
     buffer = bytearray(CHUNK)
     for hole, size in list_holes(image):
-        for start, length, zero in _changed(image, new, hole, size):
+        for start, length, zero in changed(image, new, hole, size):
             if zero:
                 image.write_zeroes(start, length)
             for at in range(start, start + length, CHUNK) if not zero else ():
@@ -95,7 +95,7 @@ def list_holes(image: Image) -> Iterator[tuple[int, int]]:
         at += size
 
 
-def _changed(image: Qcow2Writer, new: Image | None, offset: int, length: int) -> Iterator[Part]:
+def changed(image: Qcow2Writer, new: Image | None, offset: int, length: int) -> Iterator[Part]:
     """Where a hole of `image` would read differently on top of `new`."""
     old = image.backing
     unit = image.cluster_size // (SUBCLUSTERS if image.extended else 1)

@@ -148,6 +148,9 @@ STEPS: list[tuple[str, str, str]] = [
     ("backup-dumpxml m", WORKS, "exportname='vdc'"),
     ("domjobabort m", WORKS, ""),
     ("checkpoint-delete m c1 --children", WORKS, "deleted"),
+    ("blockcommit m vdc --top @below.qcow2 --shallow --wait", WORKS, "Commit complete"),
+    ("blockcommit m vdc --base @middle.qcow2 --active --pivot", WORKS, "Successfully pivoted"),
+    ("blockpull m vdc --wait", WORKS, "Pull complete"),
     ("detach-disk m vdc --live", WORKS, "detached"),
     # what it is
     ("domid m", WORKS, "1"),
@@ -194,10 +197,9 @@ STEPS: list[tuple[str, str, str]] = [
     ("domblkerror m", WORKS, "No errors found"),
     ("blockresize m vdb 8M", WORKS, "is resized"),
     ("domblkinfo m vdb", WORKS, "8388608"),
-    ("blockcopy m vdb /tmp/copy", "cannot copy, merge or watch a disk's images while", ""),
-    ("blockpull m vdb", "cannot copy, merge or watch a disk's images while", ""),
-    ("blockcommit m vdb --active", "cannot copy, merge or watch a disk's images while", ""),
-    ("domblkthreshold m vdb 1M", "cannot copy, merge or watch a disk's images while", ""),
+    ("blockcopy m vdb /tmp/copy", "cannot be copied while", ""),
+    ("blockpull m vdb", "no backing file", ""),
+    ("domblkthreshold m vdb 1M", "has grown is not watched", ""),
     ("blockjob m vdb", WORKS, "No current block job for vdb"),
     ("iothreadinfo m", "there are no I/O threads to change", ""),
     ("iothreadadd m 1 --live", "there are no I/O threads to change", ""),
@@ -348,7 +350,14 @@ class Machine:
         for name in ("a.raw", "b.raw"):
             with (self.root / name).open("wb") as image:
                 image.truncate(4 << 20)
-        create(str(self.root / "c.qcow2"), "qcow2", 4 << 20)
+        create(str(self.root / "lowest.qcow2"), "qcow2", 4 << 20)
+        for name, below in (
+            ("middle.qcow2", "lowest.qcow2"),
+            ("below.qcow2", "middle.qcow2"),
+            ("c.qcow2", "below.qcow2"),
+        ):
+            backing = str(self.root / below)
+            create(str(self.root / name), "qcow2", 4 << 20, backing_file=backing, backing_format="qcow2")
         self.write("m", DOMAIN.format(name="m", root=self.root, devices=OWN.format(root=self.root)))
         self.write("c", DOMAIN.format(name="c", root=self.root, devices=""))
         for name, text in DEVICES.items():

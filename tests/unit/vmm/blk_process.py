@@ -115,10 +115,15 @@ class Served(Driver):
 
 
 class BlkProcess:
-    """One of `images`, (path, format) from the top down; or of `fds`: a qcow2 image and a socket that listens."""
+    """One of `images`, (path, format) from the top down; or of `fds`: a qcow2 image and a socket that listens.
+    `keep`: descriptors that `options` name."""
 
     def __init__(
-        self, *images: tuple[Path, str], options: tuple[str, ...] = (), fds: tuple[int, int] | None = None
+        self,
+        *images: tuple[Path, str],
+        options: tuple[str, ...] = (),
+        fds: tuple[int, int] | None = None,
+        keep: tuple[int, ...] = (),
     ) -> None:
         self.driver: Served | None = None
         self.events: list[dict[str, Any]] = []
@@ -138,7 +143,7 @@ class BlkProcess:
         sockets = (theirs.fileno(), life.fileno(), listening.fileno())
         words = [f"--image={fd},{form}" for fd, (_, form) in zip(files, images, strict=True)]
         words += [f"--{name}={fd}" for name, fd in zip(("socket", "life", "monitor"), sockets, strict=True)]
-        self._run((*words, *options), (*files, *sockets))
+        self._run((*words, *options), (*files, *sockets, *keep))
         for fd in files:
             os.close(fd)
         for sock in (theirs, life, listening):

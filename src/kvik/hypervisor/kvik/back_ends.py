@@ -15,9 +15,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import struct
 import time
 from collections import deque
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.devices.disk import Disk
@@ -25,11 +27,15 @@ from kvik.conf.tree import clone
 from kvik.errors import HypervisorError, KvikError, MonitorError
 from kvik.host import process
 from kvik.host.process import boot_id, describe_exit
+from kvik.host.reach import reach
 from kvik.hypervisor.cpus import boot_vcpus
 from kvik.hypervisor.descriptors import Opened, open_disk
+from kvik.hypervisor.kvik import blk_monitor
+from kvik.hypervisor.layers import on_image
 from kvik.hypervisor.names import alias_of, life_name, vhost_user_name
 from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
 from kvik.hypervisor.sidecars.group import Sidecar
+from kvik.image.qcow2.redo import ALONE, HEADER
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
@@ -166,6 +172,7 @@ class BackEnds:
         with ExitStack() as close, ExitStack() as undo:
             await machine.sidecars.end(alias)  # one that is dead is forgotten; one that runs lets go of the images
             opened = Opened(close, undo, {}, machine.bases())
+            disk = await reach(_now, disk, storage_daemon.redo_path(machine.directory, alias))
             again = clone(disk)
             await opened.beside(open_disk, again)
             log_fd = os.open(machine.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -201,6 +208,22 @@ class BackEnds:
                 with contextlib.suppress(KvikError):
                     await machine.execute("closefd", {"fdname": name})
             raise
+
+
+def _now(disk: Disk, redo: Path) -> Disk:
+    """The disk that the dead one served: amid the end of a commit the document does not say yet that its guest went on
+    in the base (`vmm/blk/active_commit.py`)."""
+    source = disk.mirror.source if disk.mirror is not None else None
+    if source is None or source.index is None or not source.location:
+        return disk
+    try:
+        with redo.open("rb") as file:
+            magic, device, inode, _ = HEADER.unpack(file.read(HEADER.size))
+    except (OSError, struct.error):
+        return disk
+    if magic != ALONE or (device, inode) != blk_monitor.identity(source.location):
+        return disk
+    return on_image(disk, source.index) or disk
 
 
 def _why_not(disk: Disk, kind: str) -> str:

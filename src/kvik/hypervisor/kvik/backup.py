@@ -22,17 +22,19 @@ from kvik.errors import (
     HypervisorError,
     KvikError,
     MonitorError,
-    OperationInvalid,
     OperationTimeout,
     OperationUnsupported,
 )
 from kvik.host.files import host_error
 from kvik.host.filesystem import shared_as
+from kvik.host.reach import open_file
 from kvik.hypervisor.chain import check_qcow2
 from kvik.hypervisor.driver import BackupPart, Bitmap, JobState
+from kvik.hypervisor.kvik import blk_monitor
+from kvik.hypervisor.kvik.blk_monitor import DEADLINE, INTERVAL, number
 from kvik.hypervisor.layers import layers
 from kvik.hypervisor.names import alias_of
-from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
+from kvik.hypervisor.sidecars import kvik_blk
 from kvik.image.lock import lock_for_hosts
 from kvik.qmp.aio import QmpConnection
 
@@ -41,9 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KvikBackups"]
 
-_CONNECT = 5.0  # seconds
-_DEADLINE = 60.0  # seconds: requests under way, and what the host has not written out yet
-_FIRST_LOOK, _INTERVAL = 0.05, 0.5  # seconds between two looks at a job
 _GRANULARITY = 65536  # bytes, of what is counted
 _WRITTEN_OUT = 600.0  # seconds that a target's last bytes may take
 
@@ -73,36 +72,16 @@ class KvikBackups:
                 remedy=f"leave it out: <disk name='{target}' backup='no'/>",
             )
 
-    @contextlib.asynccontextmanager
-    async def _session(self, disk: Disk) -> AsyncIterator[QmpConnection]:
+    def _session(self, disk: Disk) -> contextlib.AbstractAsyncContextManager[QmpConnection]:
         self._check(disk)
-        alias = alias_of(disk)
-        path = storage_daemon.monitor_path(self._machine.directory, alias)
-        connection = await storage_daemon.connect(path, f"kvik-blk of {alias}", _CONNECT)
-        try:
-            yield connection
-        except MonitorError as error:
-            if error.qmp_class == "CommandNotFound":
-                raise OperationUnsupported(
-                    f"disk {disk.target.dev} of machine {self._machine.name} is served by the kvik-blk of an older "
-                    "kvik, which knows of no checkpoints and no backups",
-                    remedy=f"start the machine anew: kvik shutdown {self._machine.name}, kvik start",
-                ) from error
-            raise
-        finally:
-            connection.close()
+        return blk_monitor.session(self._machine, disk, "checkpoints and no backups")
 
     async def _ask(self, disk: Disk, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         async with self._session(disk) as connection:
-            return await connection.execute(command, arguments, deadline=_DEADLINE)
+            return await connection.execute(command, arguments, deadline=DEADLINE)
 
     def _serves(self, disk: Disk) -> bool:
-        """Whether a kvik-blk of this disk lives."""
-        alias = alias_of(disk)
-        return any(
-            member.alias == alias and member.kind == kvik_blk.KIND and member.process.alive
-            for member in self._machine.sidecars
-        )
+        return blk_monitor.serves(self._machine, disk)
 
     @contextlib.asynccontextmanager
     async def _held(self, sessions: Sequence[QmpConnection]) -> AsyncIterator[bool]:
@@ -137,7 +116,7 @@ class KvikBackups:
                 async with self._held([session for session, _ in sessions]) as held:
                     for session, names in sessions:
                         arguments = {"names": names, "held": held}
-                        await session.execute("x-kvik-bitmap-add", arguments, deadline=_DEADLINE)
+                        await session.execute("x-kvik-bitmap-add", arguments, deadline=DEADLINE)
         except MonitorError as error:
             if len(wanted) > 1:  # others may have theirs
                 raise HypervisorError(str(error)) from error
@@ -157,7 +136,7 @@ class KvikBackups:
                 async with self._session(disk) as connection:
                     await connection.execute("getfd", {"fdname": "below"}, fds=[fd])
                     arguments = {"name": name, "layer": place, "image": "below"}
-                    await connection.execute("x-kvik-bitmap-remove", arguments, deadline=_DEADLINE)
+                    await connection.execute("x-kvik-bitmap-remove", arguments, deadline=DEADLINE)
             finally:
                 os.close(fd)
 
@@ -168,7 +147,23 @@ class KvikBackups:
         return count if isinstance(count, int) else 0
 
     async def carry(self, disk: Disk, images: Sequence[int], into: int, *, new: bool, written: bool = False) -> None:
-        raise OperationUnsupported("kvik-vmm merges no images while its machine runs")
+        """Into the image that the guest writes to by the names that it has, into another one by all."""
+        chain = {layer.key: layer for layer in layers(disk)}
+        arguments: dict[str, Any] = {"layers": [chain[image].number for image in images]}
+        if not chain[into].number:
+            await self._ask(disk, "x-kvik-bitmap-merge", arguments)
+            return
+        if written:
+            await self._ask(disk, "x-kvik-bitmap-merge", arguments | {"into": chain[into].number})
+            return
+        fd = await open_file(chain[into].source.location or "", os.O_RDWR | os.O_NONBLOCK)
+        try:
+            async with self._session(disk) as connection:
+                await connection.execute("getfd", {"fdname": "below"}, fds=[fd])
+                arguments |= {"into": chain[into].number, "image": "below"}
+                await connection.execute("x-kvik-bitmap-merge", arguments, deadline=DEADLINE)
+        finally:
+            os.close(fd)
 
     # -- a backup
 
@@ -204,10 +199,10 @@ class KvikBackups:
                 began = time.monotonic()
                 async with self._held([session for _, session in (*sessions, *others)]) as held:
                     for new, session in others:
-                        await session.execute("x-kvik-bitmap-add", {"names": new, "held": held}, deadline=_DEADLINE)
+                        await session.execute("x-kvik-bitmap-add", {"names": new, "held": held}, deadline=DEADLINE)
                     for part, session in sessions:
                         arguments = {"job": part.job, "track": tracks.get(alias_of(part.disk), []), "held": held}
-                        await session.execute("x-kvik-backup-begin", arguments, deadline=_DEADLINE)
+                        await session.execute("x-kvik-backup-begin", arguments, deadline=DEADLINE)
                 return int((time.monotonic() - began) * 1e6)
         except BaseException:
             with contextlib.suppress(KvikError):
@@ -244,7 +239,7 @@ class KvikBackups:
         arguments = {"job": part.job, "export": part.export, "exports": names, "links": links, **more}
         if part.bitmap:
             arguments["bitmap"] = part.bitmap
-        await session.execute("x-kvik-backup-serve", arguments, deadline=_DEADLINE)
+        await session.execute("x-kvik-backup-serve", arguments, deadline=DEADLINE)
 
     async def silence(self, parts: Sequence[BackupPart]) -> None:
         """No client reads any more. Raises `HypervisorError`."""
@@ -268,7 +263,7 @@ class KvikBackups:
                     try:
                         await self._ask(part.disk, "x-kvik-backup-clear", {"job": part.job})
                     except MonitorError:  # its last bytes are on their way
-                        await asyncio.sleep(_INTERVAL)
+                        await asyncio.sleep(INTERVAL)
         except TimeoutError:
             raise OperationTimeout(
                 f"{self._machine.name}: what was backed up of disk {part.disk.target.dev} is still being written out"
@@ -291,25 +286,8 @@ class KvikBackups:
                 found |= await self._states(disk)
         return found
 
-    async def follow(self, job: str) -> AsyncIterator[JobState]:
-        """Every now and then, up to its end; ends without that if nobody knows the job (any more)."""
-        pause = _FIRST_LOOK
-        while True:
-            try:
-                state = (await self.states()).get(job)
-            except (MonitorError, OperationInvalid):
-                raise
-            except (HypervisorError, OperationTimeout):
-                if self._machine.ended:
-                    raise
-            else:
-                if state is None:
-                    return
-                yield state
-                if state.concluded:
-                    return
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _INTERVAL)
+    def follow(self, job: str) -> AsyncIterator[JobState]:
+        return blk_monitor.follow(self._machine, self.states, job)
 
     async def cancel(self, job: str) -> None:
         for disk in self._machine.domain.devices.disks:
@@ -320,7 +298,7 @@ class KvikBackups:
 async def _all(sessions: Sequence[QmpConnection], command: str) -> None:
     """Of all at once; the first error when each has answered."""
     answers = await asyncio.gather(
-        *(session.execute(command, deadline=_DEADLINE) for session in sessions), return_exceptions=True
+        *(session.execute(command, deadline=DEADLINE) for session in sessions), return_exceptions=True
     )
     for answer in answers:
         if isinstance(answer, BaseException):
@@ -341,7 +319,7 @@ async def _add(connection: QmpConnection, part: BackupPart, *, pull: bool) -> No
     arguments: dict[str, Any] = {"job": part.job, "image": "backup", "filename": part.path, "format": part.format}
     if part.bitmap:
         arguments["since"] = _since(part.disk, part.since)
-    await connection.execute("x-kvik-backup-add", arguments | {"pull": pull}, deadline=_DEADLINE)
+    await connection.execute("x-kvik-backup-add", arguments | {"pull": pull}, deadline=DEADLINE)
 
 
 def _since(disk: Disk, sources: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
@@ -359,8 +337,8 @@ def _by_disk(new: Sequence[tuple[Disk, str]]) -> list[tuple[Disk, list[str]]]:
 def _bitmaps(items: Any) -> dict[str, Bitmap]:
     return {
         item["name"]: Bitmap(
-            granularity=_number(item, "granularity"),
-            count=_number(item, "count"),
+            granularity=number(item, "granularity"),
+            count=number(item, "count"),
             recording=item.get("recording") is True,
             persistent=item.get("persistent") is True,
             inconsistent=item.get("inconsistent") is True,
@@ -373,16 +351,11 @@ def _bitmaps(items: Any) -> dict[str, Bitmap]:
 def _state(item: Mapping[str, Any]) -> JobState:
     error = item.get("error")
     return JobState(
-        current=_number(item, "current"),
-        total=_number(item, "total"),
+        current=number(item, "current"),
+        total=number(item, "total"),
         concluded=item.get("state") == "concluded",
         error=error if isinstance(error, str) else "",
     )
-
-
-def _number(item: Mapping[str, Any], key: str) -> int:
-    value = item.get(key)
-    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _open(path: str, flags: int) -> int:

@@ -19,6 +19,7 @@ from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
 from kvik.hypervisor.kvik import changes, hotplug, snapshots, state
 from kvik.hypervisor.kvik.back_ends import KINDS, BackEnds
 from kvik.hypervisor.kvik.backup import KvikBackups
+from kvik.hypervisor.kvik.disk_jobs import KvikDiskJobs
 from kvik.hypervisor.layers import next_index
 from kvik.hypervisor.machine import SLOW_DEADLINE, QmpMachine
 from kvik.hypervisor.names import alias_of
@@ -103,6 +104,10 @@ class KvikMachine(QmpMachine):
     @property
     def backups(self) -> KvikBackups:
         return KvikBackups(self)
+
+    @property
+    def disk_jobs(self) -> KvikDiskJobs:
+        return KvikDiskJobs(self)
 
     # -- snapshots
 

@@ -53,6 +53,9 @@ class QemuDiskJobs:
     def __init__(self, machine: QemuMachine) -> None:
         self._machine = machine
 
+    def merges(self, disk: Disk, *, active: bool) -> bool:
+        return True
+
     # -- starting
 
     async def number(self, disk: Disk, mirror: Mirror, *, fresh: bool) -> None:

@@ -32,6 +32,7 @@ __all__ = ["Redo", "replay"]
 
 SIZE = 1 << 20
 MAGIC = b"kvikredo"
+ALONE = b"kvikonly"  # and only as the image on top: it was one of those below before
 HEADER = Struct("=8sqqQ")
 NOTE = Struct("=QIIQQ")
 MOST = (SIZE - HEADER.size) // NOTE.size
@@ -53,20 +54,23 @@ class Redo:
             os.close(fd)
         self._words = memoryview(self._map).cast("Q")
         magic, device, inode, count = HEADER.unpack_from(self._map)
-        if magic not in (MAGIC, bytes(8)) or count > MOST:
+        if magic not in (MAGIC, ALONE, bytes(8)) or count > MOST:
             self.close()
             raise HostError("the file of changed tables is damaged", remedy="start the machine anew")
-        self.identity: tuple[int, int] | None = (device, inode) if magic == MAGIC else None
+        self.identity: tuple[int, int] | None = (device, inode) if magic != bytes(8) else None
+        self.alone = magic == ALONE
         self.count = count
         self.full = False  # notes are missing: tables have to be written before anything is answered
         self._last = (-1, 0, 0)  # of the last note, if more of its kind may be added: next cluster, entry, bitmap
 
-    def begin(self, fd: int) -> None:
-        """From now on it is about this image, of which nothing is in memory."""
+    def begin(self, fd: int, *, alone: bool = False) -> None:
+        """From now on it is about this image, of which nothing is in memory. `alone`: it lay below others until now,
+        which hide what is written to it from here on."""
         self.clear()
         self.identity = identity(fd)
         HEADER.pack_into(self._map, 0, bytes(8), *self.identity, 0)
-        self._map[:8] = MAGIC  # last: whose it is counts, or it is nobody's
+        self.alone = alone
+        self._map[:8] = ALONE if alone else MAGIC  # last: whose it is counts, or it is nobody's
 
     def add(self, cluster: int, count: int, entry: int, bitmap: int = 0, *, follow: bool = False) -> None:
         """`follow`: each of `count` entries leads to the cluster behind the one before."""

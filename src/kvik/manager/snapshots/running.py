@@ -42,12 +42,12 @@ def can(domain: DomainObject, step: Step) -> bool:
     found = chain_with(domain, step.path, step.into)
     if found is None or domain.run is None or domain.run.machine is None:
         return False
+    disk, chain = found
     try:
-        domain.run.machine.disk_jobs  # noqa: B018 - asked for, not used
+        merges = domain.run.machine.disk_jobs.merges(disk, active=chain[0] == step.path)
     except OperationUnsupported:
         return False
-    disk, chain = found
-    if disk.target.dev in domain.run.block_jobs or step.path not in chain or step.into not in chain:
+    if not merges or disk.target.dev in domain.run.block_jobs or step.path not in chain or step.into not in chain:
         return False  # the VMM has but one of the two open: when the machine is off both can be worked on
     return step.kind != FORWARD or chain[0] == step.into
 

@@ -62,6 +62,12 @@ def _bitmap_count(context: Context, arguments: Arguments) -> dict[str, int]:
     return {"count": _backups(context).changed(_sources(arguments), arguments["granularity"].bit_length() - 1)}
 
 
+def _bitmap_merge(context: Context, arguments: Arguments) -> None:
+    into = arguments.get("into", 0)
+    fd = _named_fd(context, arguments["image"]) if "image" in arguments else -1
+    _backups(context).merge(arguments["layers"], into, fd)
+
+
 def _backup_add(context: Context, arguments: Arguments) -> None:
     _backups(context).add(
         arguments["job"],
@@ -137,6 +143,13 @@ COMMANDS = (
         Struct({"since": _SOURCES, "granularity": Int(512, 1 << 31)}),
         Struct({"count": Int()}),
         summary="bytes that any of these bitmaps marks",
+    ),
+    Command(
+        "x-kvik-bitmap-merge",
+        _bitmap_merge,
+        Struct({"layers": List(Int(0, MAX_CHAIN), MAX_CHAIN), "*into": Int(0, MAX_CHAIN), "*image": ID}),
+        NOTHING,
+        summary="what bitmaps of images below mark is marked by another's, which is sent by getfd if not on top",
     ),
     Command(
         "x-kvik-backup-add",

@@ -111,6 +111,15 @@ class Backups:
         with self._device.lock:
             return bitmaps.count(self._device.image, sources, shift)
 
+    def merge(self, layers: Sequence[int], into: int, fd: int) -> None:
+        """Takes over `fd`, of an image that is not on top."""
+        with self._device.lock:
+            if into:
+                self._settle()
+                bitmaps.merge_below(self._device.image, layers, into, fd)
+            else:
+                bitmaps.merge(self._device.image, layers)
+
     def _settle(self) -> None:
         """What is in flight is either before or after."""
         if not self._device.image.drain(SETTLES):
@@ -129,6 +138,8 @@ class Backups:
         try:
             if self.backup is not None:
                 raise OperationInvalid(f"disk {self._device.name} has a backup under way: {self.backup.job}")
+            if isinstance(self._device.image, FormatImage) and self._device.image.job is not None:
+                raise OperationInvalid(f"disk {self._device.name} has a block job under way", remedy="wait for its end")
             if pull and form != "qcow2":
                 raise InvalidArgument(f"disk {self._device.name}: a scratch image is a qcow2 image")
             if self._locking:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Source = tuple[int, str]  # the image's place from the top down, and the bitmap's name
 
-__all__ = ["add", "count", "finest", "go_on", "marked", "remove", "remove_below", "report"]
+__all__ = ["add", "count", "finest", "go_on", "marked", "merge", "merge_below", "remove", "remove_below", "report"]
 
 
 class Known:
@@ -141,8 +141,8 @@ def _change(image: BlockImage, change: Callable[[BitmapChanges], None]) -> None:
     changes.store()
 
 
-def remove_below(image: BlockImage, layer: int, fd: int, name: str) -> None:
-    """Of an image further down, of which `fd`, which is taken over, is a descriptor for writing."""
+def _open_below(image: BlockImage, layer: int, fd: int) -> Qcow2Writer:
+    """An image further down, of which `fd`, which is taken over, is a descriptor for writing."""
     chain = _chain(image)
     try:
         if not 0 < layer < len(chain) or not isinstance(chain[layer], Qcow2Reader):
@@ -151,16 +151,73 @@ def remove_below(image: BlockImage, layer: int, fd: int, name: str) -> None:
             raise InvalidArgument(f"disk {image.name}: {chain[layer].path} is another file by now")
         check_can_open(fd, chain[layer].path)
         below = open_image(fd, format="qcow2", writable=True, path=chain[layer].path)
+        assert isinstance(below, Qcow2Writer)
+        return below
     except BaseException:
         os.close(fd)
         raise
-    try:
-        if any(bitmap.name == name for bitmap in below.bitmaps):  # type: ignore[attr-defined]  # it is qcow2
-            changes = BitmapChanges(below)  # type: ignore[arg-type]
+
+
+def remove_below(image: BlockImage, layer: int, fd: int, name: str) -> None:
+    with _open_below(image, layer, fd) as below:
+        if any(bitmap.name == name for bitmap in below.bitmaps):
+            changes = BitmapChanges(below)
             changes.remove(name)
             changes.store()
-    finally:
-        below.close()
+
+
+def merge_below(image: BlockImage, sources: Iterable[int], layer: int, fd: int) -> None:
+    """What the bitmaps of these images mark is marked by those of image `layer` as well, which gets those that it does
+    not have. `fd`: as of `_open_below`; -1 for an image that a job writes to, when nothing is in flight. All or none:
+    raises `OperationInvalid` where one of them is not true."""
+    chain = _chain(image)
+    written = chain[layer] if 0 < layer < len(chain) else None
+    if fd < 0 and isinstance(written, Qcow2Writer):  # a job writes to it
+        written.store_bitmaps()
+        _merge_into(written, [chain[source] for source in sources if source < layer])
+        return
+    with _open_below(image, layer, fd) as below:
+        _merge_into(below, [chain[source] for source in sources if source < layer])
+
+
+def _merge_into(below: Qcow2Writer, sources: list[Image]) -> None:
+    changes, known = BitmapChanges(below), {bitmap.name for bitmap in below.bitmaps}
+    for above in sources:
+        if not isinstance(above, Qcow2Reader):
+            continue
+        if isinstance(above, Qcow2Writer):
+            above.store_bitmaps()
+        else:
+            _look_again(above)
+        for bitmap in above.bitmaps:
+            if bitmap.name not in known:
+                changes.add(bitmap.name, bitmap.granularity)
+                known.add(bitmap.name)
+            changes.merge(bitmap.name, bitmap.name, above)
+    changes.store()
+
+
+def merge(image: BlockImage, sources: Iterable[int]) -> None:
+    """What the bitmaps of these images further down mark is marked by those of the same names that record. All or none:
+    raises `OperationInvalid` where one of them is not true."""
+    top = _top(image)
+    top.begin()
+    if top.tracking is None:
+        return
+    layers = _layers(image)
+    below = [known for layer in sources if layer < len(layers) for known in layers[layer]]
+    found: list[tuple[bytearray, int, int]] = []
+    for bitmap, bits in top.tracking.bits:
+        shift = bitmap.granularity_bits
+        for known in below:
+            if known.bitmap.name != bitmap.name:
+                continue
+            if known.inconsistent:
+                raise OperationInvalid(f"disk {image.name}: bitmap '{bitmap.name}' below it tells not all that changed")
+            runs = runs_of_bits(known.bits(), known.bitmap.granularity_bits)
+            found += [(bits, start >> shift, ((end - 1) >> shift) + 1) for start, end in runs]
+    for bits, first, end in found:
+        set_bits(bits, first, end)
 
 
 def marked(image: BlockImage, sources: Iterable[Source], shift: int, size: int) -> bytearray:

@@ -46,9 +46,10 @@ def open_chain(
 def check_redo(redo: Redo, images: list[tuple[int, str]]) -> None:
     """That what a process before this one left belongs to this chain. Raises `ImageError`.
 
-    One that had an image on top which the guest never wrote to is about the image below it still, and about nothing."""
+    One that had an image on top which the guest never wrote to is about the image below it still, and about nothing;
+    not so one that went on in an image below: what is above would hide that."""
     found = [identity(fd) for fd, _ in images]
-    if redo.identity in (None, found[0]) or (not redo.count and redo.identity in found):
+    if redo.identity in (None, found[0]) or (not redo.count and not redo.alone and redo.identity in found):
         return
     raise ImageError(
         "is not the image that the process before this one wrote to",

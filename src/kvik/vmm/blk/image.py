@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from kvik.image.base import Image
     from kvik.vmm.blk.backup import Backup
+    from kvik.vmm.blk.block_job import BlockJob
     from kvik.vmm.virtio.blk import Blk
 
 __all__ = ["FormatImage", "flush"]
@@ -49,6 +50,8 @@ class FormatImage(BlockImage):
         self.image = image
         self._log = log
         self.backup: Backup | None = None  # wants to have what is about to be overwritten
+        self.job: BlockJob | None = None  # works on it
+        self.changing: Callable[[int, int], None] | None = None  # is told of what is about to be written
         self._unflushed = False  # tables changed since the last write that waited for the medium
         super().__init__(
             data_fd,
@@ -80,6 +83,8 @@ class FormatImage(BlockImage):
             raise InvalidArgument(f"disk {self.name} is read-only")
         if self.backup is not None:
             raise OperationInvalid(f"disk {self.name} has a backup under way", remedy="wait for its end")
+        if self.job is not None:
+            raise OperationInvalid(f"disk {self.name} has a block job under way", remedy="wait for its end")
         from kvik.image.qcow2.writer import Qcow2Writer
         from kvik.image.resize import resize
 
@@ -109,6 +114,8 @@ class FormatImage(BlockImage):
         return -1, -1
 
     def place_to_write(self, offset: int, length: int) -> tuple[int, int]:
+        if self.changing is not None:
+            self.changing(offset, length)
         if self.backup is not None and self.backup.wants(offset, length):
             return -1, -1
         try:
@@ -173,6 +180,8 @@ class FormatImage(BlockImage):
                 return self._to_engine(request, fd, place)
             self.image.writev(request.offset, request.buffers)
         else:
+            if self.changing is not None:
+                self.changing(request.offset, request.length)
             # What is in flight may be on its way into clusters that are given back now.
             if self.in_flight and not self.drain(30.0):
                 raise OSError(errno.ETIMEDOUT, "requests before a discard have not ended")

@@ -111,6 +111,7 @@ def main(words: list[str]) -> int:
 def build(options: Options) -> tuple[BlkHost, Blk]:
     """Everything that is opened, bound and imported, before the sandbox. Raises `KvikError`, OSError."""
     from kvik.vmm.blk.backups import Backups
+    from kvik.vmm.blk.block_jobs import BlockJobs
     from kvik.vmm.blk.host import BlkHost
     from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.virtio.blk import Blk
@@ -140,6 +141,7 @@ def build(options: Options) -> tuple[BlkHost, Blk]:
         device, locking=locking, log=host.log, redo=redo, top=options.texts["node"]
     )
     host.backups = Backups(device, host.emit, locking=locking, log=host.log)
+    host.block_jobs = BlockJobs(device, host.overlays, host.backups, host.emit, locking=locking, log=host.log)
     if numbers["monitor"] >= 0:
         from kvik.vmm.blk.monitor import COMMANDS
         from kvik.vmm.monitor.server import MonitorServer
@@ -235,6 +237,7 @@ LATE = (
     "json",
     "kvik.image.create",
     "kvik.image.fallocate",
+    "kvik.image.layers",
     "kvik.image.qcow2.preallocate",
     "kvik.image.qcow2.reader",
     "kvik.image.qcow2.redo",
@@ -244,8 +247,12 @@ LATE = (
     "kvik.image.qcow2.tracking",
     "kvik.image.qcow2.writer",
     "kvik.image.raw",
+    "kvik.image.rebase",
     "kvik.image.resize",
     "kvik.image.zstd",
+    "kvik.vmm.blk.active_commit",
+    "kvik.vmm.blk.commit",
+    "kvik.vmm.blk.pull",
     "linecache",
     "traceback",
 )

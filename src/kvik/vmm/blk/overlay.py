@@ -112,6 +112,8 @@ class Overlays:
             raise OperationInvalid(f"disk {name} is read-only")
         if isinstance(old, FormatImage) and old.backup is not None:
             raise OperationInvalid(f"disk {name} has a backup under way", remedy="wait for its end")
+        if isinstance(old, FormatImage) and old.job is not None:
+            raise OperationInvalid(f"disk {name} has a block job under way", remedy="wait for its end")
         if (data >= 0) != old.direct:
             raise InvalidArgument(f"disk {name}: cache={old.cache} and the descriptors do not agree")
         for item, wanted in ((fd, os.O_RDWR), (data, os.O_RDWR), (below, os.O_RDONLY)):
@@ -187,6 +189,20 @@ class Overlays:
                 old.close()
             except (KvikError, OSError) as error:  # its bitmaps; all else was written before
                 self._log(f"{old.name} was not closed in order: {error}")
+
+    def pivot(self, new: FormatImage, node: str) -> None:
+        """The guest goes on in `new`, which lay below and holds the same. The device's lock is held, nothing is in
+        flight, and both are on the medium."""
+        device, old = self._device, self._device.image
+        new.take_over(old)
+        if self._redo is not None:
+            inner = getattr(old, "image", None)
+            if isinstance(inner, Qcow2Writer):
+                inner.redo = None
+            self._redo.begin(new.image.fd, alone=True)
+            if isinstance(new.image, Qcow2Writer):
+                new.image.redo = self._redo
+        device.image, self._top = new, node
 
     def close(self) -> None:
         """An image that was added is let go; the device closes what is on top."""

@@ -1,0 +1,204 @@
+"""Block jobs on a running machine's disks, each of which a kvik-blk serves (`vmm/blk/block_jobs.py`).
+
+What a killed kvik-blk was about is lost with it, and the one that takes its place serves the images of the document:
+until a job's last step the guest reads the same from those.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from kvik.conf.devices.disk import Disk, Mirror
+from kvik.errors import HypervisorError, OperationUnsupported
+from kvik.host.reach import open_file, reach
+from kvik.hypervisor.driver import JobState
+from kvik.hypervisor.kvik import blk_monitor
+from kvik.hypervisor.kvik.blk_monitor import number
+from kvik.hypervisor.layers import layers
+from kvik.hypervisor.names import alias_of
+from kvik.hypervisor.sidecars import kvik_blk
+
+if TYPE_CHECKING:
+    from kvik.hypervisor.kvik.machine import KvikMachine
+
+__all__ = ["KvikDiskJobs"]
+
+_LACKS = "block jobs"
+
+
+class KvikDiskJobs:
+    """Block jobs on the disks of one kvik-vmm. Images are named by their numbers in the live document."""
+
+    def __init__(self, machine: KvikMachine) -> None:
+        self._machine = machine
+
+    def merges(self, disk: Disk, *, active: bool) -> bool:
+        machine = self._machine
+        return (
+            alias_of(disk) not in machine.own_disks
+            and machine.storage_kind(disk) == kvik_blk.KIND
+            and all(layer.format == "qcow2" for layer in layers(disk) if active or not layer.number)
+        )
+
+    def _check(self, disk: Disk) -> None:
+        machine, target = self._machine, disk.target.dev
+        if alias_of(disk) in machine.own_disks:
+            raise OperationUnsupported(
+                f"disk {target} of machine {machine.name} is one that kvik-vmm reads and writes itself: its images "
+                "cannot be merged while the machine runs",
+                remedy=f"shut the machine down: kvik shutdown {machine.name}; a qcow2 disk is served by kvik-blk from "
+                "its next start on",
+            )
+        if machine.storage_kind(disk) != kvik_blk.KIND:
+            raise OperationUnsupported(
+                f"disk {target} of machine {machine.name} is served by {machine.storage_kind(disk)}, whose images "
+                "cannot be merged while the machine runs",
+                remedy=f"shut the machine down: kvik shutdown {machine.name}; then kvik img rebase, or kvik img commit",
+            )
+
+    async def _ask(self, disk: Disk, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        self._check(disk)
+        return await blk_monitor.ask(self._machine, disk, command, arguments, lacks=_LACKS)
+
+    # -- starting
+
+    async def pull(self, job: str, disk: Disk, base: int | None, backing: str | None, *, speed: int = 0) -> None:
+        """As `QemuDiskJobs.pull`."""
+        arguments: dict[str, Any] = {"job": job, "speed": speed}
+        if base is not None:
+            arguments |= {"base": next(item.number for item in layers(disk) if item.key == base)}
+            arguments |= {"backing-file": backing}
+        await self._ask(disk, "x-kvik-pull", arguments)
+
+    async def number(self, disk: Disk, mirror: Mirror, *, fresh: bool) -> None:
+        self._refuse(disk, "copied")
+
+    async def copy(
+        self,
+        job: str,
+        disk: Disk,
+        mirror: Mirror,
+        *,
+        shallow: bool = False,
+        fresh: bool = False,
+        speed: int = 0,
+        granularity: int = 0,
+        buffer: int = 0,
+        synchronous: bool = False,
+        secrets: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self._refuse(disk, "copied")
+
+    async def commit(self, job: str, disk: Disk, top: int, base: int, backing: str | None, *, speed: int = 0) -> None:
+        """As `QemuDiskJobs.commit`."""
+        chain = {layer.key: layer for layer in layers(disk)}
+        place = chain[top].number
+        if not place and chain[base].format != "qcow2":
+            self._refuse(disk, "merged into a raw image")
+        written = {"image": chain[base]}
+        if place > 1:
+            written["above"] = next(layer for layer in chain.values() if layer.number == place - 1)
+        arguments: dict[str, Any] = {"job": job, "top": place, "base": chain[base].number, "speed": speed}
+        arguments |= {"backing-file": backing} if place else {"node-name": f"{alias_of(disk)}-{base}-format"}
+        if not place and disk.driver is not None and disk.driver.cache in ("none", "directsync"):
+            written["data"] = chain[base]
+        self._check(disk)
+        with ExitStack() as close:
+            fds = {}
+            for name, layer in written.items():
+                path = layer.source.location or ""
+                fds[name] = await open_file(path, os.O_RDWR | os.O_NONBLOCK, action="open for writing")
+                close.callback(os.close, fds[name])
+            async with blk_monitor.session(self._machine, disk, _LACKS) as connection:
+                for name, fd in fds.items():
+                    await connection.execute("getfd", {"fdname": name}, fds=[fd])
+                arguments |= {name: name for name in fds}
+                await connection.execute("x-kvik-commit", arguments, deadline=blk_monitor.DEADLINE)
+
+    def _refuse(self, disk: Disk, what: str) -> NoReturn:
+        raise OperationUnsupported(
+            f"kvik-vmm: what the guest writes to as disk {disk.target.dev} cannot be {what} while machine "
+            f"{self._machine.name} runs",
+            remedy="shut it down and use kvik img, or run it with QEMU (<emulator>qemu-system-...</emulator>)",
+        )
+
+    # -- while it runs
+
+    async def _items(self, disk: Disk) -> list[dict[str, Any]]:
+        try:
+            reply = await self._ask(disk, "x-kvik-query-block-jobs")
+        except OperationUnsupported:  # an older kvik's
+            return []
+        return [item for item in reply if isinstance(item, dict)] if isinstance(reply, list) else []
+
+    async def _every(self) -> AsyncIterator[tuple[Disk, dict[str, Any]]]:
+        for disk in self._machine.domain.devices.disks:
+            if blk_monitor.serves(self._machine, disk):
+                for item in await self._items(disk):
+                    yield disk, item
+
+    async def states(self) -> dict[str, JobState]:
+        return {str(item.get("job")): _state(item) async for _, item in self._every()}
+
+    def follow(self, job: str) -> AsyncIterator[JobState]:
+        return blk_monitor.follow(self._machine, self.states, job)
+
+    async def speed(self, job: str) -> int:
+        """The limit in bytes a second, 0 for none."""
+        return next(iter([number(item, "speed") async for _, item in self._every() if item.get("job") == job]), 0)
+
+    async def set_speed(self, job: str, speed: int) -> None:
+        await self._tell(job, "x-kvik-block-job-speed", {"speed": speed})
+
+    async def complete(self, job: str) -> None:
+        await self._tell(job, "x-kvik-block-job-complete", {})
+
+    async def cancel(self, job: str, *, force: bool) -> None:
+        await self._tell(job, "x-kvik-block-job-cancel", {})
+
+    async def _tell(self, job: str, command: str, arguments: Mapping[str, Any]) -> None:
+        for disk in [disk async for disk, item in self._every() if item.get("job") == job]:
+            await self._ask(disk, command, {"job": job, **arguments})
+
+    # -- when it is over
+
+    async def dismiss(self, job: str) -> None:
+        await self._tell(job, "x-kvik-block-job-dismiss", {})
+
+    async def chain(self, disk: Disk) -> list[int]:
+        """Numbers of the images that the guest has now, by the files that its kvik-blk has open. Raises
+        `HypervisorError` while there is none, for one that died is started again."""
+        if not blk_monitor.serves(self._machine, disk):
+            raise HypervisorError(f"{self._machine.name}: nobody serves disk {disk.target.dev} now")
+        reply = await self._ask(disk, "x-kvik-query-chain")
+        known = {await reach(blk_monitor.identity, layer.source.location): layer.key for layer in layers(disk)}
+        items = [item for item in reply if isinstance(item, dict)] if isinstance(reply, list) else []
+        found = [(item.get("device"), item.get("inode")) for item in items]
+        return [known[one] for one in found if one in known]
+
+    async def tidy(self, disk: Disk) -> None:
+        """kvik-blk let go of what left the chain when that did."""
+
+    def image_of(self, disk: Disk, name: str) -> int | None:
+        return None
+
+    async def set_threshold(self, disk: Disk, image: int, threshold: int) -> None:
+        raise OperationUnsupported(
+            f"kvik-vmm: how far an image of disk {disk.target.dev} has grown is not watched",
+            remedy=f"look at it: kvik domblkinfo {self._machine.name} {disk.target.dev}",
+        )
+
+
+def _state(item: Mapping[str, Any]) -> JobState:
+    error = item.get("error")
+    return JobState(
+        current=number(item, "current"),
+        total=number(item, "total"),
+        ready=item.get("state") == "ready",
+        concluded=item.get("state") == "concluded",
+        error=error if isinstance(error, str) else "",
+    )
