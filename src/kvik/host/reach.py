@@ -22,6 +22,7 @@ from typing import ParamSpec, TypeVar
 from kvik.errors import HostError
 from kvik.host.files import AnyPath, host_error
 from kvik.host.filesystem import may_stand_still, mount_point
+from kvik.host.threads import settle
 
 __all__ = ["CROWD", "about", "closer", "obtain", "open_file", "reach"]
 
@@ -71,19 +72,12 @@ async def obtain(leave: Callable[[T], object], function: Callable[P, T], /, *arg
     future: asyncio.Future[T] = loop.create_future()
     call = _Call()
 
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():  # the loop ends
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
     def work() -> None:
         _here.call = call
-        result, failure = None, None
+        outcome: list[T] = []
+        failure = None
         try:
-            result = function(*args, **kwargs)
+            outcome.append(function(*args, **kwargs))
         except BaseException as error:
             failure = error
         with _lock:
@@ -92,12 +86,12 @@ async def obtain(leave: Callable[[T], object], function: Callable[P, T], /, *arg
                 _standing.remove(call)
         if not call.given_up:
             try:
-                loop.call_soon_threadsafe(settle, result, failure)
+                loop.call_soon_threadsafe(settle, future, outcome, failure)
                 return
             except RuntimeError:  # the loop has ended: nobody waits any more
                 pass
-        if failure is None:
-            leave(result)  # type: ignore[arg-type]
+        for result in outcome:
+            leave(result)
 
     threading.Thread(target=work, name="kvik-reach", daemon=True).start()
     try:

@@ -11,10 +11,20 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["in_thread", "settled"]
+__all__ = ["in_thread", "settle", "settled"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def settle(future: asyncio.Future[T], outcome: list[T], error: BaseException | None) -> None:
+    """In the loop: what came of a call, its one result or an error. Nothing if the loop has cancelled the future."""
+    if future.cancelled():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(outcome[0])
 
 
 async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -23,22 +33,15 @@ async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
     def work() -> None:
-        result, failure = None, None
+        outcome: list[T] = []
+        failure = None
         try:
-            result = function(*args, **kwargs)
+            outcome.append(function(*args, **kwargs))
         except BaseException as error:
             failure = error
         try:
-            loop.call_soon_threadsafe(settle, result, failure)
+            loop.call_soon_threadsafe(settle, future, outcome, failure)
         except RuntimeError:  # the loop has ended: nobody waits any more
             pass
 

@@ -7,9 +7,7 @@ a coroutine that holds the machine's one job; the work is in the modules named l
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from kvik.conf.enums import (
     DomainInterfaceAddressesSource,
@@ -37,11 +35,6 @@ from kvik.manager.exec import ExecResult
 from kvik.manager.guest import InterfaceAddress
 from kvik.manager.keycodes import to_linux
 from kvik.manager.stages import Stage
-
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
 
 __all__ = ["DomainInfo", "DomainObject", "ExecResult", "InterfaceAddress", "Stage"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from kvik.host.reach import about
 from kvik.hypervisor.driver import JobState
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
+from kvik.image.qcow2.redo import identity_of
 from kvik.qmp.aio import QmpConnection
 
 if TYPE_CHECKING:
@@ -96,7 +96,6 @@ def identity(path: str | None) -> tuple[int, int]:
     that may not answer: see `host/reach.py`."""
     about(path or "")
     try:
-        status = Path(path or "").stat()
+        return identity_of(Path(path or "").stat())
     except OSError:
         return 0, 0
-    return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)

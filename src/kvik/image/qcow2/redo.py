@@ -108,7 +108,10 @@ class Redo:
 
 def identity(fd: int) -> tuple[int, int]:
     """Which file, or which device, an open one is."""
-    status = os.fstat(fd)
+    return identity_of(os.fstat(fd))
+
+
+def identity_of(status: os.stat_result) -> tuple[int, int]:
     return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 

@@ -26,7 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.image.qcow2.allocator import Qcow2Allocator
 
-__all__ = ["Tracking", "set_bits", "store_bits"]
+__all__ = ["Tracking", "first_bit", "set_bits", "store_bits"]
 
 
 class Tracking:
@@ -87,6 +87,17 @@ def set_bits(bits: bytearray, first: int, end: int) -> None:
     bits[low] |= start
     bits[low + 1 : high] = b"\xff" * (high - low - 1)
     bits[high] |= stop
+
+
+def first_bit(bits: bytearray, start: int = 0) -> int:
+    """The first bit that is set from byte `start` on; -1: none is. A disk of 1 TiB has two million bytes of them: they
+    are looked at a page at a time, and the next one is most often at once there."""
+    for page in range(start, len(bits), 4096):
+        rest = bits[page : page + 4096].lstrip(b"\0")
+        if rest:
+            at = min(page + 4096, len(bits)) - len(rest)
+            return at * 8 + (rest[0] & -rest[0]).bit_length() - 1
+    return -1
 
 
 def store_bits(image: Qcow2Allocator, bitmap: Bitmap, bits: bytearray) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 
 from kvik.errors import ImageError, KvikError
-from kvik.image.layers import own_parts
-from kvik.image.qcow2.tracking import set_bits
+from kvik.image.qcow2.tracking import first_bit, set_bits
 from kvik.image.resize import resize
 from kvik.vmm.blk.block_job import STEP, BlockJob
 from kvik.vmm.blk.commit import LOOK, Base
@@ -71,7 +70,6 @@ class ActiveCommit(BlockJob):
             raise
         self._top, self._node, self._overlays, self._log = top, node, overlays, log
         self._dirty = bytearray((((top.size - 1) >> CHUNK_BITS) >> 3) + 1)
-        self._buffer = bytearray(STEP)
         self.ready = self._completing = False
         super().__init__(job, device, image, speed=speed, ended=ended)
         image.changing = self._mark
@@ -99,39 +97,23 @@ class ActiveCommit(BlockJob):
 
     def step(self) -> int:
         if self.current < self.total:
-            self.current, copied = self._copy(self.current, min(self.current + LOOK, self.total))
+            end = min(self.current + LOOK, self.total)
+            self.current, copied = self._base.take(self._top, len(self._upper), self.current, end)
             return copied
         return self._copy_marked(STEP) if self.settled() else 0
 
     def _copy_marked(self, most: int) -> int:
         """What was written since it was copied; nothing is in flight."""
-        copied = 0
-        for index in range(len(self._dirty)):
-            while self._dirty[index] and copied < most:
-                bit = (self._dirty[index] & -self._dirty[index]).bit_length() - 1
-                start = (index * 8 + bit) << CHUNK_BITS
-                at, end = start, min(start + (1 << CHUNK_BITS), self._top.size)
-                while at < end:
-                    at, part = self._copy(at, end)
-                    copied += part
-                self._dirty[index] &= self._dirty[index] - 1
+        copied, at = 0, 0
+        while copied < most and (bit := first_bit(self._dirty, at)) >= 0:
+            at = bit >> 3
+            start = bit << CHUNK_BITS
+            end = min(start + (1 << CHUNK_BITS), self._top.size)
+            while start < end:
+                start, part = self._base.take(self._top, len(self._upper), start, end)
+                copied += part
+            self._dirty[at] &= self._dirty[at] - 1
         return copied
-
-    def _copy(self, begin: int, end: int) -> tuple[int, int]:
-        """As far as it came, and how much that was."""
-        base, top, copied = self._base.image, self._top, 0
-        for at, size, zero in own_parts(top, len(self._upper), begin, end - begin):
-            length = size if zero else min(size, STEP)
-            if zero:
-                base.write_zeroes(at, length)
-            else:
-                part = memoryview(self._buffer)[:length]
-                top.read_into(at, part)
-                base.write(at, part)
-                copied += length
-            if length < size or copied >= STEP:
-                return at + length, copied
-        return end, copied
 
     def finish(self) -> None:
         old, base = self._image, self._base.image
@@ -162,12 +144,8 @@ class ActiveCommit(BlockJob):
     def abandon(self) -> None:
         self._image.changing = None
         self._close_data()
-        if not self.settled():  # then the base stays as it is, and open, until the disk ends
-            return
-        try:
-            self._base.finish()
-        finally:
-            self._base.let_go(self._upper[-1])
+        if self.settled():  # else the base stays as it is, and open, until the disk ends
+            self._base.abandon()
 
     def _close_data(self) -> None:
         fd, self._data = self._data, -1

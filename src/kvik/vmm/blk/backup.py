@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from kvik.errors import ImageError, KvikError
 from kvik.image.base import COMPRESSED, DATA
-from kvik.image.qcow2.tracking import set_bits
+from kvik.image.qcow2.tracking import first_bit, set_bits
 from kvik.vmm.blk.writer import Writer
 
 TYPE_CHECKING = False
@@ -59,7 +59,7 @@ class Backup:
         self.chunk_bits = max(CHUNK_BITS, header.cluster_bits if header is not None else 0)
         self._pending = bytearray()  # chunks that are still to be copied, a bit each
         self._source: FormatImage | None = None
-        self._next = 0  # the first chunk that may be pending
+        self._next = 0  # the first byte of those that may not be 0
         self._writer: Writer | None = None  # of the target; a scratch image is written to as it is read
         if incremental and not pull:
             target.keep_zeroes = True  # type: ignore[attr-defined]  # what it is put on top of later has other data there
@@ -150,18 +150,9 @@ class Backup:
 
     def _first_pending(self) -> int:
         """-1: none is left."""
-        at = self._next
-        pending, end = self._pending, len(self._pending) * 8
-        while at < end:
-            if not at & 7 and not pending[at >> 3]:
-                at += 8
-            elif self._is_pending(at):
-                self._next = at
-                return at
-            else:
-                at += 1
-        self._next = end
-        return -1
+        found = first_bit(self._pending, self._next)
+        self._next = found >> 3 if found >= 0 else len(self._pending)
+        return found
 
     def _chunks(self, offset: int, length: int) -> range:
         """Those of a range; it may end behind the image, in the disk's last sector."""

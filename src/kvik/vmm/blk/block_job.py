@@ -59,16 +59,16 @@ class BlockJob:
 
     def step(self) -> int:
         """Copy the next piece, `STEP` bytes or few more; how many it were. `current` is `total` behind the last."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind's own
 
     @property
     def written(self) -> int:
         """A descriptor of the image that is written to."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind's own
 
     def finish(self) -> None:
         """Nothing is in flight: the images change places."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind's own
 
     def waits(self) -> bool:
         """Whether it goes on although it has copied all."""

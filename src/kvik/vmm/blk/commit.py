@@ -56,10 +56,28 @@ class Base:
             raise
         self.image.backing, reader.backing = reader.backing, None
         above.backing = self.image
+        self._buffer = bytearray(STEP)
 
     def _lock_again(self) -> None:
         if self._locking:
             lock_image(self._reader.fd, self._reader.path, write=False)
+
+    def take(self, source: Image, count: int, begin: int, end: int) -> tuple[int, int]:
+        """Write what the upper `count` images of the chain of `source` have between `begin` and `end`: `STEP` bytes of
+        data at the most. As far as it came, and how much data that was."""
+        copied = 0
+        for at, size, zero in own_parts(source, count, begin, end - begin):
+            length = size if zero else min(size, STEP)
+            if zero:
+                self.image.write_zeroes(at, length)
+            else:
+                part = memoryview(self._buffer)[:length]
+                source.read_into(at, part)
+                self.image.write(at, part)
+                copied += length
+            if length < size or copied >= STEP:
+                return at + length, copied
+        return end, copied
 
     def finish(self) -> None:
         """All that was written is on the medium, as of an image that is closed in order."""
@@ -70,6 +88,14 @@ class Base:
         self._above.backing = None
         self._reader.release()
         return self.image
+
+    def abandon(self) -> None:
+        """What was written to it is not what it is read for: it is read again as it was, for what is above hides that.
+        Nothing is in flight."""
+        try:
+            self.finish()
+        finally:
+            self.let_go(self._above)
 
     def let_go(self, above: Image) -> None:
         """It is read again, below `above`. Nothing is in flight."""
@@ -129,7 +155,6 @@ class Commit(BlockJob):
             raise
         self._top, self._above, self._source, self._upper, self._name = top, above, source, upper, name
         self._settles = bool(getattr(self._base.image, "snapshots", ()))  # clusters that are shared get new places
-        self._buffer = bytearray(STEP)
         try:
             if source.size > self._base.image.size:
                 resize(self._base.image, (source.size + 511) & -512)
@@ -153,22 +178,7 @@ class Commit(BlockJob):
         if self._settles and not self.settled():
             return 0
         end = min(self.current + LOOK, self.total)
-        copied = 0
-        base, source = self._base.image, self._source
-        for at, size, zero in own_parts(source, len(self._upper), self.current, end - self.current):
-            length = min(size, STEP)
-            if zero:
-                length = size
-                base.write_zeroes(at, length)
-            else:
-                part = memoryview(self._buffer)[:length]
-                source.read_into(at, part)
-                base.write(at, part)
-                copied += length
-            if length < size or copied >= STEP:
-                self.current = at + length
-                return copied
-        self.current = end
+        self.current, copied = self._base.take(self._source, len(self._upper), self.current, end)
         return copied
 
     def finish(self) -> None:
@@ -188,9 +198,5 @@ class Commit(BlockJob):
 
     def abandon(self) -> None:
         self._close_header()
-        if not self.settled():  # then the base stays as it is, and open, until the disk ends
-            return
-        try:
-            self._base.finish()
-        finally:
-            self._base.let_go(self._upper[-1])
+        if self.settled():  # else the base stays as it is, and open, until the disk ends
+            self._base.abandon()
