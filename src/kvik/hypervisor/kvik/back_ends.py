@@ -31,7 +31,7 @@ from kvik.host.reach import reach
 from kvik.hypervisor.cpus import boot_vcpus
 from kvik.hypervisor.descriptors import Opened, open_disk
 from kvik.hypervisor.kvik import blk_monitor
-from kvik.hypervisor.layers import on_image
+from kvik.hypervisor.layers import as_disk, on_image
 from kvik.hypervisor.names import alias_of, life_name, vhost_user_name
 from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
 from kvik.hypervisor.sidecars.group import Sidecar
@@ -211,10 +211,11 @@ class BackEnds:
 
 
 def _now(disk: Disk, redo: Path) -> Disk:
-    """The disk that the dead one served: amid the end of a commit the document does not say yet that its guest went on
-    in the base (`vmm/blk/active_commit.py`)."""
-    source = disk.mirror.source if disk.mirror is not None else None
-    if source is None or source.index is None or not source.location:
+    """The disk that the dead one served: amid the end of a commit or a copy the document does not say yet that its
+    guest went on in the base, or in the copy (`vmm/blk/active_commit.py`, `vmm/blk/block_copy.py`)."""
+    mirror = disk.mirror
+    source = mirror.source if mirror is not None else None
+    if mirror is None or source is None or source.index is None or not source.location:
         return disk
     try:
         with redo.open("rb") as file:
@@ -223,6 +224,8 @@ def _now(disk: Disk, redo: Path) -> Disk:
         return disk
     if magic != ALONE or (device, inode) != blk_monitor.identity(source.location):
         return disk
+    if mirror.job == "copy":
+        return as_disk(disk, mirror)
     return on_image(disk, source.index) or disk
 
 

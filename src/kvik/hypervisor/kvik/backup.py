@@ -147,9 +147,13 @@ class KvikBackups:
         return count if isinstance(count, int) else 0
 
     async def carry(self, disk: Disk, images: Sequence[int], into: int, *, new: bool, written: bool = False) -> None:
-        """Into the image that the guest writes to by the names that it has, into another one by all."""
+        """Into the image that the guest writes to by the names that it has, into another one by all. Into a copy they
+        go when the guest does."""
         chain = {layer.key: layer for layer in layers(disk)}
         arguments: dict[str, Any] = {"layers": [chain[image].number for image in images]}
+        if into not in chain:
+            await self._ask(disk, "x-kvik-copy-carry", arguments)
+            return
         if not chain[into].number:
             await self._ask(disk, "x-kvik-bitmap-merge", arguments)
             return

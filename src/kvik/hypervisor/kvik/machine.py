@@ -138,8 +138,8 @@ class KvikMachine(QmpMachine):
     # -- disks that another process serves
 
     def served(self, disk: Disk) -> bool:
-        """Whether a daemon of ours has its image. An image on top of a raw disk is the VMM's own until it ends."""
-        return storage_daemon.served(disk) and alias_of(disk) not in self.own_disks
+        """Whether a daemon of ours has its image: as when it started, whatever the format is by now."""
+        return disk.type in ("file", "block") and alias_of(disk) not in self.own_disks
 
     def by_vhost_user(self, disk: Disk) -> bool:
         return self.served(disk) or disk.type == "vhostuser"

@@ -251,6 +251,7 @@ LATE = (
     "kvik.image.resize",
     "kvik.image.zstd",
     "kvik.vmm.blk.active_commit",
+    "kvik.vmm.blk.block_copy",
     "kvik.vmm.blk.commit",
     "kvik.vmm.blk.pull",
     "linecache",
