@@ -225,9 +225,15 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.root
 @pytest.mark.parametrize("form", ["qcow2", "raw"])
-async def test_a_full_file_system_ends_the_copy_and_not_the_guest(world: World, small: Path, form: str) -> None:
+@pytest.mark.parametrize("served", [True, False], ids=["kvik-blk", "kvik-vmm"])
+async def test_a_full_file_system_ends_the_copy_and_not_the_guest(
+    world: World, small: Path, form: str, served: bool
+) -> None:
     images = chain(world.root)
-    domain = await world.start(writes(BlkDriver(5)), disk(images[0]))
+    if not served:
+        subprocess.run(["qemu-img", "convert", "-O", "raw", str(images[0]), str(world.root / "own.raw")], check=True)
+        images = [world.root / "own.raw"]
+    domain = await world.start(writes(BlkDriver(5)), disk(images[0], images[0].suffix[1:]))
     await told(world, b"up")
     await told(world, b"one")
     new = small / "new"
@@ -239,7 +245,6 @@ async def test_a_full_file_system_ends_the_copy_and_not_the_guest(world: World, 
     assert not [kind for kind, _ in world.events if kind == "io-error"]
     await told(world, b"three")
     await domain.destroy()
-    checked(images[0])
     assert word(images[0]) == b"three"
 
 
@@ -263,6 +268,53 @@ async def test_a_raw_disk_of_kvik_blks_moves_with_a_qcow2_image_and_back(world: 
     checked(world.root / "new.qcow2")
 
 
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+async def test_a_disk_that_the_vmm_writes_itself_moves_and_stays_its_own(world: World, cache: str) -> None:
+    old = raw(world.root / "old.raw")
+    domain = await world.start(writes(BlkDriver(5)), disk(old, "raw", options=f" cache='{cache}'"))
+    assert not daemons(domain)
+    await told(world, b"up")
+    await told(world, b"one")
+    # given up, and ended
+    new, last = world.root / "new.qcow2", world.root / "last.raw"
+    await copy(domain, to(new, "qcow2"), bandwidth=1)
+    with pytest.raises(KvikError, match="has a block job"):
+        await take(domain, "s0")
+    await domain.block_job_abort("vda", 0)
+    await soon(lambda: not new.exists())
+    await copy(domain, to(new, "qcow2"))
+    await ready(domain)
+    await domain.block_job_abort("vda", 0)
+    assert word(new) == b"one" and images_of(domain) == [old.name]
+    new.unlink()
+    # with another daemon
+    await copy(domain, to(new, "qcow2"))
+    await ready(domain)
+    await world.managers[-1].close()
+    domain = (await world.manager()).lookup_name("m")
+    await told(world, b"two")
+    await domain.block_job_abort("vda", Abort.PIVOT)
+    assert images_of(domain) == tops(domain) == [new.name] and not daemons(domain)
+    old.unlink()
+    assert (await domain.stats())["block.0.capacity"] == 8 << 20
+    await copy(domain, to(last, "raw"))
+    await ready(domain)
+    await told(world, b"three")
+    await domain.block_job_abort("vda", Abort.PIVOT)
+    assert images_of(domain) == tops(domain) == [last.name]
+    await block_jobs.resize(domain, "vda", 16 << 20, to_capacity=False)
+    assert last.stat().st_size == 16 << 20
+    await take(domain, "s1")
+    await told(world, b"four")
+    assert word(last) == b"three"
+    await domain.destroy()
+    checked(new)
+    checked(world.root / "last.s1")
+    assert word(world.root / "last.s1") == b"four" and word(new) == b"three"
+    await domain.start()
+    assert len(daemons(domain)) == 1 and images_of(domain) == ["last.s1", last.name]
+
+
 async def test_checkpoints_come_along_with_the_disk(world: World) -> None:
     domain = await world.start(writes(BlkDriver(5)), disk(image(world.root / "a.qcow2")))
     await told(world, b"up")
@@ -283,15 +335,12 @@ async def test_checkpoints_come_along_with_the_disk(world: World) -> None:
 
 
 async def test_what_cannot_be_copied_is_refused_and_leaves_nothing(world: World) -> None:
-    own, other = raw(world.root / "own.raw"), image(world.root / "other.qcow2")
+    other = image(world.root / "other.qcow2")
     images = chain(world.root)
-    xml = disk(images[0]) + disk(own, "raw", slot=6, dev="vdb")
-    xml += disk(other, slot=7, dev="vdc", name="qemu-storage-daemon")
-    domain = await world.start(IDLE, xml)
+    domain = await world.start(IDLE, disk(images[0]) + disk(other, slot=6, dev="vdb", name="qemu-storage-daemon"))
     new = world.root / "new"
-    for name, words in (("vdb", "reads and writes itself"), ("vdc", "is served by qemu-storage-daemon")):
-        with pytest.raises(OperationUnsupported, match=words):
-            await block_copy.copy(domain, name, to(new, "qcow2"), {}, 0)
+    with pytest.raises(OperationUnsupported, match="is served by qemu-storage-daemon"):
+        await block_copy.copy(domain, "vdb", to(new, "qcow2"), {}, 0)
     small = image(world.root / "small.qcow2")
     subprocess.run(["qemu-img", "resize", "-q", "--shrink", str(small), "4M"], check=True)
     for given, flags, kind, words in (

@@ -202,7 +202,7 @@ STEPS: list[tuple[str, str, str]] = [
     ("domblkerror m", WORKS, "No errors found"),
     ("blockresize m vdb 8M", WORKS, "is resized"),
     ("domblkinfo m vdb", WORKS, "8388608"),
-    ("blockcopy m vdb /tmp/copy", "reads and writes itself", ""),
+    ("blockcopy m vdb @b-copy.qcow2 --format qcow2 --finish", WORKS, "Successfully copied"),
     ("blockpull m vdb", "no backing file", ""),
     ("domblkthreshold m vdb 1M", "has grown is not watched", ""),
     ("blockjob m vdb", WORKS, "No current block job for vdb"),

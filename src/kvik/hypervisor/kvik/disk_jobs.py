@@ -1,4 +1,5 @@
-"""Block jobs on a running machine's disks, each of which a kvik-blk serves (`vmm/blk/block_jobs.py`).
+"""Block jobs on a running machine's disks, each of which a kvik-blk serves (`vmm/blk/block_jobs.py`) or, raw ones, the
+VMM itself, which has copies only.
 
 What a killed kvik-blk was about is lost with it, and the one that takes its place serves the images of the document:
 until a job's last step the guest reads the same from those.
@@ -13,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kvik.conf.devices.disk import BackingStore, Disk, Mirror
-from kvik.errors import ConfigUnsupported, HypervisorError, OperationUnsupported
+from kvik.errors import ConfigUnsupported, HypervisorError, MonitorError, OperationUnsupported
 from kvik.host.reach import open_file, reach
 from kvik.hypervisor.copies import number_copy
 from kvik.hypervisor.descriptors import Opened, open_disk
@@ -47,12 +48,15 @@ class KvikDiskJobs:
             and all(layer.format == "qcow2" for layer in layers(disk) if active or not layer.number)
         )
 
-    def _check(self, disk: Disk) -> None:
+    def _check(self, disk: Disk, *, merged: bool = True) -> None:
+        """`merged`: more than copied."""
         machine, target = self._machine, disk.target.dev
         if alias_of(disk) in machine.own_disks:
+            if not merged:
+                return
             raise OperationUnsupported(
                 f"disk {target} of machine {machine.name} is one that kvik-vmm reads and writes itself: its images "
-                "cannot be merged or copied while the machine runs",
+                "cannot be merged while the machine runs",
                 remedy=f"shut the machine down: kvik shutdown {machine.name}; a qcow2 disk is served by kvik-blk from "
                 "its next start on",
             )
@@ -64,7 +68,6 @@ class KvikDiskJobs:
             )
 
     async def _ask(self, disk: Disk, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        self._check(disk)
         return await blk_monitor.ask(self._machine, disk, command, arguments, lacks=_LACKS)
 
     # -- starting
@@ -75,12 +78,13 @@ class KvikDiskJobs:
         if base is not None:
             arguments |= {"base": next(item.number for item in layers(disk) if item.key == base)}
             arguments |= {"backing-file": backing}
+        self._check(disk)
         await self._ask(disk, "x-kvik-pull", arguments)
 
     async def number(self, disk: Disk, mirror: Mirror, *, fresh: bool) -> None:
         """See `copies.number_copy`. Raises `OperationUnsupported` for what cannot be copied, or not there."""
         machine = self._machine
-        self._check(disk)
+        self._check(disk, merged=False)
         _check_copy(machine, disk, mirror)
         index = next_index(machine.domain.devices.disks)
         await number_copy(disk, mirror, index, fresh=fresh, bases=machine.bases())
@@ -106,7 +110,7 @@ class KvikDiskJobs:
                 f"kvik-vmm copies what the guest writes to disk {disk.target.dev} a moment later, not with it",
                 remedy="leave --synchronous-writes out: a guest that changes over has all of it",
             )
-        self._check(disk)
+        self._check(disk, merged=False)
         target = as_disk(disk, mirror)
         if fresh:
             target.backing_store = BackingStore()
@@ -126,12 +130,13 @@ class KvikDiskJobs:
             opened = Opened(close, undo, {}, self._machine.bases())
             opened.next_index = target.source.index
             await opened.beside(open_disk, target)
-            fds = {f"copy{layer.number}": opened.fds[image_name(alias, layer.number)] for layer in layers(target)}
-            arguments["images"] = [{"image": f"copy{layer.number}", "format": layer.format} for layer in layers(target)]
+            names = {layer.number: f"copy{layer.number}-{alias}" for layer in layers(target)}
+            fds = {name: opened.fds[image_name(alias, number)] for number, name in names.items()}
+            arguments["images"] = [{"image": names[layer.number], "format": layer.format} for layer in layers(target)]
             if _is_direct(disk):
-                arguments["data"] = "data"
-                fds["data"] = await open_file(path, os.O_RDWR | os.O_NONBLOCK, action="open for writing")
-                close.callback(os.close, fds["data"])
+                arguments["data"] = data = f"data-{alias}"
+                fds[data] = await open_file(path, os.O_RDWR | os.O_NONBLOCK, action="open for writing")
+                close.callback(os.close, fds[data])
             await self._send(disk, "x-kvik-copy", arguments, fds)
 
     async def _send(self, disk: Disk, command: str, arguments: Mapping[str, Any], fds: Mapping[str, int]) -> None:
@@ -174,6 +179,10 @@ class KvikDiskJobs:
             reply = await self._ask(disk, "x-kvik-query-block-jobs")
         except OperationUnsupported:  # an older kvik's
             return []
+        except MonitorError:
+            if alias_of(disk) in self._machine.own_disks:  # it was unplugged just now
+                return []
+            raise
         return [item for item in reply if isinstance(item, dict)] if isinstance(reply, list) else []
 
     async def _every(self) -> AsyncIterator[tuple[Disk, dict[str, Any]]]:
@@ -191,7 +200,7 @@ class KvikDiskJobs:
             if state.concluded:
                 return
         # Whoever worked on it has died, or never heard of it: what it did its images tell.
-        yield JobState(concluded=True, error="it ended with the kvik-blk that it ran in")
+        yield JobState(concluded=True, error="it ended with the process that it ran in")
 
     async def speed(self, job: str) -> int:
         """The limit in bytes a second, 0 for none."""
@@ -217,7 +226,7 @@ class KvikDiskJobs:
         await self._tell(job, "x-kvik-block-job-dismiss", {})
 
     async def chain(self, disk: Disk) -> list[int]:
-        """Numbers of the images that the guest has now, by the files that its kvik-blk has open. Raises
+        """Numbers of the images that the guest has now, by the files that whoever serves it has open. Raises
         `HypervisorError` while there is none, for one that died is started again."""
         if not blk_monitor.serves(self._machine, disk):
             raise HypervisorError(f"{self._machine.name}: nobody serves disk {disk.target.dev} now")

@@ -23,6 +23,7 @@ from kvik.image.lock import lock_image
 from kvik.image.opening import open_image
 from kvik.image.qcow2.tracking import first_bit, set_bits
 from kvik.image.qcow2.writer import Qcow2Writer
+from kvik.vmm.blk.bitmaps import merge_into
 from kvik.vmm.blk.block_job import STEP, BlockJob
 from kvik.vmm.blk.chain import check_can_open, check_served, name_of, open_chain
 from kvik.vmm.blk.image import FormatImage
@@ -134,9 +135,9 @@ class Copy(BlockJob):
         self._node, self._overlays, self._log = node, overlays, log
         self._carried: list[int] = []  # images whose bitmaps the copy is to have
         self.ready = self._completing = self._apart = False
-        self._writer: Writer | None = Writer(
-            target, device.loop, self.failed, self._writer_ended, room=max(room, 2 * STEP) if room else ROOM
-        )
+        self._room = max(room, 2 * STEP) if room else ROOM
+        self._writer: Writer | None = None
+        self._goal = -1  # bytes that the thread has to have written for all to be copied; -1: not all was read yet
         super().__init__(job, device, image, speed=speed, ended=ended)
         self.total = size
         image.changing = self._mark
@@ -163,8 +164,11 @@ class Copy(BlockJob):
         self._carried = images
 
     def waits(self) -> bool:
-        left = int.from_bytes(self._dirty, "little").bit_count()
-        self.ready = self.ready or (not left and self._writer is not None and self._writer.idle)
+        left, writer = int.from_bytes(self._dirty, "little").bit_count(), self._writer
+        if not self.ready and writer is not None:
+            if not left and self._goal < 0:
+                self._goal = writer.given
+            self.ready = writer.written >= self._goal >= 0
         return not self._completing or left << self._bits > FEW
 
     def crowded(self) -> bool:
@@ -173,6 +177,9 @@ class Copy(BlockJob):
     # Copying -----------------------------------------------------------------------------------------------------
 
     def step(self) -> int:
+        if self._writer is None:
+            loop, target = self._device.loop, self._new.image
+            self._writer = Writer(target, loop, self.failed, self._writer_ended, room=self._room)
         if self.current < self.total:
             if self.current >= self._until:
                 self.current, self._until = self._next(self.current)
@@ -265,8 +272,6 @@ class Copy(BlockJob):
         """What bitmaps tell goes along. Where that fails the copy lacks them, which counts as not knowing."""
         if not self._carried or not isinstance(target, Qcow2Writer):
             return
-        from kvik.vmm.blk.bitmaps import merge_into
-
         chain = old.image.chain()
         try:
             target.store_bitmaps()  # the next write looks which there are

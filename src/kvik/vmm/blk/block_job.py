@@ -147,6 +147,10 @@ class BlockJob:
             if not self.settled():
                 self._device.loop.call_later(AGAIN, lambda: self.written_out(""))
                 return
+            if self.waits():  # the guest wrote too much meanwhile
+                self.state = "running"
+                self._device.loop.call_soon(self._turn)
+                return
             try:
                 self.finish()
             except (KvikError, OSError) as caught:

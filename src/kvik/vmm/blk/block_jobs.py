@@ -24,13 +24,14 @@ __all__ = ["BlockJobs"]
 
 
 class BlockJobs:
-    """Of one disk. `emit` tells events; `locking`: whether its images are locked."""
+    """Of one disk. `backups`: in kvik-blk, which makes them. `emit` tells events; `locking`: whether its images are
+    locked."""
 
     def __init__(
         self,
         device: Blk,
         overlays: Overlays,
-        backups: Backups,
+        backups: Backups | None,
         emit: Callable[[str, dict[str, Any]], object],
         *,
         locking: bool = True,
@@ -229,7 +230,7 @@ class BlockJobs:
         device = self._device
         if self.job is not None:
             raise OperationInvalid(f"disk {device.name} has a block job under way: {self.job.job}")
-        if self._backups.backup is not None:
+        if self._backups is not None and self._backups.backup is not None:
             raise OperationInvalid(f"disk {device.name} has a backup under way", remedy="wait for its end")
         if self._overlays.report()["state"] == "added":
             raise OperationInvalid(f"disk {device.name}: an image waits to be put on top of it")

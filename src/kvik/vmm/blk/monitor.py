@@ -4,7 +4,7 @@ backups and block jobs of it."""
 from __future__ import annotations
 
 from kvik.vmm.blk import backup_commands, block_job_commands
-from kvik.vmm.monitor import block, fds, introspect, overlays, run_state
+from kvik.vmm.monitor import block, block_jobs, fds, introspect, overlays, run_state
 from kvik.vmm.monitor.table import Command
 
 __all__ = ["COMMANDS"]
@@ -22,7 +22,7 @@ _NAMES = {
     "quit",
 }
 
-_OWN = (*overlays.COMMANDS, *backup_commands.COMMANDS, *block_job_commands.COMMANDS)
+_OWN = (*overlays.COMMANDS, *block_jobs.COMMANDS, *backup_commands.COMMANDS, *block_job_commands.COMMANDS)
 COMMANDS: dict[str, Command] = {
     command.name: command
     for group in (block.COMMANDS, fds.COMMANDS, introspect.COMMANDS, run_state.COMMANDS, _OWN)

@@ -57,7 +57,7 @@ class Overlays:
         redo: Redo | None = None,
         top: str = "",
     ) -> None:
-        self._device, self._locking, self._log, self._redo = device, locking, log, redo
+        self._device, self.locking, self._log, self._redo = device, locking, log, redo
         self._added: FormatImage | None = None
         self._below = -1  # to read the image that is on top now, when it is below
         self._old: BlockImage | None = None  # below the one on top, as long as that can be dropped
@@ -90,7 +90,7 @@ class Overlays:
                 data if data >= 0 else os.dup(fd),
                 cache=old.cache,
                 discard=old.can_discard,
-                locking=self._locking,
+                locking=self.locking,
                 name=name,
                 log=self._log,
             )
@@ -178,7 +178,7 @@ class Overlays:
                 if isinstance(top.image, Qcow2Writer):
                     top.image.redo = self._redo
             try:
-                if self._locking and reader is not None:
+                if self.locking and reader is not None:
                     stop_writing(old.fd)
                     lock_image(reader.fd, old.name, write=False)
             except (KvikError, OSError) as error:

@@ -54,6 +54,7 @@ class Writer:
         self._todo: SimpleQueue[tuple[int, int, bytearray | None] | None] = SimpleQueue()  # None: no more comes
         self._done: SimpleQueue[int] = SimpleQueue()  # bytes
         self._held = 0
+        self.given = 0  # bytes
         self._given_up = self._gives_back = False
         _thread.start_new_thread(self._run, ())
 
@@ -66,16 +67,18 @@ class Writer:
         return self._held > self._room // 2
 
     @property
-    def idle(self) -> bool:
-        """Whether all data was written."""
+    def written(self) -> int:
+        """How much of what was `given` so far is in the target; 0 after a failure."""
         self._settle(self._room)
-        return not self._held
+        return self.given - self._held if not self._given_up else 0
 
     def put(self, at: int, size: int, data: bytearray | None) -> None:
         """None: zeros. Waits for room."""
         self._settle(self._room)
         self._todo.put((at, size, data))
-        self._held += size if data is not None else 0
+        if data is not None:
+            self._held += size
+            self.given += size
 
     def _settle(self, most: int) -> None:
         try:
