@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from blk_guest import BlkDriver
 from guests import needs_kvm
-from test_disk_snapshots import idle, take, told, tops, word, writes
+from test_disk_snapshots import idle, raw, take, told, tops, word, writes
 from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE
 
@@ -18,6 +18,7 @@ from kvik.conf.devices.disk import Disk
 from kvik.conf.enums import ConnectDomainEventBlockJobStatus as Status
 from kvik.conf.enums import DomainBlockCommitFlags as Commit
 from kvik.conf.enums import DomainBlockJobAbortFlags as Abort
+from kvik.conf.enums import DomainSnapshotCreateFlags as Create
 from kvik.conf.enums import DomainState
 from kvik.errors import OperationUnsupported
 from kvik.hypervisor.kvik.disk_jobs import KvikDiskJobs
@@ -25,7 +26,7 @@ from kvik.hypervisor.layers import layers
 from kvik.manager import block_jobs
 from kvik.manager.checkpoints import create as checkpoints
 from kvik.manager.domain import DomainObject
-from kvik.manager.snapshots import delete
+from kvik.manager.snapshots import create, delete
 
 pytestmark = [pytest.mark.functional, needs_kvm]
 __all__ = ["world"]
@@ -237,6 +238,64 @@ async def test_a_kvik_blk_that_died_before_the_document_says_it_changed_over_goe
     await told(world, b"three")
     await domain.destroy()
     assert word(images[1]) == b"three"
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+@pytest.mark.parametrize("served", [True, False], ids=["kvik-blk", "kvik-vmm"])
+async def test_the_guest_changes_over_to_a_raw_image(world: World, served: bool, cache: str) -> None:
+    """Which is the usual disk, with a snapshot for a while: kvik-vmm's own until the machine is started anew."""
+    base = raw(world.root / "a.raw")
+    xml = disk(base, "raw", options=f" cache='{cache}'", **({"name": "kvik-blk"} if served else {}))
+    domain = await world.start(writes(BlkDriver(5)), xml)
+    assert len(daemons(domain)) == served
+    await told(world, b"up")
+    for name, said in (("s1", b"one"), ("s2", b"two")):
+        await told(world, said)
+        xml = f"<domainsnapshot><name>{name}</name></domainsnapshot>"
+        await create.create(domain, xml, Create.DISK_ONLY | Create.NO_METADATA)
+    assert images_of(domain) == ["a.s2", "a.s1", "a.raw"]
+    # the middle
+    await block_jobs.commit(domain, "vda", None, str(world.root / "a.s1"))
+    await over(world, Status.COMPLETED)
+    assert images_of(domain) == ["a.s2", "a.raw"] and word(base) == b"two"
+    # the top
+    await block_jobs.commit(domain, "vda", None, None, flags=Commit.ACTIVE)
+    await ready(domain)
+    await world.managers[-1].close()
+    domain = (await world.manager()).lookup_name("m")
+    await told(world, b"three")
+    await domain.block_job_abort("vda", Abort.PIVOT)
+    assert images_of(domain) == ["a.raw"] == tops(domain)
+    (world.root / "a.s2").unlink()
+    if served:
+        os.kill(daemons(domain)[0][0], signal.SIGKILL)
+        await soon(lambda: "kvik-blk of virtio-disk0 was started again" in world.log())
+    await told(world, b"four")
+    await domain.destroy()
+    assert word(base) == b"four"
+    await domain.start()
+    assert images_of(domain) == ["a.raw"]
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["kvik-blk", "kvik-vmm"])
+async def test_the_snapshot_of_a_raw_disk_that_is_deleted_is_merged_down_while_the_guest_writes(
+    world: World, served: bool
+) -> None:
+    base = raw(world.root / "a.raw")
+    domain = await world.start(writes(BlkDriver(5)), disk(base, "raw", **({"name": "kvik-blk"} if served else {})))
+    await told(world, b"up")
+    await told(world, b"one")
+    await take(domain, "s1")
+    await told(world, b"two")
+    await delete.delete(domain, "s1", 0)
+    await idle(domain)
+    await soon(lambda: not (world.root / "a.s1").exists())
+    assert images_of(domain) == ["a.raw"] == tops(domain) and domain.state == DomainState.RUNNING
+    await take(domain, "s2")
+    await told(world, b"three")
+    assert word(base) == b"two"
+    await domain.destroy()
+    assert word(world.root / "a.s2") == b"three"
 
 
 async def test_the_only_snapshot_that_is_deleted_is_merged_down_while_the_guest_writes(world: World) -> None:

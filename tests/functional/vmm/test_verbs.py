@@ -292,7 +292,9 @@ STEPS: list[tuple[str, str, str]] = [
     ("save-image-edit @m.save", "", ""),
     ("save-image-define @m.save @c", "", ""),  # of another machine: refused
     ("restore @m.save", WORKS, "restored from"),
+    ("blockcommit m vda --active --pivot", "keeps snapshot 's3'", ""),
     ("snapshot-delete m s3", WORKS, "deleted"),
+    ("domblklist m", WORKS, "a.raw"),
     # its end
     ("shutdown m --mode initctl", "by its agent or by ACPI only", ""),
     ("shutdown m --mode agent", NO_AGENT, ""),

@@ -381,9 +381,6 @@ NOT_REACHED = {
     "kvik.image.opening probe_format kvik.image.ova",
     "kvik.image.qcow2.allocator _repair_refcounts kvik.image.qcow2.repair",  # such an image is refused
     "kvik.image.qcow2.reader read_compressed kvik.image.zstd",  # such a one, too
-    "kvik.vmm.blk.block_jobs commit kvik.vmm.blk.commit",
-    "kvik.vmm.blk.block_jobs commit_top kvik.vmm.blk.active_commit",
-    "kvik.vmm.blk.block_jobs pull kvik.vmm.blk.pull",
 }
 
 

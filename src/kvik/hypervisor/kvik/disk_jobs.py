@@ -1,5 +1,5 @@
-"""Block jobs on a running machine's disks, each of which a kvik-blk serves (`vmm/blk/block_jobs.py`) or, raw ones, the
-VMM itself, which has copies only.
+"""Block jobs on a running machine's disks, each of which a kvik-blk serves or, those that began as raw ones, the VMM
+itself (`vmm/blk/block_jobs.py`).
 
 What a killed kvik-blk was about is lost with it, and the one that takes its place serves the images of the document:
 until a job's last step the guest reads the same from those.
@@ -41,26 +41,15 @@ class KvikDiskJobs:
         self._machine = machine
 
     def merges(self, disk: Disk, *, active: bool) -> bool:
-        machine = self._machine
-        return (
-            alias_of(disk) not in machine.own_disks
-            and machine.storage_kind(disk) == kvik_blk.KIND
-            and all(layer.format == "qcow2" for layer in layers(disk) if active or not layer.number)
-        )
+        return self._is_ours(disk) and all(layer.format == "qcow2" for layer in layers(disk) if not layer.number)
 
-    def _check(self, disk: Disk, *, merged: bool = True) -> None:
-        """`merged`: more than copied."""
+    def _is_ours(self, disk: Disk) -> bool:
+        machine = self._machine
+        return alias_of(disk) in machine.own_disks or machine.storage_kind(disk) == kvik_blk.KIND
+
+    def _check(self, disk: Disk) -> None:
         machine, target = self._machine, disk.target.dev
-        if alias_of(disk) in machine.own_disks:
-            if not merged:
-                return
-            raise OperationUnsupported(
-                f"disk {target} of machine {machine.name} is one that kvik-vmm reads and writes itself: its images "
-                "cannot be merged while the machine runs",
-                remedy=f"shut the machine down: kvik shutdown {machine.name}; a qcow2 disk is served by kvik-blk from "
-                "its next start on",
-            )
-        if machine.storage_kind(disk) != kvik_blk.KIND:
+        if not self._is_ours(disk):
             raise OperationUnsupported(
                 f"disk {target} of machine {machine.name} is served by {machine.storage_kind(disk)}, whose images "
                 "cannot be merged or copied while the machine runs",
@@ -84,7 +73,7 @@ class KvikDiskJobs:
     async def number(self, disk: Disk, mirror: Mirror, *, fresh: bool) -> None:
         """See `copies.number_copy`. Raises `OperationUnsupported` for what cannot be copied, or not there."""
         machine = self._machine
-        self._check(disk, merged=False)
+        self._check(disk)
         _check_copy(machine, disk, mirror)
         index = next_index(machine.domain.devices.disks)
         await number_copy(disk, mirror, index, fresh=fresh, bases=machine.bases())
@@ -110,7 +99,7 @@ class KvikDiskJobs:
                 f"kvik-vmm copies what the guest writes to disk {disk.target.dev} a moment later, not with it",
                 remedy="leave --synchronous-writes out: a guest that changes over has all of it",
             )
-        self._check(disk, merged=False)
+        self._check(disk)
         target = as_disk(disk, mirror)
         if fresh:
             target.backing_store = BackingStore()
@@ -150,12 +139,6 @@ class KvikDiskJobs:
         """As `QemuDiskJobs.commit`."""
         chain = {layer.key: layer for layer in layers(disk)}
         place = chain[top].number
-        if not place and chain[base].format != "qcow2":
-            raise OperationUnsupported(
-                f"kvik-vmm: what the guest writes to as disk {disk.target.dev} cannot be merged into a raw image while "
-                f"machine {self._machine.name} runs",
-                remedy="shut it down and use kvik img, or run it with QEMU (<emulator>qemu-system-...</emulator>)",
-            )
         written = {"image": chain[base]}
         if place > 1:
             written["above"] = next(layer for layer in chain.values() if layer.number == place - 1)
@@ -170,7 +153,8 @@ class KvikDiskJobs:
                 path = layer.source.location or ""
                 fds[name] = await open_file(path, os.O_RDWR | os.O_NONBLOCK, action="open for writing")
                 close.callback(os.close, fds[name])
-            await self._send(disk, "x-kvik-commit", arguments | {name: name for name in fds}, fds)
+            names = {name: f"{name}-{alias_of(disk)}" for name in fds}
+            await self._send(disk, "x-kvik-commit", arguments | names, {names[name]: fd for name, fd in fds.items()})
 
     # -- while it runs
 

@@ -43,15 +43,20 @@ class BlockJobs:
 
     def chain(self) -> list[dict[str, int]]:
         """Which files the guest's disk is made of, from the one that it writes to down."""
-        image = self._device.image
-        fds = [one.fd for one in image.image.chain()] if isinstance(image, FormatImage) else [image.fd]
-        return [dict(zip(("device", "inode"), identity(fd), strict=True)) for fd in fds]
+        with self._device.lock:
+            image = self._device.image
+            fds = [one.fd for one in image.image.chain()] if isinstance(image, FormatImage) else [image.fd]
+            return [dict(zip(("device", "inode"), identity(fd), strict=True)) for fd in fds]
 
     def report(self) -> list[dict[str, Any]]:
         return [self.job.report()] if self.job is not None else []
 
     def pull(self, job: str, base: int, backing: str | None, speed: int) -> None:
         """`base`: the place from the top down of the image that stays below; 0: none does. Raises `KvikError`."""
+        with self._device.lock:
+            self._pull(job, base, backing, speed)
+
+    def _pull(self, job: str, base: int, backing: str | None, speed: int) -> None:
         from kvik.vmm.blk.pull import Pull
 
         device = self._device
@@ -70,6 +75,10 @@ class BlockJobs:
     def commit(self, job: str, place: int, base: int, *, fds: tuple[int, int], backing: str, speed: int) -> None:
         """The images from `place` on into image `base`. Takes over `fds`, both for writing: of that, and of the image
         above `place`, which is -1 where it is the one on top. Raises `KvikError`, OSError."""
+        with self._device.lock:
+            self._commit(job, place, base, fds=fds, backing=backing, speed=speed)
+
+    def _commit(self, job: str, place: int, base: int, *, fds: tuple[int, int], backing: str, speed: int) -> None:
         from kvik.vmm.blk.commit import Commit
 
         device = self._device
@@ -100,13 +109,17 @@ class BlockJobs:
     def commit_top(self, job: str, base: int, *, fds: tuple[int, int], node: str, speed: int) -> None:
         """The image on top, and those below it, into image `base`, to which the guest changes over when the job is told
         to complete. Takes over `fds`: see `ActiveCommit`. Raises `KvikError`, OSError."""
+        with self._device.lock:
+            self._commit_top(job, base, fds, node, speed)
+
+    def _commit_top(self, job: str, base: int, fds: tuple[int, int], node: str, speed: int) -> None:
         from kvik.vmm.blk.active_commit import ActiveCommit
 
         device = self._device
         try:
             image, top = self._idle()
             chain = top.chain()
-            if not 0 < base < len(chain) or chain[base].format != "qcow2" or (fds[1] >= 0) != image.direct:
+            if not 0 < base < len(chain) or (fds[1] >= 0) != image.direct:
                 raise InvalidArgument(f"disk {device.name} has {len(chain)} images: the first cannot go into {base}")
             _check_no_snapshots(device.name, chain[:base])
             self._settle()

@@ -1,5 +1,5 @@
-"""Block jobs of a disk that is written to here: kvik-blk's one disk, or one of kvik-vmm's own (`device`), whose only
-job is a copy.
+"""Block jobs of a disk that is written to here: kvik-blk's one disk, or one of kvik-vmm's own (`device`). An image of
+its chain is named by its place, 0 being on top.
 
 What they do: `vmm/blk/block_jobs.py`, which only a machine with a disk of its own imports.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from kvik.vmm.monitor import overlays
 from kvik.vmm.monitor.errors import QmpError, refused
-from kvik.vmm.monitor.schema import ID, NOTHING, Bool, Enum, Int, List, Struct
+from kvik.vmm.monitor.schema import ID, NOTHING, Bool, Enum, Int, List, Str, Struct
 from kvik.vmm.monitor.table import Arguments, Command, Context
 
 TYPE_CHECKING = False
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from kvik.vmm.blk.block_jobs import BlockJobs
 
-__all__ = ["COMMANDS", "MAX_CHAIN", "SPEED", "jobs", "take_fds"]
+__all__ = ["COMMANDS", "MAX_CHAIN", "jobs"]
 
 MAX_CHAIN = 200
-SPEED = Int(0, (1 << 63) - 1)
+_SPEED = Int(0, (1 << 63) - 1)
 
 
 def jobs(context: Context, arguments: Arguments) -> BlockJobs:
@@ -42,7 +42,7 @@ def jobs(context: Context, arguments: Arguments) -> BlockJobs:
     return device.block_jobs
 
 
-def take_fds(context: Context, names: list[str]) -> list[int]:
+def _take_fds(context: Context, names: list[str]) -> list[int]:
     """The descriptors of these names, sent by getfd: all or none."""
     named = context.server.named_fds
     for name in names:
@@ -60,13 +60,37 @@ def _query_jobs(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
     return known.report() if known is not None else []
 
 
+def _pull(context: Context, arguments: Arguments) -> None:
+    jobs(context, arguments).pull(
+        arguments["job"], arguments.get("base", 0), arguments.get("backing-file"), arguments.get("speed", 0)
+    )
+
+
+def _commit(context: Context, arguments: Arguments) -> None:
+    given = _take_fds(context, [arguments[key] for key in ("image", "above", "data") if key in arguments])
+    fds = given[0], given[1] if len(given) > 1 else -1
+    found = jobs(context, arguments)
+    if not arguments["top"]:
+        node, speed = arguments.get("node-name", ""), arguments.get("speed", 0)
+        found.commit_top(arguments["job"], arguments["base"], fds=fds, node=node, speed=speed)
+        return
+    found.commit(
+        arguments["job"],
+        arguments["top"],
+        arguments["base"],
+        fds=fds,
+        backing=arguments.get("backing-file", ""),
+        speed=arguments.get("speed", 0),
+    )
+
+
 def _copy(context: Context, arguments: Arguments) -> None:
     images = arguments["images"]
     if not images:
         raise QmpError("Parameter 'images' is empty")
     found = jobs(context, arguments)
     data = [arguments["data"]] if "data" in arguments else []
-    fds = take_fds(context, [*(item["image"] for item in images), *data])
+    fds = _take_fds(context, [*(item["image"] for item in images), *data])
     found.copy(
         arguments["job"],
         [(fd, item["format"]) for fd, item in zip(fds, images, strict=False)],
@@ -103,12 +127,30 @@ COMMANDS: Sequence[Command] = (
     Command("x-kvik-query-chain", _query_chain, Struct(_DEVICE), summary="the files of its images, from the top down"),
     Command("x-kvik-query-block-jobs", _query_jobs, Struct(_DEVICE), summary="what is under way, or has ended"),
     Command(
+        "x-kvik-pull",
+        _pull,
+        Struct(_JOB | {"*base": Int(1, MAX_CHAIN), "*backing-file": Str(1023), "*speed": _SPEED}),
+        NOTHING,
+        summary="the image on top gets what those below it have, down to a base",
+    ),
+    Command(
+        "x-kvik-commit",
+        _commit,
+        Struct(
+            _JOB
+            | {"top": Int(0, MAX_CHAIN), "base": Int(1, MAX_CHAIN), "*backing-file": Str(1023), "*speed": _SPEED}
+            | {"image": ID, "*above": ID, "*data": ID, "*node-name": ID}
+        ),
+        NOTHING,
+        summary="images go into a base below them; that and the one above, if not on top, are sent by getfd",
+    ),
+    Command(
         "x-kvik-copy",
         _copy,
         Struct(
             _JOB
             | {"images": List(Struct({"image": ID, "format": Enum("raw", "qcow2")}), MAX_CHAIN), "*data": ID}
-            | {"node-name": ID, "*shallow": Bool(), "*shared": Bool(), "*blank": Bool(), "*speed": SPEED}
+            | {"node-name": ID, "*shallow": Bool(), "*shared": Bool(), "*blank": Bool(), "*speed": _SPEED}
             | {"*granularity": Int(0, 1 << 31), "*buf-size": Int(0, (1 << 31) - 1)}
         ),
         NOTHING,
@@ -117,7 +159,7 @@ COMMANDS: Sequence[Command] = (
     Command(
         "x-kvik-block-job-speed",
         _set_speed,
-        Struct(_JOB | {"speed": SPEED}),
+        Struct(_JOB | {"speed": _SPEED}),
         NOTHING,
         summary="bytes a second, 0: no limit",
     ),
