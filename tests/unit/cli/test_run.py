@@ -119,6 +119,19 @@ def test_a_qcow2_disk_is_no_hindrance_on_kvik_vmm(kvik: Any, host: Any, tmp_path
     support.check(parse_domain(ElementTree.tostring(root, "unicode")))
 
 
+@pytest.mark.parametrize("vmm", ["qemu", "kvik"])
+def test_the_tiny_machine_may_have_disks(kvik: Any, host: Any, tmp_path: Path, vmm: str) -> None:
+    host.verdict = SimpleNamespace(usable=True, reason="fine")
+    (tmp_path / "data.qcow2").write_bytes(QCOW2)
+    words = ["--image", "tiny", "--disk", str(tmp_path / "data.qcow2"), "--network", "none"]
+    assert kvik("run", "--vmm", vmm, "--detach", *words) == 0, kvik.err
+    root = document(kvik)
+    assert root.findtext("name", "").startswith("tiny-")
+    assert root.findtext("os/kernel") and root.find("os/boot") is None
+    assert root.find("os").get("firmware") is None  # type: ignore[union-attr]
+    assert root.find("devices/disk/target").get("dev") == "vda"  # type: ignore[union-attr]
+
+
 def test_what_kvik_vmm_cannot_do_is_said_before_anything_is_made(kvik: Any, host: Any, tmp_path: Path) -> None:
     (tmp_path / "debian.raw").write_bytes(bytes(512))
     assert kvik("run", "--vmm", "kvik") != 0
@@ -279,6 +292,7 @@ def test_missing_packages_end_with_77(kvik: Any, host: Any, monkeypatch: pytest.
     ("words", "message"),
     [
         (["--initrd", "x"], "--initrd needs --kernel"),
+        (["--image", "tiny", "--kernel", "x"], "--image tiny brings its own kernel"),
         (["nosuch"], "there is no image 'nosuch'"),
         (["--kernel", "/nonexistent"], "No such file or directory"),
         (["--disk", "/nonexistent"], "give the path of an existing disk image"),
