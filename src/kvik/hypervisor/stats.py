@@ -133,8 +133,8 @@ def disk_figures(prefix: str, device: Mapping[str, Any], image: Mapping[str, Any
 def _end_of_writes(device: Mapping[str, Any], image: Mapping[str, Any]) -> int | None:
     """Offset behind the last byte written in the image's file; None where that is not told.
 
-    The device's own figure is of the guest's offsets: those of the file are with the node at the bottom ("parent", in the
-    words of query-blockstats). Only of a raw image they are the same.
+    The device's own figure is of the guest's offsets: those of the file are with the node at the bottom ("parent", in
+    the words of query-blockstats). Only of a raw image they are the same.
     """
     if not isinstance(device.get("parent"), dict) and image.get("format") != "raw":
         return None
