@@ -59,11 +59,12 @@ async def revert(domain: DomainObject, name: str, flags: int) -> None:
             if domain.is_active:
                 await lifecycle.destroy(domain, False)
             new = await _disks(domain, name, snapshot)
-            await collect.collect(domain)
             await _reset_variables(domain, flags)
             if kept is not None:
+                # Before anything is collected: a disk that is not in the definition, only the machine that runs needs.
                 await _go_on(domain, kept, new, flags)
-            elif flags & (Flags.RUNNING | Flags.PAUSED):
+            await collect.collect(domain)
+            if kept is None and flags & (Flags.RUNNING | Flags.PAUSED):
                 await starting.boot(domain, bool(flags & Flags.PAUSED), {})
         finally:
             if kept is not None:
