@@ -5,6 +5,7 @@ What was written since the last snapshot of the state that is left is given up; 
 
 from __future__ import annotations
 
+import os
 from os.path import normpath
 from typing import TYPE_CHECKING
 
@@ -153,4 +154,9 @@ def _facts(snapshot: Snapshot) -> dict[str, Facts]:
 
 
 def _names(below: dict[str, Facts], name: str) -> dict[str, str]:
-    return {target: free_name(overlay_of(facts.path, f"{name}-now")) for target, facts in below.items()}
+    """Where each disk's new image goes (blocking)."""
+    found: dict[str, str] = {}
+    for target, facts in below.items():
+        wanted = overlay_of(facts.path, f"{name}-now")
+        found[target] = free_name(wanted, lambda path: os.path.lexists(path) or path in found.values())
+    return found
