@@ -529,3 +529,43 @@ def test_progress_on_a_terminal_is_one_line_and_elsewhere_plain(tty: Any) -> Non
     assert "[##############..............]  50%" in screen.getvalue()
     assert screen.getvalue().endswith("\r\x1b[K")
     assert screen.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [30, 50, 60, 80])
+def test_a_bar_is_as_long_as_the_terminal_has_room(tty: Any, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    from kvik.cli import term
+    from kvik.cli.progress import Progress as Real
+
+    monkeypatch.setattr(term, "columns", lambda stream: columns)
+    screen = tty()
+    with Real(screen) as progress:
+        progress.bar("fetching", 10 << 20, 4 << 30, is_bytes=True)
+        progress.bar("fetching", 4 << 30, 4 << 30, is_bytes=True)
+    lines = screen.getvalue().replace("\x1b[K", "").replace("\r", "\n").split("\n")
+    assert max(len(line) for line in lines) < columns
+    if columns > 40:
+        assert any(line.endswith("] 100% 4096.0 MiB of 4096.0 MiB") for line in lines)
+        assert any(line.endswith("]   0% 10.0 MiB of 4096.0 MiB") for line in lines)
+
+
+def test_an_images_bar_goes_forward_only_and_makes_room_for_the_answer(tty: Any, tmp_path: Path) -> None:
+    from kvik.cli.context import Context
+    from kvik.cli.main import run_verb
+
+    source = tmp_path / "a.raw"
+    with source.open("wb") as file:
+        file.write(b"x" * (3 << 20))  # the hole behind it is told of before its last part
+        file.truncate(64 << 20)
+    screen = tty()
+    context = Context(stdout=screen, stderr=screen, colour=False)
+    assert run_verb(context, ["img", "convert", "-p", "-O", "raw", str(source), str(tmp_path / "b.raw")]) == 0
+    assert screen.getvalue().endswith("100% 64.0 MiB of 64.0 MiB\n")
+    screen.truncate(0)
+    assert run_verb(context, ["img", "compare", "-p", str(source), str(tmp_path / "b.raw")]) == 0
+    assert screen.getvalue().endswith("100% 64.0 MiB of 64.0 MiB\nImages are identical.\n")
+    with (tmp_path / "b.raw").open("r+b") as file:
+        file.seek((3 << 20) - 1)
+        file.write(b"y")
+    screen.truncate(0)
+    assert run_verb(context, ["img", "compare", "-p", str(source), str(tmp_path / "b.raw")]) == 1
+    assert screen.getvalue().endswith("\r\x1b[KContent mismatch at offset 3145216!\n")
