@@ -15,6 +15,7 @@ if str(Path(__file__).parent) not in sys.path:
 import restored  # behind the path
 from disk_world import World
 from running import Running
+from verbs_machine import Machine
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -48,3 +49,13 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     made = World(tmp_path)
     yield made
     await made.close()
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    """For the dialogue with every verb, and for those that need more than a line."""
+    made = Machine()
+    try:
+        yield made
+    finally:
+        made.close()
