@@ -161,7 +161,7 @@ class Machine:
                 carrier = VirtioPci(device)  # type: ignore[arg-type]  # said by the line above
             if hasattr(carrier, "bars"):  # a PCI device
                 plug = self.pci.add if self.status == "prelaunch" else self.pci.plug
-                plug(carrier, slot or None)  # type: ignore[arg-type]
+                plug(carrier, slot or None)  # type: ignore[arg-type]  # as above
             else:
                 carrier.attach(self)
         except BaseException:

@@ -68,7 +68,7 @@ def test_topology_as_libvirt_counts_it(tmp_path: Path) -> None:
     ],
 )
 def test_other_shapes(tmp_path: Path, shape: dict[str, int], expected: tuple[int, ...]) -> None:
-    info = node.node_info(tree(tmp_path, **shape))  # type: ignore[arg-type]
+    info = node.node_info(tree(tmp_path, **shape))
     assert (info.nodes, info.sockets, info.cores, info.threads) == expected
     assert info.nodes * info.sockets * info.cores * info.threads >= info.cpus
 
