@@ -322,7 +322,7 @@ class PoolObject:
         return contents
 
     def _state(self, backend: Backend, state: str) -> None:
-        origin = PoolOrigin(state=state, boot=self._pools.store.boot, persistent=self.persistent)  # type: ignore[arg-type]
+        origin = PoolOrigin(state=state, boot=self._pools.store.boot, persistent=self.persistent)  # type: ignore[arg-type]  # its Literal
         self._pools.store.save_state(PoolState(pool=backend.document, origin=origin))
 
     def adopt(self, backend: Backend, contents: Contents) -> None:
