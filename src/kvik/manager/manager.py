@@ -43,6 +43,7 @@ from kvik.manager.interfaces import look_after_networks
 from kvik.manager.jobs import LIMIT
 from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
+from kvik.manager.pivots import Pivots
 from kvik.manager.saved import machine as saved_machine
 from kvik.manager.saved.machine import Saved
 from kvik.manager.secrets import Secrets
@@ -102,6 +103,7 @@ class Manager:
         for driver in drivers.values():
             driver.bases = self.bases
         self.store = Store(paths)
+        self.pivots = Pivots(paths.pivots, self.store)
         self.secrets = Secrets(paths, self.store)
         self.pools.secret = lambda kind, which: self.secrets.value(kind, uuid=which.uuid, usage=which.usage)
         self.pools.secret_for = self.secrets.for_volume
@@ -465,6 +467,8 @@ class Manager:
                     remedy="undefine with --nvram to remove or --keep-nvram to keep them",
                 )
             await self.store.remove_definition(domain.name)
+            if domain.run is None:
+                await self.pivots.forget_all(domain)
             if path is not None and flags & DomainUndefineFlags.NVRAM:
                 with contextlib.suppress(OSError):
                     await in_thread(path.unlink, missing_ok=True)
