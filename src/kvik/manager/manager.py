@@ -26,6 +26,7 @@ from kvik.manager.interfaces import look_after_networks
 from kvik.manager.jobs import LIMIT
 from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
+from kvik.manager.pivots import Pivots
 from kvik.manager.saved import machine as saved_machine
 from kvik.manager.saved.machine import Saved
 from kvik.manager.secrets import Secrets
@@ -69,6 +70,7 @@ class Manager:
         for driver in drivers.values():
             driver.bases = self.bases
         self.store = Store(paths)
+        self.pivots = Pivots(paths.pivots, self.store)
         self.secrets = Secrets(paths, self.store)
         self.pools.secret = lambda kind, which: self.secrets.value(kind, uuid=which.uuid, usage=which.usage)
         self.pools.secret_for = self.secrets.for_volume

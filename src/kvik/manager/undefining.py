@@ -75,6 +75,8 @@ async def undefine(manager: Manager, domain: DomainObject, flags: int) -> None:
             remedy="undefine with --nvram to remove or --keep-nvram to keep them",
         )
     await manager.store.remove_definition(domain.name)
+    if domain.run is None:
+        await manager.pivots.forget_all(domain)
     if path is not None and flags & DomainUndefineFlags.NVRAM:
         with contextlib.suppress(OSError):
             await in_thread(path.unlink, missing_ok=True)

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blk_guest import BlkDriver
-from disk_world import World, checked, daemons, disk, idle, image, kill, live_disk, soon, take, told, tops, word, writes
+from disk_world import (
+    Death,
+    Killed,
+    World,
+    checked,
+    daemons,
+    disk,
+    idle,
+    image,
+    kill,
+    live_disk,
+    soon,
+    take,
+    told,
+    tops,
+    word,
+    writes,
+)
 from guests import needs_kvm
 from tiny_kernel import IDLE
 
@@ -18,13 +40,15 @@ from kvik.conf.enums import ConnectDomainEventBlockJobStatus as Status
 from kvik.conf.enums import DomainBlockCommitFlags as Commit
 from kvik.conf.enums import DomainBlockJobAbortFlags as Abort
 from kvik.conf.enums import DomainState
-from kvik.errors import OperationUnsupported
+from kvik.errors import OperationFailed, OperationUnsupported
 from kvik.hypervisor.kvik.disk_jobs import KvikDiskJobs
 from kvik.hypervisor.layers import layers
 from kvik.manager import block_jobs
 from kvik.manager.checkpoints import create as checkpoints
 from kvik.manager.domain import DomainObject
 from kvik.manager.snapshots import delete
+from kvik.manager.store import Store
+from kvik.qmp.aio import QmpConnection
 
 pytestmark = [pytest.mark.functional, needs_kvm]
 
@@ -232,6 +256,93 @@ async def test_a_kvik_blk_that_died_before_the_document_says_it_changed_over_goe
     await told(world, b"three")
     await domain.destroy()
     assert word(images[1]) == b"three"
+
+
+class Died(Death):
+    """At a command, or before anything of the manager's own is written."""
+
+    def files(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        async def run(store: Store, *given: Any, **more: Any) -> Any:
+            self.came = self.came or self.left <= 0
+            if self.came:
+                raise Killed
+            self.left -= 1
+            return await original(store, *given, **more)
+
+        return run
+
+
+async def pivot_and_die(world: World, domain: DomainObject, death: Died, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(QmpConnection, "execute", death.commands(QmpConnection.execute))
+        patch.setattr(Store, "run", death.files(Store.run))
+        ending = asyncio.ensure_future(domain.block_job_abort("vda", Abort.PIVOT))
+        await soon(lambda: death.came or ending.done())
+        if not death.came:
+            await soon(lambda: death.came or (domain.run is not None and not domain.run.block_jobs))
+        tasks = [ending, *domain.manager._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        domain.require_machine().detach()
+    domain.manager.store.close()
+    world.managers.pop()
+
+
+async def killed(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            while Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX":
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["machine", "power"])
+async def test_daemon_and_machine_die_while_it_changes_over(
+    world: World, monkeypatch: pytest.MonkeyPatch, power: bool
+) -> None:
+    """Whatever the order, it goes on with what its guest wrote last; after a loss of power alone it may have to ask."""
+    sure: list[bool] = []
+    for step in range(40):
+        place = world.root / str(step)
+        place.mkdir()
+        images = chain(place)
+        domain = await world.start(writes(BlkDriver(5)), disk(images[0]))
+        await told(world, b"up")
+        await told(world, b"one")
+        await block_jobs.commit(domain, "vda", str(images[1]), None, flags=Commit.ACTIVE)
+        await ready(domain)
+        assert domain.run is not None
+        processes = [domain.run.pid, daemons(domain)[0][0]]
+        status = domain.manager.store.status
+        death = Died(step)
+        await pivot_and_die(world, domain, death, monkeypatch)
+        await told(world, b"two")
+        await killed(processes)
+        if power:
+            shutil.rmtree(status)
+        domain = (await world.manager()).lookup_name("m")
+        try:
+            await domain.start()
+            sure.append(True)
+        except OperationFailed as error:
+            assert "cannot be known" in str(error) and str(images[0]) in str(error) and str(images[1]) in str(error)
+            sure.append(False)
+            new = word(images[1]) == b"two"
+            assert new or word(images[0]) == b"two"
+            await domain.block_job_abort("vda", Abort.PIVOT if new else 0)
+            await domain.start()
+        (top,) = tops(domain)
+        assert word(place / top) == b"two", (step, death.came)
+        await domain.destroy()
+        checked(place / top)
+        if not death.came:
+            break
+    else:
+        pytest.fail("it never came to its end")
+    assert len(sure) > 8 and sure[-1] and all(sure) is not power
 
 
 async def test_the_only_snapshot_that_is_deleted_is_merged_down_while_the_guest_writes(world: World) -> None:

@@ -119,6 +119,19 @@ def test_a_qcow2_disk_is_no_hindrance_on_kvik_vmm(kvik: Any, host: Any, tmp_path
     support.check(parse_domain(ElementTree.tostring(root, "unicode")))
 
 
+@pytest.mark.parametrize("vmm", ["qemu", "kvik"])
+def test_the_tiny_machine_may_have_disks(kvik: Any, host: Any, tmp_path: Path, vmm: str) -> None:
+    host.verdict = SimpleNamespace(usable=True, reason="fine")
+    (tmp_path / "data.qcow2").write_bytes(QCOW2)
+    words = ["--image", "tiny", "--disk", str(tmp_path / "data.qcow2"), "--network", "none"]
+    assert kvik("run", "--vmm", vmm, "--detach", *words) == 0, kvik.err
+    root = document(kvik)
+    assert root.findtext("name", "").startswith("tiny-")
+    assert root.findtext("os/kernel") and root.find("os/boot") is None
+    assert root.find("os").get("firmware") is None  # type: ignore[union-attr]
+    assert root.find("devices/disk/target").get("dev") == "vda"  # type: ignore[union-attr]
+
+
 def test_what_kvik_vmm_cannot_do_is_said_before_anything_is_made(kvik: Any, host: Any, tmp_path: Path) -> None:
     (tmp_path / "debian.raw").write_bytes(bytes(512))
     assert kvik("run", "--vmm", "kvik") != 0
@@ -279,6 +292,7 @@ def test_missing_packages_end_with_77(kvik: Any, host: Any, monkeypatch: pytest.
     ("words", "message"),
     [
         (["--initrd", "x"], "--initrd needs --kernel"),
+        (["--image", "tiny", "--kernel", "x"], "--image tiny brings its own kernel"),
         (["nosuch"], "there is no image 'nosuch'"),
         (["--kernel", "/nonexistent"], "No such file or directory"),
         (["--disk", "/nonexistent"], "give the path of an existing disk image"),
@@ -515,3 +529,43 @@ def test_progress_on_a_terminal_is_one_line_and_elsewhere_plain(tty: Any) -> Non
     assert "[##############..............]  50%" in screen.getvalue()
     assert screen.getvalue().endswith("\r\x1b[K")
     assert screen.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [30, 50, 60, 80])
+def test_a_bar_is_as_long_as_the_terminal_has_room(tty: Any, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    from kvik.cli import term
+    from kvik.cli.progress import Progress as Real
+
+    monkeypatch.setattr(term, "columns", lambda stream: columns)
+    screen = tty()
+    with Real(screen) as progress:
+        progress.bar("fetching", 10 << 20, 4 << 30, is_bytes=True)
+        progress.bar("fetching", 4 << 30, 4 << 30, is_bytes=True)
+    lines = screen.getvalue().replace("\x1b[K", "").replace("\r", "\n").split("\n")
+    assert max(len(line) for line in lines) < columns
+    if columns > 40:
+        assert any(line.endswith("] 100% 4096.0 MiB of 4096.0 MiB") for line in lines)
+        assert any(line.endswith("]   0% 10.0 MiB of 4096.0 MiB") for line in lines)
+
+
+def test_an_images_bar_goes_forward_only_and_makes_room_for_the_answer(tty: Any, tmp_path: Path) -> None:
+    from kvik.cli.context import Context
+    from kvik.cli.main import run_verb
+
+    source = tmp_path / "a.raw"
+    with source.open("wb") as file:
+        file.write(b"x" * (3 << 20))  # the hole behind it is told of before its last part
+        file.truncate(64 << 20)
+    screen = tty()
+    context = Context(stdout=screen, stderr=screen, colour=False)
+    assert run_verb(context, ["img", "convert", "-p", "-O", "raw", str(source), str(tmp_path / "b.raw")]) == 0
+    assert screen.getvalue().endswith("100% 64.0 MiB of 64.0 MiB\n")
+    screen.truncate(0)
+    assert run_verb(context, ["img", "compare", "-p", str(source), str(tmp_path / "b.raw")]) == 0
+    assert screen.getvalue().endswith("100% 64.0 MiB of 64.0 MiB\nImages are identical.\n")
+    with (tmp_path / "b.raw").open("r+b") as file:
+        file.seek((3 << 20) - 1)
+        file.write(b"y")
+    screen.truncate(0)
+    assert run_verb(context, ["img", "compare", "-p", str(source), str(tmp_path / "b.raw")]) == 1
+    assert screen.getvalue().endswith("\r\x1b[KContent mismatch at offset 3145216!\n")
