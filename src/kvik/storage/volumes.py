@@ -181,6 +181,7 @@ async def wipe(pools: Pools, pool: PoolObject, name: str, algorithm: int) -> Non
             await in_thread(holder.wipe_volume, volume, passes)
         finally:
             await pool.look_again(volume)
+    await pool.measure()
 
 
 class Opened:
@@ -210,6 +211,7 @@ async def open_bytes(
         finally:
             if writable:
                 await pool.look_again(volume)
+                await pool.measure()
 
 
 @asynccontextmanager

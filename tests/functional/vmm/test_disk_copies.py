@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 from blk_guest import BlkDriver
+from disk_world import World, checked, daemons, disk, image, live_disk, raw, soon, take, told, tops, word, writes
 from guests import needs_kvm
 from test_disk_jobs import chain, images_of, over, ready
-from test_disk_snapshots import raw, take, told, tops, word, writes
-from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE
 
-from kvik.conf.devices.disk import Disk, Mirror
+from kvik.conf.devices.disk import Disk
 from kvik.conf.enums import ConnectDomainEventBlockJobStatus as Status
 from kvik.conf.enums import DomainBlockCopyFlags as Copy
 from kvik.conf.enums import DomainBlockJobAbortFlags as Abort
@@ -27,7 +26,6 @@ from kvik.manager.checkpoints import create as checkpoints
 from kvik.manager.domain import DomainObject
 
 pytestmark = [pytest.mark.functional, needs_kvm]
-__all__ = ["world"]
 
 SLOW = 65536  # bytes a second
 
@@ -39,11 +37,6 @@ def to(path: Path | str, form: str = "", type: str = "file") -> str:
 
 async def copy(domain: DomainObject, xml: str, flags: int = 0, **params: int) -> None:
     await block_copy.copy(domain, "vda", xml, params, flags)
-
-
-def mirror_of(domain: DomainObject) -> Mirror | None:
-    assert domain.run is not None
-    return domain.run.live.devices.disks[0].mirror
 
 
 async def served_again(world: World, times: int = 1) -> None:
@@ -59,7 +52,7 @@ async def test_the_disk_moves_to_another_image_while_the_guest_writes(world: Wor
     new = world.root / f"new.{form}"
     await copy(domain, to(new, form), bandwidth=SLOW)
     await told(world, b"two")
-    assert (mirror := mirror_of(domain)) is not None and mirror.job == "copy" and not mirror.ready
+    assert (mirror := live_disk(domain).mirror) is not None and mirror.job == "copy" and not mirror.ready
     shown = await domain.block_job_info("vda")
     assert shown is not None and shown.cur < shown.end and shown.bandwidth == SLOW
     with pytest.raises(KvikError, match="not ready for pivot yet"):
@@ -327,7 +320,7 @@ async def test_checkpoints_come_along_with_the_disk(world: World) -> None:
     await domain.block_job_abort("vda", Abort.PIVOT)
     assert domain.checkpoints.get("c1").image_of("vda") == str(new)
     assert domain.run is not None
-    known = await domain.require_machine().backups.bitmaps(domain.run.live.devices.disks[0])
+    known = await domain.require_machine().backups.bitmaps(live_disk(domain))
     assert [bitmap.usable and bitmap.count > 0 for layer in known.values() for bitmap in layer.values()] == [True]
     await told(world, b"three")
     await domain.destroy()
@@ -356,4 +349,4 @@ async def test_what_cannot_be_copied_is_refused_and_leaves_nothing(world: World)
         with pytest.raises(kind, match=words) as caught:
             await copy(domain, given, flags)
         assert domain.run is not None and not domain.run.block_jobs, caught.value
-        assert not new.exists() and mirror_of(domain) is None
+        assert not new.exists() and live_disk(domain).mirror is None

@@ -66,6 +66,7 @@ _TRAY_DEADLINE = 5.0
 _LISTEN_DEADLINE = 10.0
 SUN_PATH = 107  # bytes of a path in sockaddr_un, without its NUL
 _NODE = re.compile(r"-(\d{1,9})-(format|storage|spare|cor|over|overfile)$")  # what `node_name` makes
+PLUGGABLE_BUSES = ("virtio", "scsi", "usb")  # of disks
 _PLUGGABLE = (Disk, Interface, Hostdev, Redirdev, Channel, Rng, Memory, Shmem, Input, Controller, Vsock)
 
 
@@ -81,7 +82,7 @@ async def attach(machine: QemuMachine, device: Any, files: Mapping[str, int]) ->
     """Raises `OperationUnsupported`, `ConfigUnsupported`, `MonitorError`; then nothing has changed."""
     if not isinstance(device, _PLUGGABLE):
         raise OperationUnsupported(f"QEMU cannot plug a {type(device).__name__.lower()} into a running machine")
-    if isinstance(device, Disk) and device.target.bus not in ("virtio", "scsi", "usb"):
+    if isinstance(device, Disk) and device.target.bus not in PLUGGABLE_BUSES:
         raise OperationUnsupported(f"disks on bus {device.target.bus} cannot be plugged into a running machine")
     with ExitStack() as close, ExitStack() as undo:
         opened = Opened(close, undo, files, machine.bases())

@@ -9,6 +9,7 @@ from typing import Any
 from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.other import Lease
 from kvik.conf.domain import Domain
+from kvik.errors import OperationUnsupported
 from kvik.host.process import ProcessHandle
 from kvik.hypervisor.driver import Bitmap, EventSink
 from kvik.hypervisor.machine import QmpMachine
@@ -103,6 +104,11 @@ class QemuMachine(QmpMachine):
         if isinstance(device, Lease):
             await leases.let_go(self, device)
             return
+        if isinstance(device, Disk) and device.target.bus not in hotplug.PLUGGABLE_BUSES:
+            raise OperationUnsupported(
+                f"disks on bus {device.target.bus} cannot be unplugged from a running machine",
+                remedy="--config: it is gone from the next start on",
+            )
         await super().detach_device(device)
 
     async def clear_remains(self, device: Any) -> None:

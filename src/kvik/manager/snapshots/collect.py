@@ -156,6 +156,8 @@ async def _back(domain: DomainObject, step: Step, found: Survey) -> None:
     now = await reach(files.survey, files.tops(domain.manager), domain.name, sorted(tree.made))
     above = [layer.path for layer in now.layers.values() if layer.backing == step.path]
     await in_thread(_rebase, above, step.into, format)
+    if step.path not in domain.snapshots.made:  # the machine was undefined meanwhile: what is left is the user's
+        return
     redo = apply.redo_of(domain)
     redo.made.remove(step.path)
     redo.unlink = [step.path]

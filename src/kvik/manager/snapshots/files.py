@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvik.conf.devices.disk import Disk
-from kvik.conf.domain import Domain
 from kvik.conf.snapshot import Snapshot
 from kvik.errors import HostError, KvikError, ResourceBusy
 from kvik.host.files import Identity, fsync_directory, host_error, identify
@@ -87,8 +86,8 @@ def kept_disks(snapshot: Snapshot) -> Iterator[tuple[Disk, str]]:
             yield disk, kind
 
 
-def _of_document(manager: Manager, document: Domain, who: str, machine: str) -> Iterator[Top]:
-    for disk in document.devices.disks:
+def _of_disks(manager: Manager, disks: Iterable[Disk], who: str, machine: str) -> Iterator[Top]:
+    for disk in disks:
         path = place(manager, disk) if disk.type in ("file", "block", "volume") else None
         if path:
             yield Top(normpath(path), kind_of(disk), who, machine)
@@ -110,9 +109,10 @@ def tops(manager: Manager) -> list[Top]:
     for domain in manager.domains():
         who = f"machine {domain.name!r}"
         if domain.config.disks:
-            found += _of_document(manager, domain.config.parse(), who, domain.name)
+            found += _of_disks(manager, domain.config.parse().devices.disks, who, domain.name)
         if domain.run is not None:
-            found += _of_document(manager, domain.run.live, who, domain.name)
+            found += _of_disks(manager, domain.run.live.devices.disks, who, domain.name)
+        found += _of_disks(manager, manager.pivots.images(domain), who, domain.name)
         for name, snapshot in domain.snapshots.snapshots.items():
             for disk, kind in kept_disks(snapshot):
                 assert disk.source is not None and disk.source.location
