@@ -13,10 +13,9 @@ import pytest
 from kvik.image.lock import lock_image
 
 from .blk_process import SECONDS, BlkProcess
-from .test_blk_backup import MIB, SIZE, Holds, bitmaps, checked, fresh, resource_limit, running, send, shown
+from .test_blk_backup import MIB, SIZE, Holds, bitmaps, checked, fresh, resource_limit, send, shown
 from .test_blk_jobs import chain, inodes, is_locked, on, over, put, serve, state, three, until_ready
 
-__all__ = ["running"]
 needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img (apt install qemu-utils)")
 
 

@@ -23,7 +23,7 @@ from kvik.hypervisor.kvik import blk_monitor, support
 from kvik.hypervisor.kvik.blk_monitor import number
 from kvik.hypervisor.layers import as_disk, layers, next_index
 from kvik.hypervisor.names import alias_of, image_name
-from kvik.hypervisor.sidecars import kvik_blk
+from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
@@ -129,8 +129,17 @@ class KvikDiskJobs:
             await self._send(disk, "x-kvik-copy", arguments, fds)
 
     async def _send(self, disk: Disk, command: str, arguments: Mapping[str, Any], fds: Mapping[str, int]) -> None:
-        """With descriptors, by their names in `arguments`."""
-        async with blk_monitor.session(self._machine, disk, _LACKS) as connection:
+        """With descriptors, by their names in `arguments`. A VMM that changes over itself is given what its kvik-blks
+        have: a file that says so when it is gone."""
+        machine, alias = self._machine, alias_of(disk)
+        async with blk_monitor.session(machine, disk, _LACKS) as connection:
+            if alias in machine.own_disks:
+                fd = storage_daemon.open_redo(storage_daemon.redo_path(machine.directory, alias), anew=True)
+                try:
+                    await connection.execute("getfd", {"fdname": f"note-{alias}"}, fds=[fd])
+                finally:
+                    os.close(fd)
+                await connection.execute("x-kvik-note", {"file": f"note-{alias}"})
             for name, fd in fds.items():
                 await connection.execute("getfd", {"fdname": name}, fds=[fd])
             await connection.execute(command, arguments, deadline=blk_monitor.DEADLINE)

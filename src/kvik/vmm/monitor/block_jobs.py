@@ -51,6 +51,12 @@ def _take_fds(context: Context, names: list[str]) -> list[int]:
     return [named.pop(name) for name in names]
 
 
+def _note(context: Context, arguments: Arguments) -> None:
+    ready = overlays.overlays_of(context, arguments)
+    (fd,) = _take_fds(context, [arguments["file"]])
+    ready.note_in(fd)
+
+
 def _query_chain(context: Context, arguments: Arguments) -> list[dict[str, int]]:
     return jobs(context, arguments).chain()
 
@@ -126,6 +132,13 @@ _JOB = _DEVICE | {"job": ID}
 COMMANDS: Sequence[Command] = (
     Command("x-kvik-query-chain", _query_chain, Struct(_DEVICE), summary="the files of its images, from the top down"),
     Command("x-kvik-query-block-jobs", _query_jobs, Struct(_DEVICE), summary="what is under way, or has ended"),
+    Command(
+        "x-kvik-note",
+        _note,
+        Struct(_DEVICE | {"file": ID}),
+        NOTHING,
+        summary="a file, sent by getfd, that says for those who come later which image the guest writes to",
+    ),
     Command(
         "x-kvik-pull",
         _pull,
