@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from guillotine import Guillotine
+from guillotine import cut
 from manager_bench import Bench, until
 from snapshot_bench import DISKS, SIZE, disk_xml, images, machine, shows, started, take, top
 
@@ -229,13 +229,7 @@ async def test_killed_at_any_change_to_a_file_it_is_there_as_a_whole_or_not_at_a
         await take(domain, "s1")
         kept = shows(domain)
         remember(bench, NOW)
-        with pytest.MonkeyPatch.context() as patch:
-            guillotine = Guillotine(patch, steps)
-            try:
-                await operation(domain, file)
-            except BaseException as error:
-                assert guillotine.fell, error
-            await bench.kill()
+        fell = await cut(bench, steps, operation(domain, file))
         manager = await bench.open()
         said = f"after {steps} steps of {operation.__name__}"
         try:
@@ -263,7 +257,7 @@ async def test_killed_at_any_change_to_a_file_it_is_there_as_a_whole_or_not_at_a
         finally:
             await manager.close()
         shutil.rmtree(where)
-        if not guillotine.fell:
+        if not fell:
             assert steps > 3
             return
     pytest.fail("the operation never came to its end")

@@ -13,7 +13,7 @@ from kvik.errors import OperationUnsupported
 from kvik.host.process import ProcessHandle
 from kvik.hypervisor.driver import Bitmap, EventSink
 from kvik.hypervisor.machine import QmpMachine
-from kvik.hypervisor.qemu import bitmaps, display, hotplug, leases, screenshot, snapshots, state
+from kvik.hypervisor.qemu import bitmaps, display, hotplug, leases, screenshot, settings, snapshots, state
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.backup import QemuBackups
 from kvik.hypervisor.qemu.block_jobs import JobWatchers
@@ -54,7 +54,7 @@ class QemuMachine(QmpMachine):
 
     async def query_more(self) -> None:
         self.job_watchers.wake_all()
-        await hotplug.query_graphics(self)
+        await settings.query_graphics(self)
 
     @property
     def disk_jobs(self) -> QemuDiskJobs:
@@ -118,7 +118,7 @@ class QemuMachine(QmpMachine):
         await hotplug.update(self, old, new)
 
     async def set_limits(self, disk: Disk) -> None:
-        await hotplug.set_limits(self, disk)
+        await settings.set_limits(self, disk)
 
     # -- snapshots
 
