@@ -104,7 +104,7 @@ def vol_download(ctx: Context, options: Options) -> int:
             fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
             new = False
     except OSError as error:
-        raise HostError(f"cannot create {path}: {error.strerror}", errno=error.errno or 0) from error
+        raise HostError(f"cannot create {path}", errno=error.errno or 0, remedy=error.strerror or "") from error
     done = False
     try:
         ctx.doing = f"cannot download from volume {volume.name}"
