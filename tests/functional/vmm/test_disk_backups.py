@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from blk_guest import BlkDriver, say_memory, wait_key
 from guests import needs_kvm
-from test_disk_snapshots import Death, Killed, idle, take, told, word, writes
+from test_disk_snapshots import Death, Killed, bury, idle, take, told, word, writes
 from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE, say
 
@@ -242,10 +242,7 @@ async def test_the_daemon_is_killed_at_each_command_of_a_backup(
                 await ended(domain, death)
             except (Killed, KvikError):
                 assert death.came
-            domain.require_machine().detach()
-            await asyncio.sleep(0)
-        domain.manager.store.close()
-        world.managers.pop()
+            await bury(world, domain)
         domain = (await world.manager()).lookup_name("m")
         await idle(domain)
         if domain.run is not None and domain.run.backup is not None and mode == "pull":

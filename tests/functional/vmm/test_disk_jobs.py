@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from blk_guest import BlkDriver
 from guests import needs_kvm
-from test_disk_snapshots import Death, Killed, idle, take, told, tops, word, writes
+from test_disk_snapshots import Death, Killed, bury, idle, take, told, tops, word, writes
 from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE
 
@@ -268,13 +268,9 @@ async def pivot_and_die(world: World, domain: DomainObject, death: Died, monkeyp
         await soon(lambda: death.came or ending.done())
         if not death.came:
             await soon(lambda: death.came or (domain.run is not None and not domain.run.block_jobs))
-        tasks = [ending, *domain.manager._tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        domain.require_machine().detach()
-    domain.manager.store.close()
-    world.managers.pop()
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+        await bury(world, domain)
 
 
 async def killed(pids: list[int]) -> None:
