@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from kvik.cli.options import DATA, FLAG, NUMBER, Option, UsageError, Verb
@@ -36,9 +37,11 @@ def vol_upload(ctx: Context, options: Options) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise HostError(f"cannot read {path}", errno=error.errno or 0, remedy=error.strerror or "") from error
+        raise HostError(f"cannot read {path}: {error.strerror}", errno=error.errno or 0) from error
     ctx.doing = f"cannot upload to volume {volume.name}"
     try:
+        if os.path.isdir(f"/proc/self/fd/{fd}"):  # noqa: PTH112
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         with volume.upload(offset, length, sparse=sparse) as stream:
             ctx.doing = f"cannot send data to volume {volume.name}"
             _send(stream, fd, length, sparse)
@@ -101,7 +104,7 @@ def vol_download(ctx: Context, options: Options) -> int:
             fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
             new = False
     except OSError as error:
-        raise HostError(f"cannot create {path}", errno=error.errno or 0, remedy=error.strerror or "") from error
+        raise HostError(f"cannot create {path}: {error.strerror}", errno=error.errno or 0) from error
     done = False
     try:
         ctx.doing = f"cannot download from volume {volume.name}"

@@ -119,6 +119,7 @@ AT_START = (
     "kvik.vmm.confinement",
     "kvik.vmm.gdb",
     "kvik.vmm.gdb_breakpoints",
+    "kvik.vmm.gdb_server",
     "kvik.vmm.metrics",
     "kvik.vmm.rehearsal",
     "kvik.vmm.monitor.server",

@@ -14,9 +14,25 @@ from typing import Any
 
 import pytest
 from blk_guest import BlkDriver
+from disk_world import (
+    Death,
+    Killed,
+    World,
+    checked,
+    daemons,
+    disk,
+    idle,
+    image,
+    kill,
+    live_disk,
+    soon,
+    take,
+    told,
+    tops,
+    word,
+    writes,
+)
 from guests import needs_kvm
-from test_disk_snapshots import Death, Killed, bury, idle, take, told, tops, word, writes
-from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE
 
 from kvik.conf.devices.disk import Disk
@@ -35,7 +51,6 @@ from kvik.manager.store import Store
 from kvik.qmp.aio import QmpConnection
 
 pytestmark = [pytest.mark.functional, needs_kvm]
-__all__ = ["world"]
 
 MIB = 1 << 20
 DELETE = Commit.DELETE
@@ -51,6 +66,13 @@ def chain(root: Path) -> list[Path]:
         images.insert(0, image(root / f"{name}.qcow2", "qcow2", *below))
     subprocess.run(["qemu-io", "-c", "write -q -P 9 6M 1M", str(images[1])], check=True)
     return images
+
+
+def holds_patterns(path: Path) -> None:
+    """What `chain` wrote, beside the guest's."""
+    said = subprocess.run(["qemu-io", "-c", "read -P 7 4M 2M", "-c", "read -P 9 6M 1M", str(path)],
+                          check=True, capture_output=True, text=True).stdout  # fmt: skip
+    assert "Pattern verification failed" not in said
 
 
 def images_of(domain: DomainObject) -> list[str]:
@@ -90,8 +112,7 @@ async def test_images_below_are_pulled_while_the_guest_writes(world: World) -> N
     assert images_of(domain) == ["top.qcow2", "a.qcow2"]
     # the next daemon takes it up
     await block_jobs.pull(domain, "vda", None, 1)
-    await world.managers[-1].close()
-    domain = (await world.manager()).lookup_name("m")
+    domain = await world.next_manager()
     assert (shown := await domain.block_job_info("vda")) is not None and shown.bandwidth == 1
     await domain.block_job_speed("vda", 0, in_bytes=False)
     await over(world, Status.COMPLETED, Status.CANCELED, Status.COMPLETED)
@@ -101,9 +122,7 @@ async def test_images_below_are_pulled_while_the_guest_writes(world: World) -> N
     await domain.destroy()
     checked(images[0])
     assert word(images[0]) == b"four"
-    said = subprocess.run(["qemu-io", "-c", "read -P 7 4M 2M", "-c", "read -P 9 6M 1M", str(images[0])],
-                          check=True, capture_output=True, text=True).stdout  # fmt: skip
-    assert "Pattern verification failed" not in said
+    holds_patterns(images[0])
     await domain.start()
     assert images_of(domain) == ["top.qcow2"]
 
@@ -115,8 +134,7 @@ async def test_a_killed_kvik_blk_loses_its_job_and_nothing_else(world: World) ->
     await told(world, b"one")
     await block_jobs.pull(domain, "vda", None, SLOW)
     await told(world, b"two")
-    os.kill(daemons(domain)[0][0], signal.SIGKILL)
-    await soon(lambda: "kvik-blk of virtio-disk0 was started again" in world.log())
+    await kill(world, domain)
     await told(world, b"three")
     await over(world, Status.FAILED)
     assert images_of(domain) == [path.name for path in images]
@@ -159,14 +177,12 @@ async def test_images_of_the_middle_are_merged_down_while_the_guest_writes(world
     await block_jobs.commit(domain, "vda", None, str(images[1]), bandwidth=SLOW, flags=Commit.BANDWIDTH_BYTES)
     await told(world, b"two")
     assert (shown := await domain.block_job_info("vda")) is not None and shown.cur < shown.end == 8 * MIB
-    os.kill(daemons(domain)[0][0], signal.SIGKILL)
-    await soon(lambda: "kvik-blk of virtio-disk0 was started again" in world.log())
+    await kill(world, domain)
     await over(world, Status.FAILED)
     assert images_of(domain) == [path.name for path in images]
     await told(world, b"three")
     await block_jobs.commit(domain, "vda", None, str(images[1]), bandwidth=1, flags=Commit.BANDWIDTH_BYTES | DELETE)
-    await world.managers[-1].close()
-    domain = (await world.manager()).lookup_name("m")
+    domain = await world.next_manager()
     await domain.block_job_speed("vda", 0, in_bytes=False)
     await over(world, Status.FAILED, Status.COMPLETED)
     assert images_of(domain) == ["top.qcow2", "a.qcow2"] and not images[1].exists()
@@ -175,9 +191,7 @@ async def test_images_of_the_middle_are_merged_down_while_the_guest_writes(world
     for path in (images[0], images[2]):
         checked(path)
     assert word(images[0]) == b"four"
-    said = subprocess.run(["qemu-io", "-c", "read -P 7 4M 2M", "-c", "read -P 9 6M 1M", str(images[2])],
-                          check=True, capture_output=True, text=True).stdout  # fmt: skip
-    assert "Pattern verification failed" not in said
+    holds_patterns(images[2])
 
 
 async def ready(domain: DomainObject) -> None:
@@ -200,15 +214,13 @@ async def test_the_guest_changes_over_to_the_image_that_its_own_goes_into(world:
     assert images_of(domain) == [path.name for path in images]
     await block_jobs.commit(domain, "vda", str(images[1]), None, flags=Commit.ACTIVE | DELETE)
     await ready(domain)
-    await world.managers[-1].close()
-    domain = (await world.manager()).lookup_name("m")
+    domain = await world.next_manager()
     await told(world, b"three")
     await domain.block_job_abort("vda", Abort.PIVOT)
     assert images_of(domain) == ["middle.qcow2", "a.qcow2"] and tops(domain) == ["middle.qcow2"]
     await soon(lambda: not images[0].exists())
     # killed when it had changed over
-    os.kill(daemons(domain)[0][0], signal.SIGKILL)
-    await soon(lambda: "kvik-blk of virtio-disk0 was started again" in world.log())
+    await kill(world, domain)
     await told(world, b"four")
     await domain.destroy()
     checked(images[1])
@@ -270,7 +282,7 @@ async def pivot_and_die(world: World, domain: DomainObject, death: Died, monkeyp
             await soon(lambda: death.came or (domain.run is not None and not domain.run.block_jobs))
         ending.cancel()
         await asyncio.gather(ending, return_exceptions=True)
-        await bury(world, domain)
+        await world.bury(domain)
 
 
 async def killed(pids: list[int]) -> None:
@@ -340,7 +352,7 @@ async def test_the_only_snapshot_that_is_deleted_is_merged_down_while_the_guest_
     await idle(domain)
     await soon(lambda: not (world.root / "a.s1").exists())
     assert images_of(domain) == ["a.qcow2"] and tops(domain) == ["a.qcow2"]
-    known = await domain.require_machine().backups.bitmaps(domain.run.live.devices.disks[0])  # type: ignore[union-attr]
+    known = await domain.require_machine().backups.bitmaps(live_disk(domain))
     assert [bitmap.usable and bitmap.count > 0 for layer in known.values() for bitmap in layer.values()] == [True]
     await told(world, b"three")
     await domain.destroy()

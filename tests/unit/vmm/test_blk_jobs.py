@@ -18,9 +18,8 @@ from kvik.image.lock import lock_image
 from kvik.image.opening import Opener
 
 from .blk_process import SECONDS, BlkProcess
-from .test_blk_backup import MIB, SIZE, Holds, bitmaps, checked, fresh, running, send, shown
+from .test_blk_backup import MIB, SIZE, Holds, bitmaps, checked, fresh, send, shown
 
-__all__ = ["running"]
 needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img (apt install qemu-utils)")
 
 

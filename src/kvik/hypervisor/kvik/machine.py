@@ -273,7 +273,7 @@ class KvikMachine(QmpMachine):
         """Counters and sizes, by kvik-blk, which has this one disk."""
         nodes = await self.ask_storage(disk, "query-named-block-nodes")
         counted = await self.ask_storage(disk, "query-blockstats")
-        return stats.disk_figures(prefix, first_of(counted, "stats"), first_of(nodes, "image"))
+        return stats.disk_figures(prefix, {"stats": first_of(counted, "stats")}, first_of(nodes, "image"))
 
     async def attach_device(self, device: Any, files: Mapping[str, int]) -> None:
         await hotplug.attach(self, device, files)

@@ -31,7 +31,7 @@ from kvik.hypervisor.driver import Bases, EventSink, Feature, HostVerdict, Start
 from kvik.hypervisor.firmware import complete_firmware, installed_firmware
 from kvik.hypervisor.kernels import unpacked_kernel
 from kvik.hypervisor.launch import bring_up, find_running, take_up
-from kvik.hypervisor.qemu import hotplug
+from kvik.hypervisor.qemu import settings
 from kvik.hypervisor.qemu.argv.build import build
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
 from kvik.hypervisor.qemu.disk_checks import check_disks
@@ -221,7 +221,7 @@ class QemuDriver:
                 request,
                 opened,
                 undo,
-                settings=hotplug.start_settings,
+                settings=settings.start_settings,
                 explain=lambda error: process.died(
                     domain.name,
                     handle,
