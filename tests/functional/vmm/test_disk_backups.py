@@ -223,9 +223,8 @@ async def test_the_daemon_is_killed_at_each_command_of_a_backup(
                 await ended(domain, death)
             except (Killed, KvikError):
                 assert death.came
-            domain.require_machine().detach()
-            await asyncio.sleep(0)
-        domain = await world.after_death(domain)
+            await world.bury(domain)
+        domain = await world.after_death()
         if domain.run is not None and domain.run.backup is not None and mode == "pull":
             await job.abort(domain)
         await ended(domain)

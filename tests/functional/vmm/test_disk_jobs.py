@@ -340,13 +340,9 @@ async def pivot_and_die(world: World, domain: DomainObject, death: Died, monkeyp
         await soon(lambda: death.came or ending.done())
         if not death.came:
             await soon(lambda: death.came or (domain.run is not None and not domain.run.block_jobs))
-        tasks = [ending, *domain.manager._tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        domain.require_machine().detach()
-    domain.manager.store.close()
-    world.managers.pop()
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+        await world.bury(domain)
 
 
 async def killed(pids: list[int]) -> None:

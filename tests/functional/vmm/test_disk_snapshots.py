@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 from pathlib import Path
@@ -178,9 +177,8 @@ async def test_the_daemon_is_killed_at_each_command_of_a_snapshot(
                 await create.create(domain, f"<domainsnapshot><name>n{number}</name></domainsnapshot>", 16)
             except (Killed, KvikError):
                 assert death.came
-            domain.require_machine().detach()
-            await asyncio.sleep(0)
-        domain = await world.after_death(domain)
+            await world.bury(domain)
+        domain = await world.after_death()
         assert domain.state == DomainState.RUNNING and domain.snapshots.journal is None, number
         new = {Path(name).suffix == f".n{number}" for name in tops(domain)}
         assert len(new) == 1, number
