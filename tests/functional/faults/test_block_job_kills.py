@@ -65,7 +65,8 @@ class Bench:
         for domain in host.connection.domains():
             for item in snapshot.snapshots(domain):
                 item.delete(2)  # METADATA_ONLY
-            domain.destroy()
+            if domain.is_active():
+                domain.destroy()
             domain.undefine()
         for path in self.place.iterdir():
             path.unlink()

@@ -133,6 +133,8 @@ def swept(bench: Bench, axe: Axe, act: Callable[[Bench], object], before: Callab
     def again(step: int) -> str:
         if host.connection.domains():  # what goes on by itself ends first
             settled(bench, Operation(act, (), pivot=True))
+            host.connection.domain("m").destroy()
+            eventually(lambda: not (bench.place / "top.s1").exists(), "what no snapshot needs is gone")
         bench.fresh()
         before(bench)
         axe.set(step, first="/pivot/")
