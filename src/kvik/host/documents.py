@@ -152,7 +152,7 @@ class Definitions(Generic[Status]):
         """Read everything. `HostError` only if the directories cannot be had."""
         loaded: Loaded[Status] = Loaded()
         for directory in (self.definitions, self.links, self.status):
-            files.ensure_directory(directory)
+            files.ensure_directory(directory, durable=True)
             with suppress(HostError):
                 files.remove_temporaries(directory, older_than=0)
         for name, data in self._read_all(self.definitions, loaded):

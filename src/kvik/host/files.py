@@ -221,8 +221,9 @@ def _read_regular(fd: int, path: AnyPath, limit: int) -> bytes:
 # Directories ----------------------------------------------------------------------------------------------------
 
 
-def ensure_directory(path: AnyPath, mode: int = 0o700) -> Path:
-    """Make the directory and its missing parents, all with `mode`; return it.
+def ensure_directory(path: AnyPath, mode: int = 0o700, *, durable: bool = False) -> Path:
+    """Make the directory and its missing parents, all with `mode`; return it. `durable`: those made are found after a
+    loss of power, as a file must be that is written durably there.
 
     One that exists must belong to us or root; if it is ours and others may write to it, that is taken from them.
     """
@@ -231,6 +232,8 @@ def ensure_directory(path: AnyPath, mode: int = 0o700) -> Path:
         for missing in reversed([part for part in (directory, *directory.parents) if not part.exists()]):
             with suppress(FileExistsError):
                 missing.mkdir(mode)
+                if durable:
+                    fsync_directory(missing.parent)
         info = directory.stat()
         if not stat.S_ISDIR(info.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))

@@ -134,10 +134,7 @@ class Pivots:
             await _end(domain, earlier, switched=True)
 
         def write() -> None:
-            if not self._directory.is_dir():
-                files.ensure_directory(self._directory)
-                for parent in (self._directory.parent, self._directory.parent.parent):
-                    files.fsync_directory(parent)
+            files.ensure_directory(self._directory, durable=True)
             files.atomic_write(self._path(pivot), pivot.to_bytes())
 
         await self._store.run(write)

@@ -71,7 +71,7 @@ class Secrets:
         await self._store.run(self._load)
 
     def _load(self) -> None:
-        files.ensure_directory(self.directory)
+        files.ensure_directory(self.directory, durable=True)
         remove_lent(self.run)
         with contextlib.suppress(HostError):
             files.remove_temporaries(self.directory, older_than=0)

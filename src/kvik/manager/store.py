@@ -222,7 +222,7 @@ class Store:
         """Read everything and put right what a kill left behind. `HostError` only if the directories cannot be had."""
         loaded = Loaded()
         for directory in (self.domains, self.links, self.status):
-            files.ensure_directory(directory)
+            files.ensure_directory(directory, durable=True)
             with contextlib.suppress(HostError):
                 files.remove_temporaries(directory, older_than=0)
         for name, data in self._read_all(self.domains, DOCUMENT_LIMIT, loaded):

@@ -36,7 +36,7 @@ class Store(documents.Definitions[NetworkStatus]):
         self.boot = boot_id()
 
     def load(self) -> Loaded:
-        files.ensure_directory(self.data)
+        files.ensure_directory(self.data, durable=True)
         with suppress(HostError):
             files.remove_temporaries(self.data, older_than=0)
         return super().load()

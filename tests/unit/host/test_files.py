@@ -177,6 +177,17 @@ def test_directories_are_private_and_strangers_are_refused(tmp_path: Path, monke
             files.ensure_directory(made)
 
 
+def test_a_directory_that_has_to_last_is_written_into_each_that_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(files, "fsync_directory", lambda path: written.append(Path(path)))
+    files.ensure_directory(tmp_path / "a/b")
+    assert not written
+    files.ensure_directory(tmp_path / "a/b/c/d", durable=True)
+    assert written == [tmp_path / "a/b", tmp_path / "a/b/c"]
+
+
 def test_a_lock_excludes_threads_and_processes_and_dies_with_its_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with files.locked(path):

@@ -72,7 +72,7 @@ class CheckpointStore:
 
     def write(self, checkpoint: Checkpoint, *, pending: bool = False) -> None:
         assert checkpoint.name is not None
-        files.ensure_directory(self.directory)
+        files.ensure_directory(self.directory, durable=True)
         text = format_checkpoint(checkpoint, secure=True)
         files.atomic_write(self._path(checkpoint.name, PENDING if pending else SUFFIX), text.encode())
         if not pending:
@@ -86,7 +86,7 @@ class CheckpointStore:
     # the backup that runs
 
     def write_backup(self, facts: dict[str, Any]) -> None:
-        files.ensure_directory(self.directory)
+        files.ensure_directory(self.directory, durable=True)
         files.atomic_write(self._backup, json.dumps(facts, indent=1).encode())
 
     def read_backup(self) -> dict[str, Any] | None:

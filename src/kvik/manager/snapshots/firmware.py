@@ -54,7 +54,7 @@ def keep(found: dict[str, tuple[str, str]]) -> SnapshotTaken:
 def _copy_directory(path: Path, copy: Path) -> None:
     """Regular files only: nothing else belongs there."""
     shutil.rmtree(copy, ignore_errors=True)
-    files.ensure_directory(copy)
+    files.ensure_directory(copy, durable=True)
     try:
         found = sorted(path.iterdir())
         if len(found) > MOST_FILES:
@@ -71,12 +71,12 @@ def put_back(copy: str, path: str) -> None:
     """Can be done twice, and again where it was broken off."""
     if not Path(copy).is_dir():
         data = files.read_file(copy, limit=LIMIT)
-        files.ensure_directory(Path(path).parent)
+        files.ensure_directory(Path(path).parent, durable=True)
         files.atomic_write(path, data)
         return
     target = Path(path)
     fresh = target.with_name(f".{target.name}.back")
-    files.ensure_directory(target.parent)
+    files.ensure_directory(target.parent, durable=True)
     _copy_directory(Path(copy), fresh)
     try:
         shutil.rmtree(target, ignore_errors=True)

@@ -95,7 +95,7 @@ class SnapshotStore:
     # an operation
 
     def write_journal(self, journal: Journal) -> None:
-        files.ensure_directory(self.directory)
+        files.ensure_directory(self.directory, durable=True)
         files.atomic_write(self.directory / "journal", journal.to_bytes())
 
     def carry_out(self, redo: Redo) -> None:

@@ -37,7 +37,7 @@ class FilterStore:
 
     def open(self) -> None:
         for directory in (self.filters, self.bindings):
-            files.ensure_directory(directory)
+            files.ensure_directory(directory, durable=True)
             files.remove_temporaries(directory)
 
     def load_filters(self) -> list[NetworkFilter]:
