@@ -93,10 +93,16 @@ class World:
         manager = self.managers[-1] if self.managers else await self.manager()
         domain = await manager.define(DOMAIN.format(root=self.root, uuid=UUID, disks=disks))
         await domain.start()
+        self.connect()
+        return domain
+
+    def connect(self) -> None:
+        """To the guest's serial line, once more where it was started anew."""
+        if self.line is not None:
+            self.line.close()
         self.line = socket.socket(socket.AF_UNIX)
         self.line.connect(str(self.root / "line"))
         self.line.setblocking(False)
-        return domain
 
     def key(self) -> None:
         assert self.line is not None
