@@ -11,28 +11,27 @@ these are merged as a deleted snapshot's are (`collect`).
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from kvik.conf.devices.disk import Disk
 from kvik.conf.enums import DomainJobOperation, DomainState
 from kvik.conf.enums import DomainSnapshotCreateFlags as Flags
 from kvik.conf.snapshot import Snapshot, SnapshotTaken, format_snapshot
-from kvik.errors import OperationUnsupported
+from kvik.errors import KvikError, OperationUnsupported
 from kvik.host.threads import in_thread
 from kvik.hypervisor.driver import Feature
 from kvik.hypervisor.state import LiveSave
 from kvik.manager.saved import machine as saved
 from kvik.manager.saved.image import Writer
-from kvik.manager.snapshots import apply, live
+from kvik.manager.snapshots import apply, images, live
 from kvik.manager.snapshots.collect import collect_quietly
 from kvik.manager.snapshots.journal import Journal
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
-
-logger = logging.getLogger(__name__)
 
 __all__ = ["LiveMemory", "begin", "take", "wanted"]
 
@@ -100,7 +99,7 @@ async def take(
         await memory.freeze()
         await keep()
 
-    before = apply.redo_of(domain)
+    before, on_top = apply.redo_of(domain), images.wanted(domain, journal.redo.live)
     try:
         held = await live.take(domain, journal, snapshot, flags, within)
         await memory.finish()
@@ -114,13 +113,20 @@ async def take(
             redo.made, redo.originals = before.made, before.originals
         await apply.commit(domain, Journal(operation=journal.operation, phase="commit", redo=redo))
     except BaseException:
-        await asyncio.shield(_take_back(domain, memory))
+        await asyncio.shield(_take_back(domain, memory, on_top))
         raise
 
 
-async def _take_back(domain: DomainObject, memory: LiveMemory) -> None:
+async def _take_back(domain: DomainObject, memory: LiveMemory, on_top: list[Disk]) -> None:
     await memory.give_up()
     rest = domain.snapshots.journal
     if rest is not None and rest.phase == "prepare":
         await apply.abandon(domain)
-        domain.manager.spawn(collect_quietly(domain))  # once the machine's job is over
+        domain.manager.spawn(_merge(domain, on_top))
+
+
+async def _merge(domain: DomainObject, on_top: list[Disk]) -> None:
+    """Once the machine's job is over. A disk whose process has died is served again first."""
+    with contextlib.suppress(KvikError):
+        await domain.require_machine().has_on_top(on_top)
+    await collect_quietly(domain)
