@@ -145,6 +145,11 @@ class Paths(NamedTuple):
         return self.data / "qemu" / "checkpoint"
 
     @property
+    def pivots(self) -> Path:
+        """Disks of machines that are about to change over to another image, one file each."""
+        return self.data / "qemu" / "pivot"
+
+    @property
     def saves(self) -> Path:
         """Machines that were saved by `managedsave`, `NAME.save`."""
         return self.data / "qemu" / "save"

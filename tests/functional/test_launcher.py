@@ -113,6 +113,17 @@ def test_a_link_to_the_launcher_works(clone: Clone, tmp_path: Path) -> None:
     assert done.returncode == 5
 
 
+def test_kvik_img_beside_it_is_the_verb_in_one_word(clone: Clone, tmp_path: Path) -> None:
+    assert (ROOT / "kvik-img").readlink() == Path("kvik")
+    (clone.path / "kvik-img").symlink_to("kvik")
+    (tmp_path / "kvik-img").symlink_to(clone.path / "kvik-img")
+    for place in (clone.path, tmp_path):
+        done = subprocess.run(
+            [place / "kvik-img", "info", "a b"], env=clone.environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (5, "ran ['img', 'info', 'a b'] 1\n")
+
+
 def test_a_changed_lock_makes_a_new_environment_and_keeps_the_one_before(clone: Clone) -> None:
     clone.run("x")
     first = (clone.path / ".kvik/env").resolve()

@@ -74,7 +74,7 @@ def test_a_bzimage_enters_in_64_bit_mode_and_moves_itself(lab: Lab, cloud: str) 
         done = vmm(lab, cloud, script, "--memory", "512M", "--cpus", str(cpus), "--boot", "protocol=bzimage").check()
         said = between(done.stdout)
         assert f"cpus {cpus}\n" in said
-        text = re.search(r"text ([0-9a-f]{16})", said)[1]  # type: ignore[index]
+        text = re.search(r"text ([0-9a-f]{16})", said)[1]
         assert "0.000000] random: crng init done" in said  # seeded by us, before the first line of the kernel
         if text != unmoved:
             break
@@ -105,7 +105,7 @@ def test_numa_nodes_and_memory_above_4_gib(lab: Lab, cloud: str) -> None:
     numa = ("--numa", "memory=3G,cpus=0-1,distances=10:25", "--numa", "memory=5G,cpus=2-3,distances=25:10")
     done = vmm(lab, cloud, script, "--memory", "8G", "--cpus", "4,sockets=2,cores=2", *numa, restored=True).check()
     said = between(done.stdout)
-    assert int(re.search(r"MemTotal: +(\d+) kB", said)[1]) > 7_500_000  # type: ignore[index]
+    assert int(re.search(r"MemTotal: +(\d+) kB", said)[1]) > 7_500_000
     assert "node0 cpus 0-1 distance 10 25" in said and "node1 cpus 2-3 distance 25 10" in said
     sizes = [int(kib) for kib in re.findall(r"Node \d MemTotal: +(\d+)", said)]
     assert 2_700_000 < sizes[0] < 3_200_000 and 4_800_000 < sizes[1] < 5_300_000

@@ -109,7 +109,7 @@ def test_a_dump_is_read_by_readelf_and_gdb(lab: Lab, generic: Path, tmp_path: Pa
 @pytest.fixture(scope="module")
 def symbols(labs: object, generic: Path) -> dict[str, int]:
     """Where the kernel's functions are: PVH moves nothing."""
-    lab = labs.get()  # type: ignore[attr-defined]
+    lab = labs.get()
     script = "grep -wE 'start_kernel|kernel_init|rest_init|system_state|linux_banner' /proc/kallsyms"
     said = vmm(lab, generic, script, "--memory", "256M").check().stdout
     return {name: int(place, 16) for place, name in re.findall(r"([0-9a-f]{16}) \w (\w+)", said)}

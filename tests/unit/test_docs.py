@@ -172,5 +172,5 @@ def _import_table(tree: ast.Module) -> dict[str, set[str]]:
         in ("DRIVERS", "MAY_IMPORT")
     ]
     names: dict[str, dict[str, set[str]]] = {}
-    exec(compile(ast.Module(body=wanted, type_ignores=[]), "MAY_IMPORT", "exec"), names)  # type: ignore[arg-type]
+    exec(compile(ast.Module(body=wanted, type_ignores=[]), "MAY_IMPORT", "exec"), names)
     return names["MAY_IMPORT"]

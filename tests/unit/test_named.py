@@ -57,13 +57,13 @@ def test_keywords_methods_and_patterns() -> None:
 @pytest.mark.parametrize("bad", [{}, {"x": 1, "z": 2}, {"y": 1}])
 def test_what_does_not_fit_is_refused(bad: dict[str, int]) -> None:
     with pytest.raises(TypeError):
-        Point(**bad)  # type: ignore[arg-type]
+        Point(**bad)
     with pytest.raises(ValueError, match="has no z"):
-        Point(1)._replace(z=1)  # type: ignore[call-arg]
+        Point(1)._replace(z=1)
     with pytest.raises(AttributeError):
-        Point(1).x = 3  # type: ignore[misc]
+        Point(1).x = 3
     with pytest.raises(AttributeError):
-        Point(1).other = 3  # type: ignore[attr-defined]
+        Point(1).other = 3
 
 
 def test_it_is_copied_and_pickled() -> None:

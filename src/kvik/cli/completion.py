@@ -13,10 +13,13 @@ from kvik.cli.options import COMMON, DATA, FLAG, REST, SOME, VALUED, WORDS, Opti
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from typing import TypeVar
 
     from kvik.cli.context import Context
     from kvik.cli.options import Options
     from kvik.client import Connection, Network
+
+    Item = TypeVar("Item")
 
 FILES = ":files"  # the shell completes a path itself
 
@@ -182,145 +185,89 @@ class Source:
         self.uri = uri
         self.readonly = readonly
 
-    def overview(self) -> list[tuple[str, str, int]]:
-        """(name, UUID, id) of every machine; empty when there is no daemon to ask."""
+    def _ask(self, ask: Callable[[Connection], list[Item]]) -> list[Item]:
+        """Nothing when there is no daemon to ask, or what it is asked for is not there."""
         try:
             if self.context is not None:
-                return [(d.name, d.uuid, d.id) for d in self.context.connection.domains()]
+                return ask(self.context.connection)
             from kvik.client import connect
 
             with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
-                return [(d.name, d.uuid, d.id) for d in connection.domains()]
+                return ask(connection)
         except Exception:
             return []
+
+    def overview(self) -> list[tuple[str, str, int]]:
+        """(name, UUID, id) of every machine."""
+        return self._ask(lambda connection: [(d.name, d.uuid, d.id) for d in connection.domains()])
 
     def networks(self, active: bool | None) -> list[Network]:
-        """Every network, or the active or inactive ones; empty when there is no daemon to ask."""
+        """Every network, or the active or inactive ones."""
         bits = {None: 0, False: 1, True: 2}[active]  # virConnectListAllNetworksFlags
-        try:
-            if self.context is not None:
-                return self.context.connection.networks(bits)
-            from kvik.client import connect
-
-            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
-                return connection.networks(bits)
-        except Exception:
-            return []
+        return self._ask(lambda connection: connection.networks(bits))
 
     def pools(self, active: bool | None) -> list[str]:
         """Names of storage pools: all, or the active or inactive ones."""
-        from kvik.client import connect, storage
+        from kvik.client import storage
 
         bits = {None: 0, False: 1, True: 2}[active]  # virConnectListAllStoragePoolsFlags
-        try:
-            if self.context is not None:
-                return [pool.name for pool in storage.pools(self.context.connection, bits)]
-            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
-                return [pool.name for pool in storage.pools(connection, bits)]
-        except Exception:
-            return []
+        return self._ask(lambda connection: [pool.name for pool in storage.pools(connection, bits)])
 
     def volumes(self, pool: str) -> list[str]:
         """Names of the volumes of a pool, or their paths in all of them."""
-        from kvik.client import connect, storage
+        from kvik.client import storage
 
         def ask(connection: Connection) -> list[str]:
             if pool:
                 return [volume.name for volume in storage.pool(connection, pool).volumes()]
             return [volume.path() for one in storage.pools(connection, 2) for volume in one.volumes()]
 
-        try:
-            if self.context is not None:
-                return ask(self.context.connection)
-            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
-                return ask(connection)
-        except Exception:
-            return []
+        return self._ask(ask)
 
     def snapshots(self, key: str) -> list[str]:
         """Names of the snapshots of a machine."""
-        from kvik.client import connect, snapshot
+        from kvik.client import snapshot
 
-        try:
-            if self.context is not None:
-                return [item.name for item in snapshot.snapshots(self.context.connection.domain(key))]
-            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
-                return [item.name for item in snapshot.snapshots(connection.domain(key))]
-        except Exception:
-            return []
+        return self._ask(lambda connection: [item.name for item in snapshot.snapshots(connection.domain(key))])
 
     def checkpoints(self, key: str) -> list[str]:
         """Names of the checkpoints of a machine."""
-        from kvik.client import checkpoint, connect
+        from kvik.client import checkpoint
 
-        try:
-            if self.context is not None:
-                return [item.name for item in checkpoint.checkpoints(self.context.connection.domain(key))]
-            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
-                return [item.name for item in checkpoint.checkpoints(connection.domain(key))]
-        except Exception:
-            return []
+        return self._ask(lambda connection: [item.name for item in checkpoint.checkpoints(connection.domain(key))])
 
     def ports(self, name: str) -> list[str]:
         """UUIDs of the ports of a network."""
-        try:
-            if self.context is not None:
-                return [port.uuid for port in self.context.connection.network(name).ports()]
-            from kvik.client import connect
-
-            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
-                return [port.uuid for port in connection.network(name).ports()]
-        except Exception:
-            return []
+        return self._ask(lambda connection: [port.uuid for port in connection.network(name).ports()])
 
     def secrets(self) -> list[tuple[str, str]]:
         """UUIDs of secrets, and what each is for."""
-        from kvik.client import connect
         from kvik.client.secret import secrets
 
-        try:
-            if self.context is not None:
-                return [(one.uuid, one.usage_id) for one in secrets(self.context.connection)]
-            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
-                return [(one.uuid, one.usage_id) for one in secrets(connection)]
-        except Exception:
-            return []
+        return self._ask(lambda connection: [(one.uuid, one.usage_id) for one in secrets(connection)])
 
     def filters(self, bindings: bool) -> list[str]:
         """Network filters, or the interfaces that are under one."""
-        from kvik.client import connect, nwfilter
+        from kvik.client import nwfilter
 
         def ask(connection: Connection) -> list[str]:
             if bindings:
                 return [one.portdev for one in nwfilter.filter_bindings(connection)]
             return [one.name for one in nwfilter.filters(connection)]
 
-        try:
-            if self.context is not None:
-                return ask(self.context.connection)
-            with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
-                return ask(connection)
-        except Exception:
-            return []
+        return self._ask(ask)
 
     def devices(self, name: str, kind: str) -> list[tuple[str, str]]:
         """(target or MAC, model or source) of the disks or interfaces of a machine."""
-        try:
-            if self.context is None:
-                from kvik.client import connect
+        from kvik.cli import document
 
-                with connect(self.uri, readonly=self.readonly, autostart=False) as connection:
-                    text = connection.domain(name).xml()
-            else:
-                text = self.context.connection.domain(name).xml()
-            from kvik.cli import document
-
-            root = document.parse(text)
+        def ask(connection: Connection) -> list[tuple[str, str]]:
+            root = document.parse(connection.domain(name).xml())
             if kind == "disk":
                 return [(d.target, d.source) for d in document.disks(root)]
             return [(d.target or d.mac, d.mac) for d in document.interfaces(root)]
-        except Exception:
-            return []
+
+        return self._ask(ask)
 
 
 def _domains(active: bool | None) -> Callable[[Source, dict[str, str]], list[tuple[str, str]]]:

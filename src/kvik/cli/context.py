@@ -193,6 +193,8 @@ class Context:
     def error(self, error: BaseException) -> None:
         """`error: what failed`, `error: why`, `hint: what to do`."""
         message = getattr(error, "message", None) or str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:  # without the number that Python puts in front
+            message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         line, path = getattr(error, "line", 0), getattr(error, "path", "")
         where = ", ".join(part for part in (f"line {line}" if line else "", f"at {path}" if path else "") if part)
         remedy = str(getattr(error, "remedy", "") or "")

@@ -106,12 +106,13 @@ class Watch:
         return None
 
 
-def end_well(ctx: Context, status: int, what: str) -> None:
-    """Says how a job ended that did not do what was asked; then raises."""
-    if status == CANCELED:
-        ctx.extra()
-        ctx.extra(f"{what} aborted")
-    raise OperationFailed(f"{what} {'aborted' if status == CANCELED else 'failed'}", remedy="see the machine's log")
+def end_badly(ctx: Context, status: int, what: str) -> int:
+    """Says of a job that it was aborted, and returns the exit code. Raises `OperationFailed` if it failed."""
+    if status != CANCELED:
+        raise OperationFailed(f"{what} failed", remedy="see the machine's log")
+    ctx.extra()
+    ctx.extra(f"{what} aborted")
+    return 1
 
 
 def settle(ctx: Context, domain: Domain, disk: str, *, pivot: bool, finish: bool, words: tuple[str, str, str]) -> None:
@@ -177,7 +178,7 @@ def blockcopy(ctx: Context, options: Options) -> int:
         return 0
     status = watch.wait()
     if status not in (READY, COMPLETED):
-        end_well(ctx, status, "Copy")
+        return end_badly(ctx, status, "Copy")
     words = ("Successfully pivoted", "Successfully copied", "Now in mirroring phase")
     settle(ctx, domain, disk, pivot=pivot, finish=finish, words=words)
     return 0
@@ -224,7 +225,7 @@ def blockcommit(ctx: Context, options: Options) -> int:
         return 0
     status = watch.wait()
     if status not in (READY, COMPLETED):
-        end_well(ctx, status, "Commit")
+        return end_badly(ctx, status, "Commit")
     if active:
         words = ("Successfully pivoted", "Commit complete, overlay image kept", "Now in synchronized phase")
         settle(ctx, domain, disk, pivot=pivot, finish=keep, words=words)
@@ -249,7 +250,7 @@ def blockpull(ctx: Context, options: Options) -> int:
         return 0
     status = watch.wait()
     if status != COMPLETED:
-        end_well(ctx, status, "Pull")
+        return end_badly(ctx, status, "Pull")
     said(ctx, "Pull complete")
     return 0
 

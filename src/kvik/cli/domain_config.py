@@ -6,7 +6,7 @@ import contextlib
 
 from kvik.cli import flags
 from kvik.cli.common import DOMAIN, INACTIVE, chosen
-from kvik.cli.options import DATA, FLAG, Option, UsageError, Verb
+from kvik.cli.options import DATA, FLAG, TEXT, Option, UsageError, Verb
 from kvik.errors import KvikError, OperationInvalid
 
 TYPE_CHECKING = False
@@ -49,7 +49,18 @@ def undefine(ctx: Context, options: Options) -> int:
     for keep, remove in (("keep-nvram", "nvram"), ("keep-tpm", "tpm")):
         if options.flag(keep) and options.flag(remove):
             raise UsageError(f"Options --{remove} and --{keep} are mutually exclusive")
+    wanted, everything = options.text("storage"), options.flag("remove-all-storage")
+    if wanted is not None and everything:
+        raise UsageError("Options --storage and --remove-all-storage are mutually exclusive")
+    for name in ("wipe-storage", "delete-storage-volume-snapshots"):
+        if options.flag(name) and wanted is None and not everything:
+            raise UsageError(f"--{name} requires --storage or --remove-all-storage")
     domain = ctx.domain(options.data("domain"))
+    volumes = []
+    if wanted is not None or everything:
+        from kvik.cli import domain_storage
+
+        volumes = domain_storage.volumes_of(ctx, domain, wanted)
     ctx.doing = f"Failed to undefine domain '{domain.name}'"
     try:
         domain.undefine(bits)
@@ -58,7 +69,14 @@ def undefine(ctx: Context, options: Options) -> int:
             ctx.doing = ""  # virsh looks for one itself before it begins
         raise
     ctx.say(f"Domain '{domain.name}' has been undefined")
-    return 0
+    if not volumes:
+        return 0
+    return domain_storage.remove(
+        ctx,
+        volumes,
+        wipe=options.flag("wipe-storage"),
+        with_snapshots=options.flag("delete-storage-volume-snapshots"),
+    )
 
 
 def autostart(ctx: Context, options: Options) -> int:
@@ -89,6 +107,10 @@ COMMANDS = {
         "Undefine an inactive domain, or convert persistent to transient.",
         DOMAIN,
         Option("managed-save", FLAG, "remove domain managed state file"),
+        Option("storage", TEXT, "remove associated storage volumes (comma separated list of targets or source paths)"),
+        Option("remove-all-storage", FLAG, "remove all associated storage volumes, but no media and shared ones"),
+        Option("delete-storage-volume-snapshots", FLAG, "delete snapshots associated with volume(s)"),
+        Option("wipe-storage", FLAG, "wipe data on the removed volumes"),
         Option("snapshots-metadata", FLAG, "remove all domain snapshot metadata (vm must be inactive)"),
         Option("checkpoints-metadata", FLAG, "remove all domain checkpoint metadata (vm must be inactive)"),
         Option("nvram", FLAG, "remove nvram file"),

@@ -7,6 +7,8 @@ from kvik.cli.options import FLAG, Option, Verb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kvik.cli.context import Context
     from kvik.cli.options import Options
 
@@ -76,13 +78,20 @@ def domjobinfo(ctx: Context, options: Options) -> int:
         return 0
     ctx.line(f"{'Job type:':<17} {name_in(TYPES, kind):<12}")
     if kind in (0, 4, 5) and not options.flag("anystats"):  # none, failed, cancelled
+        _put_error(ctx, figures)
         return 0
     if "operation" in figures:
         ctx.line(f"{'Operation:':<17} {name_in(OPERATIONS, int(figures['operation'])):<12}")
     for name, (words, how) in FIGURES.items():
         if name in figures:
             ctx.line(f"{words + ':':<17} {shown(int(figures[name]), how)}")
+    _put_error(ctx, figures)
     return 0
+
+
+def _put_error(ctx: Context, figures: Mapping[str, object]) -> None:
+    if figures.get("errmsg"):
+        ctx.line(f"{'Error message:':<17} {figures['errmsg']}")
 
 
 def domjobabort(ctx: Context, options: Options) -> int:

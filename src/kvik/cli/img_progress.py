@@ -30,6 +30,7 @@ class ImageProgress:
         self.shown = arguments.flag("p") and not arguments.flag("q")
         self._bar = Progress(ctx.stderr) if self.shown and term.is_terminal(ctx.stdout) else None
         self._told = -STEP
+        self._done = 0
         self._asked = False
         self._handler: Any = None
 
@@ -45,12 +46,17 @@ class ImageProgress:
     def __exit__(self, *exc: object) -> None:
         if self._handler is not None:
             set_handler(SIGUSR1, self._handler)
-        if self._bar is not None:
-            self._bar.clear()
-        elif self.shown:
+        self.clear()
+        if self.shown and self._bar is None:
             self._ctx.stdout.write("\n")
 
+    def clear(self) -> None:
+        """Makes room for a line that is to stand where the bar is."""
+        if self._bar is not None:
+            self._bar.clear()
+
     def __call__(self, done: int, total: int) -> None:
+        done = self._done = max(done, self._done)  # holes are told before the data in front of them
         if self._bar is not None:
             self._bar.bar(self._what, done, total, is_bytes=True)
         share = min(100.0, done * 100 / total) if total > 0 else 100.0

@@ -31,10 +31,11 @@ def compare(ctx: Context, arguments: Arguments) -> int:
     check_caches(arguments)
     images: list[Image] = []
     code = OPENING_FAILED
-    quiet = arguments.flag("q")
+    progress = ImageProgress(ctx, arguments, "comparing")
 
     def tell(text: str) -> None:
-        if not quiet:
+        if not arguments.flag("q"):
+            progress.clear()
             ctx.line(text)
 
     try:
@@ -45,7 +46,7 @@ def compare(ctx: Context, arguments: Arguments) -> int:
             if is_encrypted(image):
                 raise image.fault(LOCKED, remedy=KEY_WANTED)
         code = READING_FAILED
-        with ImageProgress(ctx, arguments, "comparing") as progress:
+        with progress:
             found = look(
                 images[0],
                 images[1],

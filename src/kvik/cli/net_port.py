@@ -19,7 +19,7 @@ PORT = Option("port", DATA, "port UUID", complete="network-port")
 
 
 def find(ctx: Context, options: Options) -> NetworkPort:
-    from kvik.client.connection import uuid_bytes
+    from kvik.client.handle import uuid_bytes
 
     network, key = ctx.network(options.data("network")), options.data("port")
     raw = uuid_bytes(key)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 BAR = 28  # cells
+LEAST_BAR = 4
 REDRAW = 0.05  # seconds between two drawings of the same line
 
 
@@ -70,9 +71,9 @@ class Progress:
                 self.line(f"{label} ({sized(total)})" if is_bytes and total else label)
             return
         share = min(1.0, done / total) if total > 0 else 0.0
-        filled = int(share * BAR)
         figures = f" {sized(done)} of {sized(total)}" if is_bytes and total else ""
-        text = f"{label} [{'#' * filled}{'.' * (BAR - filled)}] {share:4.0%}{figures}"
+        widest = f"{label} [] 100%" + (f" {sized(total)} of {sized(total)}" if figures else "")
+        text = f"{label} {self._cells(share, term.width(widest))}{share:4.0%}{figures}"
         if total > 0 and done >= total:
             if label not in self._labels:
                 self._labels.add(label)
@@ -80,3 +81,11 @@ class Progress:
         else:
             self._labels.discard(label)
             self.transient(text)
+
+    def _cells(self, share: float, others: int) -> str:
+        """The bar itself, as long as the line has room beside `others` cells; none where that is little."""
+        length = min(BAR, (term.columns(self.stream) or 80) - 1 - others)
+        if length < LEAST_BAR:
+            return ""
+        filled = int(share * length)
+        return f"[{'#' * filled}{'.' * (length - filled)}] "

@@ -89,7 +89,9 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
                 f"kvik run --rm -- {image}",
             )
         disks = [image, *disks]
-    is_tiny = kernel is None and cdrom is None and not disks
+    if image == "tiny" and (kernel is not None or cdrom is not None):
+        raise UsageError("--image tiny brings its own kernel", remedy="leave out --image, or --kernel and --cdrom")
+    is_tiny = image == "tiny" or (kernel is None and cdrom is None and not disks)
     if initrd is not None and kernel is None:
         raise UsageError("--initrd needs --kernel")
     if append is not None and kernel is None and not is_tiny:
@@ -114,7 +116,7 @@ def build(ctx: Context, options: Options, paths: Paths, verdict: Verdict, progre
     machine.firmware = options.text("firmware") or "bios"
     if machine.firmware not in ("bios", "uefi"):
         raise UsageError(f"no firmware '{machine.firmware}'", remedy="one of: bios, uefi")
-    choose_vmm(options, machine, verdict)
+    choose_vmm(options, machine, verdict, boots_disk=bool(disks) and machine.kernel is None and not is_tiny)
     name = options.text("network")
     network = doc.network_xml(name, {} if name in ("none", "user") else known_networks(ctx))
     machine.network = doc.allow_names(network, options.words("allow"))
@@ -131,7 +133,7 @@ def known_networks(ctx: Context) -> dict[str, bool]:
         return {}
 
 
-def choose_vmm(options: Options, machine: Machine, verdict: Verdict) -> None:
+def choose_vmm(options: Options, machine: Machine, verdict: Verdict, *, boots_disk: bool) -> None:
     """QEMU unless told otherwise; what kvik-vmm cannot do is said before anything is fetched or written."""
     vmm = options.text("vmm") or "qemu"
     if vmm not in ("qemu", "kvik"):
@@ -143,7 +145,7 @@ def choose_vmm(options: Options, machine: Machine, verdict: Verdict) -> None:
             f"kvik-vmm needs KVM, which cannot be used here: {verdict.reason}",
             remedy="'kvik doctor' says what is wrong; without --vmm, QEMU emulates",
         )
-    if machine.disks and machine.kernel is None:
+    if boots_disk:
         if options.text("firmware") == "bios":
             raise InvalidArgument("kvik-vmm has no BIOS", remedy="leave --firmware out: it has UEFI")
         machine.firmware = "uefi"
@@ -404,7 +406,7 @@ COMMANDS = {
         "from the kernel, disks or CD given. With a COMMAND: runs it in the machine,\n"
         "prints its output and ends with its exit code. On a terminal: attaches the\n"
         "console (Ctrl-] leaves).",
-        Option("image", TEXT, "'tiny' (default), or the path of a disk image", complete="file"),
+        Option("image", TEXT, "'tiny' (default without disks), or the path of a disk image", complete="file"),
         Option("name", TEXT, "name of the machine (default: tiny-1, tiny-2, ...)", named_only=True),
         Option("memory", TEXT, "memory, as scaled integer (default MiB)", short="m", metavar="size", named_only=True),
         Option("vcpus", NUMBER, "number of virtual CPUs", named_only=True),

@@ -49,7 +49,8 @@ class Table:
             return ""
         widths = [max(term.width(line[i]) for line in lines) for i in range(len(self.headers))]
         if limit is not None:
-            widths = fit(widths, limit)
+            values = [max((term.width(row[i]) for row in self.rows), default=0) for i in range(len(self.headers))]
+            widths = fit(widths, limit, values)
         out = []
         for number, line in enumerate(lines):
             parts = []
@@ -66,13 +67,18 @@ class Table:
         return "\n".join(out) + "\n"
 
 
-def fit(widths: list[int], limit: int) -> list[int]:
-    """Column widths whose rows fit in `limit` cells, taken from the widest columns first; `SMALLEST` at least."""
+def fit(widths: list[int], limit: int, values: list[int]) -> list[int]:
+    """Column widths whose rows fit in `limit` cells, `SMALLEST` at least.
+
+    Headers that are longer than the `values` below them give way first, then the widest columns.
+    """
     widths = [min(width, limit) for width in widths]
     room = limit - 3 * len(widths)
-    while sum(widths) > room:
-        widest = widths.index(max(widths))
-        if widths[widest] <= SMALLEST:
-            break
-        widths[widest] -= 1
+    for least in (values, [0] * len(widths)):
+        while sum(widths) > room:
+            spare = [width - max(SMALLEST, least[i]) for i, width in enumerate(widths)]
+            widest = max((i for i, count in enumerate(spare) if count > 0), key=widths.__getitem__, default=None)
+            if widest is None:
+                break
+            widths[widest] -= 1
     return widths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from kvik.cli.options import DATA, FLAG, NUMBER, Option, UsageError, Verb
@@ -39,6 +40,8 @@ def vol_upload(ctx: Context, options: Options) -> int:
         raise HostError(f"cannot read {path}", errno=error.errno or 0, remedy=error.strerror or "") from error
     ctx.doing = f"cannot upload to volume {volume.name}"
     try:
+        if os.path.isdir(f"/proc/self/fd/{fd}"):  # noqa: PTH112
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         with volume.upload(offset, length, sparse=sparse) as stream:
             ctx.doing = f"cannot send data to volume {volume.name}"
             _send(stream, fd, length, sparse)

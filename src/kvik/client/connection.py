@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvik.client.handle import uuid_bytes, uuid_text
 from kvik.client.link import Link
 from kvik.client.transport import open_transport
 from kvik.client.uri import default_uri, parse_uri
@@ -451,22 +452,6 @@ STATS_GROUPS = {
     "state": 1, "cpu-total": 2, "balloon": 4, "vcpu": 8, "interface": 16, "block": 32, "perf": 64, "iothread": 128,
     "memory": 256, "dirtyrate": 512, "vm": 1024,
 }  # fmt: skip
-
-
-def uuid_bytes(text: str) -> bytes | None:
-    """A UUID as people write it -> 16 bytes; None if it is none."""
-    compact = text.replace("-", "")
-    if len(compact) != 32 or not compact.isascii() or not compact.isalnum():
-        return None
-    try:
-        return bytes.fromhex(compact)
-    except ValueError:
-        return None
-
-
-def uuid_text(raw: bytes) -> str:
-    text = raw.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def require_running(domain: Domain) -> None:

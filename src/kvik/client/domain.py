@@ -6,6 +6,7 @@ virDomainModificationImpact: 0 current, 1 live, 2 config, 3 both.
 
 from __future__ import annotations
 
+from kvik.client.handle import Handle
 from kvik.client.stream import Stream
 from kvik.errors import NoSupport
 from kvik.named import NamedTuple
@@ -140,30 +141,17 @@ MEMORY_TAGS = (
 )  # fmt: skip
 
 
-class Domain:
+class Domain(Handle):
     """A handle: name, UUID and id at the time it was made. Comparing compares UUIDs."""
 
-    __slots__ = ("connection", "id", "name", "uuid_bytes")
+    __slots__ = ("id",)
 
     def __init__(self, connection: Connection, name: str, uuid: bytes, id: int) -> None:
-        self.connection = connection
-        self.name = name
-        self.uuid_bytes = uuid
+        super().__init__(connection, name, uuid)
         self.id = id  # -1: was not running
 
     def __repr__(self) -> str:
         return f"<Domain {self.name} {self.uuid} id {self.id}>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Domain) and other.uuid_bytes == self.uuid_bytes
-
-    def __hash__(self) -> int:
-        return hash(self.uuid_bytes)
-
-    @property
-    def uuid(self) -> str:
-        text = self.uuid_bytes.hex()
-        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
     @property
     def ref(self) -> tuple[str, bytes, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from kvik.client.handle import uuid_text
 from kvik.rpc.message import Event
 from kvik.rpc.program import KVIK_NUMBER, QEMU_NUMBER, REMOTE_NUMBER
 from kvik.rpc.xdr_types import Record
@@ -128,8 +129,7 @@ class NetworkEvent:
 
     def __str__(self) -> str:
         if self.kind == "lifecycle":
-            number = self.fields["event"]
-            return NETWORK_LIFECYCLE[number] if 0 <= number < len(NETWORK_LIFECYCLE) else f"event {number}"
+            return _word(NETWORK_LIFECYCLE, self.fields["event"])
         return " ".join(f"{key}={value}" for key, value in self.fields.items())
 
 
@@ -147,8 +147,7 @@ class PoolEvent:
         """virStoragePoolEventLifecycleType in words; a refresh says nothing more."""
         if self.kind != "lifecycle":
             return ""
-        number = self.fields["event"]
-        return POOL_LIFECYCLE[number] if 0 <= number < len(POOL_LIFECYCLE) else f"event {number}"
+        return _word(POOL_LIFECYCLE, self.fields["event"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +161,12 @@ class SecretEvent:
 
     @property
     def uuid_text(self) -> str:
-        text = self.uuid.hex()
-        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        return uuid_text(self.uuid)
 
     def __str__(self) -> str:
         if self.kind != "lifecycle":
             return ""
-        number = self.fields["event"]
-        return SECRET_LIFECYCLE[number] if 0 <= number < len(SECRET_LIFECYCLE) else f"event {number}"
+        return _word(SECRET_LIFECYCLE, self.fields["event"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +174,11 @@ class ConnectionClosed:
     """The daemon says goodbye; `reason` is virConnectCloseReason."""
 
     reason: int
+
+
+def _word(words: Sequence[str], number: int) -> str:
+    """A later daemon may have more events than this client has words for."""
+    return words[number] if 0 <= number < len(words) else f"event {number}"
 
 
 AnyEvent = DomainEvent | NetworkEvent | PoolEvent | SecretEvent | ConnectionClosed

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from kvik.client.handle import Handle, uuid_text
 from kvik.errors import InvalidArgument, NoSupport
 from kvik.named import NamedTuple
 
@@ -12,7 +13,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from kvik.client.connection import Connection
 
 FEATURE_UPDATE_ORDER = 16  # VIR_DRV_FEATURE_NETWORK_UPDATE_HAS_CORRECT_ORDER
 FAMILIES = ("ipv4", "ipv6")  # virIPAddrType
@@ -63,7 +63,7 @@ class NetworkPort:
 
     @property
     def uuid(self) -> str:
-        return _uuid_text(self.uuid_bytes)
+        return uuid_text(self.uuid_bytes)
 
     @property
     def ref(self) -> tuple[tuple[str, bytes], bytes]:
@@ -76,28 +76,10 @@ class NetworkPort:
         self.network.connection.call("NETWORK_PORT_DELETE", self.ref, 0)
 
 
-class Network:
+class Network(Handle):
     """A handle: name and UUID. Comparing compares UUIDs."""
 
-    __slots__ = ("connection", "name", "uuid_bytes")
-
-    def __init__(self, connection: Connection, name: str, uuid: bytes) -> None:
-        self.connection = connection
-        self.name = name
-        self.uuid_bytes = uuid
-
-    def __repr__(self) -> str:
-        return f"<Network {self.name} {self.uuid}>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Network) and other.uuid_bytes == self.uuid_bytes
-
-    def __hash__(self) -> int:
-        return hash(self.uuid_bytes)
-
-    @property
-    def uuid(self) -> str:
-        return _uuid_text(self.uuid_bytes)
+    __slots__ = ()
 
     @property
     def ref(self) -> tuple[str, bytes]:
@@ -194,8 +176,3 @@ class Network:
     def create_port(self, xml: str, flags: int = 0) -> NetworkPort:
         """virNetworkPortCreateFlags: 1 reclaim, 2 validate."""
         return NetworkPort(self, self._call("NETWORK_PORT_CREATE_XML", xml, flags)[0][1])
-
-
-def _uuid_text(raw: bytes) -> str:
-    text = raw.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

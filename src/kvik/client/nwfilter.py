@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kvik.client.handle import uuid_bytes, uuid_text
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.client.connection import Connection
@@ -24,8 +26,6 @@ class NetworkFilter:
     __slots__ = ("connection", "name", "ref", "uuid")
 
     def __init__(self, connection: Connection, name: str, uuid: bytes) -> None:
-        from kvik.client.connection import uuid_text
-
         self.connection = connection
         self.ref = (name, uuid)
         self.name = name
@@ -65,7 +65,6 @@ def filters(connection: Connection) -> list[NetworkFilter]:
 
 def lookup_filter(connection: Connection, key: str) -> NetworkFilter:
     """By UUID or name, tried in this order as virsh does. NoFilter if there is none."""
-    from kvik.client.connection import uuid_bytes
     from kvik.errors import NoFilter
 
     if (raw := uuid_bytes(key)) is not None:

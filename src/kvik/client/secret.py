@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvik.client.handle import uuid_bytes, uuid_text
 from kvik.named import NamedTuple
 
 TYPE_CHECKING = False
@@ -25,8 +26,6 @@ class Secret:
     __slots__ = ("connection", "ref", "usage_id", "usage_type", "uuid")
 
     def __init__(self, connection: Connection, uuid: bytes, usage_type: int, usage_id: str) -> None:
-        from kvik.client.connection import uuid_text
-
         self.connection = connection
         self.ref = Reference(uuid, usage_type, usage_id)
         self.uuid = uuid_text(uuid)
@@ -56,7 +55,6 @@ def secrets(connection: Connection, *, ephemeral: bool | None = None, private: b
 
 def lookup_secret(connection: Connection, uuid: str) -> Secret:
     """NoSecret if there is none, InvalidArgument for what is no UUID."""
-    from kvik.client.connection import uuid_bytes
     from kvik.errors import InvalidArgument
 
     raw = uuid_bytes(uuid)

@@ -6,6 +6,7 @@ with pool.volume("disk.img").download() as stream: ...
 
 from __future__ import annotations
 
+from kvik.client.handle import Handle
 from kvik.client.stream import Stream
 from kvik.errors import NoStoragePool, NoStorageVolume, NoSupport
 from kvik.named import NamedTuple
@@ -125,28 +126,10 @@ class StorageVolume:
         return Stream(link, key)
 
 
-class StoragePool:
+class StoragePool(Handle):
     """A handle: name and UUID. Comparing compares UUIDs."""
 
-    __slots__ = ("connection", "name", "uuid_bytes")
-
-    def __init__(self, connection: Connection, name: str, uuid: bytes) -> None:
-        self.connection = connection
-        self.name = name
-        self.uuid_bytes = uuid
-
-    def __repr__(self) -> str:
-        return f"<StoragePool {self.name} {self.uuid}>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StoragePool) and other.uuid_bytes == self.uuid_bytes
-
-    def __hash__(self) -> int:
-        return hash(self.uuid_bytes)
-
-    @property
-    def uuid(self) -> str:
-        return _uuid_text(self.uuid_bytes)
+    __slots__ = ()
 
     @property
     def ref(self) -> tuple[str, bytes]:
@@ -268,7 +251,7 @@ def lookup_pool_name(connection: Connection, name: str) -> StoragePool:
 
 
 def lookup_pool_uuid(connection: Connection, uuid: str) -> StoragePool:
-    from kvik.client.connection import uuid_bytes
+    from kvik.client.handle import uuid_bytes
 
     raw = uuid_bytes(uuid)
     if raw is None:
@@ -314,8 +297,3 @@ def find_sources(connection: Connection, type_: str, xml: str | None) -> str:
 
 def capabilities(connection: Connection) -> str:
     return str(connection.call("CONNECT_GET_STORAGE_POOL_CAPABILITIES", 0)[0])
-
-
-def _uuid_text(raw: bytes) -> str:
-    text = raw.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from kvik.errors import KvikError
 from kvik.host import facilities, node, packages, process, tools
+from kvik.host.cpu_model import cpu_model
 from kvik.host.probe import Verdict, Virtualization, kvm_verdict, virtualization
 from kvik.paths import Paths
 
@@ -179,7 +180,7 @@ class _Doctor:
         else:
             why = "no QEMU that could run a machine (below)"
             yield Finding(group, "accelerator", Status.FAIL, "none", why, self.install("qemu-system-x86_64"))
-        cpu = node.cpu_model(self.root)
+        cpu = cpu_model(self.root)
         yield Finding(group, "cpu", Status.INFO, cpu.name or cpu.vendor_id or "unknown", f"{host.vendor}, {cpu.arch}")
         if host.extension:
             what = " with ".join(part for part in (host.extension, host.paging) if part)

@@ -15,7 +15,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvik.host import node
+from kvik.host.sysfs import read_text
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -73,7 +73,7 @@ def seccomp(root: Path = _ROOT) -> Facility:
     """Filters (seccomp(2))."""
     if _libc.prctl(_PR_GET_SECCOMP, 0, 0, 0, 0) < 0:
         return Facility(0, "the kernel was built without it")
-    actions = node.read_text(root / "proc/sys/kernel/seccomp/actions_avail", 4096).split()
+    actions = read_text(root / "proc/sys/kernel/seccomp/actions_avail", 4096).split()
     return Facility(max(len(actions), 1))
 
 
@@ -95,9 +95,9 @@ def namespaces(root: Path = _ROOT) -> Facility:
     missing = sorted({"ipc", "mnt", "net", "pid", "user", "uts"} - set(kinds))
     if missing:
         return Facility(0, f"missing: {', '.join(missing)}")
-    if node.read_text(root / "proc/sys/user/max_user_namespaces", 32) == "0":
+    if read_text(root / "proc/sys/user/max_user_namespaces", 32) == "0":
         return Facility(0, "user namespaces are switched off (user.max_user_namespaces=0)")
-    if node.read_text(root / "proc/sys/kernel/unprivileged_userns_clone", 32) == "0":
+    if read_text(root / "proc/sys/kernel/unprivileged_userns_clone", 32) == "0":
         return Facility(0, "user namespaces are for root only (kernel.unprivileged_userns_clone=0)")
     return Facility(len(kinds))
 
@@ -112,7 +112,7 @@ class Cgroups:
 def cgroups(root: Path = _ROOT) -> Cgroups:
     base = root / "sys/fs/cgroup"
     if (base / "cgroup.controllers").is_file():
-        return Cgroups(2, tuple(sorted(node.read_text(base / "cgroup.controllers", 4096).split())), True)
+        return Cgroups(2, tuple(sorted(read_text(base / "cgroup.controllers", 4096).split())), True)
     unified = (base / "unified/cgroup.controllers").is_file()
     known = ("blkio", "cpu", "cpuacct", "cpuset", "devices", "freezer", "hugetlb", "memory", "pids")
     found = tuple(name for name in known if (base / name / "cgroup.procs").is_file())
@@ -167,7 +167,7 @@ def device(path: str, root: Path = _ROOT) -> Facility:
 
 def ksm(root: Path = _ROOT) -> Facility:
     """Kernel same-page merging: there at all; `value` 2 if it runs."""
-    text = node.read_text(root / "sys/kernel/mm/ksm/run", 16)
+    text = read_text(root / "sys/kernel/mm/ksm/run", 16)
     if not text:
         return Facility(0, "the kernel was built without it")
     return Facility(2 if text == "1" else 1)
@@ -175,5 +175,5 @@ def ksm(root: Path = _ROOT) -> Facility:
 
 def transparent_huge_pages(root: Path = _ROOT) -> str:
     """The setting: "always", "madvise", "never", or empty if the kernel has none."""
-    text = node.read_text(root / "sys/kernel/mm/transparent_hugepage/enabled", 64)
+    text = read_text(root / "sys/kernel/mm/transparent_hugepage/enabled", 64)
     return text.partition("[")[2].partition("]")[0]

@@ -114,11 +114,11 @@ def remove_file(path: AnyPath, *, missing_ok: bool = True, durable: bool = True)
     """Remove a file or symbolic link. False if there was none."""
     try:
         os.unlink(path)  # noqa: PTH108
-    except FileNotFoundError as error:
-        if missing_ok:
-            return False
-        raise host_error("remove", path, error) from error
     except OSError as error:
+        # A file system that is read-only says so before it looks.
+        missing = error.errno == errno.ENOENT or (error.errno == errno.EROFS and not os.path.lexists(path))
+        if missing and missing_ok:
+            return False
         raise host_error("remove", path, error) from error
     if durable:
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvik.host import node
+from kvik.host.sysfs import read_text
 
 # What kvik looks for -> the Debian (and Ubuntu) package that has it.
 DEBIAN: dict[str, str] = {
@@ -55,7 +55,7 @@ class Release:
 def release(root: Path = Path("/")) -> Release:
     fields: dict[str, str] = {}
     for path in ("etc/os-release", "usr/lib/os-release"):
-        for line in node.read_text(root / path, 65536).splitlines():
+        for line in read_text(root / path, 65536).splitlines():
             key, equals, value = line.partition("=")
             if equals:
                 fields[key.strip()] = value.strip().strip("\"'")

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from kvik.errors import HostError, KvikError, OperationTimeout
-from kvik.host import node, process, tools
+from kvik.host import process, tools
+from kvik.host.cpu_model import cpu_model
 from kvik.host.files import atomic_write, ensure_directory, try_read_file
 from kvik.host.kvm_probe import FAST, GUEST_DEADLINE, STAGES
+from kvik.host.sysfs import read_text
 from kvik.kvm.extension import extension
 
 DEADLINE = 30.0  # seconds for the whole probe process, which a busy host lets run now and then; the guest has its own
@@ -74,7 +76,7 @@ class Virtualization:
 
 
 def virtualization(root: Path = _ROOT) -> Virtualization:
-    cpu = node.cpu_model(root)
+    cpu = cpu_model(root)
     beneath = extension(str(root))
     around = ("container" if container(root) else "", "virtual machine" if "hypervisor" in cpu.flags else "")
     inside = " in a ".join(part for part in around if part)
@@ -103,13 +105,13 @@ def container(root: Path = _ROOT) -> str:
         return "docker"
     if (root / "run/.containerenv").exists():
         return "podman"
-    mark = node.read_text(root / "run/systemd/container", 64)
+    mark = read_text(root / "run/systemd/container", 64)
     if mark:
         return mark
-    for word in node.read_text(root / "proc/1/environ", 65536).split("\0"):
+    for word in read_text(root / "proc/1/environ", 65536).split("\0"):
         if word.startswith("container=") and len(word) > len("container="):
             return word.removeprefix("container=")[:64]
-    cgroups = node.read_text(root / "proc/1/cgroup", 65536)
+    cgroups = read_text(root / "proc/1/cgroup", 65536)
     return next((engine for engine in ("docker", "kubepods", "lxc", "containerd") if f"/{engine}" in cgroups), "")
 
 
@@ -359,12 +361,12 @@ def cache_key(root: Path = _ROOT) -> str:
                 parameters = sorted(base.joinpath("parameters").iterdir())[:200]
             except OSError:
                 parameters = []
-            values = {path.name: node.read_text(path, 256) for path in parameters}
-            modules[name] = [node.read_text(base / "srcversion", 64), values]
+            values = {path.name: read_text(path, 256) for path in parameters}
+            modules[name] = [read_text(base / "srcversion", 64), values]
     text = json.dumps(
         [
             _FORMAT,
-            node.read_text(root / "proc/sys/kernel/random/boot_id", 64),
+            read_text(root / "proc/sys/kernel/random/boot_id", 64),
             os.uname().release,
             os.geteuid(),
             sorted({os.getegid(), *os.getgroups()}),

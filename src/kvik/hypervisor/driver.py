@@ -398,6 +398,10 @@ class Driver(Protocol):
     def tpm_state(self, definition: Domain) -> Path | None:
         """The directory that keeps the state of its emulated TPM; None for a machine without one."""
 
+    def written_last(self, directory: Path, disk: Disk, places: Sequence[str]) -> str | None:
+        """Which of these images a VMM that has ended wrote a disk to last, if what it left in its directory says so for
+        certain (blocking: see `host/reach.py`)."""
+
     async def native(self, definition: Domain) -> str: ...  # the command line, for domxml-to-native
     async def domain_capabilities(self, arch: str, machine: str, virttype: str, emulator: str) -> str: ...  # XML
 

@@ -98,7 +98,7 @@ async def _block(machine: QmpMachine) -> dict[str, int | str]:
     for item in reply:
         path = item.get("qdev") if isinstance(item, dict) else None
         if isinstance(path, str) and isinstance(item.get("stats"), dict):
-            by_device[path.removeprefix("/machine/peripheral/").split("/")[0]] = item["stats"]
+            by_device[path.removeprefix("/machine/peripheral/").split("/")[0]] = item
     nodes = await _image_sizes(machine)
     figures: dict[str, int | str] = {"block.count": len(machine.domain.devices.disks)}
     for number, disk in enumerate(machine.domain.devices.disks):
@@ -113,20 +113,36 @@ async def _block(machine: QmpMachine) -> dict[str, int | str]:
     return figures
 
 
-def disk_figures(prefix: str, counted: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, int]:
-    """Of one disk: `counted` as query-blockstats has it, `image` as query-named-block-nodes has it; both may lack
+def disk_figures(prefix: str, device: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, int]:
+    """Of one disk: `device` as query-blockstats has it, `image` as query-named-block-nodes has it; both may lack
     anything."""
+    counted = device.get("stats", {})
     found: dict[str, int] = {}
     for key, name in _BLOCK:
         value = counted.get(name)
         if isinstance(value, int):
             found[f"{prefix}.{key}"] = value
-    size, actual, offset = (image.get("virtual-size"), image.get("actual-size"), counted.get("wr_highest_offset"))
+    size, actual, offset = (image.get("virtual-size"), image.get("actual-size"), _end_of_writes(device, image))
     if isinstance(size, int):
         found |= {f"{prefix}.capacity": size, f"{prefix}.physical": actual if isinstance(actual, int) else 0}
         if isinstance(offset, int):
             found[f"{prefix}.allocation"] = offset
     return found
+
+
+def _end_of_writes(device: Mapping[str, Any], image: Mapping[str, Any]) -> int | None:
+    """Offset behind the last byte written in the image's file; None where that is not told.
+
+    The device's own figure is of the guest's offsets: those of the file are with the node at the bottom ("parent", in
+    the words of query-blockstats). Only of a raw image they are the same.
+    """
+    if not isinstance(device.get("parent"), dict) and image.get("format") != "raw":
+        return None
+    while isinstance(below := device.get("parent"), dict):
+        device = below
+    counted = device.get("stats")
+    offset = counted.get("wr_highest_offset") if isinstance(counted, dict) else None
+    return offset if isinstance(offset, int) else None
 
 
 _ERRORS = {"failed": DomainDiskErrorCode.UNSPEC, "nospace": DomainDiskErrorCode.NO_SPACE}  # io-status -> ours

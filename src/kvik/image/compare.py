@@ -112,6 +112,8 @@ def _content(first: Image, second: Image, part: range, workers: int, progress: P
             return Difference(CONTENT, found)
         if progress is not None:
             progress(pair[0] + pair[1], max(first.size, second.size))
+    if progress is not None:
+        progress(part.stop, max(first.size, second.size))
     return None
 
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvik.conf.devices.disk import Disk, DiskDriver
+from kvik.conf.devices.disk import Disk
 from kvik.conf.enums import (
     ConnectDomainEventBlockJobStatus,
     DomainBlockJobType,
@@ -34,8 +33,9 @@ from kvik.host.threads import in_thread
 from kvik.hypervisor import new_image
 from kvik.hypervisor.driver import DiskJobs, JobState
 from kvik.hypervisor.layers import Layer
-from kvik.manager import block_chain, disks, volume_disks
+from kvik.manager import block_chain, disks, pivots
 from kvik.manager.checkpoints import merges
+from kvik.manager.pivots import Pivot
 
 if TYPE_CHECKING:
     from kvik.manager.domain import DomainObject
@@ -142,6 +142,8 @@ async def _to_its_end(domain: DomainObject, run: Run, job: BlockJob, jobs: DiskJ
             last = state
             if state.ready and not job.ready and domain.run is run:
                 _ready(domain, run, job)
+            if state.concluded and not state.error and not job.aborted:
+                _pivot(domain, job, switched=True)  # the VMM may be gone before it can be asked
         if domain.run is not run:
             return
         await _settle(domain, run, job, jobs, last)
@@ -185,9 +187,14 @@ async def _settle(domain: DomainObject, run: Run, job: BlockJob, jobs: DiskJobs,
             gone = block_chain.active_is_base(disk, job.base)
         else:
             gone = block_chain.merged(disk, job.above, job.base)
+        pivot = _pivot(domain, job, switched=True)
         await merges.moved(domain, before, disk, job.base if job.type == DomainBlockJobType.COMMIT else None)
-        await _save_definition(domain, before, disk)
-    elif not job.aborted:
+        written = await _save_definition(domain, before, disk)
+        if pivot is not None and written:
+            await domain.manager.pivots.forget(pivot)
+    elif (pivot := _pivot(domain, job, switched=False)) is not None:
+        await domain.manager.pivots.forget(pivot)
+    if not done and not job.aborted:
         job.failure = (state.error if state is not None else "") or "it did not come to its end"
     whole = job.aborted and job.ready and not failed  # a copy that was told to be the one of that moment
     if done and job.delete:
@@ -204,6 +211,14 @@ async def _settle(domain: DomainObject, run: Run, job: BlockJob, jobs: DiskJobs,
     await domain.save_quietly()
     how = "done" if done else "aborted" if job.aborted else f"failed: {job.failure}"
     domain.log.note(f"block job {job.id}: {how}")
+
+
+def _pivot(domain: DomainObject, job: BlockJob, *, switched: bool) -> Pivot | None:
+    """What was written down of a change to another image, now that it is known what became of that."""
+    pivot = domain.manager.pivots.get(domain, job.disk) if job.type in TWO_PHASE else None
+    if pivot is not None:
+        pivot.switched = switched
+    return pivot
 
 
 async def _did(disk: Disk, job: BlockJob, jobs: DiskJobs, *, failed: bool) -> bool:
@@ -235,35 +250,15 @@ async def _clear(domain: DomainObject, run: Run, job: BlockJob, jobs: DiskJobs) 
     tell(domain, disk, job, job.result)
 
 
-def _rests_elsewhere(disk: Disk) -> bool:
-    """On what has to be named, since it does not lie beside it."""
-    below = disk.backing_store.source if disk.backing_store is not None else None
-    if disk.source is None or below is None or not disk.source.location or not below.location:
-        return False
-    return Path(disk.source.location).parent != Path(below.location).parent
-
-
-async def _save_definition(domain: DomainObject, before: Disk, after: Disk) -> None:
-    """The next start has the same disk, if the definition has that disk at all."""
-    if not domain.persistent:
-        return
+async def _save_definition(domain: DomainObject, before: Disk, after: Disk) -> bool:
+    """The next start has the same disk; False if that could not be written."""
     try:
-        async with domain.manager.editing(domain) as document:
-            kept = block_chain.same_disk(before, document)
-            if kept is None:
-                return
-            chain = kept.backing_store is not None or after.source is None or before.source is None
-            if chain or _rests_elsewhere(after):
-                kept.backing_store = clone(after.backing_store) if after.backing_store is not None else None
-            if after.source is not None and before.source != after.source:
-                kept.type, kept.source = after.type, clone(after.source)
-                volume_disks.name_volume(kept)
-                if kept.driver is None:
-                    kept.driver = DiskDriver(name="qemu")
-                kept.driver.type = after.driver.type if after.driver is not None else None
+        await pivots.save_definition(domain, before, after)
     except KvikError as error:
         domain.log.note(f"the definition still has the old images of disk {before.target.dev}: {error}")
         logger.warning("the definition of machine %s was not changed after a block job: %s", domain.name, error)
+        return False
+    return True
 
 
 # -- a daemon that comes back

@@ -33,7 +33,7 @@ from kvik.host.reach import reach
 from kvik.hypervisor import new_image
 from kvik.hypervisor.driver import DiskJobs
 from kvik.hypervisor.layers import Layer, has_medium, layers
-from kvik.manager import block_chain, disks
+from kvik.manager import block_chain, disks, pivots
 from kvik.manager.block_following import TWO_PHASE, BlockJob, follow, unknown
 from kvik.manager.checkpoints import merges
 from kvik.manager.snapshots.files import snapshot_in
@@ -234,8 +234,11 @@ async def begun(domain: DomainObject, run: Run, job: BlockJob, disk: Disk) -> An
 
 
 async def abort(domain: DomainObject, name: str, flags: int) -> None:
-    """virDomainBlockJobAbort: end a job; with PIVOT the machine changes over to its copy."""
+    """virDomainBlockJobAbort: end a job; with PIVOT the machine changes over to its copy. Of a machine that is off, and
+    was told to change over when it ended: which image it goes on with (`pivots`)."""
     known = DomainBlockJobAbortFlags
+    if await pivots.decide(domain, name, new=bool(flags & known.PIVOT)):
+        return
     disk, jobs, job = _active(domain, name)
     if job.type == DomainBlockJobType.BACKUP:
         raise OperationUnsupported(
@@ -254,10 +257,15 @@ async def abort(domain: DomainObject, name: str, flags: int) -> None:
     job.aborted = not pivot
     await domain.save_quietly()
     if pivot:
-        await merges.carry_to_mirror(domain, disk)
+        earlier = domain.manager.pivots.get(domain, job.disk)
         try:
+            await merges.carry_to_mirror(domain, disk)
+            await domain.manager.pivots.intend(domain, *_changed_over(disk, job))
             await jobs.complete(job.id)
-        except BaseException:
+        except BaseException as error:
+            intended = domain.manager.pivots.get(domain, job.disk)
+            if intended is not None and earlier is None and not unknown(error):  # refused, and never asked before
+                await domain.manager.pivots.forget(intended)
             if disk.mirror is not None:
                 disk.mirror.ready = "yes"
                 domain.live_changed()
@@ -269,6 +277,17 @@ async def abort(domain: DomainObject, name: str, flags: int) -> None:
         await job.over.wait()
         if pivot and job.failure:
             raise OperationInvalid(f"disk '{job.disk}' did not change over to its copy: {job.failure}")
+
+
+def _changed_over(disk: Disk, job: BlockJob) -> tuple[Disk, Disk]:
+    """The disk as it is, and as it will be."""
+    before, after = clone(disk), clone(disk)
+    before.mirror = None
+    if job.type == DomainBlockJobType.ACTIVE_COMMIT and job.base is not None:
+        block_chain.active_is_base(after, job.base)
+    elif after.mirror is not None:
+        block_chain.copied(after, after.mirror)
+    return before, after
 
 
 def _active(domain: DomainObject, name: str) -> tuple[Disk, DiskJobs, BlockJob]:

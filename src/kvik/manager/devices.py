@@ -8,8 +8,10 @@ event, and the call returns after a few seconds whether it came or not, as libvi
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from kvik.conf.codec import Element
 from kvik.conf.devices.chardev import Chardev
@@ -313,15 +315,31 @@ async def _detach(domain: DomainObject, flags: int, kind: str, given: Element) -
         await _detach_live(domain, kind, given)
         return
     async with domain.manager.editing(domain) as document:
-        if not impact & LIVE or not _only_alias(given):
-            remove_device(document.devices, find(document, kind, given))
+        try:
+            remove_device(document.devices, find(document, kind, _as_defined(domain, kind, given)))
+        except NoDevice:
+            if not impact & LIVE or not _has_live_alias(given):
+                raise  # by its alias it may be a device that only the running machine has
         if impact & LIVE:
             await _detach_live(domain, kind, given)
 
 
-def _only_alias(given: Any) -> bool:
-    """Live aliases are not kept in definitions: a device named by one is looked for in the live document only."""
+def _has_live_alias(given: Any) -> bool:
     return isinstance(given, Device) and given.alias is not None and not given.alias.name.startswith("ua-")
+
+
+def _as_defined(domain: DomainObject, kind: str, given: Element) -> Element:
+    """Live aliases are not kept in definitions: what has one is looked for by what else is known of it."""
+    if not _has_live_alias(given):
+        return given
+    known = given
+    if domain.run is not None:
+        with suppress(NoDevice):
+            known = find(domain.run.live, kind, given)
+    twin = msgspec.structs.replace(known)
+    assert isinstance(twin, Device)
+    twin.alias = None
+    return twin
 
 
 async def _detach_live(domain: DomainObject, kind: str, given: Element) -> None:
@@ -384,9 +402,9 @@ async def update(domain: DomainObject, xml: str, flags: int) -> None:
         return
     async with domain.manager.editing(domain) as document:
         _, new = parse_device(format_device(given, secure=True))
-        if _only_alias(new) and isinstance(new, Disk):  # a live alias is not the definition's: its target is
+        old = find(document, kind, _as_defined(domain, kind, new))
+        if isinstance(new, Device) and _has_live_alias(new):
             new.alias = None
-        old = find(document, kind, new)
         interface_changes.as_defined(old, new)
         _replace(document, kind, old, new)
         prepare.fill(document)

@@ -21,7 +21,7 @@ from kvik.errors import (
 )
 from kvik.host import process
 from kvik.hypervisor.driver import Feature, MachineEvent
-from kvik.manager import filtering, ports, reports
+from kvik.manager import filtering, pivots, ports, reports
 from kvik.manager.backup import job as backup_job
 from kvik.manager.checkpoints.store import store_of
 from kvik.manager.snapshots.collect import collect_quietly
@@ -236,6 +236,7 @@ async def clean(domain: DomainObject, run: Run, note: str) -> None:
     name, transient = domain.name, not domain.persistent
     try:
         domain.log.note(note)
+        await pivots.machine_gone(domain, run)
         await backup_job.machine_gone(domain, run)
         await ports.release(domain.manager, domain, run.live.devices.interfaces)
         await domain.manager.store.remove_status(name, run.directory)

@@ -7,34 +7,17 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Coroutine, Hashable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from kvik.conf.domain import Domain
-from kvik.conf.enums import (
-    DomainEventDefinedDetailType,
-    DomainEventType,
-    DomainEventUndefinedDetailType,
-    DomainUndefineFlags,
-)
-from kvik.errors import (
-    AlreadyExists,
-    ConfigUnsupported,
-    KvikError,
-    NoDomain,
-    OperationInvalid,
-    OperationUnsupported,
-)
+from kvik.conf.enums import DomainEventDefinedDetailType, DomainEventType
+from kvik.errors import AlreadyExists, ConfigUnsupported, KvikError, NoDomain, OperationInvalid
 from kvik.host.files import Identity
-from kvik.host.reach import about, reach
-from kvik.host.threads import in_thread
 from kvik.hypervisor.driver import Driver
-from kvik.manager import figures, filtering, host_names, ports, prepare, recover, renaming, starting
+from kvik.manager import figures, filtering, host_names, ports, prepare, recover, renaming, starting, undefining
 from kvik.manager.backup import job as backups
 from kvik.manager.checkpoints import resume as checkpoints
-from kvik.manager.checkpoints.store import store_of as checkpoints_of
-from kvik.manager.checkpoints.tree import Checkpoints
 from kvik.manager.definition import Definition
 from kvik.manager.disks import Use
 from kvik.manager.domain import DomainObject
@@ -43,12 +26,11 @@ from kvik.manager.interfaces import look_after_networks
 from kvik.manager.jobs import LIMIT
 from kvik.manager.log import cut
 from kvik.manager.networks import Networks, ensure_default
+from kvik.manager.pivots import Pivots
 from kvik.manager.saved import machine as saved_machine
 from kvik.manager.saved.machine import Saved
 from kvik.manager.secrets import Secrets
-from kvik.manager.snapshots import apply as snapshots
 from kvik.manager.snapshots import resume
-from kvik.manager.snapshots.tree import Tree
 from kvik.manager.states import needs_daemon
 from kvik.manager.storage import Pools, users
 from kvik.manager.store import Store, check_name
@@ -66,20 +48,6 @@ LOG_INTERVAL = 5.0  # seconds between looks at the size of running machines' log
 DEFAULT_NETWORK_WAIT = 2.0  # seconds until clients are served without it
 LIBVIRT_IMAGES = "/var/lib/libvirt/images"  # machines that were defined there keep their disks
 CLOSE_WAIT = 5.0  # seconds for the last files to be written
-_KEEPS_NOTHING = (
-    DomainUndefineFlags.MANAGED_SAVE
-    | DomainUndefineFlags.SNAPSHOTS_METADATA
-    | DomainUndefineFlags.CHECKPOINTS_METADATA
-    | DomainUndefineFlags.TPM
-    | DomainUndefineFlags.KEEP_TPM
-)
-_NVRAM = DomainUndefineFlags.NVRAM | DomainUndefineFlags.KEEP_NVRAM
-_TPM = DomainUndefineFlags.TPM | DomainUndefineFlags.KEEP_TPM
-
-
-def _exists(path: Path) -> bool:
-    about(path)
-    return path.exists()
 
 
 class Manager:
@@ -102,6 +70,7 @@ class Manager:
         for driver in drivers.values():
             driver.bases = self.bases
         self.store = Store(paths)
+        self.pivots = Pivots(paths.pivots, self.store)
         self.secrets = Secrets(paths, self.store)
         self.pools.secret = lambda kind, which: self.secrets.value(kind, uuid=which.uuid, usage=which.usage)
         self.pools.secret_for = self.secrets.for_volume
@@ -433,69 +402,8 @@ class Manager:
 
     async def undefine(self, domain: DomainObject, flags: int) -> None:
         """Forget the definition; a machine that runs goes on as a transient one."""
-        if flags & ~(_KEEPS_NOTHING | _NVRAM):
-            raise OperationUnsupported(f"undefine flags 0x{flags:x} are not supported")
-        if flags & _NVRAM == _NVRAM:
-            raise OperationInvalid("NVRAM cannot be both kept and removed")
-        if flags & _TPM == _TPM:
-            raise OperationInvalid("TPM state cannot be both kept and removed")
         async with self._claim(domain.name, domain.uuid):
-            if not domain.persistent:
-                raise OperationInvalid(f"machine {domain.name!r} is transient: there is nothing to undefine")
-            if len(domain.snapshots) and not flags & DomainUndefineFlags.SNAPSHOTS_METADATA:
-                raise OperationInvalid(
-                    f"cannot delete inactive domain with {len(domain.snapshots)} snapshots",
-                    remedy="delete them first, or undefine with --snapshots-metadata, which leaves their images behind",
-                )
-            if len(domain.checkpoints) and not flags & DomainUndefineFlags.CHECKPOINTS_METADATA:
-                raise OperationInvalid(
-                    f"cannot delete inactive domain with {len(domain.checkpoints)} checkpoints",
-                    remedy="delete them first, or undefine with --checkpoints-metadata, which leaves their bitmaps",
-                )
-            if domain.has_managed_save and not flags & DomainUndefineFlags.MANAGED_SAVE:
-                raise OperationInvalid(
-                    "Refusing to undefine while domain managed save image exists",
-                    remedy="undefine with --managed-save to give its saved memory up",
-                )
-            nvram = domain.definition.os.nvram
-            path = Path(nvram.value) if nvram and nvram.value else None
-            if path is not None and not flags & _NVRAM and await reach(_exists, path):
-                raise OperationInvalid(
-                    f"machine {domain.name!r} has firmware variables in {path}",
-                    remedy="undefine with --nvram to remove or --keep-nvram to keep them",
-                )
-            await self.store.remove_definition(domain.name)
-            if path is not None and flags & DomainUndefineFlags.NVRAM:
-                with contextlib.suppress(OSError):
-                    await in_thread(path.unlink, missing_ok=True)
-            keep_tpm = None if not flags & _TPM else bool(flags & DomainUndefineFlags.KEEP_TPM)
-            await self._forget_state(domain, keep_tpm)
-            if domain.has_managed_save:
-                await saved_machine.forget_managed(domain)
-            await self.store.run(snapshots.store_of(domain).forget)
-            domain.snapshots = Tree()
-            if domain.run is None:  # a backup that runs has its facts there
-                await self.store.run(checkpoints_of(domain).forget)
-                domain.checkpoints = Checkpoints()
-            domain.autostart = False
-            domain.persistent = False
-            domain.updated = False
-            if domain.run is None:
-                self.forget(domain)
-            else:
-                with contextlib.suppress(KvikError):
-                    await domain.save_status()
-            domain.emit("lifecycle", event=DomainEventType.UNDEFINED, detail=DomainEventUndefinedDetailType.REMOVED)
-
-    async def _forget_state(self, domain: DomainObject, keep_tpm: bool | None) -> None:
-        """Once a machine is off and nothing defines it; while it runs, its end does this."""
-        if domain.run is not None:
-            domain.keep_tpm = keep_tpm
-            return
-        try:
-            await domain.driver.forget(domain.definition, keep_tpm=keep_tpm)
-        except KvikError as error:
-            logger.warning("machine %s: %s", domain.name, error)
+            await undefining.undefine(self, domain, flags)
 
     async def rename(self, domain: DomainObject, new: str) -> None:
         check_name(new)

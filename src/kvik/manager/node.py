@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 from lxml import etree
 
 from kvik.conf.capabilities import GuestArch, GuestMachine, HostCapabilities, HostCell, format_capabilities
+from kvik.conf.cpuset import format_cpuset
 from kvik.conf.domain import parse_domain
 from kvik.conf.reader import read_xml
 from kvik.errors import ConfigError, KvikError, OperationUnsupported
 from kvik.host import node
+from kvik.host.cpu_model import cpu_model
+from kvik.host.sysfs import read_text
 from kvik.hypervisor.driver import Driver, Feature
 
 if TYPE_CHECKING:
@@ -64,7 +67,7 @@ class Node:
             "shm_pages_volatile": "pages_volatile",
             "shm_full_scans": "full_scans",
         }
-        values = {name: node.read_text(KSM / file, 64) for name, file in names.items()}
+        values = {name: read_text(KSM / file, 64) for name, file in names.items()}
         return {name: int(value) for name, value in values.items() if value.isdigit()}
 
     def sysinfo(self) -> str:
@@ -89,7 +92,7 @@ class Node:
             },
         }
         for section, entries in sections.items():
-            values = {name: node.read_text(DMI / file, 256) for name, file in entries.items()}
+            values = {name: read_text(DMI / file, 256) for name, file in entries.items()}
             present = {name: "".join(c for c in value if c.isprintable()) for name, value in values.items() if value}
             if present:
                 parent = etree.SubElement(root, section)
@@ -131,7 +134,7 @@ class Node:
         return await self._driver(domain.type, domain.devices.emulator or "").native(domain)
 
     async def capabilities(self) -> str:
-        cpu = node.cpu_model()
+        cpu = cpu_model()
         if not self._uuid:
             self._uuid = node.host_uuid(self._manager.paths.data / "host-uuid")
         info = node.node_info()
@@ -189,7 +192,7 @@ class Node:
         root = read_xml(xml, "CPU document")
         if root.tag != "cpu":
             raise ConfigError(f"a CPU document starts with <cpu>, not <{root.tag}>", path=f"/{root.tag}")
-        cpu = node.cpu_model()
+        cpu = cpu_model()
         here = set(cpu.features)
         wanted = {
             feature.get("name", "")
@@ -222,9 +225,7 @@ def _cell(cell: node.Cell) -> HostCell:
     return HostCell(
         id=cell.id,
         memory_kib=cell.memory_kib,
-        cpus=[
-            (cpu.id, cpu.socket_id, cpu.die_id, cpu.core_id, node.format_cpu_list(cpu.siblings)) for cpu in cell.cpus
-        ],
+        cpus=[(cpu.id, cpu.socket_id, cpu.die_id, cpu.core_id, format_cpuset(cpu.siblings)) for cpu in cell.cpus],
         pages={pages.size_kib: pages.total for pages in cell.pages},
         distances=cell.distances,
     )

@@ -23,7 +23,18 @@ from kvik.host import process
 from kvik.host.documents import SUFFIX, set_aside
 from kvik.host.reach import reach
 from kvik.hypervisor.driver import EventKind, MachineEvent
-from kvik.manager import block_following, devices, disks, guest, lifecycle, ports, prepare, renaming, rx_filters
+from kvik.manager import (
+    block_following,
+    devices,
+    disks,
+    guest,
+    lifecycle,
+    pivots,
+    ports,
+    prepare,
+    renaming,
+    rx_filters,
+)
 from kvik.manager.backup import job as backup_job
 from kvik.manager.checkpoints import resume as checkpoints
 from kvik.manager.definition import Definition
@@ -51,6 +62,7 @@ async def recover(manager: Manager) -> None:
     loaded = await manager.store.run(manager.store.load)
     manager.warnings += loaded.warnings
     await _load_definitions(manager, loaded)
+    manager.warnings += await manager.pivots.load()
     directories = {status.directory for status in loaded.statuses}
     for path in manager.store.runtime_directories():
         if str(path) not in directories:  # killed between the removal of the status and of the directory, or before
@@ -256,6 +268,7 @@ async def _attach(domain: DomainObject, run: Run, status: Status, wait: float) -
         domain.log.note(f"its devices were not compared: {error or 'no reply'}")
     try:
         async with asyncio.timeout(CURIOSITY):
+            await pivots.machine_found(domain, run)
             await block_following.take_up(domain, run)
     except (KvikError, TimeoutError) as error:
         domain.log.note(f"its block jobs were not looked at: {error or 'no reply'}")

@@ -27,7 +27,7 @@ from kvik.host.reach import reach
 from kvik.host.threads import in_thread
 from kvik.hypervisor.driver import Feature, Machine, StartRequest
 from kvik.hypervisor.firmware import reset_variables
-from kvik.manager import disks, lifecycle, ports, sanlock, volume_disks
+from kvik.manager import disks, lifecycle, pivots, ports, sanlock, volume_disks
 from kvik.manager.definition import Definition
 from kvik.manager.interfaces import open_interfaces
 from kvik.manager.jobs import LIMIT
@@ -117,6 +117,7 @@ async def boot(
     if domain.snapshots.journal is not None:
         await settle(domain)
     definition = (config or domain.config).parse()
+    await pivots.settle(domain, definition)
     volume_disks.resolve_all(manager, definition)
     assign_aliases(definition)
     run = Run(definition, Path(), BootStages(definition))

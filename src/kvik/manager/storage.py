@@ -64,6 +64,9 @@ def users(manager: Manager) -> Iterator[tuple[str, str, bool]]:
             for disk, _ in kept_disks(snapshot):
                 if disk.source is not None and disk.source.location:
                     yield disk.source.location, domain.name, False
+        for disk in manager.pivots.images(domain):
+            if disk.source is not None and disk.source.location:
+                yield disk.source.location, domain.name, False
         if domain.run is None:
             continue
         for use in domain.run.uses:

@@ -54,8 +54,8 @@ class DirectoryBackend(Backend):
         return Path(self.document.path).is_dir()
 
     def start(self) -> None:
-        with Beneath(self.document.path) as directory:
-            self.sweep(directory)
+        with Beneath(self.document.path):
+            pass  # it is there
 
     def build(self, *, overwrite: bool = False, no_overwrite: bool = False) -> None:
         """Make the directory, with the owner and mode that the document names; one that exists keeps what the
@@ -111,6 +111,7 @@ class DirectoryBackend(Backend):
 
     def refresh(self) -> Contents:
         with Beneath(self.document.path) as directory:
+            self.sweep(directory)
             contents = Contents(permissions=permissions_of(os.fstat(directory.fd)))
             contents.capacity, contents.allocation, contents.available = _space(directory)
             contents.shared = shared_as(directory.fd)

@@ -311,7 +311,7 @@ class PoolObject:
     def _run(self, backend: Backend, build: Callable[[Backend], None] | None) -> Contents:
         with ExitStack() as undo:
             self._state(backend, "starting")
-            undo.callback(self._pools.store.remove_state, self.name)
+            undo.callback(self._pools.store.remove_status, self.name)
             if build is not None:
                 build(backend)
             backend.start()
@@ -322,7 +322,7 @@ class PoolObject:
         return contents
 
     def _state(self, backend: Backend, state: str) -> None:
-        origin = PoolOrigin(state=state, boot=self._pools.store.boot, persistent=self.persistent)  # type: ignore[arg-type]
+        origin = PoolOrigin(state=state, boot=self._pools.store.boot, persistent=self.persistent)  # type: ignore[arg-type]  # its Literal
         self._pools.store.save_state(PoolState(pool=backend.document, origin=origin))
 
     def adopt(self, backend: Backend, contents: Contents) -> None:
@@ -369,7 +369,7 @@ class PoolObject:
         except KvikError:
             self._state(backend, "active")
             raise
-        self._pools.store.remove_state(self.name)
+        self._pools.store.remove_status(self.name)
 
     async def save_origin(self) -> None:
         """After a change of `persistent`."""

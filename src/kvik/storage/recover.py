@@ -40,7 +40,7 @@ async def recover(pools: Pools) -> None:
     pools.warnings += loaded.warnings
     for name, text in loaded.documents:
         await _load(pools, name, text, loaded)
-    await _beside([(state.document.name, _recover_one(pools, state)) for state in loaded.states], pools)
+    await _beside([(state.document.name, _recover_one(pools, state)) for state in loaded.statuses], pools)
 
 
 async def _load(pools: Pools, name: str, text: str, loaded: Loaded) -> None:
@@ -87,24 +87,24 @@ async def _recover_one(pools: Pools, state: PoolState) -> None:
     origin = state.origin
     assert origin is not None  # the store has made sure
     if origin.boot != pools.store.boot:
-        await in_thread(pools.store.remove_state, name)
+        await in_thread(pools.store.remove_status, name)
         return
     complete_pool(document)
     validate_pool(document)
     backend = make(document, pools.secret)
     if origin.state != "active":
         await in_thread(backend.clean)
-        await in_thread(pools.store.remove_state, name)
+        await in_thread(pools.store.remove_status, name)
         pools.warn(f"storage pool {name!r} was {origin.state} when the daemon was stopped: it is inactive")
         return
     if not await in_thread(backend.check):
-        await in_thread(pools.store.remove_state, name)
+        await in_thread(pools.store.remove_status, name)
         pools.warn(f"storage pool {name!r} is not active any more: its source is gone")
         return
     try:
         contents = await in_thread(backend.refresh)
     except KvikError as error:
-        await in_thread(pools.store.remove_state, name)
+        await in_thread(pools.store.remove_status, name)
         pools.warn(f"storage pool {name!r} is not active any more: {error}")
         return
     pool = next((each for each in pools.list() if each.name == name), None)

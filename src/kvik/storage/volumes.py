@@ -22,7 +22,8 @@ from kvik.errors import (
     ResourceBusy,
     StorageVolumeExists,
 )
-from kvik.host.files import Identity, identify
+from kvik.host.files import identify
+from kvik.host.identities import look_up, may_be
 from kvik.host.threads import in_thread, settled
 from kvik.image.lock import lock_image
 from kvik.storage.backend import Backend
@@ -181,6 +182,7 @@ async def wipe(pools: Pools, pool: PoolObject, name: str, algorithm: int) -> Non
             await in_thread(holder.wipe_volume, volume, passes)
         finally:
             await pool.look_again(volume)
+    await pool.measure()
 
 
 class Opened:
@@ -210,6 +212,7 @@ async def open_bytes(
         finally:
             if writable:
                 await pool.look_again(volume)
+                await pool.measure()
 
 
 @asynccontextmanager
@@ -251,8 +254,9 @@ async def _held(
         # A machine that starts from now on sees this work; one that did before is among the users.
         rows = [(path, machine) for path, machine, writes in pools.users() if bars == "all" or (bars and writes)]
         machine = next((machine for path, machine in rows if path in work.places), "")
-        if rows and work.identity is not None:
-            machine = await in_thread(_user_of, work.identity, rows)
+        if rows and work.identity is not None and not machine:  # by whatever name a machine calls it
+            known = {volume.path: work.identity, **await look_up({path for path, _ in rows} - {volume.path})}
+            machine = next((machine for path, machine in rows if may_be(volume.path, path, known)), "")
         if machine:
             raise ResourceBusy(
                 f"volume '{volume.name}' cannot be {what}: machine '{machine}' is running from it", remedy=remedy
@@ -282,11 +286,6 @@ def _lock(backend: Backend, volume: StorageVolume, alone: bool) -> list[int]:
         os.close(fd)
         raise
     return [fd]
-
-
-def _user_of(identity: Identity, rows: list[tuple[str, str]]) -> str:
-    """The machine that has the file open, by whatever name it calls it."""
-    return next((machine for path, machine in rows if identify(path) == identity), "")
 
 
 def find(pool: PoolObject, key: str) -> StorageVolume:

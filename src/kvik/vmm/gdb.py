@@ -1,7 +1,4 @@
-"""A port for gdb: `target remote`. Each vCPU is a thread; all stop together.
-
-    $ kvik-vmm --gdb tcp:127.0.0.1:1234 ...         (gdb) target remote :1234
-    $ kvik-vmm --gdb unix:/run/vm.gdb ...           (gdb) target remote /run/vm.gdb
+"""What gdb is told and may do: each vCPU is a thread; all stop together. `gdb_server.py` waits for it.
 
 Software breakpoints are int3 in the guest's memory, hardware breakpoints and watchpoints the debug registers; KVM turns
 what they raise into exits (KVM_SET_GUEST_DEBUG, api.rst 4.87). An int3 of the guest's own goes back to the guest.
@@ -17,10 +14,9 @@ Reference: gdb's manual, "GDB Remote Serial Protocol".
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 
-from kvik.errors import HostError, InvalidArgument, KvikError
+from kvik.errors import KvikError
 from kvik.kvm.exits import DebugExit
 from kvik.vmm import guestview
 from kvik.vmm.faults import GuestFault
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
     from kvik.vmm.machine import Machine
     from kvik.vmm.vcpu import VcpuThread
 
-__all__ = ["GdbServer", "GdbSession"]
+__all__ = ["GdbSession"]
 
 PACKET = 0x4000  # bytes between $ and #
 MAX_OUTPUT = 1 << 20
@@ -449,64 +445,3 @@ def _unescaped(data: bytes) -> bytes:
     """Binary data: } and the next byte xor 0x20."""
     first, *rest = data.split(b"}")
     return first + b"".join(bytes([piece[0] ^ 0x20]) + piece[1:] for piece in rest if piece)
-
-
-class GdbServer:
-    """Listens; one debugger at a time. `place` is tcp:HOST:PORT or unix:PATH. Raises `HostError`, `InvalidArgument`."""
-
-    def __init__(self, machine: Machine, place: str) -> None:
-        self.machine = machine
-        self.session: GdbSession | None = None
-        self._path = ""
-        kind, _, rest = place.partition(":")
-        host, _, port = rest.rpartition(":")
-        if not rest or kind not in ("tcp", "unix") or (kind == "tcp" and not (host and port.isdecimal())):
-            raise InvalidArgument(
-                f"--gdb {place!r} is no place", remedy="write it like tcp:127.0.0.1:1234 or unix:PATH"
-            )
-        try:
-            if kind == "unix":
-                self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(rest)  # noqa: PTH108
-                before = os.umask(0o177)
-                try:
-                    self._listener.bind(rest)
-                finally:
-                    os.umask(before)
-                self._path = rest
-            else:
-                self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-                self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                self._listener.bind((host.strip("[]"), int(port)))
-            self._listener.listen(1)
-        except (OSError, OverflowError) as error:
-            raise HostError(f"gdb cannot be waited for on {place}: {error}") from error
-        self._listener.setblocking(False)
-        self.address = self._listener.getsockname()
-        machine.loop.add_reader(self._listener.fileno(), self._accept)
-        machine.on_close.append(self.close)
-
-    def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            self.machine.loop.hold_reader(self._listener.fileno())
-            return
-        if (self.session is not None and not self.session.closed) or not self.machine.vcpus:
-            sock.close()
-            return
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.session = GdbSession(self.machine, sock)
-
-    def close(self) -> None:
-        if self._listener.fileno() < 0:
-            return
-        self.machine.loop.remove_reader(self._listener.fileno())
-        self._listener.close()
-        if self._path:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)  # noqa: PTH108
-        if self.session is not None:
-            self.session.close(resume=False)

@@ -6,12 +6,6 @@
 
 Threads: the one that calls `run` owns the machine. All methods here belong to it, except `log`, `emit`,
 `request_reset`, `request_shutdown`, `request_stop` and `vcpu_failed`, which any thread may call.
-
-    status         stop        cont       guest powers off   reset        panic            bug of ours
-    prelaunch      -           running    -                  -            -                -
-    running        paused      -          shutdown           running      guest-panicked   internal-error
-    paused         -           running    shutdown           paused       -                -
-    shutdown, ...  -           refused before a reset                     (reset leads to paused)
 """
 
 from __future__ import annotations
@@ -27,9 +21,10 @@ from kvik.vmm import layout as at
 from kvik.vmm.bus import Bus
 from kvik.vmm.interrupts import Doorbells, Interrupts, mask_pics
 from kvik.vmm.log import Log, LogLimit, ready
-from kvik.vmm.loop import EventLoop, IoThread
+from kvik.vmm.loop import IoThread
 from kvik.vmm.memory import GuestMemory, HostMemory, Region
 from kvik.vmm.pci.bus import PciBus
+from kvik.vmm.runstate import ENDED, RunState
 from kvik.vmm.slots import MemorySlots
 from kvik.vmm.vcpu import VcpuThread, prepare_signal
 
@@ -50,23 +45,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Machine"]
 
-# Status words in which vCPUs may not run before a reset (QEMU's RunState, qapi/run-state.json).
-ENDED = ("shutdown", "internal-error", "guest-panicked")
 
-
-class Machine:
+class Machine(RunState):
     """One machine on /dev/kvm. Closes what it opened in `close`, which `run` calls."""
 
     def __init__(self, config: MachineConfig) -> None:
+        super().__init__()
         self.config = config
         self.firmware = bool(config.boot.firmware) or config.boot.firmware_fd >= 0
-        self.status = "prelaunch"
         self._log = LogLimit(Log(name=config.name, json=config.log == "json"))
         self.started = time.monotonic()
-        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
-        self.devices: dict[str, Device] = {}
         self.made: dict[str, tuple[str, Any]] = {}  # by a device's name: list of MachineConfig and item it was made of
-        self.vcpus: list[VcpuThread] = []  # those that are there, by ascending index
         self.vcpu_hotplug: VcpuHotplug | None = None  # where more of them may come
         self.io_threads: dict[str, IoThread] = {}  # by the name of the device that each serves
         self.on_thread_start: Callable[[], None] | None = None  # run first on each I/O thread made from now on
@@ -79,19 +68,14 @@ class Machine:
         self.power_button: Callable[[], None] | None = None  # set by the ACPI device
         self.loader: Callable[[], None] | None = None  # puts into memory and registers what runs at power-on
         self.on_close: list[Callable[[], None]] = []
-        self._holds = 0  # `paused` contexts
-        self._stalled = False
         self.before_end: list[Callable[[], None]] = []  # lets go of what vCPUs may wait for in the kernel
-        self.may_not_run = ""  # why `resume` is refused: the guest runs elsewhere, or lacks memory
-        self._going = False  # vCPUs run, or may
-        self._started = self._closed = False
+        self._started = False
         self._power_on: Any = None
         self._devices_held = False  # devices of a restored machine wait for its start
         self._checkpoint: Checkpoint | None = None
         self.background: Background | None = None  # its memory is being saved while the guest runs
         self.migration: Migration | None = None  # parameters, and what came of them, once somebody asked
         prepare_signal()
-        self.loop = EventLoop()
         self.loop.on_error = self._callback_failed
         try:
             self._open()
@@ -163,7 +147,7 @@ class Machine:
                 carrier = VirtioPci(device)  # type: ignore[arg-type]  # said by the line above
             if hasattr(carrier, "bars"):  # a PCI device
                 plug = self.pci.add if self.status == "prelaunch" else self.pci.plug
-                plug(carrier, slot or None)  # type: ignore[arg-type]
+                plug(carrier, slot or None)  # type: ignore[arg-type]  # as above
             else:
                 carrier.attach(self)
         except BaseException:
@@ -252,24 +236,6 @@ class Machine:
         if self._failure is not None:
             raise self._failure
         return self.outcome
-
-    def pause(self, status: str = "paused") -> None:
-        """Stop the guest, for a reason that becomes the status. Idempotent."""
-        if self.status == "running":
-            self.status = status
-            self._apply()
-            self.emit("STOP")
-
-    def resume(self) -> None:
-        if self.status == "running":
-            return
-        if self.status in ENDED:
-            raise OperationInvalid(f"the machine cannot go on: its status is {self.status}", remedy="reset it first")
-        if self.may_not_run:
-            raise OperationInvalid(f"the guest cannot go on here: {self.may_not_run}")
-        self.status = "running"
-        self._apply()
-        self.emit("RESUME")
 
     def reset(self, reason: str = "host-qmp-system-reset") -> None:
         """As the reset button: devices, vCPUs and the program in memory as at power-on."""
@@ -362,72 +328,6 @@ class Machine:
         self._apply()
         self.emit("SHUTDOWN", {"guest": guest, "reason": reason})
 
-    # Standing still ----------------------------------------------------------------------------------------------
-
-    def _apply(self) -> None:
-        """Let the guest run if the status says so and nobody holds it; stop it if not."""
-        go = self.status == "running" and self._holds == 0
-        if go == self._going:
-            return
-        self._going = go
-        if go:
-            for device in self.devices.values():
-                device.resume()
-            for thread in self.vcpus:
-                thread.unpark()
-            return
-        for thread in self.vcpus:
-            thread.ask_to_park()
-        for thread in self.vcpus:
-            thread.wait_parked()
-        for device in self.devices.values():
-            device.pause()
-
-    def stall(self) -> None:
-        """Stop the guest without waiting for it: what waits for a page that does not come cannot park."""
-        if self.status == "running":
-            self.status = "paused"
-            self._stalled = True
-            for thread in self.vcpus:
-                thread.ask_to_park()
-            self.emit("STOP")
-
-    def unstall(self) -> None:
-        """Go on after `stall`."""
-        if self._stalled:
-            self._stalled = False
-            if self.status == "paused":
-                self.status = "running"
-                for thread in self.vcpus:
-                    thread.unpark()
-                self.emit("RESUME")
-
-    @property
-    def ending(self) -> bool:
-        """Whether nothing of the guest will run any more. Any thread."""
-        return self._closed or self.status == "shutdown"
-
-    def hold(self) -> None:
-        """Stand still, whatever the status says, until `release`. OperationInvalid where that could not be waited for:
-        parts of the guest may wait for memory that does not come (`stall`)."""
-        if self._stalled and not self.ending:
-            raise OperationInvalid(f"the machine cannot stand still: {self.may_not_run}")
-        self._holds += 1
-        self._apply()
-
-    def release(self) -> None:
-        self._holds -= 1
-        self._apply()
-
-    def paused(self) -> _Paused:
-        """`with machine.paused():` all vCPUs are parked and devices quiet; the status stays what it is."""
-        return _Paused(self.hold, self.release)
-
-    @property
-    def still(self) -> bool:
-        """Whether nothing of the guest runs."""
-        return not self._going
-
     # State: what these do is in `kvik.vmm.state`, which no start has to wait for ---------------------------------
 
     def hold_devices(self) -> None:
@@ -477,14 +377,6 @@ class Machine:
         return self._started
 
     # From any thread ---------------------------------------------------------------------------------------------
-
-    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
-        """Tell the listeners, on the loop's thread."""
-        if not self.loop.in_loop() and self.loop.running:
-            self.loop.call_soon(lambda: self.emit(name, data))
-            return
-        for listener in self.listeners:
-            listener(name, data or {})
 
     def log(self, text: str, error: BaseException | None = None) -> None:
         """One line on standard error, and where an `error` came from. A guest cannot flood it, nor can a reader that
@@ -591,20 +483,3 @@ def _incapable(error: KvmError) -> HostError:
         errno=error.errno or 0,
         remedy="see what `kvik doctor` says of this host",
     )
-
-
-class _Paused:
-    """A pair of calls as a context."""
-
-    __slots__ = ("_begin", "_end")
-
-    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
-        self._begin, self._end = begin, end
-
-    def __enter__(self) -> None:
-        self._begin()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()

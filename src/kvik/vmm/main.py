@@ -208,7 +208,7 @@ def open_control(machine: Machine) -> None:
             else:
                 server.listen(place.removeprefix("unix:"))
     if config.gdb:
-        from kvik.vmm.gdb import GdbServer
+        from kvik.vmm.gdb_server import GdbServer
 
         machine.on_close.append(GdbServer(machine, config.gdb).close)
     if config.metrics:

@@ -112,6 +112,8 @@ def test_one_machine_with_every_bus(
     ok(kvikd, "change-media", "buses", "sdd", str(place / "cd"), "--update", "--live")
     live, kept = ok(kvikd, "domblklist", "buses"), ok(kvikd, "domblklist", "buses", "--inactive")
     assert f"{place}/cd\n" in live and f"{place}/cd2\n" in kept
+    done = kvikd.kvik("detach-disk", "buses", "sdb", "--live")
+    assert done.returncode and "disks on bus sata cannot be unplugged from a running machine" in done.stderr
     # A shared disk is shared, another is not.
     other = make("second", disk(place / "scsi", "vda", "raw"), kernel=False)
     refused = kvikd.kvik("start", "second")

@@ -19,7 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-_PLACE = struct.Struct("=QQ128s")  # the step that is the last (0: none), steps so far, what the last one was
+# The step that is the last (0: none), steps so far, what the last one was, what the first one has in it
+_PLACE = struct.Struct("=QQ128s64s")
 CHANGES = frozenset(
     {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"}
 )
@@ -35,9 +36,9 @@ class Axe:
         with path.open("r+b") as file:
             self._memory = mmap.mmap(file.fileno(), _PLACE.size)
 
-    def set(self, step: int = 0) -> None:
-        """Count from now on, and die before this step (from 1)."""
-        self._memory[:] = _PLACE.pack(step, 0, b"")
+    def set(self, step: int = 0, *, first: str = "") -> None:
+        """Count from now on, or from one that has `first` in it, and die before this step (from 1)."""
+        self._memory[:] = _PLACE.pack(step, 0, b"", first.encode())
 
     @property
     def steps(self) -> int:
@@ -56,9 +57,11 @@ class _Daemon:
 
     def step(self, what: str) -> None:
         with self._lock:
-            last, steps, _ = _PLACE.unpack(self._memory)
+            last, steps, _, first = _PLACE.unpack(self._memory)
+            if not steps and first.rstrip(b"\0") not in what.encode(errors="replace"):
+                return
             steps += 1
-            self._memory[:] = _PLACE.pack(last, steps, what.encode(errors="replace")[:128])
+            self._memory[:] = _PLACE.pack(last, steps, what.encode(errors="replace")[:128], first)
             if steps == last:
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from fault_harness import CLI, Host, alive, disk_xml, eventually
 
+from kvik.image.create import create
+from kvik.storage.overlays import look
+
 pytestmark = pytest.mark.skipif(
     shutil.which("bindfs") is None or not Path("/dev/fuse").exists(),
     reason="needs FUSE and bindfs (apt install bindfs)",
@@ -134,6 +137,77 @@ def test_whatever_looks_at_that_storage_says_so(private_host: Host, share: Share
     share.answer()
     host.kvik("attach-device", "web", disk, "--live")
     assert "other.img" in host.kvik("domblklist", "web")
+
+
+def qcow2(path: Path, below: Path | None = None) -> Path:
+    kind = "raw" if below is not None and below.suffix == ".img" else "qcow2"
+    names = {"backing_file": str(below), "backing_format": kind} if below is not None else {}
+    create(str(path), "qcow2", 1 << 20, **names)
+    return path
+
+
+def lower(path: Path, below: str) -> str:
+    kind = "qcow2" if path.suffix != ".img" else "raw"
+    return f"<backingStore type='file'><format type='{kind}'/><source file='{path}'/>{below}</backingStore>"
+
+
+def test_what_other_machines_need_is_known_without_their_storage(private_host: Host, share: Share) -> None:
+    """Snapshots are deleted and merged, images and volumes removed; what one of those machines rests on is not."""
+    host = private_host
+
+    def of(machine: str) -> list[str]:
+        return sorted(path.name for path in host.root.glob(f"{machine}.s*"))
+
+    for machine, name in (("web", "s1"), ("web", "s2"), ("db", "s1")):
+        host.kvik("snapshot-create-as", machine, name, "--disk-only")
+    qcow2(share.data / "running")
+    host.define("running", disk_xml(share.path / "running", format="qcow2"))
+    host.kvik("start", "running")
+    qcow2(share.data / "linked", host.root / "db.s1")
+    chain = lower(host.root / "db.s1", lower(host.root / "db.img", "<backingStore/>"))
+    host.define("linked", disk_xml(share.path / "linked", extra=chain, format="qcow2"))
+    (host.root / "pool").mkdir()
+    host.kvik("pool-create-as", "pool", "dir", "--target", str(host.root / "pool"))
+    host.kvik("vol-create-as", "pool", "old.img", "1M")
+    share.stop()
+    host.kvik("snapshot-delete", "web", "s2")
+    assert len(of("web")) == 1
+    host.kvik("snapshot-delete", "web", "s1")
+    assert of("web") == []
+    host.kvik("snapshot-delete", "db", "s1")  # a linked machine rests on its image, which stays
+    assert of("db") == ["db.s1"]
+    host.kvik("start", "web")
+    host.kvik("snapshot-create-as", "web", "s3", "--disk-only")
+    host.kvik("snapshot-delete", "web", "s3")
+    assert of("web") == []
+    host.kvik("blockcopy", "web", "vda", str(host.root / "moved.img"), "--wait", "--pivot")
+    host.kvik("vol-delete", "old.img", "--pool", "pool")
+    share.answer()
+    host.kvik("undefine", "linked")
+    for name in ("s4", "s5"):
+        host.kvik("snapshot-create-as", "db", name, "--disk-only")
+    host.kvik("snapshot-delete", "db", "s4")
+    assert of("db") == ["db.s5"]  # nothing else is needed any more
+
+
+def test_an_image_that_may_rest_on_anything_is_named_and_nothing_is_removed(private_host: Host, share: Share) -> None:
+    host = private_host
+    host.kvik("snapshot-create-as", "web", "s1", "--disk-only")
+    qcow2(share.data / "odd", host.root / "web.s1")  # its document does not say so
+    host.define("odd", disk_xml(share.path / "odd", format="qcow2"))
+    share.stop()
+    named = f"{share.path}/odd .machine 'odd'..*{SILENT}"
+    host.kvik("snapshot-delete", "web", "s1", fails=named)
+    host.kvik("snapshot-create-as", "web", "s2", "--disk-only")
+    host.kvik("snapshot-delete", "web", "s2", fails=named)
+    assert (host.root / "web.s1").exists() and (host.root / "web.s2").exists()
+    share.answer()
+    host.kvik("snapshot-create-as", "web", "s3", "--disk-only")
+    host.kvik("snapshot-delete", "web", "s3")
+    assert not (host.root / "web.s2").exists()
+    below = look(str(share.data / "odd"), "qcow2").backing
+    assert below is not None and Path(below).exists()
+    host.kvik("undefine", "odd")
 
 
 def backup(path: Path) -> str:

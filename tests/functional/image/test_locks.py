@@ -68,7 +68,11 @@ def machine(chain: Path) -> Iterator[None]:
         stdout=subprocess.PIPE,
     )
     assert process.stdin is not None and process.stdout is not None
-    process.stdout.readline()  # its greeting: the images are open
+    # Its greeting comes when the images are open, and before its devices have locked them: an answer comes after that.
+    process.stdin.write(b"info status\n")
+    process.stdin.flush()
+    while b"VM status" not in process.stdout.readline():
+        assert process.poll() is None
     yield
     process.communicate(b"quit\n", timeout=30)
 

@@ -59,7 +59,7 @@ class Firewall:
 
     def _until(self, condition: object) -> None:
         deadline = time.monotonic() + 20
-        while not condition():  # type: ignore[operator]
+        while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.02)
 

@@ -63,9 +63,9 @@ class Administrator:
         )
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.server = subprocess.Popen(host.inside(sys.executable, "-c", serve), **pipes)
-        assert self.server.stdout.readline() == "up\n"  # type: ignore[union-attr]
+        assert self.server.stdout.readline() == "up\n"
         self.client = subprocess.Popen(host.inside("ip", "netns", "exec", "lan", sys.executable, "-c", ask), **pipes)
-        assert self.client.stdout.readline() == "up\n"  # type: ignore[union-attr]
+        assert self.client.stdout.readline() == "up\n"
 
     def says(self, word: str) -> bool:
         """The word comes back by the same connection (TCP repeats it while nothing gets through)."""

@@ -71,7 +71,7 @@ def test_an_offer_that_takes_longer_than_a_round_is_heard() -> None:
             document = parse_network(DOCUMENT)
             own = document.ips[0]
             walk = SimpleNamespace(document=document, tracer=SimpleNamespace(steps=list), stop=over, guest=guest)
-            assert _walk4(walk, ip_interface(own), STP_WAIT) is None  # type: ignore[arg-type]
+            assert _walk4(walk, ip_interface(own), STP_WAIT) is None
         finally:
             over.set()
             thread.join()

@@ -42,7 +42,7 @@ def no_kernel() -> bytes:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in DATA.glob("*.xml")))
-async def test_qemu_accepts(name: str, lab, place: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_qemu_accepts(name: str, lab, place: Path) -> None:
     if NEEDS.get(name):
         pytest.skip(f"needs {NEEDS[name]}")
     images = place / "images"

@@ -85,13 +85,13 @@ def no_process_with(directory: Path) -> bool:
     return True
 
 
-async def until(condition, timeout: float = 5.0) -> None:  # type: ignore[no-untyped-def]
+async def until(condition, timeout: float = 5.0) -> None:
     async with asyncio.timeout(timeout):
         while not condition():
             await asyncio.sleep(0.01)
 
 
-async def test_life_cycle(lab, place: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_life_cycle(lab, place: Path) -> None:
     machine: QemuMachine = await lab.start(document())
     assert machine.accelerator == "tcg"
     assert await machine.state() == "running"
@@ -119,7 +119,7 @@ async def test_life_cycle(lab, place: Path) -> None:  # type: ignore[no-untyped-
         await machine.pause()
 
 
-async def test_a_machine_can_start_paused(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_a_machine_can_start_paused(lab) -> None:
     machine = await lab.start(document(), paused=True)
     assert await machine.state() in ("prelaunch", "paused")
     assert "started" not in lab.kinds()
@@ -127,7 +127,7 @@ async def test_a_machine_can_start_paused(lab) -> None:  # type: ignore[no-untyp
     assert "started" in lab.kinds()
 
 
-async def test_the_log_begins_with_time_and_command_line(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_the_log_begins_with_time_and_command_line(lab) -> None:
     await lab.start(document())
     first, second = lab.log.splitlines()[:2]
     assert first[4] == "-"
@@ -135,7 +135,7 @@ async def test_the_log_begins_with_time_and_command_line(lab) -> None:  # type: 
     assert second.startswith("/") and "qemu" in second
 
 
-async def test_the_live_document_knows_the_pty(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_the_live_document_knows_the_pty(lab) -> None:
     machine = await lab.start(document())
     (serial,) = machine.domain.devices.serials
     assert serial.source.path.startswith("/dev/pts/")
@@ -146,13 +146,13 @@ async def test_the_live_document_knows_the_pty(lab) -> None:  # type: ignore[no-
         machine.open_console("serial7")
 
 
-async def test_consoles_on_sockets_open_and_open_again(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_consoles_on_sockets_open_and_open_again(lab) -> None:
     machine = await lab.start(document(AGENT))
     os.close(machine.open_console("channel0"))
     os.close(machine.open_console("channel0"))
 
 
-async def test_vcpus_are_plugged(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_vcpus_are_plugged(lab) -> None:
     machine = await lab.start(document())
     assert len(await machine.vcpus()) == 1
     await machine.set_vcpus(2)
@@ -163,7 +163,7 @@ async def test_vcpus_are_plugged(lab) -> None:  # type: ignore[no-untyped-def]
         await machine.set_vcpus(3)
 
 
-async def test_figures(lab, place: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_figures(lab, place: Path) -> None:
     machine = await lab.start(document(disk(image(place / "a.qcow2"))))
     figures = await machine.stats(frozenset())
     assert figures["cpu.time"] > 0
@@ -175,7 +175,7 @@ async def test_figures(lab, place: Path) -> None:  # type: ignore[no-untyped-def
     assert set(await machine.stats(frozenset({"cpu"}))) >= {"cpu.time", "cpu.user", "cpu.system"}
 
 
-async def test_screenshot_and_keys(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_screenshot_and_keys(lab) -> None:
     machine = await lab.start(document("<graphics type='vnc' autoport='yes'/><video><model type='vga'/></video>"))
     assert machine.domain.devices.graphics[0].port >= 5900
     mime, data = await machine.screenshot(0)
@@ -190,7 +190,7 @@ async def test_screenshot_and_keys(lab) -> None:  # type: ignore[no-untyped-def]
         await blind(machine, 0)
 
 
-async def test_a_disk_comes_and_goes(lab, place: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_a_disk_comes_and_goes(lab, place: Path) -> None:
     machine = await lab.start(document())
     base = image(place / "base.qcow2")
     top = image(place / "top.qcow2", "-b", str(base), "-F", "qcow2")
@@ -208,7 +208,7 @@ async def test_a_disk_comes_and_goes(lab, place: Path) -> None:  # type: ignore[
     assert not any("virtio-disk1" in json.dumps(item) for item in sets)
 
 
-async def test_an_attachment_that_fails_leaves_nothing(lab, place: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_an_attachment_that_fails_leaves_nothing(lab, place: Path) -> None:
     machine = await lab.start(document(disk(image(place / "a.qcow2"))))
     device = placed(machine, disk(image(place / "b.qcow2"), "vdb"))
     device.address.bus = 0  # where nothing can be plugged
@@ -232,7 +232,7 @@ async def test_an_attachment_that_fails_leaves_nothing(lab, place: Path) -> None
     ],
     ids=["interface", "rng", "dimm", "usb", "channel"],
 )
-async def test_devices_of_other_kinds_come(xml: str, lab, place: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_devices_of_other_kinds_come(xml: str, lab, place: Path) -> None:
     machine = await lab.start(
         document(
             AGENT + "<controller type='usb' model='qemu-xhci'/>",
@@ -245,7 +245,7 @@ async def test_devices_of_other_kinds_come(xml: str, lab, place: Path) -> None: 
     assert f'"{device.alias.name}"' in json.dumps(await machine.monitor("qom-list", {"path": "/machine/peripheral"}))
 
 
-async def test_a_medium_is_changed_and_ejected(lab, place: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_a_medium_is_changed_and_ejected(lab, place: Path) -> None:
     for name in ("a.iso", "b.iso"):
         (place / name).write_bytes(bytes(1 << 20))
     machine = await lab.start(document(disk(place / "a.iso", "sda", "sata", "raw", "cdrom")))
@@ -264,7 +264,7 @@ async def test_a_medium_is_changed_and_ejected(lab, place: Path) -> None:  # typ
         await machine.update_device(empty, missing)
 
 
-async def test_a_link_is_cut_and_mended(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_a_link_is_cut_and_mended(lab) -> None:
     nic = "<interface type='user'><mac address='52:54:00:01:02:03'/><model type='virtio'/>{}</interface>"
     machine = await lab.start(document(nic.format("<link state='down'/>")))
     (old,) = machine.domain.devices.interfaces
@@ -280,7 +280,7 @@ async def test_a_link_is_cut_and_mended(lab) -> None:  # type: ignore[no-untyped
 # -- the daemon dies and comes back
 
 
-async def test_reattached_machine_is_the_same_and_obeys(lab, driver, place: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_reattached_machine_is_the_same_and_obeys(lab, driver, place: Path) -> None:
     machine = await lab.start(document(AGENT))
     handle = json.loads(json.dumps(machine.handle()))
     domain = machine.domain
@@ -298,7 +298,7 @@ async def test_reattached_machine_is_the_same_and_obeys(lab, driver, place: Path
     assert await driver.attach(domain, lab.directory, handle, events.append) is None
 
 
-async def test_another_process_with_the_pid_is_never_taken(lab, driver) -> None:  # type: ignore[no-untyped-def]
+async def test_another_process_with_the_pid_is_never_taken(lab, driver) -> None:
     domain = await lab.complete(document())
     handle = {"pid": os.getpid(), "start_time": 1, "boot": "x", "emulator": "", "version": 0}
     assert await driver.attach(domain, lab.place, handle, lambda event: None) is None
@@ -306,7 +306,7 @@ async def test_another_process_with_the_pid_is_never_taken(lab, driver) -> None:
         await driver.attach(domain, lab.place, {"pid": "1"}, lambda event: None)
 
 
-async def test_a_stopped_qemu_is_attached_all_the_same(lab, driver) -> None:  # type: ignore[no-untyped-def]
+async def test_a_stopped_qemu_is_attached_all_the_same(lab, driver) -> None:
     machine = await lab.start(document())
     handle = machine.handle()
     machine.detach()
@@ -329,7 +329,7 @@ async def test_a_stopped_qemu_is_attached_all_the_same(lab, driver) -> None:  # 
 # -- bad luck
 
 
-async def test_a_stopped_qemu_blocks_only_itself_and_is_destroyed(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_a_stopped_qemu_blocks_only_itself_and_is_destroyed(lab) -> None:
     stuck = await lab.start(document(name="stuck"))
     os.kill(stuck.pid, signal.SIGSTOP)
     waiting = asyncio.create_task(stuck.state())
@@ -344,7 +344,7 @@ async def test_a_stopped_qemu_blocks_only_itself_and_is_destroyed(lab) -> None: 
     assert lab.kinds()[-1] == "ended"
 
 
-async def test_a_killed_qemu_says_so(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_a_killed_qemu_says_so(lab) -> None:
     machine = await lab.start(document())
     os.kill(machine.pid, signal.SIGSEGV)
     await until(lambda: "ended" in lab.kinds())
@@ -354,7 +354,7 @@ async def test_a_killed_qemu_says_so(lab) -> None:  # type: ignore[no-untyped-de
     assert list(lab.directory.iterdir()) == []
 
 
-async def test_what_qemu_says_when_it_dies_at_start_is_the_error(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_what_qemu_says_when_it_dies_at_start_is_the_error(lab) -> None:
     xml = document().replace(
         "<domain type='qemu'>", "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
     )
@@ -369,7 +369,7 @@ async def test_what_qemu_says_when_it_dies_at_start_is_the_error(lab) -> None:  
     assert lab.kinds() == []
 
 
-async def test_an_image_in_use_names_the_remedy(lab, place: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_an_image_in_use_names_the_remedy(lab, place: Path) -> None:
     path = image(place / "a.qcow2")
     await lab.start(document(disk(path), name="first"))
     (place / "other").mkdir()
@@ -393,7 +393,7 @@ async def test_an_image_in_use_names_the_remedy(lab, place: Path) -> None:  # ty
     ],
     ids=["missing disk", "not a file", "not qcow2", "no tap"],
 )  # fmt: skip
-async def test_bad_documents_leave_nothing_behind(devices, error, text, lab) -> None:  # type: ignore[no-untyped-def]
+async def test_bad_documents_leave_nothing_behind(devices, error, text, lab) -> None:
     open_before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(error, match=text):
         await lab.start(document(devices))
@@ -402,7 +402,7 @@ async def test_bad_documents_leave_nothing_behind(devices, error, text, lab) -> 
     assert no_process_with(lab.directory)
 
 
-async def test_kvm_is_refused_where_it_cannot_be_used(place: Path, lab) -> None:  # type: ignore[no-untyped-def]
+async def test_kvm_is_refused_where_it_cannot_be_used(place: Path, lab) -> None:
     lab.driver = QemuDriver(
         Paths.system(place / "r"), lambda: HostVerdict(False, "/dev/kvm only emulates", "enable nesting")
     )
@@ -410,7 +410,7 @@ async def test_kvm_is_refused_where_it_cannot_be_used(place: Path, lab) -> None:
         await lab.start(document().replace("type='qemu'", "type='kvm'", 1))
 
 
-async def test_starting_and_ending_many_times_leaks_no_descriptor(lab) -> None:  # type: ignore[no-untyped-def]
+async def test_starting_and_ending_many_times_leaks_no_descriptor(lab) -> None:
     await (await lab.start(document(AGENT))).quit()
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(10):
@@ -418,7 +418,7 @@ async def test_starting_and_ending_many_times_leaks_no_descriptor(lab) -> None: 
     assert len(list(Path("/proc/self/fd").iterdir())) <= before  # fewer: the test's own, collected meanwhile
 
 
-async def test_native_and_domain_capabilities(driver, lab) -> None:  # type: ignore[no-untyped-def]
+async def test_native_and_domain_capabilities(driver, lab) -> None:
     text = await driver.native(await lab.complete(document()))
     assert "-nodefaults" in text and "fd=" not in text
     xml = await driver.domain_capabilities("x86_64", "q35", "qemu", "")

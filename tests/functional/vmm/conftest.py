@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
 
 import restored  # behind the path
+from disk_world import World
 from running import Running
+from verbs_machine import Machine
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -40,3 +42,20 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     yield run
     for one in made:
         one.close()
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    made = World(tmp_path)
+    yield made
+    await made.close()
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    """For the dialogue with every verb, and for those that need more than a line."""
+    made = Machine()
+    try:
+        yield made
+    finally:
+        made.close()

@@ -47,7 +47,7 @@ def machine(program: bytes = COUNTING, vcpus: int = 1, **settings: object) -> Ma
     """Skips the test where there is no KVM. Saved and restored on the way (`restored`) once all vCPUs have counted."""
 
     def make() -> Machine:
-        config = MachineConfig(name="tiny", **settings)  # type: ignore[arg-type]
+        config = MachineConfig(name="tiny", **settings)
         config.memory.size = 16 << 20
         made = Machine(config)
         try:

@@ -12,12 +12,11 @@ import struct
 import threading
 from pathlib import Path
 
+import disk_world
 import pytest
-import test_storage_daemon
 from blk_guest import NOTIFY, T_IN, T_OUT, WRITE, BlkDriver, fill, poke, wait_key
+from disk_world import Death, Killed, World, checked, daemons, disk, idle, image, soon, tops
 from guests import needs_kvm
-from test_disk_snapshots import Death, Killed, idle, tops
-from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import COM1, say
 
 from kvik.conf.enums import DomainSnapshotCreateFlags as Create
@@ -34,7 +33,6 @@ from kvik.qmp.aio import QmpConnection
 from kvik.vmm.state import stream
 
 pytestmark = [pytest.mark.functional, needs_kvm]
-__all__ = ["world"]
 
 # Rounds begun, what is written to the disk, what was seen of it, errors, and what came back: each in a piece of 2 MiB.
 # The saver goes upwards: it comes to what the disk's process writes only behind much that is to be written out.
@@ -134,7 +132,7 @@ def memory_of(domain: DomainObject, name: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def larger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_storage_daemon.DOMAIN", test_storage_daemon.DOMAIN.replace(">32<", ">192<"))
+    monkeypatch.setattr("disk_world.DOMAIN", disk_world.DOMAIN.replace(">32<", ">192<"))
 
 
 async def started(world: World, kind: str) -> DomainObject:

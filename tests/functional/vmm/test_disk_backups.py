@@ -10,11 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from blk_guest import BlkDriver, say_memory, wait_key
+from disk_world import Death, Killed, World, checked, daemons, disk, image, kill, soon, take, told, two, word
 from guests import needs_kvm
-from test_disk_snapshots import Death, Killed, idle, take, told, word, writes
-from test_storage_daemon import World, checked, daemons, disk, image, soon, world
-from tiny_kernel import IDLE, say
+from tiny_kernel import IDLE
 
 from kvik.conf.enums import DomainBlockJobType, DomainJobType, DomainState
 from kvik.conf.enums import DomainCheckpointDeleteFlags as Delete
@@ -26,7 +24,6 @@ from kvik.manager.store import Store
 from kvik.qmp.aio import QmpConnection
 
 pytestmark = [pytest.mark.functional, needs_kvm]
-__all__ = ["world"]
 
 CHECKPOINT = "<domaincheckpoint><name>{}</name></domaincheckpoint>"
 
@@ -66,12 +63,6 @@ def rest(path: Path, below: Path) -> None:
     subprocess.run(["qemu-img", "rebase", "-q", "-u", "-F", "qcow2", "-b", str(below), str(path)], check=True)
 
 
-def two(world: World) -> tuple[list[Path], bytes, str]:
-    paths = [image(world.root / "a.qcow2"), image(world.root / "b.qcow2")]
-    drivers = BlkDriver(5), BlkDriver(6)
-    return paths, writes(*drivers), disk(paths[0]) + disk(paths[1], slot=6, dev="vdb", options=" cache='none'")
-
-
 async def test_full_and_incremental_backups_of_all_disks(world: World) -> None:
     paths, code, xml = two(world)
     domain = await world.start(code, xml)
@@ -88,7 +79,7 @@ async def test_full_and_incremental_backups_of_all_disks(world: World) -> None:
     await told(world, b"threethree")
     await push(domain, document(root, "i2", "c2"), "c3")
     shown = await sizes.with_sizes(domain, domain.checkpoints.get("c1"))
-    assert [item.size for item in shown.disks.disks if shown.disks] == [65536, 65536]  # type: ignore[union-attr]
+    assert shown.disks is not None and [item.size for item in shown.disks.disks] == [65536, 65536]
     assert domain.checkpoints.current == "c3" and domain.checkpoints.parent("c3") == "c2"
     for one in "ab":
         for name, below, then in (("i1", "full", b"two"), ("i2", "i1", b"three")):
@@ -96,8 +87,7 @@ async def test_full_and_incremental_backups_of_all_disks(world: World) -> None:
             checked(root / f"{name}.{one}")
             assert word(root / f"{name}.{one}") == then
     # the next daemon knows them, and the next run of the machine, too
-    await world.managers[-1].close()
-    domain = (await world.manager()).lookup_name("m")
+    domain = await world.next_manager()
     await told(world, b"fourfour")
     await push(domain, document(root, "i3", "c3"))
     await domain.destroy()
@@ -146,8 +136,7 @@ async def test_what_a_killed_process_did_not_write_is_no_checkpoint(world: World
     await told(world, b"up")
     await create.create(domain, CHECKPOINT.format("c1"), 0)
     await told(world, b"oneone")
-    os.kill(daemons(domain)[0][0], signal.SIGKILL)
-    await soon(lambda: "kvik-blk of virtio-disk0 was started again" in world.log())
+    await kill(world, domain)
     with pytest.raises(CheckpointInconsistent, match="inconsistent"):
         await push(domain, document(world.root, "no", "c1"), "c2")
     await told(world, b"twotwo")
@@ -196,8 +185,7 @@ async def test_all_disks_are_pulled_from_one_socket_as_they_were(world: World) -
         changed = json.loads(await tool("qemu-img", "map", "--output=json", "--image-opts", dirty))
         assert [(item["start"], item["length"]) for item in changed if not item["data"]] == [(0, 65536)]
     # the next daemon goes on with it
-    await world.managers[-1].close()
-    domain = (await world.manager()).lookup_name("m")
+    domain = await world.next_manager()
     assert domain.run is not None and domain.run.backup is not None
     await told(world, b"threethree")
     await tool("qemu-img", "convert", "-O", "qcow2", f"nbd+unix:///vda?socket={root}/nbd", str(root / "again"))
@@ -217,15 +205,8 @@ async def test_the_daemon_is_killed_at_each_command_of_a_backup(
     mode: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever it is: the guest goes on, there is a backup with its checkpoint, or nothing of either."""
-    paths, _, xml = two(world)
-    drivers = BlkDriver(5), BlkDriver(6)
-    code = wait_key() + b"".join(driver.start() for driver in drivers) + say(b"up.")
-    for _ in range(40):
-        part = wait_key()
-        for driver in drivers:
-            part += driver.write(16, b"x") + driver.read(16) + say_memory(driver.data, 1)
-        code += part + say(b".")
-    domain = await world.start(code + IDLE, xml)
+    paths, code, xml = two(world, words=(b"x",) * 40)
+    domain = await world.start(code, xml)
     await told(world, b"up")
     whole: list[bool] = []
     for number in range(60):
@@ -242,12 +223,8 @@ async def test_the_daemon_is_killed_at_each_command_of_a_backup(
                 await ended(domain, death)
             except (Killed, KvikError):
                 assert death.came
-            domain.require_machine().detach()
-            await asyncio.sleep(0)
-        domain.manager.store.close()
-        world.managers.pop()
-        domain = (await world.manager()).lookup_name("m")
-        await idle(domain)
+            await world.bury(domain)
+        domain = await world.after_death()
         if domain.run is not None and domain.run.backup is not None and mode == "pull":
             await job.abort(domain)
         await ended(domain)

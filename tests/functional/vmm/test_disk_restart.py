@@ -12,9 +12,28 @@ from typing import Any
 
 import pytest
 from blk_guest import BlkDriver, say_memory, wait_key
+from disk_world import (
+    AGAIN,
+    SECONDS,
+    WORDS,
+    World,
+    checked,
+    daemons,
+    disk,
+    idle,
+    image,
+    kill,
+    live_disk,
+    soon,
+    take,
+    told,
+    tops,
+    two,
+    until_again,
+    word,
+    writes,
+)
 from guests import needs_kvm
-from test_disk_snapshots import WORDS, idle, take, told, tops, word, writes
-from test_storage_daemon import SECONDS, World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE, say
 
 from kvik.conf.enums import DomainState
@@ -25,13 +44,6 @@ from kvik.manager.domain import DomainObject
 from kvik.qmp.aio import QmpConnection
 
 pytestmark = [pytest.mark.functional, needs_kvm]
-__all__ = ["world"]
-
-AGAIN = "was started again"
-
-
-async def until_again(world: World, before: int) -> None:
-    await soon(lambda: world.log().count(AGAIN) > before)
 
 
 class Axe:
@@ -52,28 +64,19 @@ class Axe:
         return execute
 
 
-async def kill(world: World, domain: DomainObject, number: int = 0) -> None:
-    """The process that serves a disk; until there is another."""
-    known, before = daemons(domain), world.log().count(AGAIN)
-    os.kill(known[number][0], signal.SIGKILL)
-    await until_again(world, before)
-    assert len(daemons(domain)) == len(known) and known[number] not in daemons(domain)
-
-
 def io_errors(world: World) -> list[dict[str, Any]]:
     return [data for kind, data in world.events if kind == "io-error-reason"]
 
 
 async def ask(domain: DomainObject, command: str) -> Any:
-    machine: Any = domain.run.machine  # type: ignore[union-attr]
-    return await machine.ask_storage(domain.run.live.devices.disks[0], command)  # type: ignore[union-attr]
+    machine: Any = domain.require_machine()
+    return await machine.ask_storage(live_disk(domain), command)
 
 
 async def test_a_guest_writes_on_whatever_is_killed(world: World) -> None:
     """Also after its chain was changed, and with the limits that were set since."""
-    paths = [image(world.root / "a.qcow2"), image(world.root / "b.qcow2")]
-    xml = disk(paths[0]) + disk(paths[1], slot=6, dev="vdb", options=" cache='none'")
-    domain = await world.start(writes(BlkDriver(5), BlkDriver(6)), xml)
+    paths, code, xml = two(world)
+    domain = await world.start(code, xml)
     await told(world, b"up")
     await kill(world, domain)
     await told(world, b"oneone")
@@ -85,9 +88,7 @@ async def test_a_guest_writes_on_whatever_is_killed(world: World) -> None:
     await kill(world, domain)
     await told(world, b"threethree")
     assert [word(path) for path in paths] == [b"one", b"one"]
-    assert (await ask(domain, "x-kvik-query-overlay"))["top"] == storage_daemon.top_node(
-        domain.run.live.devices.disks[0]  # type: ignore[union-attr]
-    )
+    assert (await ask(domain, "x-kvik-query-overlay"))["top"] == storage_daemon.top_node(live_disk(domain))
     await take(domain, "s2")
     await told(world, b"fourfour")
     assert not io_errors(world) and not await domain.disk_errors()
@@ -104,14 +105,8 @@ async def test_one_is_killed_at_each_command_of_a_snapshot(world: World, monkeyp
     """All disks have their new images or none, and no word is lost."""
     monkeypatch.setattr(back_ends, "WITHIN", 0.0)
     paths = [image(world.root / "a.qcow2"), image(world.root / "b.qcow2")]
-    drivers = BlkDriver(5), BlkDriver(6)
-    code = wait_key() + b"".join(driver.start() for driver in drivers) + say(b"up.")
-    for _ in range(40):
-        part = wait_key()
-        for driver in drivers:
-            part += driver.write(16, b"x") + driver.read(16) + say_memory(driver.data, 1)
-        code += part + say(b".")
-    domain = await world.start(code + IDLE, disk(paths[0]) + disk(paths[1], slot=6, dev="vdb"))
+    code = writes(BlkDriver(5), BlkDriver(6), words=(b"x",) * 40)
+    domain = await world.start(code, disk(paths[0]) + disk(paths[1], slot=6, dev="vdb"))
     await told(world, b"up")
     stands: list[bool] = []
     for number in range(24):
@@ -190,8 +185,9 @@ async def test_the_next_manager_sees_to_what_died_while_there_was_none(world: Wo
     world.text = b""
     world.key()
     await asyncio.sleep(0.5)
+    assert world.line is not None
     with pytest.raises(BlockingIOError):  # it waits for its disk
-        world.line.recv(1)  # type: ignore[union-attr]
+        world.line.recv(1)
     domain = (await world.manager()).lookup_name("m")
     await world.said(b"two.")
     await until_again(world, 0)

@@ -2,93 +2,48 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from blk_guest import BlkDriver, say_memory, wait_key
+from blk_guest import BlkDriver
+from disk_world import (
+    Death,
+    Killed,
+    World,
+    checked,
+    daemons,
+    disk,
+    idle,
+    image,
+    raw,
+    take,
+    told,
+    tops,
+    two,
+    word,
+    writes,
+)
 from guests import needs_kvm
-from test_storage_daemon import World, checked, daemons, disk, image, world
-from tiny_kernel import IDLE, say
+from tiny_kernel import IDLE
 
 from kvik.conf.enums import DomainSnapshotCreateFlags as Create
 from kvik.conf.enums import DomainSnapshotRevertFlags as Revert
 from kvik.conf.enums import DomainState
 from kvik.errors import KvikError, MonitorError, OperationUnsupported
-from kvik.image.opening import Opener
 from kvik.manager.domain import DomainObject
 from kvik.manager.snapshots import create, delete, revert
 from kvik.manager.store import Store
 from kvik.qmp.aio import QmpConnection
 
 pytestmark = [pytest.mark.functional, needs_kvm]
-__all__ = ["world"]
-
-WORDS = (b"one", b"two", b"three", b"four")
-
-
-def writes(*drivers: BlkDriver) -> bytes:
-    """At the first key starts the disks; at each other one writes the next word to sector 16 of each, and says what is
-    read there, and a dot."""
-    code = wait_key() + b"".join(driver.start() for driver in drivers) + say(b"up.")
-    for word in WORDS:
-        code += wait_key()
-        for driver in drivers:
-            code += driver.write(16, word) + driver.read(16) + say_memory(driver.data, len(word))
-        code += say(b".")
-    return code + IDLE
-
-
-async def told(world: World, *words: bytes) -> None:
-    world.text = b""
-    world.key()
-    await world.said(b"".join(words) + b".")
-
-
-def word(path: Path | str) -> bytes:
-    """What an image shows in sector 16, beside whoever has it open."""
-    kind = "raw" if str(path).endswith(".raw") else "qcow2"
-    with Opener(share=True, lock=False).open(str(path), kind) as opened:
-        return opened.read(16 * 512, 512).rstrip(b"\0")
-
-
-def raw(path: Path) -> Path:
-    path.write_bytes(bytes(8 << 20))
-    return path
-
-
-def tops(domain: DomainObject) -> list[str]:
-    documents = [domain.config.parse(), *([domain.run.live] if domain.run is not None else [])]
-    found = [
-        [Path(disk_.source.location or "").name for disk_ in one.devices.disks if disk_.source] for one in documents
-    ]
-    assert found[0] == found[-1]
-    return found[0]
-
-
-async def take(domain: DomainObject, name: str, flags: int = Create.DISK_ONLY) -> int:
-    """Microseconds that the guest stood still."""
-    await create.create(domain, f"<domainsnapshot><name>{name}</name></domainsnapshot>", flags)
-    taken = domain.snapshots.snapshots[name].taken
-    assert taken is not None and taken.pause is not None
-    return taken.pause
-
-
-async def idle(domain: DomainObject) -> None:
-    async with domain.jobs.hold("see the end of", wait=20):
-        pass
 
 
 async def test_what_the_guest_writes_goes_to_the_new_images_of_all_disks(world: World) -> None:
-    paths = [image(world.root / "a.qcow2"), image(world.root / "b.qcow2")]
-    drivers = BlkDriver(5), BlkDriver(6)
-    xml = disk(paths[0]) + disk(paths[1], slot=6, dev="vdb", options=" cache='none'")
-    domain = await world.start(writes(*drivers), xml)
+    paths, code, xml = two(world)
+    domain = await world.start(code, xml)
     await told(world, b"up")
     await told(world, b"oneone")
     held = await take(domain, "s1")
@@ -99,8 +54,7 @@ async def test_what_the_guest_writes_goes_to_the_new_images_of_all_disks(world: 
     # paused: it stays so; and the next daemon knows the chain
     await domain.suspend()
     assert await take_paused(domain, "s2") and domain.state == DomainState.PAUSED
-    await world.managers[-1].close()
-    domain = (await world.manager()).lookup_name("m")
+    domain = await world.next_manager()
     await domain.resume()
     await told(world, b"threethree")
     await take(domain, "s3")
@@ -140,11 +94,7 @@ async def test_a_guest_goes_back_with_its_memory(world: World) -> None:
     for _ in range(2):
         await revert.revert(domain, "s1", 0)
         assert domain.state == DomainState.RUNNING and word(world.root / tops(domain)[0]) == b"one"
-        assert world.line is not None
-        world.line.close()
-        world.line = socket.socket(socket.AF_UNIX)
-        world.line.connect(str(world.root / "line"))
-        world.line.setblocking(False)
+        world.connect()
         await told(world, b"two")
         assert word(path) == b"one"
     await revert.revert(domain, "s1", Revert.PAUSED)
@@ -207,36 +157,6 @@ async def test_one_disk_that_cannot_leaves_all_as_they_were(world: World, monkey
     assert tops(domain) == ["a.s2", "b.s2"]
 
 
-class Killed(BaseException):
-    """The daemon died here."""
-
-
-class Death:
-    """After so many commands to the VMM and its disks' processes: none is sent, and nothing is written, ever again."""
-
-    def __init__(self, commands: int) -> None:
-        self.left, self.came = commands, False
-
-    def commands(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        async def execute(connection: QmpConnection, command: str, *given: Any, **more: Any) -> Any:
-            counted = command in ("stop", "cont", "getfd") or command.startswith("x-kvik")
-            self.came = self.came or (counted and self.left <= 0)
-            if self.came:
-                raise Killed
-            self.left -= counted
-            return await original(connection, command, *given, **more)
-
-        return execute
-
-    def files(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        async def run(store: Store, *given: Any, **more: Any) -> Any:
-            if self.came:
-                raise Killed
-            return await original(store, *given, **more)
-
-        return run
-
-
 @pytest.mark.parametrize("first", ["qcow2", "raw"])
 async def test_the_daemon_is_killed_at_each_command_of_a_snapshot(
     world: World, monkeypatch: pytest.MonkeyPatch, first: str
@@ -244,14 +164,8 @@ async def test_the_daemon_is_killed_at_each_command_of_a_snapshot(
     """Whichever it is: the guest goes on, all its disks have the new images or none, and no word is lost. A raw one is
     kvik-vmm's own, the other another process's."""
     paths = [(raw if first == "raw" else image)(world.root / f"a.{first}"), image(world.root / "b.qcow2")]
-    drivers = BlkDriver(5), BlkDriver(6)
-    code = wait_key() + b"".join(driver.start() for driver in drivers) + say(b"up.")
-    for _ in range(40):
-        part = wait_key()
-        for driver in drivers:
-            part += driver.write(16, b"x") + driver.read(16) + say_memory(driver.data, 1)
-        code += part + say(b".")
-    domain = await world.start(code + IDLE, disk(paths[0], first) + disk(paths[1], slot=6, dev="vdb"))
+    code = writes(BlkDriver(5), BlkDriver(6), words=(b"x",) * 40)
+    domain = await world.start(code, disk(paths[0], first) + disk(paths[1], slot=6, dev="vdb"))
     await told(world, b"up")
     stands: list[bool] = []
     for number in range(30):
@@ -263,12 +177,8 @@ async def test_the_daemon_is_killed_at_each_command_of_a_snapshot(
                 await create.create(domain, f"<domainsnapshot><name>n{number}</name></domainsnapshot>", 16)
             except (Killed, KvikError):
                 assert death.came
-            domain.require_machine().detach()
-            await asyncio.sleep(0)
-        domain.manager.store.close()
-        world.managers.pop()
-        domain = (await world.manager()).lookup_name("m")
-        await idle(domain)
+            await world.bury(domain)
+        domain = await world.after_death()
         assert domain.state == DomainState.RUNNING and domain.snapshots.journal is None, number
         new = {Path(name).suffix == f".n{number}" for name in tops(domain)}
         assert len(new) == 1, number

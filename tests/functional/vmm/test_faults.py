@@ -231,7 +231,7 @@ def test_a_callback_that_raises_harms_nobody_else(capfd: pytest.CaptureFixture[s
 def test_a_vcpu_whose_kvm_run_fails_stops_the_machine() -> None:
     machine = machine_with(b"\xeb\xfe")
     vcpu = machine.vcpus[0].vcpu
-    vcpu.enter = lambda: (_ for _ in ()).throw(KvmError(errno.EFAULT, "RUN"))  # type: ignore[method-assign]
+    vcpu.enter = lambda: (_ for _ in ()).throw(KvmError(errno.EFAULT, "RUN"))
     assert "internal-error" in states(machine)
 
 

@@ -216,7 +216,7 @@ def test_the_firmware_is_told_of_memory_processors_disks_and_tables(code: Path, 
         config.disks.append(DiskConfig(path=str(tmp_path / name), iothread=False))
     config.disks[0].slot = 9
     with build(config) as machine:
-        items = machine.find("fw_cfg").items  # type: ignore[attr-defined]
+        items = machine.find("fw_cfg").items
         entries = items[0x19]
         names = [entries[at + 8 : at + 64].rstrip(b"\0").decode() for at in range(4, len(entries), 64)]
         files = {name: items[0x20 + number] for number, name in enumerate(names)}
@@ -224,7 +224,7 @@ def test_the_firmware_is_told_of_memory_processors_disks_and_tables(code: Path, 
         assert files["etc/e820"] == struct.pack("<QQI", 0, 32 * MIB, 1)
         assert items[5] == b"\2\0" and files["etc/smbios/smbios-anchor"][:5] == b"_SM3_"
         assert {"etc/table-loader", "etc/acpi/tables", "etc/acpi/rsdp"} <= set(files)
-        cmos = machine.devices["rtc"].cmos  # type: ignore[attr-defined]
+        cmos = machine.devices["rtc"].cmos
         assert struct.unpack_from("<H", cmos, 0x34) == (16 * MIB >> 16,) and bytes(cmos[0x5B:0x5E]) == bytes(3)
 
 

@@ -14,7 +14,7 @@ from guest import CODE, DATA, machine, run_until
 from restored import booted_only, either_way
 
 from kvik.errors import HostError, InvalidArgument
-from kvik.vmm.gdb import GdbServer
+from kvik.vmm.gdb_server import GdbServer
 from kvik.vmm.machine import Machine
 
 GDB = shutil.which("gdb")

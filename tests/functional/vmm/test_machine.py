@@ -187,7 +187,7 @@ def test_pausing_again_and_again_loses_nothing() -> None:
             machine.hold_caller()
             machine.request_shutdown()
 
-    probe.write = write  # type: ignore[method-assign]
+    probe.write = write
     assert machine.run() == "guest-shutdown"
     assert [value for _, size, value in probe.seen if size == 2] == list(range(0x800))
 
@@ -293,7 +293,7 @@ def test_closing_gives_everything_back() -> None:
 
 def test_64_vcpus_start_stop_and_end() -> None:
     machine = machine_with(HALT, cpus=64)
-    machine.loop.call_later(0.1, lambda: machine.pause() or machine.resume() or machine.quit())  # type: ignore[func-returns-value]
+    machine.loop.call_later(0.1, lambda: machine.pause() or machine.resume() or machine.quit())
     assert machine.run() == "host-qmp-quit"
 
 

@@ -87,7 +87,7 @@ def guest() -> Iterator[RemoteGuest]:
 
 def registers(guest: RemoteGuest, name: str) -> Registers:
     found: Any = guest.machine.devices[name]
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def here(offset: int, size: int) -> int:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 from blk_guest import BlkDriver, wait_key
+from disk_world import World, checked, daemons, disk, idle, image, raw, soon, take, told, tops, word, writes
 from guests import needs_kvm
-from test_disk_snapshots import idle, raw, take, told, tops, word, writes
-from test_storage_daemon import World, checked, daemons, disk, image, soon, world
 from tiny_kernel import IDLE, say
 
 from kvik.conf.enums import DomainState
@@ -21,7 +19,6 @@ from kvik.manager.saved import machine as saved
 from kvik.manager.snapshots import delete, revert
 
 pytestmark = [pytest.mark.functional, needs_kvm]
-__all__ = ["world"]
 
 
 def opened_for_writing(pid: int, path: Path) -> bool:
@@ -54,8 +51,7 @@ async def test_raw_disks_of_the_vmm_and_one_of_kvik_blk_change_over_together(wor
     with a.open("rb") as other:
         lock_image(other.fileno(), "other", write=False)
     # the next daemon knows who writes where: another one, figures, a new size, limits
-    await world.managers[-1].close()
-    domain = (await world.manager()).lookup_name("m")
+    domain = await world.next_manager()
     figures = await domain.stats()
     assert figures["block.0.wr.reqs"] == 2 and figures["block.0.capacity"] == 8 << 20
     await take(domain, "s2")
@@ -70,14 +66,6 @@ async def test_raw_disks_of_the_vmm_and_one_of_kvik_blk_change_over_together(wor
     assert [word(world.root / name) for name in tops(domain)] == [b"three"] * 3
     await revert.revert(domain, "s2", 0)
     assert [word(world.root / name) for name in tops(domain)] == [b"two"] * 3
-
-
-async def reconnected(world: World) -> None:
-    assert world.line is not None
-    world.line.close()
-    world.line = socket.socket(socket.AF_UNIX)
-    world.line.connect(str(world.root / "line"))
-    world.line.setblocking(False)
 
 
 async def test_a_guest_goes_back_with_its_memory_to_a_disk_that_another_process_serves(world: World) -> None:
@@ -100,7 +88,7 @@ async def test_a_guest_goes_back_with_its_memory_to_a_disk_that_another_process_
     for name in tops(domain):
         checked(world.root / name)
     await domain.start()
-    await reconnected(world)
+    world.connect()
     assert len(daemons(domain)) == 2
     await told(world, b"fourfour")
     assert [word(world.root / name) for name in tops(domain)] == [b"four", b"four"]
@@ -108,7 +96,7 @@ async def test_a_guest_goes_back_with_its_memory_to_a_disk_that_another_process_
         await revert.revert(domain, "s1", 0)
         assert domain.state == DomainState.RUNNING and len(daemons(domain)) == 2
         assert [word(world.root / name) for name in tops(domain)] == [b"one", b"one"]
-        await reconnected(world)
+        world.connect()
         await told(world, b"twotwo")
         assert [word(path) for path in (a, b)] == [b"one", b"one"]
     await delete.delete(domain, "s1", 0)

@@ -232,7 +232,7 @@ def test_a_device_that_was_plugged_is_there_again_in_its_slot(tmp_path: Path) ->
         MachineHotplug(guest.machine).plug(DiskConfig(id="late", path=str(disk), slot=9))
         guest.machine.save(str(tmp_path / "saved"))
     with restored(tmp_path / "saved") as other:
-        assert other.machine.devices["late"].slot == 9  # type: ignore[attr-defined]
+        assert other.machine.devices["late"].slot == 9
         other.machine.start()
         other.check()
 

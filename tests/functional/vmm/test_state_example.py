@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 
 def test_the_fuzzer_finds_what_its_guest_dies_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import fuzz  # type: ignore[import-not-found]
+    import fuzz
 
     try:
         found, runs, _ = fuzz.fuzz(seed=1)

@@ -182,7 +182,7 @@ def test_a_sender_that_is_killed_or_a_destination_that_ends_costs_the_guest_noth
                 assert report["status"] == "failed" and report["error-desc"], report
                 assert source.machine.status == "running"
                 goal = source.counter() + 5
-                until(lambda goal=goal: source.counter() > goal, source)  # type: ignore[misc]
+                until(lambda goal=goal: source.counter() > goal, source)
     assert children() <= before
 
 

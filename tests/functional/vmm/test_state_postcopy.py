@@ -104,7 +104,7 @@ def slowly(source: Guest, there: Guest, uri: str, channels: int = 1) -> Outgoing
 
 
 def cut(kind: str, outgoing: Outgoing, there: Guest) -> None:
-    postcopy = there.machine.migration.incoming.postcopy  # type: ignore[union-attr]
+    postcopy = there.machine.migration.incoming.postcopy
     assert postcopy is not None and postcopy._pager is not None
     if kind == "sender":
         os.kill(outgoing._senders[0][0], signal.SIGKILL)
@@ -173,7 +173,7 @@ def test_what_our_devices_touch_is_waited_for_and_a_machine_that_ends_waits_no_m
     with booted(tmp_path, code=BIG_WRITER) as source, awaiting(tmp_path, uri, code=BIG_WRITER) as there:
         outgoing = slowly(source, there, uri)
         memory = there.machine.memory
-        board = migration_of(there.machine).incoming.postcopy.board  # type: ignore[union-attr]
+        board = migration_of(there.machine).incoming.postcopy.board
         first = next(page_runs(board.bitmap(0)))[0] * PAGE
         assert memory.read(first, 16) == source.machine.memory.read(first, 16)
         assert not all_set(board.bitmap(0), first // PAGE, 1)

@@ -3,29 +3,21 @@ hundred bytes."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
-import socket
 import subprocess
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blk_guest import BlkDriver, say_memory, wait_key
+from disk_world import World, checked, content, daemons, disk, image, soon
 from guests import needs_kvm
-from tiny_kernel import IDLE, POWER_OFF, elf, say
+from tiny_kernel import IDLE, POWER_OFF, say
 
 from kvik.errors import HypervisorError, KvikError, MissingPackages, OperationUnsupported
 from kvik.host.process import find, find_program
-from kvik.hypervisor.driver import HostVerdict
-from kvik.hypervisor.kvik.driver import KvikDriver
 from kvik.hypervisor.sidecars import storage_daemon
-from kvik.hypervisor.test.driver import TestDriver
-from kvik.manager.domain import DomainObject
-from kvik.manager.manager import Manager
-from kvik.paths import Paths
 from kvik.vmm.sandbox import landlock
 
 pytestmark = [
@@ -35,115 +27,7 @@ pytestmark = [
         reason="needs qemu-storage-daemon and qemu-io (apt install qemu-system-common qemu-utils)",
     ),
 ]
-DOMAIN = """<domain type='kvm'><name>m</name><uuid>{uuid}</uuid><memory unit='MiB'>32</memory>
-<os><type machine='kvik'>hvm</type><kernel>{root}/kernel</kernel></os>
-<devices><emulator>kvik-vmm</emulator>{disks}
-<serial type='unix'><source mode='bind' path='{root}/line'/></serial>
-<memballoon model='none'/></devices></domain>"""
-DISK = """<disk type='file'><driver name='{name}' type='{format}'{options}/><source file='{path}'/>
-<target dev='{dev}' bus='virtio'/>{more}<address type='pci' domain='0' bus='0' slot='{slot}' function='0'/></disk>"""
-SECONDS = 30.0
 PROGRAMS = pytest.mark.parametrize("name", ["qemu", "qemu-storage-daemon"])  # ours, and QEMU's
-UUID = "0e896d9e-a81e-4e2f-b06d-4a1c33d88bc7"
-
-
-def disk(path: Path | str, format: str = "qcow2", slot: int = 5, dev: str = "vda", **more: str) -> str:
-    return DISK.format(path=path, format=format, slot=slot, dev=dev,
-                       **{"name": "qemu", "options": "", "more": "", **more})  # fmt: skip
-
-
-def image(path: Path, format: str = "qcow2", *options: str, first: bytes = b"") -> Path:
-    subprocess.run(["qemu-img", "create", "-q", "-f", format, *options, str(path), "8M"], check=True)
-    if first:
-        raw = path.with_suffix(".pattern")
-        raw.write_bytes(first.ljust(512, b"\0"))
-        subprocess.run(["qemu-io", "-f", format, "-c", f"write -q -s {raw} 0 512", str(path)], check=True)
-    return path
-
-
-def content(path: Path, format: str = "qcow2") -> bytes:
-    raw = path.with_suffix(".content")
-    subprocess.run(["qemu-img", "convert", "-f", format, "-O", "raw", str(path), str(raw)], check=True)
-    return raw.read_bytes()
-
-
-def checked(path: Path) -> None:
-    subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", str(path)], check=True)
-
-
-class World:
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.managers: list[Manager] = []
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        self.line: socket.socket | None = None
-        self.text = b""
-
-    async def manager(self) -> Manager:
-        paths = Paths.system(self.root / "state")
-        ours = KvikDriver(paths, lambda: HostVerdict(True, "told so"))
-        manager = Manager(paths, {"qemu": TestDriver(), "kvik-vmm": ours})
-        self.managers.append(manager)
-        await manager.open()
-        manager.events.subscribe(lambda event: self.events.append((event.kind, dict(event.fields))))
-        return manager
-
-    async def start(self, code: bytes, disks: str = "") -> DomainObject:
-        (self.root / "kernel").write_bytes(elf(code))
-        manager = self.managers[-1] if self.managers else await self.manager()
-        domain = await manager.define(DOMAIN.format(root=self.root, uuid=UUID, disks=disks))
-        await domain.start()
-        self.connect()
-        return domain
-
-    def connect(self) -> None:
-        """To the guest's serial line, once more where it was started anew."""
-        if self.line is not None:
-            self.line.close()
-        self.line = socket.socket(socket.AF_UNIX)
-        self.line.connect(str(self.root / "line"))
-        self.line.setblocking(False)
-
-    def key(self) -> None:
-        assert self.line is not None
-        self.line.send(b"x")
-
-    async def said(self, words: bytes) -> None:
-        assert self.line is not None
-        async with asyncio.timeout(SECONDS):
-            while words not in self.text:
-                try:
-                    self.text += self.line.recv(4096)
-                except BlockingIOError:
-                    await asyncio.sleep(0.01)
-
-    def log(self) -> str:
-        return (self.root / "state/var/log/kvik/qemu/m.log").read_text()
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    made = World(tmp_path)
-    yield made
-    last = made.managers[-1] if made.managers else None
-    for domain in last.domains() if last is not None else ():
-        if domain.is_active:
-            await domain.destroy()
-    if last is not None:
-        await last.close()
-    if made.line is not None:
-        made.line.close()
-
-
-async def soon(condition: Any) -> None:
-    async with asyncio.timeout(SECONDS):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-def daemons(domain: DomainObject) -> list[tuple[int, int]]:
-    assert domain.run is not None and domain.run.machine is not None
-    return [(item["pid"], item["start_time"]) for item in domain.run.machine.handle()["sidecars"]]
 
 
 def alive(known: list[tuple[int, int]]) -> int:

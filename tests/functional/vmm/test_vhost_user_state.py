@@ -154,7 +154,7 @@ def test_what_the_back_end_writes_while_the_machine_moves_arrives(tmp_path: Path
 
 def test_a_checkpoint_takes_back_what_the_back_end_wrote(tmp_path: Path) -> None:
     with machine(tmp_path) as here:
-        here.until(lambda: here.machine.find("disk0").active)  # type: ignore[attr-defined]
+        here.until(lambda: here.machine.find("disk0").active)
         checkpoint = Checkpoint(here.machine)
         try:
             for _ in range(2):

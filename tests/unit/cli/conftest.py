@@ -192,7 +192,7 @@ class FakeConnection:
                 "block.0.rd.bytes": 5120,
             },
             "all_stats": lambda domains=(), stats=0, flags=0: [
-                DomainStats(self.running, {"state.state": 1, "state.on": True})  # type: ignore[arg-type]
+                DomainStats(self.running, {"state.state": 1, "state.on": True})
             ],
             "scheduler_parameters": {"cpu_shares": 1024},
             "screenshot": ("image/png", b"\x89PNG"),
@@ -368,7 +368,7 @@ class FakeConnection:
 
 
 class Tty(io.StringIO):
-    encoding = "utf-8"  # type: ignore[assignment]
+    encoding = "utf-8"
 
     def isatty(self) -> bool:
         return True
@@ -382,7 +382,7 @@ class Pipe(io.TextIOWrapper):
 
     def getvalue(self) -> str:
         self.flush()
-        return self.buffer.getvalue().decode()  # type: ignore[attr-defined]
+        return self.buffer.getvalue().decode()
 
 
 class Runner:
@@ -400,7 +400,7 @@ class Runner:
         out: Any = Tty() if tty else Pipe()
         err = Pipe()
         context = Context(
-            connector=lambda uri, readonly: self.connection,  # type: ignore[arg-type,return-value]
+            connector=lambda uri, readonly: self.connection,
             stdout=out,
             stderr=err,
             stdin=Pipe(data) if typed is None else Tty(typed),

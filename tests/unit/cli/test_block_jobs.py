@@ -133,6 +133,7 @@ def test_what_is_waited_for(
 ) -> None:
     ends(block, *statuses)
     assert block(*line.split()) == code and printed in block.out + block.err
+    assert ("the machine's log" in block.err) == (FAILED in statuses)  # nothing went wrong where it was aborted
     assert sent(block, "DOMAIN_BLOCK_JOB_ABORT") == after
     assert ("register", "block-job-2", block.connection.running) in block.connection.calls
 

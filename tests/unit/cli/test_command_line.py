@@ -131,7 +131,7 @@ def test_one_word_of_several_commands(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_readonly_and_uri_reach_the_connection() -> None:
     seen: list[Any] = []
-    context = Context(uri="kvik:///x", readonly=True, connector=lambda *args: seen.append(args))  # type: ignore[arg-type,return-value,func-returns-value]
+    context = Context(uri="kvik:///x", readonly=True, connector=lambda *args: seen.append(args))
     _ = context.connection
     assert seen == [("kvik:///x", True)]
 

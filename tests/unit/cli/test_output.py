@@ -32,6 +32,14 @@ def test_rows_fit_the_terminal_while_columns_can_give(limit: int) -> None:
     assert any("…" in line for line in lines)
 
 
+def test_a_header_that_is_longer_than_its_values_gives_way_first() -> None:
+    table = Table("Name", "Autostart", "Capacity").add("images", "yes", "251.97 GiB")
+    assert term.width(table.render().splitlines()[0]) == 30
+    assert table.render(limit=31).splitlines()[0] == " Name     Autos…   Capacity"
+    assert table.render(limit=31).splitlines()[2] == " images   yes      251.97 GiB"
+    assert "251.9…" in table.render(limit=20)
+
+
 def test_nothing_is_clipped_into_a_pipe() -> None:
     assert "x" * 300 in Table("Name").add("x" * 300).render(limit=None)
 

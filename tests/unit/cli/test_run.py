@@ -67,21 +67,21 @@ def test_the_tiny_machine_with_no_option_at_all(kvik: Any, host: Any) -> None:
     assert root.findtext("os/kernel") == str(host.image.kernel)
     assert "console=ttyS0" in (root.findtext("os/cmdline") or "")
     assert "kvik.hostname=tiny-1" in (root.findtext("os/cmdline") or "")
-    assert root.find("devices/channel/target").get("name") == "org.qemu.guest_agent.0"  # type: ignore[union-attr]
-    assert root.find("devices/interface").get("type") == "user"  # type: ignore[union-attr]
-    assert root.find("devices/serial/log").get("file").endswith("tiny-1-serial.log")  # type: ignore[union-attr]
+    assert root.find("devices/channel/target").get("name") == "org.qemu.guest_agent.0"
+    assert root.find("devices/interface").get("type") == "user"
+    assert root.find("devices/serial/log").get("file").endswith("tiny-1-serial.log")
     assert root.find("devices/graphics") is None
 
 
 def test_it_is_put_on_the_network_default_where_that_is_active(kvik: Any, host: Any) -> None:
     kvik.connection.replies["network_facts"] = [NetworkFacts("default", "", True, True, True)]
     assert kvik("run", "--detach") == 0, kvik.err
-    assert document(kvik).find("devices/interface/source").get("network") == "default"  # type: ignore[union-attr]
+    assert document(kvik).find("devices/interface/source").get("network") == "default"
     assert kvik("run", "--detach", "--network", "user") == 0, kvik.err
-    assert document(kvik).find("devices/interface").get("type") == "user"  # type: ignore[union-attr]
+    assert document(kvik).find("devices/interface").get("type") == "user"
     kvik.connection.replies["network_facts"] = OperationFailed("this daemon has no networks")
     assert kvik("run", "--detach") == 0, kvik.err
-    assert document(kvik).find("devices/interface").get("type") == "user"  # type: ignore[union-attr]
+    assert document(kvik).find("devices/interface").get("type") == "user"
 
 
 def test_under_kvm_it_says_so(kvik: Any, host: Any) -> None:
@@ -89,7 +89,7 @@ def test_under_kvm_it_says_so(kvik: Any, host: Any) -> None:
     assert kvik("run", "--detach") == 0
     assert "Acceleration: a loop ran at" in kvik.err
     assert document(kvik).get("type") == "kvm"
-    assert document(kvik).find("cpu").get("mode") == "host-passthrough"  # type: ignore[union-attr]
+    assert document(kvik).find("cpu").get("mode") == "host-passthrough"
 
 
 def test_on_kvik_vmm_the_document_names_it_and_qemu_is_not_needed(
@@ -101,7 +101,7 @@ def test_on_kvik_vmm_the_document_names_it_and_qemu_is_not_needed(
     assert kvik("run", "--vmm", "kvik", "--detach") == 0, kvik.err
     root = document(kvik)
     assert root.findtext("devices/emulator") == "kvik-vmm"
-    assert root.find("os/type").get("machine") == "kvik"  # type: ignore[union-attr]
+    assert root.find("os/type").get("machine") == "kvik"
     assert root.get("type") == "kvm" and root.find("devices/graphics") is None
     assert host.packages == [] and asked == [{"yes": False}]
     assert kvik("run", "--vmm", "kvik", "--detach", "--network", "none") == 0, kvik.err
@@ -115,8 +115,21 @@ def test_a_qcow2_disk_is_no_hindrance_on_kvik_vmm(kvik: Any, host: Any, tmp_path
     words = ["--kernel", str(tmp_path / "k"), "--disk", str(tmp_path / "data.qcow2"), "--network", "none"]
     assert kvik("run", "--vmm", "kvik", "--detach", *words) == 0, kvik.err
     root = document(kvik)
-    assert root.find("devices/disk/driver").get("type") == "qcow2"  # type: ignore[union-attr]
+    assert root.find("devices/disk/driver").get("type") == "qcow2"
     support.check(parse_domain(ElementTree.tostring(root, "unicode")))
+
+
+@pytest.mark.parametrize("vmm", ["qemu", "kvik"])
+def test_the_tiny_machine_may_have_disks(kvik: Any, host: Any, tmp_path: Path, vmm: str) -> None:
+    host.verdict = SimpleNamespace(usable=True, reason="fine")
+    (tmp_path / "data.qcow2").write_bytes(QCOW2)
+    words = ["--image", "tiny", "--disk", str(tmp_path / "data.qcow2"), "--network", "none"]
+    assert kvik("run", "--vmm", vmm, "--detach", *words) == 0, kvik.err
+    root = document(kvik)
+    assert root.findtext("name", "").startswith("tiny-")
+    assert root.findtext("os/kernel") and root.find("os/boot") is None
+    assert root.find("os").get("firmware") is None  # type: ignore[union-attr]
+    assert root.find("devices/disk/target").get("dev") == "vda"  # type: ignore[union-attr]
 
 
 def test_what_kvik_vmm_cannot_do_is_said_before_anything_is_made(kvik: Any, host: Any, tmp_path: Path) -> None:
@@ -146,14 +159,14 @@ def test_every_option_reaches_the_document(kvik: Any, host: Any, tmp_path: Path)
     assert root.findtext("name") == "n1"
     assert (root.findtext("memory"), root.findtext("vcpu")) == (str(1 << 20), "3")
     assert root.findtext("cpu/model") == "Nehalem"
-    assert root.find("os").get("firmware") == "efi"  # type: ignore[union-attr]
-    assert root.find("os/type").get("machine") == "pc"  # type: ignore[union-attr]
+    assert root.find("os").get("firmware") == "efi"
+    assert root.find("os/type").get("machine") == "pc"
     assert root.findtext("os/cmdline") == "a=<b> 'c'"
     assert root.findtext("os/initrd") == str(tmp_path / "i")
     assert root.find("devices/interface") is None
     disks = root.findall("devices/disk")
-    assert [disk.find("target").get("dev") for disk in disks] == ["sda", "vda", "sdb"]  # type: ignore[union-attr]
-    assert [disk.find("driver").get("type") for disk in disks] == ["qcow2", "raw", "raw"]  # type: ignore[union-attr]
+    assert [disk.find("target").get("dev") for disk in disks] == ["sda", "vda", "sdb"]
+    assert [disk.find("driver").get("type") for disk in disks] == ["qcow2", "raw", "raw"]
     assert disks[0].find("readonly") is not None
     assert disks[2].get("device") == "cdrom"
     assert host.packages == [{"uefi": True, "yes": True}]
@@ -165,8 +178,8 @@ def test_an_image_by_position_is_a_disk_with_a_screen(kvik: Any, host: Any, tmp_
     assert kvik("run", "--image", str(tmp_path / "debian-12.raw")) == 0, kvik.err
     root = document(kvik)
     assert root.findtext("name") == "debian-12-1"
-    assert root.find("os/boot").get("dev") == "hd"  # type: ignore[union-attr]
-    assert root.find("devices/graphics").get("listen") == "127.0.0.1"  # type: ignore[union-attr]
+    assert root.find("os/boot").get("dev") == "hd"
+    assert root.find("devices/graphics").get("listen") == "127.0.0.1"
     assert "is running" in kvik.out
 
 
@@ -279,6 +292,7 @@ def test_missing_packages_end_with_77(kvik: Any, host: Any, monkeypatch: pytest.
     ("words", "message"),
     [
         (["--initrd", "x"], "--initrd needs --kernel"),
+        (["--image", "tiny", "--kernel", "x"], "--image tiny brings its own kernel"),
         (["nosuch"], "there is no image 'nosuch'"),
         (["--kernel", "/nonexistent"], "No such file or directory"),
         (["--disk", "/nonexistent"], "give the path of an existing disk image"),
@@ -419,7 +433,7 @@ def test_each_stage_is_shown_once_as_it_ends(kvik: Any) -> None:
     ]
     kvik.connection.replies["stages"] = lambda: answers.pop(0)
     progress = Progress()
-    assert follow(kvik.connection.running, progress, 10).ready  # type: ignore[arg-type]
+    assert follow(kvik.connection.running, progress, 10).ready
     assert [line.split(": ")[1].split(" ")[0] for line in progress.lines] == ["started", "booted", "agent"]
 
 
@@ -427,7 +441,7 @@ def test_a_later_stage_proves_the_earlier_ones(kvik: Any) -> None:
     kvik.connection.replies["stages"] = Readiness(
         False, [Stage("started", 0.1, 1, ""), Stage("first output", 0.0, 0, ""), Stage("agent", 1.2, 1, "")]
     )
-    assert follow(kvik.connection.running, Progress(), 1).ready  # type: ignore[arg-type]
+    assert follow(kvik.connection.running, Progress(), 1).ready
 
 
 def test_a_stage_that_will_not_come_ends_the_waiting(kvik: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,20 +449,20 @@ def test_a_stage_that_will_not_come_ends_the_waiting(kvik: Any, monkeypatch: pyt
     kvik.connection.replies["stages"] = Readiness(False, [Stage("first output", 0.0, 0, "")])
     kvik.connection.replies["wait_ready"] = Readiness(False, [Stage("first output", 0.0, 4, "the kernel panicked")])
     with pytest.raises(OperationTimeout, match="does not boot: the kernel panicked"):
-        follow(kvik.connection.running, Progress(), 60)  # type: ignore[arg-type]
+        follow(kvik.connection.running, Progress(), 60)
 
 
 def test_at_the_end_of_the_waiting_the_daemon_says_why(kvik: Any) -> None:
     kvik.connection.replies["stages"] = Readiness(False, [Stage("agent", 0.0, 0, "")])
     kvik.connection.replies["wait_ready"] = Readiness(False, [Stage("agent", 0.0, 2, "is it installed?")])
     with pytest.raises(OperationTimeout, match=r"stalled before 'agent': is it installed\?"):
-        follow(kvik.connection.running, Progress(), 0.01)  # type: ignore[arg-type]
+        follow(kvik.connection.running, Progress(), 0.01)
 
 
 def test_waiting_has_an_end(kvik: Any) -> None:
     kvik.connection.replies["stages"] = Readiness(False, [])
     with pytest.raises(OperationTimeout, match="before its first stage"):
-        follow(kvik.connection.running, Progress(), 0.01)  # type: ignore[arg-type]
+        follow(kvik.connection.running, Progress(), 0.01)
 
 
 # exec
@@ -515,3 +529,43 @@ def test_progress_on_a_terminal_is_one_line_and_elsewhere_plain(tty: Any) -> Non
     assert "[##############..............]  50%" in screen.getvalue()
     assert screen.getvalue().endswith("\r\x1b[K")
     assert screen.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [30, 50, 60, 80])
+def test_a_bar_is_as_long_as_the_terminal_has_room(tty: Any, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    from kvik.cli import term
+    from kvik.cli.progress import Progress as Real
+
+    monkeypatch.setattr(term, "columns", lambda stream: columns)
+    screen = tty()
+    with Real(screen) as progress:
+        progress.bar("fetching", 10 << 20, 4 << 30, is_bytes=True)
+        progress.bar("fetching", 4 << 30, 4 << 30, is_bytes=True)
+    lines = screen.getvalue().replace("\x1b[K", "").replace("\r", "\n").split("\n")
+    assert max(len(line) for line in lines) < columns
+    if columns > 40:
+        assert any(line.endswith("] 100% 4096.0 MiB of 4096.0 MiB") for line in lines)
+        assert any(line.endswith("]   0% 10.0 MiB of 4096.0 MiB") for line in lines)
+
+
+def test_an_images_bar_goes_forward_only_and_makes_room_for_the_answer(tty: Any, tmp_path: Path) -> None:
+    from kvik.cli.context import Context
+    from kvik.cli.main import run_verb
+
+    source = tmp_path / "a.raw"
+    with source.open("wb") as file:
+        file.write(b"x" * (3 << 20))  # the hole behind it is told of before its last part
+        file.truncate(64 << 20)
+    screen = tty()
+    context = Context(stdout=screen, stderr=screen, colour=False)
+    assert run_verb(context, ["img", "convert", "-p", "-O", "raw", str(source), str(tmp_path / "b.raw")]) == 0
+    assert screen.getvalue().endswith("100% 64.0 MiB of 64.0 MiB\n")
+    screen.truncate(0)
+    assert run_verb(context, ["img", "compare", "-p", str(source), str(tmp_path / "b.raw")]) == 0
+    assert screen.getvalue().endswith("100% 64.0 MiB of 64.0 MiB\nImages are identical.\n")
+    with (tmp_path / "b.raw").open("r+b") as file:
+        file.seek((3 << 20) - 1)
+        file.write(b"y")
+    screen.truncate(0)
+    assert run_verb(context, ["img", "compare", "-p", str(source), str(tmp_path / "b.raw")]) == 1
+    assert screen.getvalue().endswith("\r\x1b[KContent mismatch at offset 3145216!\n")

@@ -595,6 +595,10 @@ ELSEWHERE_OPTIONS = {
     ("create", "console"): "test_console.py",
     ("echo", "err"): "test_output.py",
 }
+ELSEWHERE_OPTIONS |= {
+    ("undefine", name): "test_undefine.py"
+    for name in ("storage", "remove-all-storage", "delete-storage-volume-snapshots", "wipe-storage")
+}
 FAILS = {"send-key tiny-1 KEY_LEFTCTRL KEY_ALT 0x1", "event lifecycle --timeout 1"}
 FAILS |= {"change-media tiny-1 --path sda --source /dev/sr0 --update --block --print-xml --config --current"}
 CODES = {

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from fake_daemon import DOM, OFF, UUID, FakeDaemon
 
-from kvik.client.connection import Connection, uuid_bytes, version_text
+from kvik.client.connection import Connection, version_text
 from kvik.client.domain import Domain
+from kvik.client.handle import uuid_bytes
 from kvik.errors import (
     AuthenticationFailed,
     ConfigError,

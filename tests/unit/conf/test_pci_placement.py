@@ -79,7 +79,7 @@ def check(domain: Domain) -> None:
     for item in buses.values():
         if item.model in ROOTS:
             continue
-        upper = buses[item.address.bus or 0]  # type: ignore[union-attr]
+        upper = buses[item.address.bus or 0]
         needs, offers = BUSES[item.model or ""][3], BUSES[upper.model or ""][0]
         assert needs == offers, f"a {item.model} sits on a {upper.model}"
 
@@ -115,7 +115,7 @@ def test_any_set_of_controllers_and_devices_can_be_built(
     for element in elements(later, len(kinds)).replace("><disk", ">\n<disk").split("\n"):
         text = text.replace("</devices>", element + "</devices>")
     more = parse_domain(text)
-    kept = {mac: nic.address.pci for nic in again.devices.interfaces if (mac := nic.mac and nic.mac.address)}  # type: ignore[union-attr]
+    kept = {mac: nic.address.pci for nic in again.devices.interfaces if (mac := nic.mac and nic.mac.address)}
     before = [item.address and item.address.pci for item in again.devices.controllers if item.type == "pci"]
     postparse(more, MachineDefaults(machine=machine))
     check(more)

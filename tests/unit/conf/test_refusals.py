@@ -200,6 +200,9 @@ def test_sizes_and_units() -> None:
 def test_sets_of_cpus() -> None:
     assert parse_cpuset("0-3,^2,7") == {0, 1, 3, 7}
     assert format_cpuset({0, 1, 3, 7}) == "0-1,3,7"
+    assert format_cpuset({0, 1, 2, 5, 7, 8}).split(",") == ["0-2", "5", "7-8"]
+    assert format_cpuset([0, 1, 2, 8, 10, 11]) == "0-2,8,10-11"
+    assert format_cpuset([]) == ""
     for bad in ("", "a", "3-1", "0-99999999", "1-", "-1", "0,,1"):
         with pytest.raises(ValueError, match=r"set|range"):
             parse_cpuset(bad)

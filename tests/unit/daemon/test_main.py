@@ -95,10 +95,10 @@ def test_the_scope_follows_the_user_unless_told(tmp_path: Path) -> None:
     def paths(*options: str) -> object:
         return scope_paths(parser().parse_args(options), {"HOME": "/home/u"})
 
-    assert paths("--system").scope == "system"  # type: ignore[attr-defined]
-    assert str(paths("--session").config) == "/home/u/.config/kvik"  # type: ignore[attr-defined]
-    assert str(paths("--system", "--root", "/r").run) == "/r/run/kvik"  # type: ignore[attr-defined]
-    assert str(paths("--session", "--root", "/r").run) == "/r/run/kvik"  # type: ignore[attr-defined]
+    assert paths("--system").scope == "system"
+    assert str(paths("--session").config) == "/home/u/.config/kvik"
+    assert str(paths("--system", "--root", "/r").run) == "/r/run/kvik"
+    assert str(paths("--session", "--root", "/r").run) == "/r/run/kvik"
 
 
 @pytest.mark.parametrize("scope", ["system", "session"])

@@ -90,7 +90,7 @@ async def test_out_of_descriptors_the_daemon_goes_on() -> None:
             def __getattr__(self, name: str) -> object:
                 return getattr(self.listener, name)
 
-        server._listener = Exhausted(server._listener)  # type: ignore[assignment]
+        server._listener = Exhausted(server._listener)
         late = await daemon.client()
         assert (await late.call("CONNECT_GET_TYPE"))[0] == "QEMU"
         assert (await client.call("CONNECT_GET_TYPE"))[0] == "QEMU"
@@ -184,7 +184,7 @@ async def test_ending_does_not_wait_for_ever() -> None:
 async def test_a_second_daemon_on_the_same_state_does_not_start() -> None:
     async with running(FakeManager()) as daemon:
         manager = FakeManager()
-        second = Server(manager, daemon.server.paths, node=Node(manager))  # type: ignore[arg-type]
+        second = Server(manager, daemon.server.paths, node=Node(manager))
         with pytest.raises(ResourceBusy):
             await second.run()
         assert not manager.is_open
@@ -194,11 +194,11 @@ async def test_a_second_daemon_on_the_same_state_does_not_start() -> None:
 async def test_a_failed_start_leaves_nothing(tmp_path: Path) -> None:
     manager = FakeManager()
     paths = Paths.system(tmp_path, {})
-    server = Server(manager, paths, node=Node(manager), socket_path=tmp_path / ("x" * 200))  # type: ignore[arg-type]
+    server = Server(manager, paths, node=Node(manager), socket_path=tmp_path / ("x" * 200))
     with pytest.raises(KvikError):
         await server.run()
     assert not manager.is_open
-    again = Server(manager, paths, node=Node(manager))  # type: ignore[arg-type]
+    again = Server(manager, paths, node=Node(manager))
     again.stop("at once")
     await again.run()  # the lock is free
 

@@ -100,6 +100,24 @@ def test_a_full_file_system_keeps_the_old_content(tmp_path: Path) -> None:
         subprocess.check_call(["umount", str(tmp_path)])
 
 
+@pytest.mark.root
+def test_what_is_not_on_a_read_only_file_system_need_not_be_removed(tmp_path: Path) -> None:
+    mounted = os.geteuid() == 0 and not subprocess.call(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)], stderr=subprocess.DEVNULL
+    )
+    if not mounted:
+        pytest.skip("needs root: mounts a 16 KiB tmpfs")
+    try:
+        (tmp_path / "there").write_bytes(b"")
+        subprocess.check_call(["mount", "-o", "remount,ro", str(tmp_path)])
+        assert not files.remove_file(tmp_path / "gone")
+        for name in ("there", "gone"):
+            with pytest.raises(HostError, match="Read-only"):
+                files.remove_file(tmp_path / name, missing_ok=name == "there")
+    finally:
+        subprocess.check_call(["umount", str(tmp_path)])
+
+
 def test_a_symbolic_link_is_replaced_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")

@@ -129,7 +129,7 @@ def message(kind: int, payload: bytes = b"", flags: int = 2, sequence: bytes = b
 def ask(kernel: Kernel) -> list[bytes]:
     with Netlink() as netlink:
         netlink._socket.close()
-        netlink._socket = kernel  # type: ignore[assignment]
+        netlink._socket = kernel
         return netlink.request("ask", 18, DUMP, b"")
 
 

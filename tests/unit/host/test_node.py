@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kvik.conf.cpuset import format_cpuset
 from kvik.host import node
+from kvik.host.cpu_model import cpu_model
+from kvik.host.sysfs import parse_cpu_list
 
 
 def tree(
@@ -37,7 +40,7 @@ def tree(
         (huge / "nr_hugepages").write_text("4")
         (huge / "free_hugepages").write_text("3")
         mine = [cpu for cpu in range(cpus) if (cpu % cores) * cells // cores == cell]
-        (directory / "cpulist").write_text(node.format_cpu_list(mine))
+        (directory / "cpulist").write_text(format_cpuset(mine))
         (directory / "meminfo").write_text(f"Node {cell} MemTotal: 1048576 kB\nNode {cell} MemFree: 524288 kB\n")
         (directory / "distance").write_text(" ".join("10" if other == cell else "21" for other in range(cells)))
     (root / "proc").mkdir()
@@ -68,7 +71,7 @@ def test_topology_as_libvirt_counts_it(tmp_path: Path) -> None:
     ],
 )
 def test_other_shapes(tmp_path: Path, shape: dict[str, int], expected: tuple[int, ...]) -> None:
-    info = node.node_info(tree(tmp_path, **shape))  # type: ignore[arg-type]
+    info = node.node_info(tree(tmp_path, **shape))
     assert (info.nodes, info.sockets, info.cores, info.threads) == expected
     assert info.nodes * info.sockets * info.cores * info.threads >= info.cpus
 
@@ -95,7 +98,7 @@ def test_a_kernel_without_numa_has_one_cell(tmp_path: Path) -> None:
 
 
 def test_the_cpu_is_described_in_both_spellings(tmp_path: Path) -> None:
-    cpu = node.cpu_model(tree(tmp_path))
+    cpu = cpu_model(tree(tmp_path))
     assert (cpu.vendor, cpu.family, cpu.model, cpu.stepping, cpu.microcode) == ("Intel", 6, 85, 7, 0x500320A)
     assert (cpu.name, cpu.physical_bits, cpu.virtual_bits) == ("Some Xeon", 46, 48)
     assert cpu.features == ["fpu", "sse4.1", "sse4.2", "tsc-deadline", "vmx"]
@@ -106,11 +109,11 @@ def test_models_are_recognised_by_their_features(tmp_path: Path) -> None:
     root = tree(tmp_path)
     level = "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3"
     (root / "proc/cpuinfo").write_text(f"vendor_id\t: GenuineIntel\nflags\t: {level}\n")
-    assert node.cpu_model(root).known_model == "Nehalem"
+    assert cpu_model(root).known_model == "Nehalem"
     (root / "proc/cpuinfo").write_text(f"vendor_id\t: GenuineIntel\nflags\t: {level} avx aes\n")
-    assert node.cpu_model(root).known_model == "SandyBridge"
+    assert cpu_model(root).known_model == "SandyBridge"
     (root / "proc/cpuinfo").write_text(f"vendor_id\t: AuthenticAMD\nflags\t: {level} avx aes fma4\n")
-    assert node.cpu_model(root).known_model == "Opteron_G4"
+    assert cpu_model(root).known_model == "Opteron_G4"
 
 
 def test_cpu_time_by_cpu_and_in_sum(tmp_path: Path) -> None:
@@ -123,12 +126,10 @@ def test_cpu_time_by_cpu_and_in_sum(tmp_path: Path) -> None:
 
 
 def test_cpu_lists() -> None:
-    assert node.parse_cpu_list("0-2,8,10-11\n") == [0, 1, 2, 8, 10, 11]
-    assert node.parse_cpu_list("") == []
-    assert node.parse_cpu_list("a,-1,3-x,5") == [5]
-    assert len(node.parse_cpu_list("0-99999999999")) == 8192  # bounded
-    assert node.format_cpu_list([0, 1, 2, 8, 10, 11]) == "0-2,8,10-11"
-    assert node.format_cpu_list([]) == ""
+    assert parse_cpu_list("0-2,8,10-11\n") == [0, 1, 2, 8, 10, 11]
+    assert parse_cpu_list("") == []
+    assert parse_cpu_list("a,-1,3-x,5") == [5]
+    assert len(parse_cpu_list("0-99999999999")) == 8192  # bounded
 
 
 def test_the_cpu_map_is_a_bitmap_of_present_cpus() -> None:
@@ -140,10 +141,10 @@ def test_nothing_there_gives_zeros_not_errors(tmp_path: Path) -> None:
     assert node.memory_stats(tmp_path) == node.MemoryStats(0, 0, 0, 0, 0)
     assert node.cpu_stats(tmp_path) == {}
     assert node.node_info(tmp_path).cpus >= 1
-    assert node.cpu_model(tmp_path).vendor == ""
+    assert cpu_model(tmp_path).vendor == ""
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_bytes(b"\xff" * 1000 + b"\nmodel\t: many\nflags\t:\n")
-    assert node.cpu_model(tmp_path).model == 0
+    assert cpu_model(tmp_path).model == 0
 
 
 def test_the_host_uuid_is_the_firmwares_or_kept(tmp_path: Path) -> None:

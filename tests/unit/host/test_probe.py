@@ -467,7 +467,7 @@ def test_the_speed_is_the_slope_without_entry_costs_and_hiccups(
     monkeypatch.setattr(kvm_probe, "_start", lambda vcpu, iterations: started.append(iterations))
     monkeypatch.setattr(kvm_probe, "_timed", timed)
     result: dict[str, Any] = {}
-    assert kvm_probe._measure_speed(None, result)  # type: ignore[arg-type]
+    assert kvm_probe._measure_speed(None, result)
     assert result["instruction_ns"] == pytest.approx(instruction, rel=0.1)
     assert (result["instruction_ns"] <= FAST) == fast
     assert (kvm_probe.PRECISE_RUN in started) == fast

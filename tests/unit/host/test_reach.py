@@ -43,7 +43,7 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(work())  # type: ignore[arg-type]
+    asyncio.run(work())
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -128,7 +128,7 @@ class RecordedNetlink:
 
 def test_a_function_gets_the_guests_address_and_vlan_from_the_card(kernel: FakeKernel) -> None:
     netlink = RecordedNetlink()
-    sriov.set_address(netlink, FUNCTIONS[1], "52:54:00:00:00:01", vlan=9, sysfs=kernel.root)  # type: ignore[arg-type]
+    sriov.set_address(netlink, FUNCTIONS[1], "52:54:00:00:00:01", vlan=9, sysfs=kernel.root)
     ((kind, payload),) = netlink.requests
     assert kind == 19  # RTM_SETLINK
     assert struct.unpack_from("=BxHi", payload) == (0, 0, 7)
@@ -136,5 +136,5 @@ def test_a_function_gets_the_guests_address_and_vlan_from_the_card(kernel: FakeK
     assert told[1][:10] == struct.pack("=I", 1) + bytes.fromhex("525400000001") and len(told[1]) == 36
     assert told[2] == struct.pack("=III", 1, 9, 0)
     with pytest.raises(HostError, match="is no virtual function") as caught:
-        sriov.set_address(netlink, PHYSICAL, "52:54:00:00:00:01", sysfs=kernel.root)  # type: ignore[arg-type]
+        sriov.set_address(netlink, PHYSICAL, "52:54:00:00:00:01", sysfs=kernel.root)
     assert caught.value.errno == errno.ENODEV

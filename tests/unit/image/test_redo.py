@@ -167,7 +167,7 @@ def test_killed_anywhere_what_was_answered_is_there(
                 assert seen[at : at + SECTOR] in either, f"{at:#x}, killed at line {line} of seed {seed}"
             image.close()
             with Opener().open(str(path), "qcow2", chain=False) as whole:
-                result = Checker(whole).run()  # type: ignore[arg-type]
+                result = Checker(whole).run()
                 assert result.clean or (kind == "v2" and not result.corruptions), result.messages
     assert lost
     if shutil.which("qemu-img"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from manager_bench import Bench
 
 
 class Killed(BaseException):
@@ -39,3 +40,15 @@ class Guillotine:
             return primitive(*args, **kwargs)
 
         return guarded
+
+
+async def cut(bench: Bench, steps: int, work: Awaitable[Any]) -> bool:
+    """A daemon is killed after so many changes to the file system by `work`; whether that was before its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        guillotine = Guillotine(patch, steps)
+        try:
+            await work
+        except BaseException as error:
+            assert guillotine.fell, error
+        await bench.kill()
+    return guillotine.fell

@@ -63,7 +63,7 @@ def test_an_interface_is_on_a_network_by_name_or_by_its_bridge(
     kind: Any, source: dict[str, str] | None, name: str | None
 ) -> None:
     interface = Interface(type=kind, source=InterfaceSource(**source) if source is not None else None)
-    found = network_of(Networks(), interface)  # type: ignore[arg-type]
+    found = network_of(Networks(), interface)
     assert (found.name if found is not None else None) == name
 
 

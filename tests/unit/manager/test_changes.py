@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from manager_bench import Bench, document
 
+from kvik.conf.devices_xml import format_device
 from kvik.errors import (
     AlreadyExists,
     ConfigError,
@@ -76,6 +77,47 @@ async def test_detaching_waits_for_the_guest_and_tells(bench: Bench) -> None:
     await domain.detach_device(NIC, BOTH)
     assert "52:54:00:00:00:09" not in domain.xml() and "52:54:00:00:00:09" not in domain.xml(2)
     assert "device-removed" in bench.kinds()
+
+
+async def test_what_the_live_document_says_of_a_device_detaches_it_from_the_definition_too(
+    bench: Bench, image: Path
+) -> None:
+    """As virsh does it: the element with the alias, which the definition does not have."""
+    domain = await bench.manager.define(document(devices=NIC + disk(image)))
+    for flags in (BOTH, CONFIG):
+        await domain.start()
+        assert domain.live
+        for device in (domain.live.devices.interfaces[0], domain.live.devices.disks[0]):
+            assert device.alias and device.alias.name
+            await domain.detach_device(format_device(device), flags)
+        assert not domain.definition.devices.interfaces and not domain.definition.devices.disks
+        await domain.destroy()
+        await domain.attach_device(NIC, CONFIG)
+        await domain.attach_device(disk(image), CONFIG)
+
+
+async def test_what_only_the_run_has_goes_from_it_by_its_alias(bench: Bench, image: Path) -> None:
+    domain = await bench.manager.define(document(devices=NIC))
+    await domain.start()
+    await domain.attach_device(disk(image), LIVE)
+    assert domain.live
+    xml = format_device(domain.live.devices.disks[0])
+    await domain.detach_device(xml, BOTH)
+    assert not domain.live.devices.disks and domain.definition.devices.interfaces
+    with pytest.raises(NoDevice):
+        await domain.detach_device(xml, CONFIG)
+
+
+async def test_an_interface_with_its_live_alias_changes_in_both(bench: Bench) -> None:
+    domain = await bench.manager.define(document(devices=NIC))
+    await domain.start()
+    assert domain.live
+    down = format_device(domain.live.devices.interfaces[0]).replace("</interface>", "<link state='down'/></interface>")
+    await domain.update_device(down, BOTH)
+    for found in (domain.live, domain.definition):
+        link = found.devices.interfaces[0].link
+        assert link is not None and link.state == "down"
+    assert domain.definition.devices.interfaces[0].alias is None
 
 
 async def test_a_guest_that_does_not_let_go_keeps_the_device(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ async def test_events_reach_all_subscribers_even_if_one_fails(bench: Bench) -> N
     assert len(got) == 1
 
 
-async def test_undefine_refuses_to_lose_firmware_variables_unasked(bench: Bench, tmp_path) -> None:  # type: ignore[no-untyped-def]
+async def test_undefine_refuses_to_lose_firmware_variables_unasked(bench: Bench, tmp_path) -> None:
     nvram = tmp_path / "vars.fd"
     nvram.write_bytes(b"vars")
     code = tmp_path / "code.fd"

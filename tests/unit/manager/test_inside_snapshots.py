@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from guillotine import Guillotine
+from guillotine import cut
 from manager_bench import Bench, document, until
 from snapshot_bench import SIZE, disk_xml, images, machine, shows, started, take, top, write
 
@@ -188,13 +188,7 @@ async def test_killed_at_any_change_to_a_file_nothing_is_lost(
         now = shows(domain)
         if running:
             await domain.start()
-        with pytest.MonkeyPatch.context() as patch:
-            guillotine = Guillotine(patch, steps)
-            try:
-                await operation(domain)
-            except BaseException as error:
-                assert guillotine.fell, error
-            await bench.kill()
+        fell = await cut(bench, steps, operation(domain))
         manager = await bench.open()
         said = f"after {steps} steps of {operation.__name__}"
         try:
@@ -219,7 +213,7 @@ async def test_killed_at_any_change_to_a_file_nothing_is_lost(
         finally:
             await manager.close()
         shutil.rmtree(where)
-        if not guillotine.fell:
+        if not fell:
             assert steps > 3
             return
     pytest.fail("the operation never came to its end")

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from guillotine import Guillotine
+from guillotine import cut
 from manager_bench import Bench, until
-from snapshot_bench import DISKS, images, machine, shows, started, take, top
+from snapshot_bench import DISKS, SIZE, disk_xml, images, machine, shows, started, take, top
 
 from kvik.conf.enums import DomainSnapshotCreateFlags as Create
 from kvik.conf.enums import DomainSnapshotDeleteFlags as Delete
@@ -17,9 +17,11 @@ from kvik.conf.enums import DomainState
 from kvik.conf.snapshot import format_snapshot
 from kvik.errors import KvikError, OperationFailed, OperationInvalid
 from kvik.hypervisor.test.behaviour import Behaviour
+from kvik.image.create import create as create_image
 from kvik.manager.domain import DomainObject
 from kvik.manager.snapshots import create, delete, revert
 
+LIVE = 1
 THEN, NOW = b"then" * 1000, b"now" * 1000
 
 
@@ -77,6 +79,22 @@ async def test_memory_disks_and_tpm_go_back_together(bench: Bench, tmp_path: Pat
     assert not file.exists()
     await domain.destroy()
     await until(lambda: not bench.paths.snapshots.joinpath("a").exists())
+
+
+async def test_a_disk_that_only_the_run_had_comes_back_with_it(bench: Bench, tmp_path: Path) -> None:
+    """Its new image is needed by no definition: it is kept for the machine that is about to run."""
+    domain = await memorable(bench, tmp_path)
+    create_image(str(tmp_path / "plugged.qcow2"), "qcow2", SIZE)
+    await domain.attach_device(disk_xml(tmp_path / "plugged.qcow2", "vdb"), LIVE)
+    await take(domain, "s1")
+    for _ in range(2):
+        await revert.revert(domain, "s1", 0)
+        assert domain.state == DomainState.RUNNING and memory(bench) == THEN and domain.run is not None
+        running = [disk.source.location for disk in domain.run.live.devices.disks if disk.source is not None]
+        assert len(running) == 2 and all(Path(path or "").exists() for path in running)
+    await domain.destroy()
+    await until(lambda: not (tmp_path / "plugged.s1-now").exists())
+    assert (tmp_path / "plugged.qcow2").exists()
 
 
 async def test_a_paused_machine_comes_back_paused_unless_told_otherwise(bench: Bench, tmp_path: Path) -> None:
@@ -254,13 +272,7 @@ async def test_killed_at_any_change_to_a_file_it_is_there_as_a_whole_or_not_at_a
         await take(domain, "s1")
         kept = shows(domain)
         remember(bench, NOW)
-        with pytest.MonkeyPatch.context() as patch:
-            guillotine = Guillotine(patch, steps)
-            try:
-                await operation(domain, file)
-            except BaseException as error:
-                assert guillotine.fell, error
-            await bench.kill()
+        fell = await cut(bench, steps, operation(domain, file))
         manager = await bench.open()
         said = f"after {steps} steps of {operation.__name__}"
         try:
@@ -288,7 +300,7 @@ async def test_killed_at_any_change_to_a_file_it_is_there_as_a_whole_or_not_at_a
         finally:
             await manager.close()
         shutil.rmtree(where)
-        if not guillotine.fell:
+        if not fell:
             assert steps > 3
             return
     pytest.fail("the operation never came to its end")

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from guillotine import Guillotine
+from guillotine import cut
 from manager_bench import Bench
 from snapshot_bench import SIZE, machine, take, top, write
 
@@ -222,13 +222,7 @@ async def test_killed_amid_a_merge_no_checkpoint_tells_less(tmp_path: Path, name
         shutil.copytree(kept, where, symlinks=True)
         bench = Bench(where)
         domain = (await bench.open()).lookup_name("a")
-        with pytest.MonkeyPatch.context() as patch:
-            guillotine = Guillotine(patch, steps)
-            try:
-                await delete.delete(domain, name, 0)
-            except BaseException as error:
-                assert guillotine.fell, error
-            await bench.kill()
+        fell = await cut(bench, steps, delete.delete(domain, name, 0))
         manager = await bench.open()
         domain = manager.lookup_name("a")
         async with domain.jobs.hold("see the end of", wait=20):
@@ -238,9 +232,9 @@ async def test_killed_amid_a_merge_no_checkpoint_tells_less(tmp_path: Path, name
             try:
                 assert blocks(was, now) <= changed(domain, checkpoint), f"{checkpoint} after {steps} steps"
             except CheckpointInconsistent:
-                assert guillotine.fell
+                assert fell
         await manager.close()
-        if not guillotine.fell:
+        if not fell:
             return
     pytest.fail("it never came to its end")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from guillotine import Guillotine
+from guillotine import cut
 from manager_bench import Bench, document
 from snapshot_bench import SIZE, disk_xml, shows, take, write
 
@@ -94,13 +94,7 @@ async def test_killed_at_any_change_to_a_file_it_has_one_of_the_names(tmp_path: 
         shutil.copytree(kept, where, symlinks=True)
         bench = Bench(where)
         domain = (await bench.open()).lookup_name("a")
-        with pytest.MonkeyPatch.context() as patch:
-            guillotine = Guillotine(patch, steps)
-            try:
-                await domain.rename("c")
-            except BaseException as error:
-                assert guillotine.fell, error
-            await bench.kill()
+        fell = await cut(bench, steps, domain.rename("c"))
         manager = await bench.open()
         (survivor,) = manager.domains()
         names.append(survivor.name)
@@ -110,7 +104,7 @@ async def test_killed_at_any_change_to_a_file_it_has_one_of_the_names(tmp_path: 
             raise AssertionError(f"after {steps} steps: {error}") from error
         finally:
             await manager.close()
-        if not guillotine.fell:
+        if not fell:
             assert names == sorted(names) and set(names) == {"a", "c"}
             return
     pytest.fail("it never came to its end")

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from guillotine import Guillotine
+from guillotine import cut
 from manager_bench import Bench, document, until
 from snapshot_bench import disk_xml, machine, take
 
@@ -351,13 +351,7 @@ async def test_killed_at_any_change_to_a_file_neither_machine_nor_file_is_lost(
             await saved.managed_save(domain, 0)
         if operation is restore:
             await saved.save(domain, str(path), None, 0)
-        with pytest.MonkeyPatch.context() as patch:
-            guillotine = Guillotine(patch, steps)
-            try:
-                await operation(domain, path)
-            except BaseException as error:
-                assert guillotine.fell, error
-            await bench.kill()
+        fell = await cut(bench, steps, operation(domain, path))
         manager = await bench.open()
         try:
             domain = manager.lookup_name("a")
@@ -379,7 +373,7 @@ async def test_killed_at_any_change_to_a_file_neither_machine_nor_file_is_lost(
         finally:
             await manager.close()
         shutil.rmtree(where)
-        if not guillotine.fell:
+        if not fell:
             assert steps > 3
             return
     pytest.fail("the operation never came to its end")

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from guillotine import Guillotine
+from guillotine import cut
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manager_bench import Bench
@@ -105,13 +105,7 @@ async def test_killed_at_any_change_to_a_file_nothing_is_lost(
         await idle(domain)
         if running:
             await domain.start()
-        with pytest.MonkeyPatch.context() as patch:
-            guillotine = Guillotine(patch, steps)
-            try:
-                await operation(domain)
-            except BaseException as error:
-                assert guillotine.fell, error
-            await bench.kill()
+        fell = await cut(bench, steps, operation(domain))
         manager = await bench.open()
         try:
             domain = manager.lookup_name("a")
@@ -130,7 +124,7 @@ async def test_killed_at_any_change_to_a_file_nothing_is_lost(
                 assert images(where / "disks") == inside, f"{said}: a file that nobody needs is left"
         finally:
             await manager.close()
-        if not guillotine.fell:
+        if not fell:
             assert steps > 0
             return
     pytest.fail("the operation never came to its end")

@@ -224,6 +224,40 @@ async def test_names_and_files_that_are_taken(bench: Bench, tmp_path: Path) -> N
             await take(domain, name)
 
 
+async def test_the_name_of_a_deleted_snapshot_is_free_again(bench: Bench, tmp_path: Path) -> None:
+    """Also where its image is still there, with what a later snapshot needs."""
+    domain = await machine(bench, tmp_path)
+    await take(domain, "kept")
+    for _ in range(3):
+        await take(domain, "daily")
+        write(domain, 0, b"x" * 4096)  # so that the image below has less to be moved
+        await delete.delete(domain, "daily", 0)
+    await take(domain, "daily")
+    assert len(images(tmp_path)) == 3
+
+
+async def test_disks_whose_images_differ_in_their_suffix_only(bench: Bench, tmp_path: Path) -> None:
+    first, second = tmp_path / "disk.qcow2", tmp_path / "disk.img"
+    create_image(str(first), "qcow2", SIZE)
+    create_image(str(second), "raw", SIZE)
+    devices = disk_xml(first) + disk_xml(second, "vdb", "raw")
+    domain = await bench.manager.define(document(devices=devices))
+    for target in ("vda", "vdb"):
+        write(domain, 0, target.encode(), target)
+    before = [shows(domain, target) for target in ("vda", "vdb")]
+    await take(domain, "s1")
+    assert {top(domain, target)[0] for target in ("vda", "vdb")} == {f"{tmp_path}/disk.s1", f"{tmp_path}/disk.s1-1"}
+    for target in ("vda", "vdb"):
+        write(domain, 0, b"later", target)
+    await take(domain, "s2")
+    await revert.revert(domain, "s1", 0)
+    assert [shows(domain, target) for target in ("vda", "vdb")] == before
+    for name in ("s2", "s1"):
+        await delete.delete(domain, name, 0)
+    assert images(tmp_path) == {"disk.qcow2", "disk.img"}
+    assert [shows(domain, target) for target in ("vda", "vdb")] == before
+
+
 async def test_an_image_made_before_is_used_if_it_rests_on_the_disk(bench: Bench, tmp_path: Path) -> None:
     domain = await machine(bench, tmp_path)
     facts = overlays.look(str(tmp_path / "disk.qcow2"), "qcow2")

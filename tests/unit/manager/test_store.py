@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guillotine import Guillotine, Killed
+from guillotine import Guillotine, Killed, cut
 from manager_bench import Bench, document, until
 
 from kvik.conf.enums import DomainShutoffReason, DomainState
@@ -68,13 +68,7 @@ async def test_killed_at_any_step_the_next_daemon_finds_a_whole_state(tmp_path: 
         manager = await bench.open()
         domain = await manager.define(document("a"))
         await domain.set_autostart(True)
-        with pytest.MonkeyPatch.context() as patch:
-            guillotine = Guillotine(patch, steps)
-            try:
-                await operation(manager)
-            except BaseException as error:
-                assert guillotine.fell, error
-            await bench.kill()
+        fell = await cut(bench, steps, operation(manager))
         manager = await bench.open()
         try:
             check(bench, manager)
@@ -82,7 +76,7 @@ async def test_killed_at_any_step_the_next_daemon_finds_a_whole_state(tmp_path: 
             raise AssertionError(f"after {steps} steps of {operation.__name__}: {error}") from error
         finally:
             await manager.close()
-        if not guillotine.fell:
+        if not fell:
             assert steps > 0
             return
     pytest.fail("the operation never came to its end")

@@ -98,7 +98,7 @@ async def test_a_vmm_stuck_while_the_daemon_comes_back_delays_nobody_and_is_not_
     await two(bench)
     attach, silent = bench.driver.attach, asyncio.Event()
 
-    async def slow(definition, directory, handle, sink):  # type: ignore[no-untyped-def]
+    async def slow(definition, directory, handle, sink):
         if definition.name == "a" and not silent.is_set():
             await asyncio.sleep(60)
         return await attach(definition, directory, handle, sink)

@@ -32,7 +32,7 @@ DEFINED, UNDEFINED, STARTED, STOPPED, CREATED, DELETED = range(6)
 
 
 def build(backend: object) -> None:
-    backend.build()  # type: ignore[attr-defined]
+    backend.build()
 
 
 async def test_the_life_of_a_pool_and_what_is_told_of_it(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ async def test_killed_at_any_step_the_next_daemon_finds_all_or_nothing(
                     ended = False
                     raise Killed
                 left -= 1
-                return real(*args, **kwargs)  # type: ignore[operator]
+                return real(*args, **kwargs)
 
             return call
 
@@ -367,4 +367,4 @@ async def test_a_file_system_of_a_cluster_is_made_by_its_own_tool(tmp_path: Path
     async with opened(tmp_path) as pools:
         pool = await pools.define(xml)
         with pytest.raises(ConfigUnsupported, match=r"mkfs\.gfs2 -p lock_dlm -t CLUSTER:NAME -j HOSTS /dev/kvik"):
-            await pool.build(lambda backend: backend.build(overwrite=True))  # type: ignore[attr-defined]
+            await pool.build(lambda backend: backend.build(overwrite=True))

@@ -102,7 +102,7 @@ class Driver:
             base = RING_SPACE * (1 + queue.index)
             self.memory.write(base, bytes(RING_SPACE))
             queue.desc, queue.avail, queue.used = base, base + 0x5000, base + 0x6000
-            queue.notify = lambda index=queue.index: self.transport.signals.append(index)  # type: ignore[misc]
+            queue.notify = lambda index=queue.index: self.transport.signals.append(index)
             queue.start(acked)
         before()
         device.start(acked)

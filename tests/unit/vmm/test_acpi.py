@@ -19,7 +19,7 @@ from kvik.vmm.layout import ECAM, GIB, HIGH_MEMORY, IOAPIC, MIB, RAM_HIGH, RAM_L
 
 
 def description(cpus: int = 2, memory: int = 512 * MIB, **more: object) -> Description:
-    return Description(Layout(memory), [Cpu(index) for index in range(cpus)], **more)  # type: ignore[arg-type]
+    return Description(Layout(memory), [Cpu(index) for index in range(cpus)], **more)
 
 
 def everything(cpus: int = 4) -> Description:

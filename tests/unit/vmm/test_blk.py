@@ -48,19 +48,6 @@ def plain(path: Path, size: int = SIZE) -> Path:
     return path
 
 
-@pytest.fixture
-def running() -> Iterator[Callable[..., BlkProcess]]:
-    made: list[BlkProcess] = []
-
-    def start(*images: tuple[Path, str], **more: Any) -> BlkProcess:
-        made.append(BlkProcess(*images, **more))
-        return made[-1]
-
-    yield start
-    for process in made:
-        process.close()
-
-
 # Images of every shape: what makes them, the chain from the top down, and what they hold at first.
 
 Shape = tuple[list[tuple[Path, str]], bytes]

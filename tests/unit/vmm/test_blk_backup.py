@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,6 @@ from .blk_process import SECONDS, BlkProcess, Served
 MIB = 1 << 20
 SIZE = 8 * MIB
 needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img (apt install qemu-utils)")
-
-
-@pytest.fixture
-def running() -> Iterator[Callable[..., BlkProcess]]:
-    made: list[BlkProcess] = []
-
-    def start(*images: tuple[Path, str], **more: Any) -> BlkProcess:
-        made.append(BlkProcess(*images, **more))
-        return made[-1]
-
-    yield start
-    for process in made:
-        process.close()
 
 
 def send(process: BlkProcess, name: str, path: Path, flags: int = os.O_RDWR) -> None:

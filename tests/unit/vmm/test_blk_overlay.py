@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,6 @@ MIB = 1 << 20
 SIZE = 8 * MIB
 A, B, C = (letter * 65536 for letter in (b"a", b"b", b"c"))
 needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img (apt install qemu-utils)")
-
-
-@pytest.fixture
-def running() -> Iterator[Callable[..., BlkProcess]]:
-    made: list[BlkProcess] = []
-
-    def start(*images: tuple[Path, str], **more: Any) -> BlkProcess:
-        made.append(BlkProcess(*images, **more))
-        return made[-1]
-
-    yield start
-    for process in made:
-        process.close()
 
 
 def first(path: Path, form: str) -> Path:

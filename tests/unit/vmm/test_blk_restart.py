@@ -159,7 +159,7 @@ def test_killed_at_every_point_of_a_request(form: str, disk: Callable[..., Disk]
     content = bytearray(SIZE)
     deaths = 0
     line = 40
-    served.process.kill()  # type: ignore[union-attr]
+    served.process.kill()
     served.lost()
     for turn in range(14):
         served.again(line)
@@ -195,7 +195,7 @@ def test_killed_at_every_point_of_a_request(form: str, disk: Callable[..., Disk]
         for item, offset, length in reads:
             assert item.data == content[offset : offset + length]
         if not served.device.waiting:
-            served.process.kill()  # type: ignore[union-attr]
+            served.process.kill()
             served.lost()
         line = line * 3 // 2
     served.again()
@@ -214,7 +214,7 @@ def test_answered_and_not_flushed_is_there_after_a_kill(disk: Callable[..., Disk
     for number in range(20):
         served.driver.write(5 * number * CLUSTER, bytes([number + 1]) * 4096)
     assert served.driver.segment(blk.T_WRITE_ZEROES, 5 * CLUSTER, CLUSTER) == blk.S_OK
-    served.process.kill()  # type: ignore[union-attr]
+    served.process.kill()
     served.lost()
     served.again()
     for number in range(20):
@@ -229,7 +229,7 @@ def test_a_disk_waits_and_then_goes_on_or_is_given_up(disk: Callable[..., Disk])
     served.driver.write(0, b"a" * 512)
     with pytest.raises(OperationInvalid, match="does not wait"):
         device.give_up("no reason")
-    served.process.kill()  # type: ignore[union-attr]
+    served.process.kill()
     served.lost()
     assert machine.events == [("VHOST_USER_DISCONNECTED", machine.events[0][1])]
     assert machine.events[0][1]["waiting"] is True
@@ -248,7 +248,7 @@ def test_a_disk_waits_and_then_goes_on_or_is_given_up(disk: Callable[..., Disk])
     device.pause()
     assert device.state()["queues"][0]["next_avail"] == 2
     device.resume()
-    served.process.kill()  # type: ignore[union-attr]
+    served.process.kill()
     served.lost()
     device.give_up("it ended too often")
     assert device.broken == "it ended too often" and served.driver.transport.resets == 1
@@ -260,7 +260,7 @@ def test_a_driver_that_resets_a_waiting_disk_begins_anew(disk: Callable[..., Dis
     served = disk()
     driver, device = served.driver, served.device
     driver.write(0, b"a" * 512)
-    served.process.kill()  # type: ignore[union-attr]
+    served.process.kill()
     served.lost()
     served.post(blk.T_OUT, 0, b"b" * 512)  # never seen: the rings are the driver's own again
     device.stop()
@@ -274,7 +274,7 @@ def test_a_driver_that_resets_a_waiting_disk_begins_anew(disk: Callable[..., Dis
 def test_notes_of_another_image_are_refused(tmp_path: Path, disk: Callable[..., Disk]) -> None:
     served = disk()
     served.driver.write(0, b"a" * 512)
-    served.process.kill()  # type: ignore[union-attr]
+    served.process.kill()
     served.lost()
     served.path.rename(tmp_path / "old")
     create(str(served.path), "qcow2", SIZE)

@@ -114,7 +114,7 @@ def test_numbers_of_routes_are_used_again_and_bounded(interrupts: Interrupts, mo
 
 
 def test_doorbells_are_taken_down_as_they_were_put_up(vm: FakeVm) -> None:
-    bells = Doorbells(vm)  # type: ignore[arg-type]
+    bells = Doorbells(vm)
     bells.add(0x1000, 2, 5)
     bells.remove(0x1000, 2)
     bells.remove(0x1000, 2)

@@ -38,7 +38,7 @@ def test_a_callback_may_remove_another_of_the_same_round() -> None:
         loop.remove_reader(mine)
 
     for mine, other in (pipes, pipes[::-1]):
-        loop.add_reader(mine[0], lambda mine=mine, other=other: first(mine[0], other[0]))  # type: ignore[misc]
+        loop.add_reader(mine[0], lambda mine=mine, other=other: first(mine[0], other[0]))
         os.write(mine[1], b"x")
     loop.run_once(1)
     assert len(seen) == 1
@@ -73,12 +73,12 @@ def test_readers_and_writers_of_one_descriptor_are_apart() -> None:
 
 def test_an_error_in_a_callback_goes_to_who_wants_it() -> None:
     loop = EventLoop()
-    loop.call_soon(lambda: 1 / 0)  # type: ignore[arg-type]
+    loop.call_soon(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loop.run_once()
     seen: list[BaseException] = []
     loop.on_error = seen.append
-    loop.call_soon(lambda: 1 / 0)  # type: ignore[arg-type]
+    loop.call_soon(lambda: 1 / 0)
     loop.run_once()
     assert isinstance(seen[0], ZeroDivisionError)
     loop.close()
@@ -90,7 +90,7 @@ def test_calls_from_many_threads_all_arrive() -> None:
 
     def caller(number: int) -> None:
         for index in range(200):
-            loop.call_soon(lambda index=index: seen.append(number * 1000 + index))  # type: ignore[misc]
+            loop.call_soon(lambda index=index: seen.append(number * 1000 + index))
 
     threads = [threading.Thread(target=caller, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -140,7 +140,7 @@ def test_more_descriptors_than_one_round_takes_are_all_served() -> None:
     fds = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(100)]
     heard = set()
     for fd in fds:
-        loop.add_reader(fd, lambda fd=fd: heard.add(fd))  # type: ignore[misc]
+        loop.add_reader(fd, lambda fd=fd: heard.add(fd))
     for _ in range(4):
         loop.run_once(0)
     assert heard == set(fds)

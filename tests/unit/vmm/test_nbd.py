@@ -329,7 +329,7 @@ def test_an_export_of_another_process_is_reached_with_what_was_said(tmp_path: Pa
     lock = threading.RLock()
     make: Callable[..., NbdServer] = lambda name, fd, links: NbdServer(  # noqa: E731
         loop,
-        {name: Export(shown[name], f"changed-{name}", lock)},  # type: ignore[arg-type]
+        {name: Export(shown[name], f"changed-{name}", lock)},
         ["vda", "vdb"],
         listening=fd,
         links=links,

@@ -123,7 +123,7 @@ def test_settings_are_dataclasses_in_behaviour() -> None:
     assert "path='a'" in repr(DiskConfig(path="a"))
     assert "serial" in fields_of(DiskConfig)
     with pytest.raises(TypeError, match="colour"):
-        DiskConfig(colour="red")  # type: ignore[call-arg]
+        DiskConfig(colour="red")
     one, two = MachineConfig(), MachineConfig()
     one.disks.append(DiskConfig())
     assert two.disks == []

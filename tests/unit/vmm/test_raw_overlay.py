@@ -22,6 +22,7 @@ from kvik.image.lock import lock_image
 from kvik.image.opening import Opener
 from kvik.image.qcow2.writer import Qcow2Writer
 from kvik.vmm.backends.block import BlockImage
+from kvik.vmm.blk.block_jobs import BlockJobs
 from kvik.vmm.blk.overlay import Overlays
 from kvik.vmm.loop import IoThread
 from kvik.vmm.memory import HostMemory
@@ -146,6 +147,59 @@ def test_random_requests_before_and_after_are_each_in_their_image(cache: str, ma
     assert shown(top) == bytes(model) + b"x" * 512 + bytes(MIB - 512)
     for number in range(4):
         subprocess.run(["qemu-img", "check", "-q", str(world.root / f"new{number}")], check=True)
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none", "writethrough"])
+def test_random_requests_while_it_is_copied_are_in_the_copy(cache: str, made: Callable[..., World]) -> None:
+    """From raw to qcow2 and to raw again, and to what comes to nothing; each image is as it was when it was left."""
+    world, chance, model = made(cache=cache), random.Random(7), bytearray(SIZE)
+    told: list[dict[str, Any]] = []
+    jobs = BlockJobs(world.device, world.overlays, None, lambda _, data: told.append(data))
+
+    def change(times: int) -> None:
+        for _ in range(times):
+            sector, count = chance.randrange(SIZE // 512 - 300), chance.randrange(1, 300)
+            data = chance.randbytes(8) * (64 * count)
+            world.write(sector, data)
+            model[sector * 512 : sector * 512 + len(data)] = data
+
+    def state(wanted: str) -> None:
+        end = time.monotonic() + 20
+        while jobs.report()[0]["state"] != wanted:
+            assert time.monotonic() < end, jobs.report()
+            change(1)
+
+    def begin(path: Path, form: str) -> None:
+        create(str(path), form, SIZE)
+        images = [(os.open(path, os.O_RDWR), form)]
+        data = os.open(path, os.O_RDWR) if world.device.image.direct else -1
+        jobs.copy("j", images, data=data, shallow=False, shared=False, blank=True, node=path.name, speed=0,
+                  granularity=0, room=0)  # fmt: skip
+
+    change(20)
+    last, kept = (world.raw, "raw"), dict[Path, bytes]()
+    for name, form, pivots in (("a", "qcow2", True), ("b", "qcow2", False), ("c", "raw", True), ("d", "raw", False)):
+        path = world.root / name
+        begin(path, form)
+        state("ready")
+        change(20)
+        if pivots:
+            jobs.complete("j")
+        else:
+            jobs.cancel("j")
+        state("concluded")
+        assert jobs.report()[0]["error"] == "" and told.pop() == {"id": "j", "status": "concluded"} and not told
+        jobs.dismiss("j")
+        if pivots:
+            kept[last[0]], last = shown(*last), (path, form)
+        change(20)
+        assert world.read(0, SIZE) == model
+        assert jobs.chain() == [{"device": last[0].stat().st_dev, "inode": last[0].stat().st_ino}]
+    assert world.disk.request(blk.T_FLUSH, 0)[0] == blk.S_OK
+    assert shown(*last) == model
+    for path, content in kept.items():
+        assert shown(path, "raw" if path == world.raw else "qcow2") == content
+    assert opened(world.root) == (3 if cache == "none" else 2)
 
 
 def test_until_the_device_goes_on_it_can_be_dropped(made: Callable[..., World]) -> None:

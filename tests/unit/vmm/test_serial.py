@@ -42,7 +42,7 @@ def wire(board: Board) -> Iterator[tuple[Serial, socket.socket]]:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     serial = Serial("com", Chardev(f"fd={theirs.detach()}", "com"))
-    serial.attach(board)  # type: ignore[arg-type]
+    serial.attach(board)
     yield serial, ours
     serial.close()
     ours.close()

@@ -293,7 +293,7 @@ def test_options_that_make_no_sense_are_refused(raw: Path) -> None:
     image = BlockImage(str(raw))
     for options in ({"rerror": "enospc"}, {"werror": "x"}, {"queues": 0}, {"queue_size": 100}, {"serial": "x" * 21}):
         with pytest.raises(InvalidArgument):
-            Blk("disk0", image, **options)  # type: ignore[arg-type]
+            Blk("disk0", image, **options)
     image.close()
 
 

@@ -140,7 +140,7 @@ async def get_block_info(connection: Connection, args: Any) -> tuple[int, int, i
     if "capacity" not in one:
         raise OperationInvalid(f"the size of disk '{path}' of machine '{domain.name}' is not known")
     physical = one.get("physical", one["capacity"])
-    return (one.get("allocation", physical), one["capacity"], physical)
+    return (one.get("allocation") or physical, one["capacity"], physical)
 
 
 async def interface_stats(connection: Connection, args: Any) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from kvik.conf.storage_volume import StorageVolume, format_volume
 from kvik.daemon.handlers import loose_images
 from kvik.daemon.handlers.common import LIST_MAX, check_flags
 from kvik.daemon.volume_streams import VolumeDownload, VolumeUpload
-from kvik.errors import InvalidArgument, NoStorageVolume
+from kvik.errors import InvalidArgument, NoStorageVolume, OperationInvalid
 from kvik.manager.storage import volumes
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ def reference(pool: PoolObject, volume: StorageVolume) -> Reference:
 
 def _found(connection: Connection, ref: Any) -> tuple[PoolObject, StorageVolume]:
     """What a wire reference means: by pool and name, as libvirt does."""
+    if loose_images.is_loose(ref):
+        raise OperationInvalid(
+            f"'{ref[0].rstrip('/')}/{ref[1]}' is in no pool: it is neither changed nor deleted as a volume",
+            remedy="make a pool of its directory (kvik pool-define-as NAME dir --target DIR), or remove it by hand",
+        )
     pool = connection.manager.pools.lookup_name(ref[0])
     return pool, pool.volume(ref[1])
 

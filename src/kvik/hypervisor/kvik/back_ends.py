@@ -18,6 +18,7 @@ import os
 import struct
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,16 +32,16 @@ from kvik.host.reach import reach
 from kvik.hypervisor.cpus import boot_vcpus
 from kvik.hypervisor.descriptors import Opened, open_disk
 from kvik.hypervisor.kvik import blk_monitor
-from kvik.hypervisor.layers import on_image
+from kvik.hypervisor.layers import as_disk, on_image
 from kvik.hypervisor.names import alias_of, life_name, vhost_user_name
 from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
 from kvik.hypervisor.sidecars.group import Sidecar
-from kvik.image.qcow2.redo import ALONE, HEADER
+from kvik.image.qcow2.redo import ALONE, HEADER, MAGIC
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
 
-__all__ = ["KINDS", "BackEnds"]
+__all__ = ["KINDS", "BackEnds", "written_last"]
 
 KINDS = (kvik_blk.KIND, storage_daemon.KIND)
 TRIES = 5
@@ -211,19 +212,30 @@ class BackEnds:
 
 
 def _now(disk: Disk, redo: Path) -> Disk:
-    """The disk that the dead one served: amid the end of a commit the document does not say yet that its guest went on
-    in the base (`vmm/blk/active_commit.py`)."""
-    source = disk.mirror.source if disk.mirror is not None else None
-    if source is None or source.index is None or not source.location:
+    """The disk that the dead one served: amid the end of a commit or a copy the document does not say yet that its
+    guest went on in the base, or in the copy (`vmm/blk/active_commit.py`, `vmm/blk/block_copy.py`)."""
+    mirror = disk.mirror
+    source = mirror.source if mirror is not None else None
+    if mirror is None or source is None or source.index is None or not source.location:
         return disk
+    if written_last(redo, [source.location], alone=True) is None:
+        return disk
+    if mirror.job == "copy":
+        return as_disk(disk, mirror)
+    return on_image(disk, source.index) or disk
+
+
+def written_last(redo: Path, places: Sequence[str], *, alone: bool = False) -> str | None:
+    """Which of these images is the one that a kvik-blk wrote to last, by its file of changed tables. `alone`: only one
+    that lay below others before. Looks at files that may not answer."""
     try:
         with redo.open("rb") as file:
             magic, device, inode, _ = HEADER.unpack(file.read(HEADER.size))
     except (OSError, struct.error):
-        return disk
-    if magic != ALONE or (device, inode) != blk_monitor.identity(source.location):
-        return disk
-    return on_image(disk, source.index) or disk
+        return None
+    if magic not in ((ALONE,) if alone else (ALONE, MAGIC)):
+        return None
+    return next((place for place in places if blk_monitor.identity(place) == (device, inode)), None)
 
 
 def _why_not(disk: Disk, kind: str) -> str:

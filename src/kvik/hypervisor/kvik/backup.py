@@ -31,12 +31,11 @@ from kvik.host.reach import open_file
 from kvik.hypervisor.chain import check_qcow2
 from kvik.hypervisor.driver import BackupPart, Bitmap, JobState
 from kvik.hypervisor.kvik import blk_monitor
-from kvik.hypervisor.kvik.blk_monitor import DEADLINE, INTERVAL, number
+from kvik.hypervisor.kvik.blk_monitor import DEADLINE, INTERVAL, Monitor, number
 from kvik.hypervisor.layers import layers
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import kvik_blk
 from kvik.image.lock import lock_for_hosts
-from kvik.qmp.aio import QmpConnection
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
@@ -72,7 +71,7 @@ class KvikBackups:
                 remedy=f"leave it out: <disk name='{target}' backup='no'/>",
             )
 
-    def _session(self, disk: Disk) -> contextlib.AbstractAsyncContextManager[QmpConnection]:
+    def _session(self, disk: Disk) -> contextlib.AbstractAsyncContextManager[Monitor]:
         self._check(disk)
         return blk_monitor.session(self._machine, disk, "checkpoints and no backups")
 
@@ -81,10 +80,11 @@ class KvikBackups:
             return await connection.execute(command, arguments, deadline=DEADLINE)
 
     def _serves(self, disk: Disk) -> bool:
-        return blk_monitor.serves(self._machine, disk)
+        own = alias_of(disk) in self._machine.own_disks
+        return not own and blk_monitor.serves(self._machine, disk)
 
     @contextlib.asynccontextmanager
-    async def _held(self, sessions: Sequence[QmpConnection]) -> AsyncIterator[bool]:
+    async def _held(self, sessions: Sequence[Monitor]) -> AsyncIterator[bool]:
         """None of several disks answers its guest for the block; whether there are several."""
         if len(sessions) < 2:
             yield False
@@ -147,9 +147,13 @@ class KvikBackups:
         return count if isinstance(count, int) else 0
 
     async def carry(self, disk: Disk, images: Sequence[int], into: int, *, new: bool, written: bool = False) -> None:
-        """Into the image that the guest writes to by the names that it has, into another one by all."""
+        """Into the image that the guest writes to by the names that it has, into another one by all. Into a copy they
+        go when the guest does."""
         chain = {layer.key: layer for layer in layers(disk)}
         arguments: dict[str, Any] = {"layers": [chain[image].number for image in images]}
+        if into not in chain:
+            await self._ask(disk, "x-kvik-copy-carry", arguments)
+            return
         if not chain[into].number:
             await self._ask(disk, "x-kvik-bitmap-merge", arguments)
             return
@@ -234,7 +238,7 @@ class KvikBackups:
             await self._serve(front, parts[0], names, links=links, socket="nbd")
 
     async def _serve(
-        self, session: QmpConnection, part: BackupPart, names: list[str], *, links: list[dict[str, str]], **more: str
+        self, session: Monitor, part: BackupPart, names: list[str], *, links: list[dict[str, str]], **more: str
     ) -> None:
         arguments = {"job": part.job, "export": part.export, "exports": names, "links": links, **more}
         if part.bitmap:
@@ -295,7 +299,7 @@ class KvikBackups:
                 await self._ask(disk, "x-kvik-backup-cancel", {"job": job})
 
 
-async def _all(sessions: Sequence[QmpConnection], command: str) -> None:
+async def _all(sessions: Sequence[Monitor], command: str) -> None:
     """Of all at once; the first error when each has answered."""
     answers = await asyncio.gather(
         *(session.execute(command, deadline=DEADLINE) for session in sessions), return_exceptions=True
@@ -305,7 +309,7 @@ async def _all(sessions: Sequence[QmpConnection], command: str) -> None:
             raise answer
 
 
-async def _add(connection: QmpConnection, part: BackupPart, *, pull: bool) -> None:
+async def _add(connection: Monitor, part: BackupPart, *, pull: bool) -> None:
     """The target, or the scratch image, becomes known to the process that serves the disk."""
     flags = os.O_RDWR | os.O_NONBLOCK | (0 if part.block else os.O_NOFOLLOW)  # devices are called by links
     with ExitStack() as close:

@@ -1,12 +1,13 @@
-"""Sessions with the kvik-blks that serve a machine's disks, and the jobs that are told of there."""
+"""Sessions with whoever writes to a machine's disks, the kvik-blks that serve them or the VMM itself, and the jobs that
+are told of there."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvik.conf.devices.disk import Disk
 from kvik.errors import HypervisorError, MonitorError, OperationInvalid, OperationTimeout, OperationUnsupported
@@ -15,12 +16,11 @@ from kvik.hypervisor.driver import JobState
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
 from kvik.image.qcow2.redo import identity_of
-from kvik.qmp.aio import QmpConnection
 
 if TYPE_CHECKING:
     from kvik.hypervisor.kvik.machine import KvikMachine
 
-__all__ = ["DEADLINE", "INTERVAL", "ask", "follow", "identity", "number", "serves", "session"]
+__all__ = ["DEADLINE", "INTERVAL", "Monitor", "Own", "ask", "follow", "identity", "number", "serves", "session"]
 
 DEADLINE = 60.0  # seconds: what the guest wrote may have to be written out first
 INTERVAL = 0.5  # seconds between two looks at a job's progress
@@ -28,24 +28,64 @@ _CONNECT = 5.0  # seconds
 _FIRST_LOOK = 0.05  # seconds; small disks are done by then
 
 
+class Monitor(Protocol):
+    """Of whoever writes to one disk."""
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        fds: Sequence[int] = (),
+        deadline: float = _CONNECT,
+    ) -> Any: ...
+
+
+class Own:
+    """The VMM's monitor, about a disk of its own."""
+
+    def __init__(self, machine: KvikMachine, alias: str) -> None:
+        self._machine, self._alias = machine, alias
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        fds: Sequence[int] = (),
+        deadline: float = _CONNECT,
+    ) -> Any:
+        about = {"device": self._alias} if command.startswith("x-kvik-") else {}
+        return await self._machine.execute(command, about | dict(arguments or {}), fds=fds, deadline=deadline)
+
+
 @contextlib.asynccontextmanager
-async def session(machine: KvikMachine, disk: Disk, lacks: str) -> AsyncIterator[QmpConnection]:
-    """`lacks`: what one of an older kvik knows nothing of."""
-    alias = alias_of(disk)
+async def _connected(machine: KvikMachine, alias: str) -> AsyncIterator[Monitor]:
+    if alias in machine.own_disks:
+        yield Own(machine, alias)
+        return
     path = storage_daemon.monitor_path(machine.directory, alias)
     connection = await storage_daemon.connect(path, f"kvik-blk of {alias}", _CONNECT)
     try:
         yield connection
-    except MonitorError as error:
-        if error.qmp_class == "CommandNotFound":
+    finally:
+        connection.close()
+
+
+@contextlib.asynccontextmanager
+async def session(machine: KvikMachine, disk: Disk, lacks: str) -> AsyncIterator[Monitor]:
+    """`lacks`: what a program of an older kvik knows nothing of."""
+    async with _connected(machine, alias_of(disk)) as monitor:
+        try:
+            yield monitor
+        except MonitorError as error:
+            if error.qmp_class != "CommandNotFound":
+                raise
             raise OperationUnsupported(
-                f"disk {disk.target.dev} of machine {machine.name} is served by the kvik-blk of an older kvik, which "
+                f"disk {disk.target.dev} of machine {machine.name} is served by a program of an older kvik, which "
                 f"knows of no {lacks}",
                 remedy=f"start the machine anew: kvik shutdown {machine.name}, kvik start",
             ) from error
-        raise
-    finally:
-        connection.close()
 
 
 async def ask(
@@ -56,9 +96,9 @@ async def ask(
 
 
 def serves(machine: KvikMachine, disk: Disk) -> bool:
-    """Whether a kvik-blk of this disk lives."""
+    """Whether a kvik-blk of this disk lives, or the VMM has it itself."""
     alias = alias_of(disk)
-    return any(
+    return alias in machine.own_disks or any(
         member.alias == alias and member.kind == kvik_blk.KIND and member.process.alive for member in machine.sidecars
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from kvik import __version__
 from kvik.conf.aliases import assign_aliases
 from kvik.conf.capabilities import DomainCapabilities, format_domain_capabilities
 from kvik.conf.cpu import Cpu
+from kvik.conf.devices.disk import Disk
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported, HypervisorError
 from kvik.host.process import ProcessHandle
@@ -30,11 +31,13 @@ from kvik.hypervisor.firmware import complete_firmware
 from kvik.hypervisor.kernels import unpacked_kernel
 from kvik.hypervisor.kvik import changes, program, state, support
 from kvik.hypervisor.kvik.argv import CommandLine, build
+from kvik.hypervisor.kvik.back_ends import written_last
 from kvik.hypervisor.kvik.machine import KvikMachine
 from kvik.hypervisor.kvik.models import Models, ModelSource
 from kvik.hypervisor.kvik.program import EMULATOR
 from kvik.hypervisor.kvik.zygote import ZygoteKeeper
 from kvik.hypervisor.launch import bring_up, find_running, take_up
+from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import storage_daemon, virtiofsd
 from kvik.hypervisor.sidecars.start import start_sidecars
 from kvik.hypervisor.words import shell_text
@@ -124,6 +127,9 @@ class KvikDriver:
 
     def tpm_state(self, definition: Domain) -> Path | None:
         return None
+
+    def written_last(self, directory: Path, disk: Disk, places: Sequence[str]) -> str | None:
+        return written_last(storage_daemon.redo_path(directory, alias_of(disk)), places)
 
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         """Nothing is kept between runs: there is no TPM."""

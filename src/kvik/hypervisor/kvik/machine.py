@@ -154,8 +154,8 @@ class KvikMachine(QmpMachine):
     # -- disks that another process serves
 
     def served(self, disk: Disk) -> bool:
-        """Whether a daemon of ours has its image. An image on top of a raw disk is the VMM's own until it ends."""
-        return storage_daemon.served(disk) and alias_of(disk) not in self.own_disks
+        """Whether a daemon of ours has its image: as when it started, whatever the format is by now."""
+        return disk.type in ("file", "block") and alias_of(disk) not in self.own_disks
 
     def by_vhost_user(self, disk: Disk) -> bool:
         return self.served(disk) or disk.type == "vhostuser"
@@ -289,7 +289,7 @@ class KvikMachine(QmpMachine):
         """Counters and sizes, by kvik-blk, which has this one disk."""
         nodes = await self.ask_storage(disk, "query-named-block-nodes")
         counted = await self.ask_storage(disk, "query-blockstats")
-        return stats.disk_figures(prefix, first_of(counted, "stats"), first_of(nodes, "image"))
+        return stats.disk_figures(prefix, {"stats": first_of(counted, "stats")}, first_of(nodes, "image"))
 
     async def attach_device(self, device: Any, files: Mapping[str, int]) -> None:
         await hotplug.attach(self, device, files)

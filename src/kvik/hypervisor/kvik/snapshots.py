@@ -20,7 +20,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 from kvik.conf import tree
@@ -30,7 +30,7 @@ from kvik.host.files import host_error
 from kvik.host.filesystem import shared_as
 from kvik.host.reach import open_file
 from kvik.host.threads import in_thread
-from kvik.hypervisor.kvik import support
+from kvik.hypervisor.kvik import blk_monitor, support
 from kvik.hypervisor.names import alias_of
 from kvik.hypervisor.sidecars import kvik_blk, storage_daemon
 from kvik.hypervisor.state import in_own_thread
@@ -48,40 +48,9 @@ _DYING = 1.0  # seconds
 _DEADLINE = 60.0  # seconds: what the guest wrote is written out first
 
 
-class _Monitor(Protocol):
-    """Of whoever writes to one disk."""
-
-    async def execute(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None = None,
-        *,
-        fds: Sequence[int] = (),
-        deadline: float = _CONNECT,
-    ) -> Any: ...
-
-
-class _Own:
-    """The VMM's monitor, about a disk of its own."""
-
-    def __init__(self, machine: KvikMachine, alias: str) -> None:
-        self._machine, self._alias = machine, alias
-
-    async def execute(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None = None,
-        *,
-        fds: Sequence[int] = (),
-        deadline: float = _CONNECT,
-    ) -> Any:
-        about = {"device": self._alias} if command.startswith("x-kvik-") else {}
-        return await self._machine.execute(command, about | dict(arguments or {}), fds=fds, deadline=deadline)
-
-
 class _Served(NamedTuple):
     disk: Disk
-    monitor: _Monitor
+    monitor: blk_monitor.Monitor
     below: int  # our own descriptor of the image that comes to lie below
 
 
@@ -150,7 +119,7 @@ async def put_on_top(
 
 async def _connect(machine: KvikMachine, disk: Disk, old: Disk, stack: AsyncExitStack) -> _Served:
     alias = alias_of(disk)
-    monitor: _Monitor = _Own(machine, alias)
+    monitor: blk_monitor.Monitor = blk_monitor.Own(machine, alias)
     if alias not in machine.own_disks:
         path = storage_daemon.monitor_path(machine.directory, alias)
         connection = await storage_daemon.connect(path, f"kvik-blk of {alias}", _CONNECT)
@@ -266,7 +235,7 @@ async def _reports(machine: KvikMachine, aliases: set[str] | None = None) -> dic
 
 async def _ask(machine: KvikMachine, alias: str, command: str) -> Any:
     if alias in machine.own_disks:
-        return await _Own(machine, alias).execute(command, deadline=_DEADLINE)
+        return await blk_monitor.Own(machine, alias).execute(command, deadline=_DEADLINE)
     path = storage_daemon.monitor_path(machine.directory, alias)
     connection = await storage_daemon.connect(path, f"kvik-blk of {alias}", _CONNECT)
     try:

@@ -26,6 +26,7 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.host.reach import open_file
+from kvik.hypervisor.copies import number_copy
 from kvik.hypervisor.descriptors import Opened, open_disk
 from kvik.hypervisor.driver import JobState
 from kvik.hypervisor.layers import as_disk, layers
@@ -59,19 +60,9 @@ class QemuDiskJobs:
     # -- starting
 
     async def number(self, disk: Disk, mirror: Mirror, *, fresh: bool) -> None:
-        """The images of a copy that is about to begin get their numbers, those below it their place in the document:
-        whoever looks after a machine must know what to look for before QEMU is asked."""
+        """See `copies.number_copy`."""
         index = await fresh_index(self._machine)
-        target = as_disk(disk, mirror)
-        if fresh:  # it is not there yet
-            assert target.source is not None
-            target.source.index, target.backing_store = index, BackingStore()
-        else:
-            with ExitStack() as close, ExitStack() as undo:
-                opened = Opened(close, undo, {}, self._machine.bases())
-                opened.next_index = index
-                await opened.beside(open_disk, target)
-        mirror.source, mirror.backing_store = target.source, target.backing_store
+        await number_copy(disk, mirror, index, fresh=fresh, bases=self._machine.bases())
 
     async def copy(
         self,

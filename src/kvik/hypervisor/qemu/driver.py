@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import zoneinfo
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from kvik.conf.aliases import assign_aliases
 from kvik.conf.capabilities import DomainCapabilities, format_domain_capabilities
 from kvik.conf.cpu import Cpu, CpuModel
+from kvik.conf.devices.disk import Disk
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported, HypervisorError, KvikError
 from kvik.host.process import find_program
@@ -30,7 +31,7 @@ from kvik.hypervisor.driver import Bases, EventSink, Feature, HostVerdict, Start
 from kvik.hypervisor.firmware import complete_firmware, installed_firmware
 from kvik.hypervisor.kernels import unpacked_kernel
 from kvik.hypervisor.launch import bring_up, find_running, take_up
-from kvik.hypervisor.qemu import hotplug
+from kvik.hypervisor.qemu import settings
 from kvik.hypervisor.qemu.argv.build import build
 from kvik.hypervisor.qemu.capabilities import QemuCapabilities, QemuProber
 from kvik.hypervisor.qemu.disk_checks import check_disks
@@ -114,6 +115,9 @@ class QemuDriver:
             if device.backend is not None and definition.uuid is not None:
                 return swtpm.state_directory(self._tpm_states, definition, device.backend)
         return None
+
+    def written_last(self, directory: Path, disk: Disk, places: Sequence[str]) -> str | None:
+        return None  # it leaves nothing
 
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         tpms = swtpm.emulated(definition)
@@ -217,7 +221,7 @@ class QemuDriver:
                 request,
                 opened,
                 undo,
-                settings=hotplug.start_settings,
+                settings=settings.start_settings,
                 explain=lambda error: process.died(
                     domain.name,
                     handle,

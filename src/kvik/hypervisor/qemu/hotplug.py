@@ -1,4 +1,4 @@
-"""Devices of a running machine: attach, detach, update; and what only QEMU knows, read back into the document.
+"""Devices of a running machine: attach, detach, update.
 
 A device is described by the same `Parts` as on the command line. Attaching tells QEMU of its parts in order and, if
 one fails, takes back those before it. Detaching asks the guest; its parts go when QEMU says that the device is gone.
@@ -10,17 +10,14 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from kvik.conf.devices.chardev import Channel, Chardev
 from kvik.conf.devices.controller import Controller
-from kvik.conf.devices.disk import Disk, IoTune
+from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.display import Graphics, Input
 from kvik.conf.devices.hostdev import Hostdev, Redirdev
 from kvik.conf.devices.interface import Interface
@@ -35,17 +32,15 @@ from kvik.errors import (
     OperationUnsupported,
 )
 from kvik.host.unix_socket import listens
-from kvik.hypervisor import cpus
 from kvik.hypervisor.changes import check_disk, check_drive, check_interface, keep_chain
 from kvik.hypervisor.consoles import set_pty
 from kvik.hypervisor.descriptors import Opened, open_chardev, open_disk, with_paths
 from kvik.hypervisor.layers import has_medium, indices
 from kvik.hypervisor.names import alias_of
-from kvik.hypervisor.qemu import host_io
+from kvik.hypervisor.qemu import host_io, settings
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.argv.build import make_context, parts_of
 from kvik.hypervisor.qemu.argv.options import Context, Files, Parts, Props, node_name
-from kvik.hypervisor.qemu.iothreads import pin_listed
 from kvik.hypervisor.qemu.remedies import remedy_for
 from kvik.hypervisor.secrets import SECRET_PREFIX, needs
 
@@ -55,9 +50,6 @@ if TYPE_CHECKING:
 __all__ = [
     "attach",
     "finish_detach",
-    "query_graphics",
-    "set_limits",
-    "start_settings",
     "update",
 ]
 
@@ -66,6 +58,7 @@ _TRAY_DEADLINE = 5.0
 _LISTEN_DEADLINE = 10.0
 SUN_PATH = 107  # bytes of a path in sockaddr_un, without its NUL
 _NODE = re.compile(r"-(\d{1,9})-(format|storage|spare|cor|over|overfile)$")  # what `node_name` makes
+PLUGGABLE_BUSES = ("virtio", "scsi", "usb")  # of disks
 _PLUGGABLE = (Disk, Interface, Hostdev, Redirdev, Channel, Rng, Memory, Shmem, Input, Controller, Vsock)
 
 
@@ -81,7 +74,7 @@ async def attach(machine: QemuMachine, device: Any, files: Mapping[str, int]) ->
     """Raises `OperationUnsupported`, `ConfigUnsupported`, `MonitorError`; then nothing has changed."""
     if not isinstance(device, _PLUGGABLE):
         raise OperationUnsupported(f"QEMU cannot plug a {type(device).__name__.lower()} into a running machine")
-    if isinstance(device, Disk) and device.target.bus not in ("virtio", "scsi", "usb"):
+    if isinstance(device, Disk) and device.target.bus not in PLUGGABLE_BUSES:
         raise OperationUnsupported(f"disks on bus {device.target.bus} cannot be plugged into a running machine")
     with ExitStack() as close, ExitStack() as undo:
         opened = Opened(close, undo, files, machine.bases())
@@ -99,7 +92,7 @@ async def attach(machine: QemuMachine, device: Any, files: Mapping[str, int]) ->
             await asyncio.shield(undone.run())
             raise
         undo.pop_all()  # what was made for it on the host stays as long as it does
-        await settle(machine, device)
+        await settings.settle(machine, device)
 
 
 class Undo:
@@ -331,12 +324,12 @@ async def update(machine: QemuMachine, old: Any, new: Any) -> None:
             check_disk(old, new)
             keep_chain(old, new)
         if new.iotune is None and old.iotune is not None:
-            await set_limits(machine, new)  # none
-        await _limits(machine, new)
+            await settings.set_limits(machine, new)  # none
+        await settings.put_limits(machine, new)
     elif isinstance(new, Interface) and isinstance(old, Interface):
         await _update_interface(machine, old, new)
     elif isinstance(new, Graphics):
-        await _password(machine, new)
+        await settings.set_password(machine, new)
     elif isinstance(new, Memballoon):
         await machine.tell_balloon_period(new)
     elif isinstance(new, Memory) and isinstance(old, Memory):
@@ -347,12 +340,7 @@ async def update(machine: QemuMachine, old: Any, new: Any) -> None:
 
 async def _update_interface(machine: QemuMachine, old: Interface, new: Interface) -> None:
     check_interface(old, new)
-    await _link(machine, new)
-
-
-async def _link(machine: QemuMachine, nic: Interface) -> None:
-    up = nic.link is None or nic.link.state == "up"
-    await machine.execute("set_link", {"name": alias_of(nic), "up": up})
+    await settings.set_link(machine, new)
 
 
 async def _change_medium(machine: QemuMachine, old: Disk, new: Disk) -> None:
@@ -412,103 +400,3 @@ async def _take_medium(machine: QemuMachine, alias: str) -> None:
                     f"the guest holds the tray of {alias} locked", remedy="eject the medium in the guest first"
                 ) from error
         await asyncio.sleep(0.05)
-
-
-# -- settings that exist only on the monitor
-
-
-async def start_settings(machine: QemuMachine) -> None:
-    """Before the first instruction: vCPUs that can go again, passwords, links, limits, balloon."""
-    domain = machine.domain
-    await cpus.plug_listed(machine)
-    await pin_listed(machine)
-    waits: list[Awaitable[None]] = [_password(machine, item) for item in domain.devices.graphics if item.passwd]
-    waits += [_link(machine, nic) for nic in domain.devices.interfaces if nic.link and nic.link.state == "down"]
-    waits += [_limits(machine, disk) for disk in domain.devices.disks if disk.iotune is not None]
-    balloon = domain.devices.memballoon
-    if balloon is not None and balloon.model not in ("none", "xen"):
-        if balloon.stats is not None:
-            waits.append(machine.tell_balloon_period(balloon))
-        if domain.current_memory and domain.current_memory < domain.memory:
-            waits.append(machine.set_balloon(domain.current_memory * 1024))
-    for wait in waits:
-        await wait
-
-
-async def _password(machine: QemuMachine, device: Graphics) -> None:
-    if device.passwd is None or device.type not in ("vnc", "spice"):
-        return
-    arguments = {"protocol": device.type, "password": device.passwd}
-    if device.type == "spice" or device.connected == "keep":
-        arguments["connected"] = device.connected or "keep"
-    await machine.execute("set_password", arguments)
-    valid = device.passwd_valid_to
-    if valid is not None:
-        await machine.execute("expire_password", {"protocol": device.type, "time": _epoch(valid)})
-
-
-def _epoch(text: str) -> str:
-    try:
-        return str(int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()))
-    except ValueError as error:
-        raise ConfigUnsupported(f"passwdValidTo {text!r} is no date like 2030-01-31T12:00:00") from error
-
-
-_LIMITS = {
-    "total_bytes_sec": "bps", "read_bytes_sec": "bps_rd", "write_bytes_sec": "bps_wr",
-    "total_iops_sec": "iops", "read_iops_sec": "iops_rd", "write_iops_sec": "iops_wr",
-}  # fmt: skip
-
-
-async def _limits(machine: QemuMachine, disk: Disk) -> None:
-    if disk.iotune is None:
-        return
-    if disk.iotune.group_name and disk.iotune == IoTune(group_name=disk.iotune.group_name):
-        for other in machine.domain.devices.disks:  # it says only whose limits it shares
-            theirs = other.iotune
-            if theirs is not None and theirs.group_name == disk.iotune.group_name and theirs != disk.iotune:
-                disk.iotune = msgspec.structs.replace(theirs)
-                break
-    await set_limits(machine, disk)
-
-
-async def set_limits(machine: QemuMachine, disk: Disk) -> None:
-    """QEMU's own throttle group for the disk or, by its name, for all that share it: one that has the last word sets
-    the limits of all."""
-    tune = disk.iotune or IoTune()
-    # The device that has the block backend is not always the one that was plugged.
-    inner = {"virtio": "/virtio-backend", "usb": f"/{alias_of(disk)}.0/legacy[0]"}.get(disk.target.bus or "", "")
-    arguments: Props = {"id": f"/machine/peripheral/{alias_of(disk)}{inner}"}
-    for ours, theirs in _LIMITS.items():
-        arguments[theirs] = getattr(tune, ours) or 0  # these six must be there
-        for suffix in ("max", "max_length"):
-            value = getattr(tune, f"{ours}_{suffix}")
-            if value is not None:
-                arguments[f"{theirs}_{suffix}"] = value
-    if tune.size_iops_sec is not None:
-        arguments["iops_size"] = tune.size_iops_sec
-    if tune.group_name:
-        arguments["group"] = tune.group_name
-    await machine.execute("block_set_io_throttle", arguments)
-
-
-async def settle(machine: QemuMachine, device: Any) -> None:
-    """What an attached device still needs from the monitor."""
-    if isinstance(device, Disk):
-        await _limits(machine, device)
-    elif isinstance(device, Interface) and device.link is not None and device.link.state == "down":
-        await _link(machine, device)
-
-
-# -- read back
-
-
-async def query_graphics(machine: QemuMachine) -> None:
-    """Ports that QEMU chose."""
-    for device in machine.domain.devices.graphics:
-        if device.type != "vnc" or (device.port is not None and device.port > 0) or device.socket:
-            continue
-        reply = await machine.execute("query-vnc")
-        service = reply.get("service") if isinstance(reply, dict) else None
-        if isinstance(service, str) and service.isdecimal() and 0 < int(service) < 65536:
-            device.port = int(service)

@@ -9,10 +9,11 @@ from typing import Any
 from kvik.conf.devices.disk import Disk
 from kvik.conf.devices.other import Lease
 from kvik.conf.domain import Domain
+from kvik.errors import OperationUnsupported
 from kvik.host.process import ProcessHandle
 from kvik.hypervisor.driver import Bitmap, EventSink
 from kvik.hypervisor.machine import QmpMachine
-from kvik.hypervisor.qemu import bitmaps, display, hotplug, leases, screenshot, snapshots, state
+from kvik.hypervisor.qemu import bitmaps, display, hotplug, leases, screenshot, settings, snapshots, state
 from kvik.hypervisor.qemu.argv import disks
 from kvik.hypervisor.qemu.backup import QemuBackups
 from kvik.hypervisor.qemu.block_jobs import JobWatchers
@@ -53,7 +54,7 @@ class QemuMachine(QmpMachine):
 
     async def query_more(self) -> None:
         self.job_watchers.wake_all()
-        await hotplug.query_graphics(self)
+        await settings.query_graphics(self)
 
     @property
     def disk_jobs(self) -> QemuDiskJobs:
@@ -103,6 +104,11 @@ class QemuMachine(QmpMachine):
         if isinstance(device, Lease):
             await leases.let_go(self, device)
             return
+        if isinstance(device, Disk) and device.target.bus not in hotplug.PLUGGABLE_BUSES:
+            raise OperationUnsupported(
+                f"disks on bus {device.target.bus} cannot be unplugged from a running machine",
+                remedy="--config: it is gone from the next start on",
+            )
         await super().detach_device(device)
 
     async def clear_remains(self, device: Any) -> None:
@@ -112,7 +118,7 @@ class QemuMachine(QmpMachine):
         await hotplug.update(self, old, new)
 
     async def set_limits(self, disk: Disk) -> None:
-        await hotplug.set_limits(self, disk)
+        await settings.set_limits(self, disk)
 
     # -- snapshots
 

@@ -28,6 +28,7 @@ _GRACES = {"qemu-storage-daemon": 5.0, "kvik-blk": 5.0}  # they write what they 
 _LAST = 5.0  # seconds after which a process that even a kill does not end is left to the kernel
 _MOST = 64  # of them, in a status file
 
+NO_ROUTE = "this host has no route that passt could use: take a virtual network or a bridge, or no interface"
 Died = Callable[["Sidecar", str], None]
 
 
@@ -110,7 +111,8 @@ class Sidecars:
         said = words.since(log_fd, member.position, of_qemu=False)
         when = f"while machine {self._machine} was starting" if only is None else "while it was starting"
         text = f"{member.label} ended {when} ({how})"
-        return HypervisorError(f"{text}: {said}" if said else f"{text} and said nothing")
+        remedy = NO_ROUTE if member.kind == "passt" and "No external routable interface" in said else ""
+        return HypervisorError(f"{text}: {said}" if said else f"{text} and said nothing", remedy=remedy)
 
     def watch(self, died: Died) -> None:
         """Tell `died` of each that ends from now on, or has ended already."""

@@ -54,6 +54,7 @@ __all__ = [
     "limits_name",
     "monitor_path",
     "of",
+    "open_redo",
     "queues",
     "redo_path",
     "served",
@@ -109,7 +110,8 @@ def redo_path(directory: Path, alias: str) -> Path:
     return directory / f"{alias}-redo"
 
 
-def _open_redo(path: Path, *, anew: bool) -> int:
+def open_redo(path: Path, *, anew: bool) -> int:
+    """Raises `HostError`."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_TRUNC if anew else 0)
     try:
         return os.open(path, flags, 0o600)
@@ -154,7 +156,7 @@ def start(
         opened.add(vhost_user_name(alias), client.detach())
         ends = {"life": theirs.fileno(), "monitor": monitor.fileno(), "export": export.fileno()}
         if kind == kvik_blk.KIND:
-            ends["redo"] = _open_redo(redo_path(directory, alias), anew=not again)
+            ends["redo"] = open_redo(redo_path(directory, alias), anew=not again)
             close.callback(os.close, ends["redo"])
             if not again:
                 opened.undo.callback(redo_path(directory, alias).unlink, missing_ok=True)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvik.conf.aliases import assign_aliases
+from kvik.conf.devices.disk import Disk
 from kvik.conf.domain import Domain, format_domain
 from kvik.errors import ConfigUnsupported, HypervisorError
 from kvik.hypervisor.driver import (
@@ -130,6 +131,9 @@ class TestDriver:
 
     def tpm_state(self, definition: Domain) -> Path | None:
         return self.tpms.get(definition.name)
+
+    def written_last(self, directory: Path, disk: Disk, places: Sequence[str]) -> str | None:
+        return None  # it leaves nothing
 
     async def forget(self, definition: Domain, *, keep_tpm: bool | None = None) -> None:
         self.forgotten.append((definition.name, keep_tpm))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from kvik.image.qcow2.allocator import Qcow2Allocator
 
-__all__ = ["Redo", "replay"]
+__all__ = ["Redo", "identity", "identity_of", "mark", "replay"]
 
 SIZE = 1 << 20
 MAGIC = b"kvikredo"
@@ -104,6 +104,11 @@ class Redo:
         if hasattr(self, "_words"):
             self._words.release()
         self._map.close()
+
+
+def mark(fd: int, image: int, *, alone: bool = False) -> None:
+    """The header alone, for who notes no changes: from now on it is about this image (two descriptors). See `begin`."""
+    os.pwrite(fd, HEADER.pack(ALONE if alone else MAGIC, *identity(image), 0), 0)
 
 
 def identity(fd: int) -> tuple[int, int]:

@@ -101,7 +101,10 @@ def complete(domain: DomainObject, checkpoint: Checkpoint) -> None:
     checkpoint.disks = CheckpointDisks(disks=_disks(checkpoint, live))
     tracked = [disk for disk in live.devices.disks if disk.target.dev in checkpoint.tracked]
     if not tracked:
-        raise ConfigUnsupported(f"no disk of machine {domain.name!r} is selected for the checkpoint")
+        raise ConfigUnsupported(
+            f"no disk of machine {domain.name!r} is selected for the checkpoint",
+            remedy="once a disk is named, others are left out: --diskspec DISK for each that it shall have",
+        )
     for disk in tracked:
         _check_disk(domain, disk)
     checkpoint.images = _images(tracked)
@@ -144,13 +147,13 @@ def _check_disk(domain: DomainObject, disk: Disk) -> None:
     if kind != "qcow2":
         raise ConfigUnsupported(
             f"checkpoint for disk {target} unsupported for storage type {kind}",
-            remedy=f"only a qcow2 image can keep a bitmap: convert it, or leave the disk out: --diskspec "
-            f"{target},checkpoint=no",
+            remedy="only a qcow2 image can keep a bitmap: convert it, or name the disks that the checkpoint "
+            "shall have: --diskspec DISK for each",
         )
     if disk.transient is not None:
         raise ConfigUnsupported(
             f"disk {target} is transient: what is written to it is thrown away",
-            remedy=f"leave it out: --diskspec {target},checkpoint=no",
+            remedy="name the disks that the checkpoint shall have: --diskspec DISK for each",
         )
     if disk.shareable:
         raise ConfigUnsupported(f"disk {target} is shared with other machines, whose writes are not tracked")

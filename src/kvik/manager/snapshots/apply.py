@@ -19,6 +19,7 @@ from kvik.conf.snapshot import parse_snapshot
 from kvik.errors import KvikError, OperationFailed
 from kvik.host.reach import about, reach
 from kvik.host.threads import in_thread
+from kvik.manager import pivots
 from kvik.manager.definition import Definition
 from kvik.manager.disks import renew_uses
 from kvik.manager.snapshots import files, firmware, images, inside
@@ -140,6 +141,7 @@ def _is_directory(path: str) -> bool:
 async def settle(domain: DomainObject) -> None:
     """End what was broken off, before anything else is done with the machine's images. `OperationFailed` if that cannot
     be done now."""
+    await pivots.settle(domain)
     journal = domain.snapshots.journal
     if journal is None:
         return

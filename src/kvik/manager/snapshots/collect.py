@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kvik.conf.domain import Domain, format_domain
 from kvik.conf.snapshot import format_snapshot
 from kvik.errors import KvikError
+from kvik.host.identities import look_up
 from kvik.host.reach import reach
 from kvik.host.threads import in_thread
 from kvik.manager import encrypted_images, volume_disks
@@ -36,12 +37,13 @@ async def planned(domain: DomainObject, leaving: frozenset[str] = frozenset()) -
     """What `collect` would do once the snapshots `leaving` are gone."""
     tree, manager = domain.snapshots, domain.manager
     known = [top for top in files.tops(manager) if not _leaves(domain, top, leaving)]
-    found = await reach(files.survey, known, domain.name, sorted(tree.made))
-    foreign = {top.path for top in known if top.machine != domain.name}
+    found = await files.survey(known, domain.name, sorted(tree.made))
+    others = [top for top in known if top.machine != domain.name]
+    # A document that names a whole chain would not follow if an image of that went into another.
+    foreign = {path for top in others for path, _ in top.chain or ((top.path, top.format),)}
     layers = {path: layer._replace(pinned=layer.pinned or path in foreign) for path, layer in found.layers.items()}
-    open_now = files.used_by_running(manager, besides=domain)
-    identity = await reach(files.identities, {*layers, *open_now})
-    used = {identity[path] for path in open_now} - {None}
+    identity = await look_up(layers.keys() - found.told)
+    used, places = await files.in_use(manager, besides=domain)
 
     def can(step: Step) -> bool:
         if running.chain_with(domain, step.path, step.into):
@@ -55,7 +57,7 @@ async def planned(domain: DomainObject, leaving: frozenset[str] = frozenset()) -
         {top.path for top in known},
         tree.made,
         tree.originals,
-        busy=lambda path: identity[path] in used,
+        busy=lambda path: path in places or identity.get(path) in used,
         can=can,
     )
     return steps, found._replace(layers=layers, tops=known)
@@ -153,9 +155,11 @@ async def _back(domain: DomainObject, step: Step, found: Survey) -> None:
         tracked = merges.tracked_in(domain, step.path)
         await in_thread(_merge_back, step.path, step.into, format, tracked)
         await merges.file_moved(domain, step.path, step.into)
-    now = await reach(files.survey, files.tops(domain.manager), domain.name, sorted(tree.made))
+    now = await files.survey(files.tops(domain.manager), domain.name, sorted(tree.made))
     above = [layer.path for layer in now.layers.values() if layer.backing == step.path]
     await in_thread(_rebase, above, step.into, format)
+    if step.path not in domain.snapshots.made:  # the machine was undefined meanwhile: what is left is the user's
+        return
     redo = apply.redo_of(domain)
     redo.made.remove(step.path)
     redo.unlink = [step.path]

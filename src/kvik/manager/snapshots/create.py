@@ -53,6 +53,8 @@ from kvik.storage import overlays
 from kvik.storage.overlays import Facts
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Set
+
     from kvik.manager.domain import DomainObject
     from kvik.manager.manager import Manager
 
@@ -110,7 +112,7 @@ def complete(domain: DomainObject, snapshot: Snapshot, document: Domain, flags: 
     snapshot.state = "disk-snapshot" if disks_alone else STATES.get(domain.state, "shutoff")
     kind: Literal["internal", "external", "no"] = "external" if file else "no"
     snapshot.memory = SnapshotMemory(snapshot="internal" if within and domain.is_active else kind, file=file)
-    snapshot.disks = SnapshotDisks(disks=_disks(snapshot, document, "internal" if within else "external"))
+    snapshot.disks = SnapshotDisks(disks=_disks(snapshot, document, "internal" if within else "external", tree.made))
     if within:
         inside.check(domain, snapshot, document, flags)
     if not any(disk.snapshot in ("internal", "external") for disk in snapshot.disks.disks):
@@ -142,7 +144,7 @@ def _check_jobs(domain: DomainObject, chosen: list[SnapshotDisk]) -> None:
             )
 
 
-def _disks(snapshot: Snapshot, document: Domain, usual: Kind) -> list[SnapshotDisk]:
+def _disks(snapshot: Snapshot, document: Domain, usual: Kind, made: Set[str]) -> list[SnapshotDisk]:
     """One for each disk of the machine, in its order; `usual`: the kind of those of which nothing is said."""
     wanted: dict[str, SnapshotDisk] = {}
     by_path = {
@@ -160,10 +162,13 @@ def _disks(snapshot: Snapshot, document: Domain, usual: Kind) -> list[SnapshotDi
             raise ConfigUnsupported(f"disk '{name}' specified twice", path=path)
         item.name = name
         wanted[name] = item
-    return [_disk(disk, wanted.get(name), snapshot.name or "", usual) for name, disk in known.items()]
+    taken = {*made, *(item.source.file for item in wanted.values() if item.source is not None)}
+    return [_disk(disk, wanted.get(name), snapshot.name or "", usual, taken) for name, disk in known.items()]
 
 
-def _disk(disk: Disk, wanted: SnapshotDisk | None, name: str, usual: Kind) -> SnapshotDisk:
+def _disk(disk: Disk, wanted: SnapshotDisk | None, name: str, usual: Kind, taken: set[str | None]) -> SnapshotDisk:
+    """`taken`: where nothing is put without being asked to, such as the image of a snapshot of this name that was
+    deleted, which may have all that a later one needs; what is put here is added."""
     target = disk.target.dev or ""
     frozen = disk.readonly or disk.device in ("cdrom", "floppy") or not has_medium(disk)
     kind = (wanted.snapshot if wanted else None) or disk.snapshot or ("no" if frozen else usual)
@@ -204,7 +209,8 @@ def _disk(disk: Disk, wanted: SnapshotDisk | None, name: str, usual: Kind) -> Sn
                 f"disk {target!r} is a block device: where its new image shall be has to be said",
                 remedy=f"--diskspec {target},file=/path/of/the/new/image.qcow2",
             )
-        path = overlay_of(disk.source.location, name)
+        path = free_name(overlay_of(disk.source.location, name), taken.__contains__)
+        taken.add(path)
     if not path.startswith("/"):
         raise ConfigError(f"disk {target!r}: the path {path!r} is not absolute")
     # What is written from now on is encrypted with the same secret.
@@ -218,10 +224,10 @@ def overlay_of(path: str, name: str) -> str:
     return f"{stem if dot and '/' not in suffix else path}.{name}"
 
 
-def free_name(path: str) -> str:
-    """`path`, or the first of `path-1`, `path-2`, ... that is no file yet (blocking)."""
+def free_name(path: str, is_taken: Callable[[str], bool]) -> str:
+    """`path`, or the first of `path-1`, `path-2`, ... that is not taken."""
     number, found = 0, path
-    while os.path.lexists(found):
+    while is_taken(found):
         number += 1
         found = f"{path}-{number}"
     return found

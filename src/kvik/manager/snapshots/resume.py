@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvik.errors import KvikError
@@ -17,11 +18,13 @@ __all__ = ["load"]
 logger = logging.getLogger(__name__)
 
 
+def _named(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+
+
 async def load(manager: Manager) -> None:
     """After machines were found again. What cannot be ended now is tried again before the next operation."""
-    if not await manager.store.run(manager.paths.snapshots.is_dir):
-        return
-    there = {path.name for path in await manager.store.run(lambda: list(manager.paths.snapshots.iterdir()))}
+    there = await manager.store.run(_named, manager.paths.snapshots)
     for domain in manager.domains():
         if domain.name not in there:
             continue

@@ -5,6 +5,7 @@ What was written since the last snapshot of the state that is left is given up; 
 
 from __future__ import annotations
 
+import os
 from os.path import normpath
 from typing import TYPE_CHECKING
 
@@ -59,11 +60,12 @@ async def revert(domain: DomainObject, name: str, flags: int) -> None:
             if domain.is_active:
                 await lifecycle.destroy(domain, False)
             new = await _disks(domain, name, snapshot)
-            await collect.collect(domain)
             await _reset_variables(domain, flags)
             if kept is not None:
+                # Before anything is collected: a disk that is not in the definition, only the machine that runs needs.
                 await _go_on(domain, kept, new, flags)
-            elif flags & (Flags.RUNNING | Flags.PAUSED):
+            await collect.collect(domain)
+            if kept is None and flags & (Flags.RUNNING | Flags.PAUSED):
                 await starting.boot(domain, bool(flags & Flags.PAUSED), {})
         finally:
             if kept is not None:
@@ -152,4 +154,9 @@ def _facts(snapshot: Snapshot) -> dict[str, Facts]:
 
 
 def _names(below: dict[str, Facts], name: str) -> dict[str, str]:
-    return {target: free_name(overlay_of(facts.path, f"{name}-now")) for target, facts in below.items()}
+    """Where each disk's new image goes (blocking)."""
+    found: dict[str, str] = {}
+    for target, facts in below.items():
+        wanted = overlay_of(facts.path, f"{name}-now")
+        found[target] = free_name(wanted, lambda path: os.path.lexists(path) or path in found.values())
+    return found

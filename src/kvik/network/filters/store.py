@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from kvik.conf.nwfilter import (
     FilterBinding,
@@ -26,6 +27,8 @@ __all__ = ["FilterStore"]
 
 logger = logging.getLogger(__name__)
 
+Document = TypeVar("Document", NetworkFilter, FilterBinding)
+
 
 class FilterStore:
     def __init__(self, paths: Paths) -> None:
@@ -38,28 +41,10 @@ class FilterStore:
             files.remove_temporaries(directory)
 
     def load_filters(self) -> list[NetworkFilter]:
-        found = []
-        for path, data in self._read(self.filters):
-            try:
-                one = parse_filter(data)
-                if one.name != path.stem:
-                    raise ConfigError(f"its name is {one.name!r}")
-                found.append(one)
-            except KvikError as error:
-                documents.set_aside(path, str(error))
-        return found
+        return self._load(self.filters, parse_filter, lambda one: one.name, "name")
 
     def load_bindings(self) -> list[FilterBinding]:
-        found = []
-        for path, data in self._read(self.bindings):
-            try:
-                one = parse_binding(data)
-                if one.portdev != path.stem:
-                    raise ConfigError(f"its interface is {one.portdev!r}")
-                found.append(one)
-            except KvikError as error:
-                documents.set_aside(path, str(error))
-        return found
+        return self._load(self.bindings, parse_binding, lambda one: one.portdev, "interface")
 
     def save_filter(self, one: NetworkFilter) -> None:
         """On an error the old content is there, or no file if there was none."""
@@ -75,9 +60,22 @@ class FilterStore:
         files.remove_file(self.bindings / f"{device}.xml", durable=False)
 
     @staticmethod
-    def _read(directory: Path) -> Iterator[tuple[Path, bytes]]:
+    def _load(
+        directory: Path, parse: Callable[[bytes], Document], named: Callable[[Document], str], what: str
+    ) -> list[Document]:
+        """All that can be read. One that is not called as its file is, or is none, is set aside."""
+        found = []
         for path in sorted(directory.glob("*.xml")):
             try:
-                yield path, files.read_file(path, limit=documents.DOCUMENT_LIMIT)
+                data = files.read_file(path, limit=documents.DOCUMENT_LIMIT)
             except HostError as error:
                 logger.warning("%s is ignored: %s", path, error)
+                continue
+            try:
+                one = parse(data)
+                if named(one) != path.stem:
+                    raise ConfigError(f"its {what} is {named(one)!r}")
+                found.append(one)
+            except KvikError as error:
+                documents.set_aside(path, str(error))
+        return found

@@ -141,11 +141,12 @@ class ActiveCommit(BlockJob):
         if gone is not None:
             gone.release()
 
-    def abandon(self) -> None:
+    def abandon(self) -> bool:
         self._image.changing = None
         self._close_data()
         if self.settled():  # else the base stays as it is, and open, until the disk ends
             self._base.abandon()
+        return True
 
     def _close_data(self) -> None:
         fd, self._data = self._data, -1

@@ -12,7 +12,7 @@ from __future__ import annotations
 from kvik.errors import ImageError, KvikError
 from kvik.image.base import COMPRESSED, DATA
 from kvik.image.qcow2.tracking import first_bit, set_bits
-from kvik.vmm.blk.writer import Writer
+from kvik.vmm.blk.writer import Writer, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Backup:
             for kind, at, size, image, host in source.image.pieces(start, length):
                 self._copy(kind, at, size, image, host)
         except (KvikError, OSError) as error:
-            self._failed((isinstance(error, OSError) and error.strerror) or str(error))
+            self._failed(reason(error))
             return
         for chunk in range(begin, end):
             self._pending[chunk >> 3] &= ~(1 << (chunk & 7))

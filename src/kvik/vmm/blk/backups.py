@@ -11,7 +11,7 @@ from kvik.image.opening import open_image
 from kvik.vmm.blk import bitmaps
 from kvik.vmm.blk.backup import Backup
 from kvik.vmm.blk.chain import check_can_open
-from kvik.vmm.blk.image import FormatImage
+from kvik.vmm.blk.image import FormatImage, formatted, plain_again
 from kvik.vmm.blk.nbd_export import Export
 from kvik.vmm.blk.nbd_server import NbdServer
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from kvik.vmm.backends.block import BlockImage
     from kvik.vmm.blk.bitmaps import Source
     from kvik.vmm.virtio.blk import Blk
 
@@ -46,7 +45,6 @@ class Backups:
         self._since: Sequence[Source] = ()
         self._held, self._holds = False, 0
         self._server: NbdServer | None = None
-        self._plain: BlockImage | None = None  # a raw disk's own, while a `FormatImage` stands in for it
         self.backup: Backup | None = None
 
     # One moment on several disks ---------------------------------------------------------------------------------
@@ -175,7 +173,7 @@ class Backups:
         self._check_held(held)
         with self._device.lock:
             self._settle()
-            image = self._formatted()
+            image = formatted(self._device, self._log)
             bits, shift = None, backup.chunk_bits
             if backup.incremental:
                 shift = shift if not backup.pull else bitmaps.finest(image, self._since, shift)
@@ -183,32 +181,6 @@ class Backups:
             if track:
                 bitmaps.add(image, track)
             backup.begin(image, bits, shift)
-
-    def _formatted(self) -> FormatImage:
-        """The disk's image as one that can be asked what it is made of: a raw disk's gets one for the time being."""
-        device = self._device
-        old = device.image
-        if isinstance(old, FormatImage):
-            return old
-        fd = os.dup(old._buffered if old.direct else old.fd)
-        image = open_image(fd, format="raw", writable=not old.read_only, path=old.name)
-        try:
-            new = FormatImage(
-                image,
-                os.dup(old.fd),
-                read_only=old.read_only,
-                cache=old.cache,
-                discard=old.can_discard,
-                locking=False,  # `old` stays open
-                name=old.name,
-                log=self._log,
-            )
-        except BaseException:
-            image.release()
-            raise
-        new.take_over(old)
-        device.image, self._plain = new, old
-        return new
 
     def _concluded(self) -> None:
         backup = self.backup
@@ -260,15 +232,8 @@ class Backups:
         if backup.state != "concluded":
             raise OperationInvalid(f"disk {self._device.name}: backup {job} is being written out", remedy="ask again")
         self.backup, self._since = None, ()
-        old, self._plain = self._plain, None
-        if old is not None:
-            with self._device.lock:
-                self._settle()
-                new = self._device.image
-                old.take_over(new)
-                old.refresh_size()
-                self._device.image = old
-                new.close()
+        with self._device.lock:
+            plain_again(self._device)
 
     def close(self) -> None:
         """The disk ends. Of what is under way nothing is whole."""

@@ -29,7 +29,19 @@ if TYPE_CHECKING:
 
     Source = tuple[int, str]  # the image's place from the top down, and the bitmap's name
 
-__all__ = ["add", "count", "finest", "go_on", "marked", "merge", "merge_below", "remove", "remove_below", "report"]
+__all__ = [
+    "add",
+    "count",
+    "finest",
+    "go_on",
+    "marked",
+    "merge",
+    "merge_below",
+    "merge_into",
+    "remove",
+    "remove_below",
+    "report",
+]
 
 
 class Known:
@@ -174,13 +186,15 @@ def merge_below(image: BlockImage, sources: Iterable[int], layer: int, fd: int) 
     written = chain[layer] if 0 < layer < len(chain) else None
     if fd < 0 and isinstance(written, Qcow2Writer):  # a job writes to it
         written.store_bitmaps()
-        _merge_into(written, [chain[source] for source in sources if source < layer])
+        merge_into(written, [chain[source] for source in sources if source < layer])
         return
     with _open_below(image, layer, fd) as below:
-        _merge_into(below, [chain[source] for source in sources if source < layer])
+        merge_into(below, [chain[source] for source in sources if source < layer])
 
 
-def _merge_into(below: Qcow2Writer, sources: list[Image]) -> None:
+def merge_into(below: Qcow2Writer, sources: list[Image]) -> None:
+    """What the bitmaps of `sources` mark is marked by those of `below`, which gets those that it does not have. Nobody
+    else works on any of them. All or none, as `merge_below`."""
     changes, known = BitmapChanges(below), {bitmap.name for bitmap in below.bitmaps}
     for above in sources:
         if not isinstance(above, Qcow2Reader):

@@ -3,6 +3,7 @@
     running    from its making on
     settling   all is copied, and is being written out
     ready      all is copied, and what the guest writes goes on being copied, until it is told to change over
+    ending     it comes to no good end; what it wrote to is being closed
     concluded  by itself, by `cancel` or by an error; known until it is dismissed
 
 Until the last step the guest has the images that it had, and reads the same from them whatever was copied: a process
@@ -16,6 +17,7 @@ import os
 import time
 
 from kvik.errors import KvikError
+from kvik.vmm.blk.writer import reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ __all__ = ["STEP", "BlockJob"]
 STEP = 1 << 20  # bytes that one turn of the loop copies: the guest's requests wait meanwhile
 SETTLES = 10.0  # seconds for requests that are under way
 WAITS = 0.02  # seconds
+PAUSE = 0.005  # seconds until a slow image is looked at again
 AGAIN = 1.0  # seconds until storage that does not answer is looked at again
 
 
@@ -74,8 +77,17 @@ class BlockJob:
         """Whether it goes on although it has copied all."""
         return False
 
-    def abandon(self) -> None:
-        """It comes to no good end."""
+    def crowded(self) -> bool:
+        """Whether so much waits to be written that nothing more should be copied yet."""
+        return False
+
+    def write_out(self) -> None:
+        """Beside the loop, up to `written_out`: what is left for the standstill is little then."""
+        _thread.start_new_thread(self._write_out, (os.dup(self.written),))
+
+    def abandon(self) -> bool:
+        """It comes to no good end. False: it concludes later."""
+        return True
 
     def settled(self) -> bool:
         """Nothing is in flight, and what was is answered. False: the host's storage does not answer."""
@@ -95,11 +107,14 @@ class BlockJob:
         if now < self._due:
             loop.call_later(min(self._due - now, AGAIN), self._turn)  # the limit may change
             return
+        if self.crowded():
+            loop.call_later(PAUSE, self._turn)
+            return
         try:
             with self._device.lock:
                 copied = self.step()
         except (KvikError, OSError) as error:
-            self._failed(error)
+            self.failed(reason(error))
             return
         if self.speed:
             self._due = max(self._due, now) + copied / self.speed
@@ -109,10 +124,9 @@ class BlockJob:
             loop.call_later(0 if copied else WAITS, self._turn)
         else:
             self.state = "settling"
-            _thread.start_new_thread(self._write_out, (os.dup(self.written),))
+            self.write_out()
 
     def _write_out(self, fd: int) -> None:
-        """Beside the loop: what is left for the standstill is little then."""
         error: OSError | None = None
         try:
             os.fdatasync(fd)
@@ -120,37 +134,43 @@ class BlockJob:
             error = caught
         finally:
             os.close(fd)
-        self._device.loop.call_soon(lambda: self._written_out(error))
+        self._device.loop.call_soon(lambda: self.written_out(reason(error)))
 
-    def _written_out(self, error: OSError | None) -> None:
+    def written_out(self, error: str) -> None:
+        """`error`: what went wrong with that, or ""."""
         if self.state != "settling":
             return
-        if error is not None:
-            self._failed(error)
+        if error:
+            self.failed(error)
             return
         with self._device.lock:
             if not self.settled():
-                self._device.loop.call_later(AGAIN, lambda: self._written_out(None))
+                self._device.loop.call_later(AGAIN, lambda: self.written_out(""))
+                return
+            if self.waits():  # the guest wrote too much meanwhile
+                self.state = "running"
+                self._device.loop.call_soon(self._turn)
                 return
             try:
                 self.finish()
             except (KvikError, OSError) as caught:
-                self._failed(caught)
+                self.failed(reason(caught))
                 return
-        self._conclude()
+        self.conclude()
 
-    def _failed(self, error: Exception) -> None:
-        self.error = (isinstance(error, OSError) and error.strerror) or str(error)
+    def failed(self, error: str) -> None:
+        self.error = self.error or error
         with self._device.lock:
             self.cancel()
 
     def cancel(self) -> None:
         """It ends as it is, under the device's lock."""
-        if self.state != "concluded":
-            self.abandon()
-            self._conclude()
+        if self.state not in ("ending", "concluded"):
+            self.state = "ending"
+            if self.abandon():
+                self.conclude()
 
-    def _conclude(self) -> None:
+    def conclude(self) -> None:
         self.state = "concluded"
         self._image.job = None
         self._ended()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvik.image.base import Image
     from kvik.image.qcow2.redo import Redo
 
-__all__ = ["check_can_open", "check_redo", "name_of", "open_chain"]
+__all__ = ["check_can_open", "check_redo", "check_served", "name_of", "open_chain"]
 
 
 def open_chain(
@@ -24,8 +24,9 @@ def open_chain(
 ) -> Image:
     """(descriptor, format) from the top down; the descriptors become the images'. Those below are locked as readers
     here, the top by whoever opens its data. `redo`: what a process before this one had not written of it. Raises
-    `ImageError`, `ResourceBusy`, `HostError`, OSError."""
+    `ImageError`, `ResourceBusy`, `HostError`, OSError; then they are closed."""
     below: Image | None = None
+    left = len(images)
     try:
         for number, (fd, form) in reversed(list(enumerate(images))):
             name = name_of(fd)
@@ -33,11 +34,13 @@ def open_chain(
                 lock_image(fd, name, write=False)
             writable = not number and not read_only
             image = open_image(fd, format=form, writable=writable, path=name, redo=redo if writable else None)
-            image.backing, below = below, image
-            _check(image, image.backing)
+            image.backing, below, left = below, image, number
+            check_served(image, image.backing)
     except BaseException:
         if below is not None:
             below.release()
+        for fd, _ in images[:left]:
+            os.close(fd)
         raise
     assert below is not None
     return below
@@ -58,7 +61,8 @@ def check_redo(redo: Redo, images: list[tuple[int, str]]) -> None:
     )
 
 
-def _check(image: Image, below: Image | None) -> None:
+def check_served(image: Image, below: Image | None) -> None:
+    """That it can be a disk's, on top of `below`. Raises `ImageError`."""
     header = getattr(image, "header", None)
     if header is None:
         if below is not None:

@@ -196,7 +196,8 @@ class Commit(BlockJob):
             gone.backing = None
             gone.release()
 
-    def abandon(self) -> None:
+    def abandon(self) -> bool:
         self._close_header()
         if self.settled():  # else the base stays as it is, and open, until the disk ends
             self._base.abandon()
+        return True

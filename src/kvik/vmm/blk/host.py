@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvik.vmm.blk.backups import Backups
-    from kvik.vmm.blk.block_jobs import BlockJobs
     from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.state.protection import Protection
     from kvik.vmm.virtio.blk import Blk
@@ -51,7 +50,6 @@ class BlkHost:
         self.overlays: Overlays | None = None  # of the device
         self.inflight_fd = -1  # memory for requests in flight: a VMM holds it longer than we may live
         self.backups: Backups | None = None
-        self.block_jobs: BlockJobs | None = None
         self.protection: Protection | None = None  # of the VMM's memory, which is being saved
         self.loop.on_error = self._failed
 
@@ -142,8 +140,6 @@ class BlkHost:
             self._back_end.close("")
         if self.backups is not None:
             self.backups.close()
-        if self.block_jobs is not None:
-            self.block_jobs.close()
         if self.overlays is not None:
             self.overlays.close()
         for device in self.devices.values():

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from kvik.vmm.blk.block_job import BlockJob
     from kvik.vmm.virtio.blk import Blk
 
-__all__ = ["FormatImage", "flush"]
+__all__ = ["FormatImage", "flush", "formatted", "plain_again"]
 
 SECTOR = 512
+SETTLES = 10.0  # seconds for requests that are under way
 
 
 class FormatImage(BlockImage):
@@ -51,6 +52,7 @@ class FormatImage(BlockImage):
         self._log = log
         self.backup: Backup | None = None  # wants to have what is about to be overwritten
         self.job: BlockJob | None = None  # works on it
+        self.stands_for: BlockImage | None = None  # a raw disk's own, for which it stands in for the time being
         self.changing: Callable[[int, int], None] | None = None  # is told of what is about to be written
         self._unflushed = False  # tables changed since the last write that waited for the medium
         super().__init__(
@@ -244,13 +246,62 @@ class FormatImage(BlockImage):
 
     def close(self) -> None:
         super().close()
-        self.image.close()
+        try:
+            self.image.close()
+        finally:
+            if self.stands_for is not None:
+                self.stands_for.close()
 
 
 def _fill(parts: list[memoryview], data: memoryview) -> None:
     for view in parts:
         view[:] = data[: len(view)]
         data = data[len(view) :]
+
+
+def formatted(device: Blk, log: Callable[[str], object]) -> FormatImage:
+    """The disk's image as one that can be asked what it is made of: a raw disk's gets one that stands in for it. The
+    device's lock is held, and nothing is in flight."""
+    old = device.image
+    if isinstance(old, FormatImage):
+        return old
+    from kvik.image.opening import open_image
+
+    fd = os.dup(old._buffered if old.direct else old.fd)
+    image = open_image(fd, format="raw", writable=not old.read_only, path=old.name)
+    try:
+        new = FormatImage(
+            image,
+            os.dup(old.fd),
+            read_only=old.read_only,
+            cache=old.cache,
+            discard=old.can_discard,
+            locking=False,  # `old` stays open
+            name=old.name,
+            log=log,
+        )
+    except BaseException:
+        image.release()
+        raise
+    new.take_over(old)
+    device.image, new.stands_for = new, old
+    return new
+
+
+def plain_again(device: Blk) -> None:
+    """A raw disk is served as it was, unless somebody works on what stands in for it, or the host's storage does not
+    answer. The device's lock is held."""
+    new = device.image
+    if not isinstance(new, FormatImage) or new.stands_for is None or new.backup is not None or new.job is not None:
+        return
+    if not new.drain(SETTLES):
+        return
+    device._publish()
+    old, new.stands_for = new.stands_for, None
+    old.take_over(new)
+    old.refresh_size()
+    device.image = old
+    new.close()
 
 
 def flush(device: Blk) -> None:

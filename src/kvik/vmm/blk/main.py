@@ -141,7 +141,7 @@ def build(options: Options) -> tuple[BlkHost, Blk]:
         device, locking=locking, log=host.log, redo=redo, top=options.texts["node"]
     )
     host.backups = Backups(device, host.emit, locking=locking, log=host.log)
-    host.block_jobs = BlockJobs(device, host.overlays, host.backups, host.emit, locking=locking, log=host.log)
+    device.block_jobs = BlockJobs(device, host.overlays, host.backups, host.emit, locking=locking, log=host.log)
     if numbers["monitor"] >= 0:
         from kvik.vmm.blk.monitor import COMMANDS
         from kvik.vmm.monitor.server import MonitorServer
@@ -251,6 +251,7 @@ LATE = (
     "kvik.image.resize",
     "kvik.image.zstd",
     "kvik.vmm.blk.active_commit",
+    "kvik.vmm.blk.block_copy",
     "kvik.vmm.blk.commit",
     "kvik.vmm.blk.pull",
     "linecache",

@@ -4,7 +4,7 @@ backups and block jobs of it; those that keep it from writing to memory that is 
 from __future__ import annotations
 
 from kvik.vmm.blk import backup_commands, block_job_commands, protection_commands
-from kvik.vmm.monitor import block, fds, introspect, overlays, run_state
+from kvik.vmm.monitor import block, block_jobs, fds, introspect, overlays, run_state
 from kvik.vmm.monitor.table import Command
 
 __all__ = ["COMMANDS"]
@@ -24,6 +24,7 @@ _NAMES = {
 
 _OWN = (
     *overlays.COMMANDS,
+    *block_jobs.COMMANDS,
     *backup_commands.COMMANDS,
     *block_job_commands.COMMANDS,
     *protection_commands.COMMANDS,

@@ -25,7 +25,7 @@ from kvik.errors import (
 )
 from kvik.image.lock import lock_image, stop_writing
 from kvik.image.opening import open_image
-from kvik.image.qcow2.redo import identity
+from kvik.image.qcow2.redo import identity, mark
 from kvik.image.qcow2.writer import Qcow2Writer
 from kvik.vmm.blk.bitmaps import go_on
 from kvik.vmm.blk.chain import check_can_open
@@ -57,11 +57,12 @@ class Overlays:
         redo: Redo | None = None,
         top: str = "",
     ) -> None:
-        self._device, self._locking, self._log, self._redo = device, locking, log, redo
+        self._device, self.locking, self._log, self._redo = device, locking, log, redo
         self._added: FormatImage | None = None
         self._below = -1  # to read the image that is on top now, when it is below
         self._old: BlockImage | None = None  # below the one on top, as long as that can be dropped
         self._node = self._group = ""  # of the image that is added, or that can be dropped
+        self._mark = -1  # where it is noted which image the guest writes to; in kvik-blk that is `redo`
         self._top = self._before = top  # the node of the image that the guest writes to; "": the one it started with
 
     def report(self) -> dict[str, str]:
@@ -90,7 +91,7 @@ class Overlays:
                 data if data >= 0 else os.dup(fd),
                 cache=old.cache,
                 discard=old.can_discard,
-                locking=self._locking,
+                locking=self.locking,
                 name=name,
                 log=self._log,
             )
@@ -178,7 +179,7 @@ class Overlays:
                 if isinstance(top.image, Qcow2Writer):
                     top.image.redo = self._redo
             try:
-                if self._locking and reader is not None:
+                if self.locking and reader is not None:
                     stop_writing(old.fd)
                     lock_image(reader.fd, old.name, write=False)
             except (KvikError, OSError) as error:
@@ -194,6 +195,8 @@ class Overlays:
         """The guest goes on in `new`, which lay below and holds the same. The device's lock is held, nothing is in
         flight, and both are on the medium."""
         device, old = self._device, self._device.image
+        if self._mark >= 0:
+            mark(self._mark, new.image.fd, alone=True)
         new.take_over(old)
         if self._redo is not None:
             inner = getattr(old, "image", None)
@@ -204,11 +207,27 @@ class Overlays:
                 new.image.redo = self._redo
         device.image, self._top = new, node
 
+    def note_in(self, fd: int) -> None:
+        """Takes over `fd`, a file that outlives this process: it says which image the guest writes to, from now on and
+        after `pivot`. Raises OSError; then it is closed."""
+        old, self._mark = self._mark, -1
+        if old >= 0:
+            os.close(old)
+        try:
+            mark(fd, self._device.image.fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._mark = fd
+
     def close(self) -> None:
         """An image that was added is let go; the device closes what is on top."""
         if self._added is not None:
             self.drop()
         self.keep()
+        if self._mark >= 0:
+            os.close(self._mark)
+            self._mark = -1
 
 
 def _check_fits(image: Image, new: BlockImage, old: BlockImage) -> None:

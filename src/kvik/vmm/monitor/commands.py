@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvik.vmm.monitor import (
     back_ends,
     block,
+    block_jobs,
     char,
     cpus,
     devices,
@@ -30,6 +31,7 @@ GROUPS = {
     "Block": block,
     "Back ends": back_ends,
     "New images on disks": overlays,
+    "Block jobs": block_jobs,
     "Network": net,
     "Character devices": char,
     "Descriptors": fds,

@@ -48,15 +48,11 @@ def query_machines(context: Context, arguments: Arguments) -> list[dict[str, Any
 
 
 def query_cpu_definitions(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
-    try:
-        from kvik.vmm.cpu.models import MODELS  # type: ignore[import-not-found,unused-ignore]
+    from kvik.vmm.cpu.models import MODELS
 
-        names = sorted(MODELS)
-    except ImportError:
-        names = []
     return [
         {"name": name, "typename": f"{name}-x86_64-cpu", "static": name != "host", "migration-safe": name != "host"}
-        for name in dict.fromkeys(["host", *names])
+        for name in dict.fromkeys(["host", *sorted(MODELS)])
     ]
 
 

@@ -1,7 +1,7 @@
 """What the monitor asks of a machine, without KVM: for tests and fuzzers of the control plane.
 
 `MonitoredMock` goes before a class that has memory, buses, devices and a loop (`virtio.mock_machine.MockMachine`, or
-attributes of the test's own), and has the same rules about its status as `machine.Machine`.
+attributes of the test's own), and has the same rules about its status as `runstate.RunState`.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.virtio.blk import Blk
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "disk_of", "overlays_of"]
 
 
-def _of(context: Context, arguments: Arguments) -> Blk:
+def disk_of(context: Context, arguments: Arguments) -> Blk:
     """The disk that is meant. Raises `QmpError`."""
     if "device" not in arguments:
         if not hasattr(context.machine, "overlays"):  # no kvik-blk, which has one disk
@@ -30,19 +30,19 @@ def _of(context: Context, arguments: Arguments) -> Blk:
         return alone
     found = block.drive(context, {"device": arguments["device"]})
     if found.kind != "virtio-blk":
-        raise refused(f"cannot put an image on top of disk {found.name}", "its storage is another process's")
+        raise refused(f"cannot change the images of disk {found.name}", "its storage is another process's")
     device: Blk = found
     return device
 
 
 def _overlays(context: Context, arguments: Arguments) -> Overlays | None:
     """None as long as that disk had no new image."""
-    return _of(context, arguments).overlays
+    return disk_of(context, arguments).overlays
 
 
-def _ready(context: Context, arguments: Arguments) -> Overlays:
+def overlays_of(context: Context, arguments: Arguments) -> Overlays:
     """Of that disk, whether it had a new image before or not. Raises `QmpError`."""
-    device = _of(context, arguments)
+    device = disk_of(context, arguments)
     if device.overlays is None:
         try:
             from kvik.vmm.blk.overlay import Overlays
@@ -64,7 +64,7 @@ def _overlay_add(context: Context, arguments: Arguments) -> None:
                 if arguments[role] not in named:
                     raise QmpError(f"File descriptor named '{arguments[role]}' not found")
                 taken[role] = named.pop(arguments[role])
-        overlays = _ready(context, arguments)
+        overlays = overlays_of(context, arguments)
     except BaseException:
         for fd in taken.values():
             os.close(fd)
@@ -80,7 +80,7 @@ def _overlay_add(context: Context, arguments: Arguments) -> None:
 
 
 def _overlay_put(context: Context, arguments: Arguments) -> None:
-    _ready(context, arguments).put()
+    overlays_of(context, arguments).put()
 
 
 def _overlay_drop(context: Context, arguments: Arguments) -> None:

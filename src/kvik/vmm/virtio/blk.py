@@ -27,6 +27,7 @@ from kvik.vmm.virtio.device import VirtioDevice
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvik.vmm.backends.block import BlockImage
+    from kvik.vmm.blk.block_jobs import BlockJobs
     from kvik.vmm.blk.overlay import Overlays
     from kvik.vmm.device import State
     from kvik.vmm.loop import EventLoop
@@ -124,6 +125,7 @@ class Blk(VirtioDevice):
         self.serial = serial
         self.rerror, self.werror = rerror, werror
         self.overlays: Overlays | None = None  # in kvik-vmm, once a new image was to be put on top
+        self.block_jobs: BlockJobs | None = None  # there once one was begun
         self.block_stats = BlockStats()
         self.limits = {key: RateLimiter() for key in ("total", "read", "write")}
         self.paused = False
@@ -456,6 +458,8 @@ class Blk(VirtioDevice):
     def close(self) -> None:
         with self.lock:
             super().close()
+            if self.block_jobs is not None:
+                self.block_jobs.close()
             if self.overlays is not None:
                 self.overlays.close()
             self.image.close()

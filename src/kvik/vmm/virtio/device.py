@@ -178,7 +178,7 @@ class VirtioDevice(Device):
         signal = self.transport.signal_queue
         self.queues[:] = [kind(self.memory, index, size) for index, size in enumerate(self.queue_sizes)]
         for queue in self.queues:
-            queue.notify = lambda index=queue.index: signal(index)  # type: ignore[misc]
+            queue.notify = lambda index=queue.index: signal(index)  # type: ignore[misc]  # mypy: default of a lambda
 
     def kick(self, index: int) -> None:
         """On the loop: queue `index` was notified."""
@@ -245,7 +245,7 @@ class VirtioDevice(Device):
         with self.lock:
             self.paused = False
             for index in range(len(self.queues)):
-                self.loop.call_soon(lambda index=index: self.kick(index))  # type: ignore[misc]
+                self.loop.call_soon(lambda index=index: self.kick(index))  # type: ignore[misc]  # mypy: default of a lambda
 
     def close(self) -> None:
         if self.machine is not None and self._memory_changed in self.memory.on_change:

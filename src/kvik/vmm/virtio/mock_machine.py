@@ -159,7 +159,7 @@ class VirtioDriver:
         if features is None:
             features = self.offered()
         assert self.negotiate(features), "FEATURES_OK was refused"
-        device: VirtioDevice = self.pci.device  # type: ignore[attr-defined]
+        device: VirtioDevice = self.pci.device  # type: ignore[attr-defined]  # a virtio one
         self.queues = []
         for index, queue in enumerate(device.queues):
             self.common(t.QUEUE_SELECT, 2, index)

@@ -1,13 +1,9 @@
 """virtio-net (virtio 1.2, 5.1): queue pairs, a control queue, and a backend or the kernel's vhost-net at the other end.
 
-Filters of the control queue (MAC addresses, VLANs, receive modes) are accepted and told, not applied: the device may
-deliver more than was asked for (5.1.6.5.1: "best-effort"). A backend that ends takes the link down; the machine goes
-on.
+A backend that ends takes the link down; the machine goes on.
 """
 
 from __future__ import annotations
-
-import struct
 
 from kvik.errors import HostError, InvalidArgument
 from kvik.vmm.backends.net import BackendGone, NetBackend, NoBackend
@@ -16,6 +12,7 @@ from kvik.vmm.ratelimit import RateLimiter
 from kvik.vmm.virtio.config import Field
 from kvik.vmm.virtio.device import VirtioDevice
 from kvik.vmm.virtio.netqueue import Receiver, Transmitter
+from kvik.vmm.virtio.rxfilter import ReceiveFilter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,10 +32,7 @@ GUEST_OFFLOADS = F_GUEST_CSUM | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 54 | 1
 S_LINK_UP, S_ANNOUNCE = 1, 2
 _OK, _ERR = b"\0", b"\1"
 CTRL_RX, CTRL_MAC, CTRL_VLAN, CTRL_ANNOUNCE, CTRL_MQ, CTRL_GUEST_OFFLOADS = range(6)
-# 5.1.6.5.1: bits of `rx_modes`, in the order of the commands
-PROMISC, ALLMULTI, ALLUNI, NOMULTI, NOUNI, NOBCAST = (1 << number for number in range(6))
 _MAX_COMMAND = 1 << 16  # bytes
-_MAX_MACS = 64  # kept; of a longer table these, and it has run over
 MAX_QUEUE = 512
 
 
@@ -133,10 +127,7 @@ class NetDevice(VirtioDevice):
 
     def _forget_wishes(self) -> None:
         """What the driver told over the control queue, as before it told anything."""
-        self.rx_modes = PROMISC  # until the driver chooses, as in QEMU: older drivers never do
-        self.macs: list[bytes] = []
-        self.macs_ran_over = False
-        self.vlans: set[int] = set()
+        self.filter = ReceiveFilter()
         self.active_pairs = 1
         self.guest_offloads = 0
 
@@ -336,25 +327,14 @@ class NetDevice(VirtioDevice):
         command = chain.read_all(_MAX_COMMAND)
         kind, number, data = command[0], command[1], command[2:]
         if kind == CTRL_RX:
-            if 1 << number > NOBCAST or len(data) != 1:
-                return False
-            self.rx_modes = self.rx_modes | 1 << number if data[0] else self.rx_modes & ~(1 << number)
-            self._rx_filter_changed()
-            return True
-        if kind == CTRL_MAC:
-            if not self._set_macs(number, data):
-                return False
-            self._rx_filter_changed()
-            return True
+            return self._rx_filter_changed(self.filter.set_mode(number, data))
+        if kind == CTRL_MAC and number == 0:
+            return self._rx_filter_changed(self.filter.set_macs(data))
+        if kind == CTRL_MAC and number == 1 and len(data) == 6:  # MAC_ADDR_SET
+            self.config["mac"] = data
+            return self._rx_filter_changed(True)
         if kind == CTRL_VLAN:
-            if number > 1 or len(data) != 2:
-                return False
-            vlan = int.from_bytes(data, "little")
-            if vlan > 4095:
-                return False
-            (self.vlans.add if number == 0 else self.vlans.discard)(vlan)
-            self._rx_filter_changed()
-            return True
+            return self._rx_filter_changed(self.filter.set_vlan(number, data))
         if kind == CTRL_ANNOUNCE and number == 0:
             self.config["status"] = self.config["status"] & ~S_ANNOUNCE
             return True
@@ -381,32 +361,12 @@ class NetDevice(VirtioDevice):
             return False
         return True
 
-    def _set_macs(self, number: int, data: bytes) -> bool:
-        if number == 1:  # MAC_ADDR_SET
-            if len(data) != 6:
-                return False
-            self.config["mac"] = data
-            return True
-        if number:
-            return False
-        macs: list[bytes] = []  # MAC_TABLE_SET: unicast, then multicast addresses, each list behind its count
-        for _ in range(2):
-            if len(data) < 4:
-                return False
-            (count,) = struct.unpack_from("<I", data)
-            data = data[4:]
-            if count * 6 > len(data):
-                return False
-            macs += [data[at : at + 6] for at in range(0, 6 * count, 6)]
-            data = data[6 * count :]
-        self.macs, self.macs_ran_over = macs[:_MAX_MACS], len(macs) > _MAX_MACS
-        return True
-
-    def _rx_filter_changed(self) -> None:
+    def _rx_filter_changed(self, changed: bool) -> bool:
         """Told once, and again only after somebody asked (QEMU's qapi/net.json): a guest cannot flood with it."""
-        if self.machine is not None and not self.rx_filter_told:
+        if changed and self.machine is not None and not self.rx_filter_told:
             self.rx_filter_told = True
             self.machine.emit("NIC_RX_FILTER_CHANGED", {"name": self.name, "path": f"/machine/peripheral/{self.name}"})
+        return changed
 
     # --- what the host does to it
 
@@ -447,25 +407,8 @@ class NetDevice(VirtioDevice):
     def rx_filter(self) -> State:
         """What the driver asked to receive: QMP's RxFilterInfo. From now on a change is told again."""
         self.rx_filter_told = False
-        modes = self.rx_modes
-
-        def of(no: int, every: int) -> str:
-            return "none" if modes & no else "all" if modes & every or self.macs_ran_over else "normal"
-
-        return {
-            "name": self.name,
-            "main-mac": self.config.raw("mac").hex(":"),
-            "promiscuous": bool(modes & PROMISC),
-            "multicast": of(NOMULTI, ALLMULTI),
-            "unicast": of(NOUNI, ALLUNI),
-            "vlan": "all" if not self.has(F_CTRL_VLAN) else "normal" if self.vlans else "none",
-            "broadcast-allowed": not modes & NOBCAST,
-            "multicast-overflow": self.macs_ran_over,
-            "unicast-overflow": self.macs_ran_over,
-            "unicast-table": [mac.hex(":") for mac in self.macs if not mac[0] & 1],
-            "multicast-table": [mac.hex(":") for mac in self.macs if mac[0] & 1],
-            "vlan-table": sorted(self.vlans),
-        }
+        told = self.filter.told(by_vlan=self.has(F_CTRL_VLAN))
+        return {"name": self.name, "main-mac": self.config.raw("mac").hex(":"), **told}
 
     # --- vhost
 
@@ -513,10 +456,7 @@ class NetDevice(VirtioDevice):
             "link": self.plugged,
             "active_pairs": self.active_pairs,
             "guest_offloads": self.guest_offloads,
-            "rx_modes": self.rx_modes,
-            "macs": list(self.macs),
-            "macs_ran_over": self.macs_ran_over,
-            "vlans": sorted(self.vlans),
+            **self.filter.state(),
             "receive_limit": self.receive_limit.state(),
             "transmit_limit": self.transmit_limit.state(),
         }
@@ -531,8 +471,7 @@ class NetDevice(VirtioDevice):
         self.plugged = bool(state["link"])
         self.link = self.plugged and not self.gone and self.backend.carrier
         self.active_pairs, self.guest_offloads = pairs, offloads & GUEST_OFFLOADS
-        self.rx_modes, self.macs, self.vlans = int(state["rx_modes"]), list(state["macs"]), set(state["vlans"])
-        self.macs_ran_over = bool(state.get("macs_ran_over", False))
+        self.filter.restore(state)
         self.receive_limit.restore(state["receive_limit"])
         self.transmit_limit.restore(state["transmit_limit"])
         self._restored = self.active

@@ -420,7 +420,7 @@ class VirtioPci(PciDevice):
         self.doorbells = []
         for index, fd in enumerate(fds):
             self._taken[index] = True
-            self._on_loop(lambda fd=fd: self._end(fd))  # type: ignore[misc]
+            self._on_loop(lambda fd=fd: self._end(fd))  # type: ignore[misc]  # mypy: default of a lambda
 
     def _end(self, fd: int) -> None:
         try:

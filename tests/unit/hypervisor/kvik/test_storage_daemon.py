@@ -122,7 +122,7 @@ async def test_a_vmdk_that_names_other_files_is_refused(disks: list[Disk], head:
     path.write_bytes(head)
     disk = disks[1]
     assert disk.driver is not None
-    disk.type, disk.source, disk.driver.type = "file", type(disks[0].source)(file=str(path)), "vmdk"  # type: ignore[misc]
+    disk.type, disk.source, disk.driver.type = "file", type(disks[0].source)(file=str(path)), "vmdk"
     with ExitStack() as close, ExitStack() as undo:
         opened = Opened(close, undo, {})
         open_disk(opened, disk)

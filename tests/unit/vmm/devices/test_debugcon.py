@@ -13,7 +13,7 @@ from unit.vmm.devices.machine import FakeMachine
 def test_bytes_arrive_and_a_read_says_that_it_is_there(tmp_path: Path) -> None:
     machine, log = FakeMachine(), tmp_path / "log"
     device = Debugcon("debug", Chardev(f"file:{log}"))
-    device.attach(machine)  # type: ignore[arg-type]
+    device.attach(machine)
     for byte in b"firmware":
         machine.ports.write(0xE9, 1, byte)
     machine.turn()
@@ -27,7 +27,7 @@ def test_bytes_arrive_and_a_read_says_that_it_is_there(tmp_path: Path) -> None:
 
 def test_what_nobody_takes_is_dropped_and_counted() -> None:
     full = SimpleNamespace(write=lambda data: 0, open=lambda loop, on_input: None, close=lambda: None)
-    machine, device = FakeMachine(), Debugcon("debug", full)  # type: ignore[arg-type]
-    device.attach(machine)  # type: ignore[arg-type]
+    machine, device = FakeMachine(), Debugcon("debug", full)
+    device.attach(machine)
     machine.ports.write(0xE9, 1, 1)
     assert device.stats() == {"bytes_sent": 0, "bytes_dropped": 1}

@@ -20,10 +20,10 @@ SIZE = 16384
 class Guest:
     def __init__(self, path: Path, fd: int | None = None) -> None:
         self.machine = FakeMachine()
-        self.machine.slots = None  # type: ignore[attr-defined]
+        self.machine.slots = None
         self.fd = os.open(path, os.O_RDWR) if fd is None else fd
         self.flash = Flash("nvram", Source("variables", self.fd), RAM_HIGH, self.fd)
-        self.flash.attach(self.machine)  # type: ignore[arg-type]
+        self.flash.attach(self.machine)
         self.base = RAM_HIGH - SIZE
 
     def write(self, offset: int, *values: int) -> None:
@@ -125,6 +125,6 @@ def test_what_is_no_flash_image_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match="too large"):
             Rom("firmware", source, FLASH + 4096)
         machine = FakeMachine()
-        machine.slots = None  # type: ignore[attr-defined]
+        machine.slots = None
         with pytest.raises(HostError, match="read-only memory"):
-            Rom("firmware", source).attach(machine)  # type: ignore[arg-type]
+            Rom("firmware", source).attach(machine)

@@ -22,9 +22,9 @@ class Guest:
 
     def __init__(self) -> None:
         self.machine = FakeMachine()
-        self.memory = self.machine.memory = GuestMemory.allocate(MIB)  # type: ignore[attr-defined]
+        self.memory = self.machine.memory = GuestMemory.allocate(MIB)
         self.device = FwCfg()
-        self.device.attach(self.machine)  # type: ignore[arg-type]
+        self.device.attach(self.machine)
         self.device.publish(FILES, {5: struct.pack("<H", 3)})
 
     def read(self, key: int, size: int) -> bytes:

@@ -39,11 +39,11 @@ class Clock:
 class Guest:
     def __init__(self) -> None:
         self.machine = FakeMachine()
-        self.machine.loop = self.clock = Clock()  # type: ignore[assignment]
+        self.machine.loop = self.clock = Clock()
         self.pic = bytearray(16)
-        self.machine.vm = SimpleNamespace(irqchip=lambda chip: bytes(self.pic))  # type: ignore[attr-defined]
+        self.machine.vm = SimpleNamespace(irqchip=lambda chip: bytes(self.pic))
         self.pit = Pit()
-        self.pit.attach(self.machine)  # type: ignore[arg-type]
+        self.pit.attach(self.machine)
 
     def program(self, mode: int, count: int) -> None:
         self.machine.ports.write(PIT_PORT + 3, 1, 0x30 | mode << 1)
@@ -132,7 +132,7 @@ def test_a_restored_timer_goes_on() -> None:
 def test_the_pm_timer_counts_and_the_guest_powers_off_by_the_control_register() -> None:
     machine = FakeMachine()
     device = Piix4Pm()
-    device.attach(machine)  # type: ignore[arg-type]
+    device.attach(machine)
     first = machine.ports.read(PM_PORT + 8, 4)
     time.sleep(0.01)
     passed = machine.ports.read(PM_PORT + 8, 4) - first & 0xFFFFFF

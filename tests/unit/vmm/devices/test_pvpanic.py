@@ -11,7 +11,7 @@ from unit.vmm.devices.machine import FakeMachine
 @pytest.fixture
 def machine() -> FakeMachine:
     made = FakeMachine()
-    Pvpanic().attach(made)  # type: ignore[arg-type]
+    Pvpanic().attach(made)
     return made
 
 
@@ -49,7 +49,7 @@ def test_a_shutdown_is_one(machine: FakeMachine) -> None:
 
 def test_a_storm_is_told_once_until_the_reset() -> None:
     machine, device = FakeMachine(), Pvpanic()
-    device.attach(machine)  # type: ignore[arg-type]
+    device.attach(machine)
     machine.config.on_panic = "none"
     for _ in range(1000):
         machine.ports.write(0x505, 1, 1)

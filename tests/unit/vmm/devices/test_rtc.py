@@ -43,7 +43,7 @@ def machine() -> FakeMachine:
 @pytest.fixture
 def device(clock: Clock, machine: FakeMachine) -> Rtc:
     made = Rtc()
-    made.attach(machine)  # type: ignore[arg-type]
+    made.attach(machine)
     return made
 
 
@@ -107,7 +107,7 @@ def set_time(machine: FakeMachine, when: datetime.datetime) -> None:
 def test_a_time_that_was_set_is_shown_and_goes_on(when: datetime.datetime) -> None:
     when = when.replace(microsecond=0)
     machine, device = FakeMachine(), Rtc()
-    device.attach(machine)  # type: ignore[arg-type]
+    device.attach(machine)
     set_time(machine, when)
     assert device.now() // SECOND == calendar.timegm(when.timetuple())
     machine.loop.close()
@@ -201,7 +201,7 @@ def test_a_restored_clock_goes_on(device: Rtc, machine: FakeMachine, clock: Cloc
     state = device.state()
     clock.pass_(10)
     other, second = Rtc("other"), FakeMachine()
-    other.attach(second)  # type: ignore[arg-type]
+    other.attach(second)
     other.restore(state)
     assert shown(second)[:4] == [0x20, 0x01, 0x02, 0x03] and read(second, 0) == 0x16 and read(second, 0x50) == 7
     for broken in ({**state, "cmos": b"short"}, {"cmos": state["cmos"]}):
@@ -222,7 +222,7 @@ def test_days_are_counted_as_the_calendar_does(day: datetime.date) -> None:
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 255)), max_size=60))
 def test_nothing_that_a_guest_writes_breaks_it(writes: list[tuple[int, int]]) -> None:
     machine, device = FakeMachine(), Rtc()
-    device.attach(machine)  # type: ignore[arg-type]
+    device.attach(machine)
     for offset, value in writes:
         machine.ports.write(0x70 + offset, 1, value)
         assert 0 <= machine.ports.read(0x71, 1) <= 255

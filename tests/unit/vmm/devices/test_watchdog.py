@@ -16,7 +16,7 @@ from unit.vmm.devices.machine import FakeMachine
 
 def attached(action: str = "reset") -> tuple[Watchdog, FakeMachine]:
     machine, device = FakeMachine(), Watchdog("dog", action)
-    device.attach(machine)  # type: ignore[arg-type]
+    device.attach(machine)
     return device, machine
 
 

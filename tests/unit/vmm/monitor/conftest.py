@@ -109,7 +109,7 @@ def machine() -> Iterator[FakeMachine]:
 
 @pytest.fixture
 def server(machine: FakeMachine, tmp_path: Path) -> Iterator[MonitorServer]:
-    made = MonitorServer(machine)  # type: ignore[arg-type]
+    made = MonitorServer(machine)
     made.listen(str(tmp_path / "qmp"))
     yield made
     made.close()

@@ -138,7 +138,7 @@ def test_hot_plug_makes_settings_of_qemus_words(
         def unplug(self, name: str) -> None:
             plugged.append(name)
 
-    server._hotplug = Hotplug()  # type: ignore[assignment]
+    server._hotplug = Hotplug()
     image = tmp_path / "disk.raw"
     image.write_bytes(bytes(1 << 20))
     with image.open("r+b") as stream:
@@ -350,7 +350,7 @@ def test_memory_that_grows_is_told_of_and_asked_for(client: Any, machine: Any) -
     from kvik.vmm.virtio.mem import Mem
 
     device = Mem("mem0", 64 << 20)
-    device.transport = SimpleNamespace(config_changed=lambda change: change())  # type: ignore[assignment]
+    device.transport = SimpleNamespace(config_changed=lambda change: change())
     device.config["block_size"], device.config["addr"] = device.block, 1 << 32
     machine.devices["mem0"] = device
     place = {"path": "/machine/peripheral/mem0", "property": "requested-size"}

@@ -329,7 +329,7 @@ class Clock:
 
 def test_of_a_guests_events_the_first_and_each_seconds_last_are_told() -> None:
     clock, sent = Clock(), []  # type: Clock, list[tuple[str, Any]]
-    limiter = RateLimiter(clock, lambda name, data, when: sent.append((name, data)), lambda: clock.now)  # type: ignore[arg-type]
+    limiter = RateLimiter(clock, lambda name, data, when: sent.append((name, data)), lambda: clock.now)
     for number in range(100):
         limiter.event("BALLOON_CHANGE", {"actual": number})
         limiter.event("VSERPORT_CHANGE", {"id": f"port{number % 2}", "open": bool(number & 2)})
@@ -346,7 +346,7 @@ def test_of_a_guests_events_the_first_and_each_seconds_last_are_told() -> None:
 
 def test_a_guest_that_invents_things_to_tell_of_fills_no_memory() -> None:
     clock, sent = Clock(), []  # type: Clock, list[str]
-    limiter = RateLimiter(clock, lambda name, data, when: sent.append(name), lambda: clock.now)  # type: ignore[arg-type]
+    limiter = RateLimiter(clock, lambda name, data, when: sent.append(name), lambda: clock.now)
     for number in range(100_000):
         limiter.event("VSERPORT_CHANGE", {"id": str(number), "open": True})
     assert len(sent) == len(limiter._pending) == 1024

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from kvik.conf.cpu import NumaCell
+from kvik.conf.cpuset import format_cpuset, parse_cpuset
 from kvik.conf.domain import Domain
 from kvik.errors import ConfigUnsupported
 from kvik.hypervisor.cpus import boot_vcpus
@@ -264,7 +263,7 @@ def _cell(context: Context, number: int, cell: NumaCell) -> list[str]:
     assert backing is not None
     name = f"ram-node{number}"
     node: Props = {"nodeid": number, "memdev": name if cell.memory else None}
-    cpus = list(ranges(parse_set(cell.cpus))) if cell.cpus else []
+    cpus = format_cpuset(parse_set(cell.cpus)).split(",") if cell.cpus else []
     node["cpus"] = cpus or None
     argv = []
     if cell.memory:
@@ -279,29 +278,9 @@ def _distances(number: int, cell: NumaCell) -> list[str]:
     return argv
 
 
-def parse_set(text: str, limit: int = 16384) -> set[int]:
+def parse_set(text: str) -> frozenset[int]:
     """`0-3,^2,8` as numbers. Raises `ConfigUnsupported` for anything else."""
-    found: set[int] = set()
-    for part in text.split(","):
-        part = part.strip()
-        first, dash, last = part.removeprefix("^").partition("-")
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal()) or int(last) >= limit:
-            raise ConfigUnsupported(f"{text!r} is not a set of numbers like 0-3,8")
-        numbers = range(int(first), int(last) + 1)
-        if part.startswith("^"):
-            found.difference_update(numbers)
-        else:
-            found.update(numbers)
-    return found
-
-
-def ranges(numbers: Iterable[int]) -> Iterable[str]:
-    """{0, 1, 2, 5} as "0-2", "5"."""
-    ordered = sorted(numbers)
-    start = 0
-    for position in range(1, len(ordered) + 1):
-        if position == len(ordered) or ordered[position] != ordered[position - 1] + 1:
-            first, last = ordered[start], ordered[position - 1]
-            yield str(first) if first == last else f"{first}-{last}"
-            start = position
+    try:
+        return parse_cpuset(text)
+    except ValueError as error:
+        raise ConfigUnsupported(str(error)) from None
