@@ -196,8 +196,12 @@ class Confinement:
         if config.qmp and config.disks:
             import_all(OVERLAYS)
         if config.migratable or config.qmp:  # who saves RAM reads it through that, and it cannot be opened inside
-            machine.self_memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
-            machine.on_close.append(lambda: os.close(machine.self_memory))
+            try:
+                machine.self_memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+                machine.on_close.append(lambda: os.close(machine.self_memory))
+            except OSError:
+                if config.migratable:
+                    raise  # else it stands still for its snapshots
         try:
             self._sandbox.enter("main", self.policy)
             self.inside = True
