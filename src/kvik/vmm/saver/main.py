@@ -16,6 +16,7 @@ import os
 import socket
 
 from kvik.errors import InvalidArgument, KvikError
+from kvik.vmm.saver.saver import Saver
 
 __all__ = ["READY", "main"]
 
@@ -26,7 +27,6 @@ def main(words: list[str]) -> int:
     from kvik.vmm import sandbox
     from kvik.vmm.confinement import import_all
     from kvik.vmm.sandbox import isolation
-    from kvik.vmm.saver.saver import Saver
 
     saver = None
     try:
