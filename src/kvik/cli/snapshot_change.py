@@ -41,11 +41,14 @@ def _create(ctx: Context, domain: Domain, xml: str, bits: int, path: str | None)
     made = snapshot.create(domain, xml, bits)
     ctx.say(f"Domain snapshot {made.name} created" + (f" from '{path}'" if path is not None else ""))
     if not bits & CREATE["no-metadata"] and not bits & CREATE_REDEFINE and domain.is_active():
-        from kvik.cli.snapshot_list import pause_of
+        from kvik.cli.snapshot_list import pause_of, stood_of
 
-        pause = pause_of(parse(made.xml()))
+        document = parse(made.xml())
+        pause = pause_of(document)
         if pause is not None:
             ctx.extra(f"The guest was held up for at most {pause}")
+        if (why := stood_of(document)) is not None:
+            ctx.extra(f"It stood still while its memory was written, --live or not: {why}")
     ctx.blank = False
     return 0
 

@@ -80,6 +80,8 @@ def snapshot_info(ctx: Context, options: Options) -> int:
     pause = pause_of(root)
     if pause is not None:
         pairs.append(("Guest held up", pause))
+    if (why := stood_of(root)) is not None:
+        pairs.append(("Stood still", why))
     ctx.pairs(pairs)
     return 0
 
@@ -92,6 +94,15 @@ def pause_of(root: object) -> str | None:
     taken = root.find("{urn:kvik:1}taken")
     text = taken.get("pause", "") if taken is not None else ""
     return f"{int(text) / 1000:.1f} ms" if text.isdigit() and len(text) < 16 else None
+
+
+def stood_of(root: object) -> str | None:
+    """Why it stood still although it was to go on; None where it did not."""
+    from kvik.cli.document import Element
+
+    assert isinstance(root, Element)
+    taken = root.find("{urn:kvik:1}taken")
+    return taken.get("stood") if taken is not None else None
 
 
 def snapshot_dumpxml(ctx: Context, options: Options) -> int:

@@ -53,13 +53,15 @@ class SnapshotDisks(Element):
 class SnapshotTaken(Element):
     """What libvirt's document has no place for: how long the guest stood still (microseconds), the copies of the
     firmware's variables and of the TPM's state that belong to the snapshot, the file of its memory that we made (the
-    document's own <memory> may be anybody's), and what it is called inside its images."""
+    document's own <memory> may be anybody's), what it is called inside its images, and why the guest stood still while
+    its memory was written although it was to go on."""
 
     pause: int | None = None
     nvram: str | None = None
     tpm: str | None = None
     memory: str | None = None
     tag: str | None = None
+    stood: str | None = None
 
 
 class Snapshot(Element):

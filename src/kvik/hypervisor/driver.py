@@ -10,7 +10,7 @@ else answers from memory and never blocks.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from kvik.conf.devices.disk import Disk, Mirror
 from kvik.conf.domain import Domain
 from kvik.conf.tuning import IoThread
-from kvik.hypervisor.state import StateSource, StateTarget
+from kvik.hypervisor.state import LiveSave, StateSource, StateTarget
 
 
 class Feature(enum.StrEnum):
@@ -40,6 +40,7 @@ class Feature(enum.StrEnum):
     RENAME_RUNNING = "rename-running"
     SNAPSHOTS = "snapshots"  # puts new images on top of running disks
     SNAPSHOTS_STOP = "snapshots-stop"  # and stops the guest for that
+    SAVES_AT_AN_INSTANT = "saves-at-an-instant"  # memory, while the guest goes on: `save_live`
     SNAPSHOTS_INSIDE = "snapshots-inside"  # puts a machine's memory into an image, with a snapshot of its disks
 
 
@@ -282,6 +283,10 @@ class Machine(Protocol):
         """Send memory and devices there; `target.finish` has returned when this does. The guest is stopped then, and
         `resume` lets it go on. On an error it is here as it was."""
 
+    async def save_live(self, target: StateTarget) -> LiveSave:
+        """Get ready to send memory and devices there as they are at one instant, while the guest goes on.
+        `OperationUnsupported` with the reason why this machine cannot."""
+
     async def inject_nmi(self) -> None: ...
     async def set_action(self, event: str, action: str) -> None:
         """What the VMM does by itself on "poweroff", "reboot" or "crash": "exit", "pause", "reset" or "none".
@@ -313,8 +318,15 @@ class Machine(Protocol):
         """A number that no image of the machine has: the `index` of a new one in the live document."""
 
     def check_on_top(self, disks: Sequence[Disk]) -> None: ...  # `OperationUnsupported` for one that can have none now
-    async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
-        """All of them or none; for how many microseconds at most the disks' requests were held back."""
+    async def put_on_top(
+        self,
+        new: Sequence[Disk],
+        old: Mapping[str, Disk],
+        secrets: Mapping[str, int],
+        within: Callable[[], Awaitable[None]] | None = None,
+    ) -> int:
+        """All of them or none; for how many microseconds at most the disks' requests were held back. `within`: with
+        Feature.SNAPSHOTS_STOP, called while the guest stands still; if it fails nothing has changed."""
 
     async def has_on_top(self, new: Sequence[Disk]) -> bool: ...  # whether the guest writes to them
     async def clear_image(self, new: Sequence[Disk]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from kvik.conf.devices.disk import Disk
@@ -26,7 +26,7 @@ from kvik.hypervisor.agent import AGENT_CHANNEL
 from kvik.hypervisor.driver import DiskBackups, DiskJobs, IoThreads
 from kvik.hypervisor.monitored import MonitoredProcess
 from kvik.hypervisor.names import alias_of
-from kvik.hypervisor.state import StateSource, StateTarget
+from kvik.hypervisor.state import LiveSave, StateSource, StateTarget
 
 __all__ = ["QmpMachine"]
 
@@ -72,6 +72,9 @@ class QmpMachine(MonitoredProcess):
 
     async def save_state(self, target: StateTarget) -> None:
         raise NotImplementedError  # each VMM's own
+
+    async def save_live(self, target: StateTarget) -> LiveSave:
+        raise OperationUnsupported(f"{self.product} has another way to save memory while the guest runs")
 
     async def load_state(self, source: StateSource) -> None:
         """Into a VMM that was started to be filled; the guest is stopped afterwards."""
@@ -256,7 +259,13 @@ class QmpMachine(MonitoredProcess):
     def check_on_top(self, disks: Sequence[Disk]) -> None:
         """Those that the manager lets have snapshots all can."""
 
-    async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
+    async def put_on_top(
+        self,
+        new: Sequence[Disk],
+        old: Mapping[str, Disk],
+        secrets: Mapping[str, int],
+        within: Callable[[], Awaitable[None]] | None = None,
+    ) -> int:
         raise OperationUnsupported(f"{self.product} cannot put images on top of running disks")
 
     async def has_on_top(self, new: Sequence[Disk]) -> bool:

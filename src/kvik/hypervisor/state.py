@@ -21,7 +21,18 @@ from kvik.errors import KvikError, OperationFailed
 if TYPE_CHECKING:
     from kvik.hypervisor.monitored import MonitoredProcess
 
-__all__ = ["FD_NAME", "PIECE", "StateSource", "StateTarget", "copy_in", "in_own_thread", "received", "widen"]
+__all__ = [
+    "FD_NAME",
+    "PIECE",
+    "LiveSave",
+    "StateSource",
+    "StateTarget",
+    "copy_in",
+    "copy_out",
+    "in_own_thread",
+    "received",
+    "widen",
+]
 
 FD_NAME = "kvik-state"  # the VMM's name of our pipe
 PIECE = 1 << 20  # bytes that are read and written in one go
@@ -39,6 +50,19 @@ class StateTarget(Protocol):
     def write(self, data: memoryview) -> None: ...
     def finish(self) -> None:
         """All of it was written: it is on disk when this returns."""
+
+
+class LiveSave(Protocol):
+    """A machine's state, as it is at one instant, on its way to a `StateTarget` while the guest goes on."""
+
+    async def freeze(self) -> None:
+        """This is the instant: the guest stands still, for a moment. Raises as `finish`; then nothing has begun."""
+
+    async def finish(self) -> None:
+        """`target.finish` has returned. Raises `HypervisorError`, `HostError`, `OperationFailed`; the guest goes on."""
+
+    async def close(self) -> None:
+        """Give up what is not finished. Idempotent."""
 
 
 class StateSource(Protocol):
@@ -67,7 +91,7 @@ async def received(machine: MonitoredProcess, target: StateTarget) -> AsyncItera
         raise
     finally:
         os.close(writer)
-    copying = in_own_thread(lambda: _copy_out(reader, target))
+    copying = in_own_thread(lambda: copy_out(reader, target))
     try:
         yield copying
         await copying
@@ -80,7 +104,7 @@ async def received(machine: MonitoredProcess, target: StateTarget) -> AsyncItera
         raise
 
 
-def _copy_out(fd: int, target: StateTarget) -> None:
+def copy_out(fd: int, target: StateTarget) -> None:
     """From the VMM's pipe to `target`, until the VMM closes its end. Closes `fd`: a target that fails ends the VMM's
     sending."""
     buffer = memoryview(bytearray(PIECE))

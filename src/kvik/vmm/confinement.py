@@ -64,6 +64,7 @@ LATE_CONTROL = (
     "kvik.vmm.parts",
     "kvik.vmm.ratelimit",
     "kvik.vmm.settings",
+    "kvik.vmm.state.background",
     "kvik.vmm.state.migration",
     "kvik.vmm.state.qmp",
     "kvik.vmm.state.rewind",
@@ -194,9 +195,13 @@ class Confinement:
         import_all(LATE + (LATE_CONTROL if config.qmp or config.gdb else ()))
         if config.qmp and config.disks:
             import_all(OVERLAYS)
-        if config.migratable:  # a sender reads RAM through it, and could not open it inside
-            machine.self_memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
-            machine.on_close.append(lambda: os.close(machine.self_memory))
+        if config.migratable or config.qmp:  # who saves RAM reads it through that, and it cannot be opened inside
+            try:
+                machine.self_memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+                machine.on_close.append(lambda: os.close(machine.self_memory))
+            except OSError:
+                if config.migratable:
+                    raise  # else it stands still for its snapshots
         try:
             self._sandbox.enter("main", self.policy)
             self.inside = True

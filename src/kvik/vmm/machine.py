@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kvik.vmm.config import MachineConfig
     from kvik.vmm.cpu.hotplug import VcpuHotplug
     from kvik.vmm.device import Device
+    from kvik.vmm.state.background import Background
     from kvik.vmm.state.migration import Migration
     from kvik.vmm.state.rewind import Checkpoint
     from kvik.vmm.trace import Trace
@@ -72,6 +73,7 @@ class Machine(RunState):
         self._power_on: Any = None
         self._devices_held = False  # devices of a restored machine wait for its start
         self._checkpoint: Checkpoint | None = None
+        self.background: Background | None = None  # its memory is being saved while the guest runs
         self.migration: Migration | None = None  # parameters, and what came of them, once somebody asked
         prepare_signal()
         self.loop.on_error = self._callback_failed

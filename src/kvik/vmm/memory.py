@@ -196,6 +196,9 @@ class GuestMemory:
         self.on_change: list[Callable[[], None]] = []
         self.dirty_log: Callable[[int, int], None] | None = None  # told (address, size) of what the VMM wrote
         self.arrival: Callable[[int, int], None] | None = None  # post-copy: waits until (address, size) is there
+        # While RAM is saved as it was at one instant, and the guest runs: pages have to stay. Called, that ends.
+        self.keeper: Callable[[], None] | None = None
+        self.mapped: list[tuple[int, int]] = []  # (address, size) of parts that are a file's pages, copied on write
         self._starts: list[tuple[int, int, Region]] = []
         self._low: Region | None = None
         self._left: list[tuple[int, int]] = []  # (address, size) here of regions that were removed
@@ -239,6 +242,15 @@ class GuestMemory:
                 remedy="wait until query-migrate says completed",
             )
 
+    def require_free(self, what: str) -> None:
+        """HostError while RAM is being saved, so that its pages cannot `what`."""
+        if self.keeper is not None:
+            raise HostError(
+                f"the guest's memory is being saved and cannot {what}",
+                errno=errno.EBUSY,
+                remedy="wait until its snapshot is taken",
+            )
+
     def add(self, region: Region) -> None:
         """Take a mapped region in; it must not overlap another."""
         for other in self.regions:
@@ -250,7 +262,10 @@ class GuestMemory:
     def remove(self, region: Region) -> None:
         """Forget a region and give its pages back. Rings, requests in flight and stashed buffers may still have views
         of it, wherever the guest chose to put them: its addresses stay mapped, to pages of nobody, until `close`."""
+        if self.keeper is not None:
+            self.keeper()  # what was saved so far is not the whole any more
         self.regions.remove(region)
+        self.mapped = [(start, size) for start, size in self.mapped if not region.start <= start < region.end]
         self._index()
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         map_memory(region.size, flags, at=region.address)
@@ -342,10 +357,12 @@ class GuestMemory:
         region = self.find(address, size)
         self.touched(address, size)
         whole = size - size % PAGE
-        if region.fd < 0 and address % PAGE == 0 and offset % PAGE == 0 and whole and self.arrival is None:
+        free = self.arrival is None and self.keeper is None
+        if region.fd < 0 and address % PAGE == 0 and offset % PAGE == 0 and whole and free:
             at = region.address + address - region.start
             map_memory(whole, mmap.MAP_PRIVATE, fd, offset, at=at)
             _libc.madvise(at, whole, MADV_DONTDUMP)
+            self.mapped = [item for item in self.mapped if item != (address, whole)] + [(address, whole)]
             address, offset, size = address + whole, offset + whole, size - whole
         while size:
             count = os.preadv(fd, [self.view(address, size)], offset)
@@ -356,6 +373,7 @@ class GuestMemory:
     def discard(self, address: int, size: int) -> None:
         """Give pages back to the host; the guest reads zeroes there afterwards. Page aligned."""
         self.require_whole("be given back to the host", errno.EBUSY)
+        self.require_free("be given back to the host")
         region = self.find(address, size)
         at = region.address + address - region.start
         if region.fd >= 0:

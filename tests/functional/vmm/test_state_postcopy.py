@@ -238,7 +238,7 @@ def test_a_destination_that_cannot_go_on_leaves_the_guest_at_the_source(
 
 
 def test_a_host_that_cannot_says_so_when_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> int:
+    def none(device: int) -> int:
         raise HostError("this process may not have one", errno=1, remedy="set vm.unprivileged_userfaultfd")
 
     monkeypatch.setattr("kvik.vmm.state.userfaultfd._new", none)

@@ -158,12 +158,51 @@ async def test_what_cannot_be_is_refused_and_the_guest_goes_on(
     assert domain.state == DomainState.RUNNING and await bench.driver.machines["a"].state() == "running"
 
 
+async def test_the_guest_goes_on_while_its_memory_of_that_instant_is_written(bench: Bench, tmp_path: Path) -> None:
+    domain, file = await memorable(bench, tmp_path), tmp_path / "memory"
+    bench.events.clear()
+    await with_file(domain, "s1", file, Create.LIVE)
+    one = bench.driver.machines["a"]
+    order = [
+        name for name in one.commands if name in ("save-live", "put-on-top", "freeze", "finish", "pause", "resume")
+    ]
+    assert order == ["save-live", "put-on-top", "freeze", "finish"] and not bench.lifecycle()
+    taken = domain.snapshots.snapshots["s1"].taken
+    assert taken is not None and taken.pause == 1000 and taken.memory == str(file) and taken.stood is None
+    assert taken.tpm is not None and domain.snapshots.current == "s1" and domain.snapshots.journal is None
+    remember(bench, NOW)
+    await revert.revert(domain, "s1", 0)
+    assert memory(bench) == THEN
+    # One that cannot stands still, and says why.
+    one = bench.driver.machines["a"]
+    one.behaviour = Behaviour(stands_still="its memory cannot be protected")
+    await take(domain, "s2", Create.LIVE)
+    taken = domain.snapshots.snapshots["s2"].taken
+    assert taken is not None and taken.stood == "its memory cannot be protected" and taken.memory is not None
+    # Without metadata nothing of it is ours afterwards.
+    one.behaviour = Behaviour()
+    made = set(domain.snapshots.made)
+    await with_file(domain, "s3", tmp_path / "other", Create.LIVE | Create.NO_METADATA)
+    assert domain.snapshots.made == made and "s3" not in domain.snapshots.snapshots
+    assert (tmp_path / "other").exists() and Path(top(domain)[0]).name == "disk.s3"
+
+
+@pytest.mark.parametrize("flags", [0, Create.LIVE], ids=["still", "live"])
 @pytest.mark.parametrize("fault", ["refuses_save", "refuses_snapshot"])
-async def test_a_vmm_that_refuses_leaves_nothing_and_goes_on(bench: Bench, tmp_path: Path, fault: str) -> None:
+async def test_a_vmm_that_refuses_leaves_nothing_and_goes_on(
+    bench: Bench, tmp_path: Path, fault: str, flags: int
+) -> None:
     bench.driver.behaviours["a"] = Behaviour(**{fault: "not now"})
     domain = await memorable(bench, tmp_path)
     with pytest.raises(KvikError, match="not now"):
-        await with_file(domain, "s1", tmp_path / "memory")
+        await with_file(domain, "s1", tmp_path / "memory", flags)
+    assert not domain.snapshots.snapshots
+    if "put-on-top" in bench.driver.machines["a"].commands and fault == "refuses_save" and flags:
+        # Its disk writes to the new image already: that is merged, which this driver does when the machine is off.
+        assert images(tmp_path) == {"disk.qcow2", "disk.s1"} and domain.state == DomainState.RUNNING
+        await domain.destroy()
+        await until(lambda: images(tmp_path) == {"disk.qcow2"})
+        return
     assert images(tmp_path) == {"disk.qcow2"} and domain.snapshots.journal is None
     assert domain.state == DomainState.RUNNING and await bench.driver.machines["a"].state() == "running"
 
@@ -205,6 +244,10 @@ async def take_one(domain: DomainObject, file: Path) -> None:
     await with_file(domain, "new", file)
 
 
+async def take_live(domain: DomainObject, file: Path) -> None:
+    await with_file(domain, "new", file, Create.LIVE)
+
+
 async def go_back(domain: DomainObject, file: Path) -> None:
     await revert.revert(domain, "s1", 0)
 
@@ -216,7 +259,7 @@ async def delete_it(domain: DomainObject, file: Path) -> None:
 Operation = Callable[[DomainObject, Path], Awaitable[None]]
 
 
-@pytest.mark.parametrize(("operation", "stride"), [(take_one, 17), (go_back, 13), (delete_it, 5)])
+@pytest.mark.parametrize(("operation", "stride"), [(take_one, 17), (take_live, 17), (go_back, 13), (delete_it, 5)])
 async def test_killed_at_any_change_to_a_file_it_is_there_as_a_whole_or_not_at_all(
     tmp_path: Path, operation: Operation, stride: int
 ) -> None:
@@ -248,7 +291,7 @@ async def test_killed_at_any_change_to_a_file_it_is_there_as_a_whole_or_not_at_a
             else:
                 assert operation is delete_it
                 assert not list(bench.paths.snapshots.glob("a/s1*")), said
-            if operation is take_one:
+            if operation in (take_one, take_live):
                 assert file.exists() == ("new" in domain.snapshots.snapshots), said
                 assert not list(where.glob(".*saving")), said
                 if file.exists():

@@ -388,7 +388,7 @@ async def test_a_vmm_that_stops_answering_is_asked_later(
     vmm.behaviour.command_deadline = 0.05
     original = vmm.put_on_top
 
-    async def hangs(new: Any, old: Any, secrets: object) -> int:
+    async def hangs(new: Any, old: Any, secrets: object, within: object) -> int:
         if taken:
             await original(new, old, {})
         vmm.hang()

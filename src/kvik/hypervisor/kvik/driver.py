@@ -56,6 +56,7 @@ _FEATURES = frozenset(
         Feature.TAPS,
         Feature.SNAPSHOTS,
         Feature.SNAPSHOTS_STOP,
+        Feature.SAVES_AT_AN_INSTANT,
     }
 )
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from kvik.hypervisor import stats
 from kvik.hypervisor.driver import EventKind, EventSink, MachineEvent
 from kvik.hypervisor.kvik import changes, hotplug, snapshots, state
 from kvik.hypervisor.kvik.back_ends import KINDS, BackEnds
+from kvik.hypervisor.kvik.background import BackgroundSave
 from kvik.hypervisor.kvik.backup import KvikBackups
 from kvik.hypervisor.kvik.disk_jobs import KvikDiskJobs
 from kvik.hypervisor.layers import next_index
@@ -87,6 +88,15 @@ class KvikMachine(QmpMachine):
     async def save_state(self, target: StateTarget) -> None:
         await state.save(self, target)
 
+    async def save_live(self, target: StateTarget) -> BackgroundSave:
+        save = BackgroundSave(self, target)
+        try:
+            await save.begin()
+        except BaseException:
+            await asyncio.shield(save.close())
+            raise
+        return save
+
     async def load_state(self, source: StateSource) -> None:
         await state.load(self, source)
 
@@ -117,9 +127,15 @@ class KvikMachine(QmpMachine):
     def check_on_top(self, disks: Sequence[Disk]) -> None:
         snapshots.check(self, disks)
 
-    async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
+    async def put_on_top(
+        self,
+        new: Sequence[Disk],
+        old: Mapping[str, Disk],
+        secrets: Mapping[str, int],
+        within: Callable[[], Awaitable[None]] | None = None,
+    ) -> int:
         async with self.back_ends.changing:
-            return await snapshots.put_on_top(self, new, old)
+            return await snapshots.put_on_top(self, new, old, within)
 
     async def has_on_top(self, new: Sequence[Disk]) -> bool:
         end = time.monotonic() + _SERVED_AGAIN

@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
@@ -89,9 +89,14 @@ def _check_next_start(machine: KvikMachine, disk: Disk) -> None:
         ) from error
 
 
-async def put_on_top(machine: KvikMachine, new: Sequence[Disk], old: Mapping[str, Disk]) -> int:
-    """For how many microseconds the guest stood still; 0 if it did before. Raises `MonitorError`, `HostError`; then
-    nothing has changed. After any other error `stands` tells."""
+async def put_on_top(
+    machine: KvikMachine,
+    new: Sequence[Disk],
+    old: Mapping[str, Disk],
+    within: Callable[[], Awaitable[None]] | None = None,
+) -> int:
+    """For how many microseconds the guest stood still; 0 if it did before. `within` is called meanwhile. Raises
+    `MonitorError`, `HostError`; then nothing has changed. After any other error `stands` tells."""
     group = uuid4().hex
     async with AsyncExitStack() as stack:
         served: list[_Served] = []
@@ -99,7 +104,7 @@ async def put_on_top(machine: KvikMachine, new: Sequence[Disk], old: Mapping[str
             for disk in new:
                 served.append(await _connect(machine, disk, old[alias_of(disk)], stack))
                 await _add(served[-1], group)
-            held = await _change_over(machine, served)
+            held = await _change_over(machine, served, within)
         except BaseException:
             machine.overlays_in_doubt = True
             await asyncio.shield(_all(served, "x-kvik-overlay-drop", quietly=True))
@@ -164,12 +169,16 @@ async def _add(one: _Served, group: str) -> None:
             ) from error
 
 
-async def _change_over(machine: KvikMachine, served: Sequence[_Served]) -> int:
+async def _change_over(
+    machine: KvikMachine, served: Sequence[_Served], within: Callable[[], Awaitable[None]] | None
+) -> int:
     running = await machine.state() == "running"
     began = time.monotonic()
     try:
         if running:
             await machine.pause()
+        if within is not None:
+            await within()
         await _all(served, "x-kvik-overlay-put")
         if running:
             await machine.go_on()

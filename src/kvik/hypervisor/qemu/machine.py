@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,13 @@ class QemuMachine(QmpMachine):
     async def next_image(self) -> int:
         return await hotplug.fresh_index(self)
 
-    async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
+    async def put_on_top(
+        self,
+        new: Sequence[Disk],
+        old: Mapping[str, Disk],
+        secrets: Mapping[str, int],
+        within: Callable[[], Awaitable[None]] | None = None,
+    ) -> int:
         return await snapshots.put_on_top(self, new, old, secrets)
 
     async def has_on_top(self, new: Sequence[Disk]) -> bool:

@@ -27,6 +27,7 @@ class Behaviour:
     refuses_unplug: bool = False
     refuses_snapshot: str = ""  # putting images on top fails with this text
     refuses_save: str = ""  # sending its state fails with this text
+    stands_still: str = ""  # it cannot be saved while its guest goes on, for this reason
     command_delay: float = 0.0  # every command takes this long
     command_deadline: float = 5.0  # a command to a hung VMM fails after this long
     dies_after: float | None = None  # the VMM ends, unasked

@@ -8,7 +8,7 @@ import socket
 import struct
 import time
 import zlib
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from kvik.conf.devices.disk import Disk
@@ -25,6 +25,7 @@ from kvik.errors import (
 from kvik.hypervisor.driver import DiskBackups, DiskJobs, EventKind, EventSink, IoThreads, MachineEvent
 from kvik.hypervisor.state import StateTarget
 from kvik.hypervisor.test.behaviour import Behaviour, GuestAgent
+from kvik.hypervisor.test.live_save import TestLiveSave
 from kvik.image.opening import Opener
 from kvik.image.qcow2.snapshots import find_by_name
 from kvik.image.qcow2.snapshotting import create_snapshot, delete_snapshot
@@ -223,10 +224,18 @@ class TestMachine:
     def check_on_top(self, disks: Sequence[Disk]) -> None:
         """All can."""
 
-    async def put_on_top(self, new: Sequence[Disk], old: Mapping[str, Disk], secrets: Mapping[str, int]) -> int:
+    async def put_on_top(
+        self,
+        new: Sequence[Disk],
+        old: Mapping[str, Disk],
+        secrets: Mapping[str, int],
+        within: Callable[[], Awaitable[None]] | None = None,
+    ) -> int:
         await self._command("put-on-top")
         if self.behaviour.refuses_snapshot:
             raise MonitorError(self.behaviour.refuses_snapshot)
+        if within is not None:
+            await within()
         self.images.update({(disk.source.file if disk.source else None) or "" for disk in new})
         return 1000
 
@@ -282,6 +291,12 @@ class TestMachine:
         await asyncio.to_thread(target.finish)
         self._go.clear()
         self._state = "paused"
+
+    async def save_live(self, target: StateTarget) -> TestLiveSave:
+        await self._command("save-live")
+        if self.behaviour.stands_still:
+            raise OperationUnsupported(self.behaviour.stands_still)
+        return TestLiveSave(target, self.behaviour, self._command, lambda: self.memory)
 
     async def powerdown(self) -> None:
         await self._command("powerdown")

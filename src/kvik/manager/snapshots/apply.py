@@ -4,7 +4,7 @@ what is found   then
 prepare         what the operation made is removed: it was never heard of
 ready           the VMM says which image it writes to; if it is gone, images that nobody has written to are removed,
                 and else the snapshot stands
-commit          carried out again from the start
+commit          carried out again from the start; then what is unfinished goes, and images that nothing needs are merged
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 LONG = 7 * 24 * 3600.0  # seconds that copying data may take
 
-__all__ = ["LONG", "abandon", "begin", "commit", "redo_of", "save_tree", "settle", "store_of"]
+__all__ = ["LONG", "abandon", "begin", "commit", "commit_disks", "redo_of", "save_tree", "settle", "store_of"]
 
 
 def store_of(domain: DomainObject) -> SnapshotStore:
@@ -88,7 +88,16 @@ async def save_tree(domain: DomainObject) -> None:
         await domain.manager.store.run(store.forget)
 
 
-async def _carry_out(domain: DomainObject, journal: Journal) -> None:
+async def commit_disks(domain: DomainObject, journal: Journal) -> None:
+    """`commit` where the snapshot itself is not whole yet: what it still needs stays known to be unfinished."""
+    journal.phase = "commit"
+    await domain.manager.store.run(store_of(domain).write_journal, journal)
+    domain.snapshots.journal = journal
+    rest = Journal(operation=journal.operation, phase="prepare", made=journal.unfinished)
+    await _carry_out(domain, journal, then=rest)
+
+
+async def _carry_out(domain: DomainObject, journal: Journal, then: Journal | None = None) -> None:
     manager, store, redo, tree = domain.manager, store_of(domain), journal.redo, domain.snapshots
     await manager.store.run(store.carry_out, redo)
     for path, tag in redo.apply:
@@ -114,6 +123,12 @@ async def _carry_out(domain: DomainObject, journal: Journal) -> None:
             await in_thread(shutil.rmtree, path, ignore_errors=True)
         else:
             await files.unlink(manager, path, domain.name)
+    if then is None and journal.unfinished:
+        then = Journal(operation=journal.operation, phase="prepare", made=journal.unfinished)
+        await in_thread(store.undo, then)
+    elif then is not None:
+        await begin(domain, then)
+        return
     await manager.store.run(store.end_journal, last=not (tree.snapshots or tree.made or tree.inside))
     tree.journal = None
 

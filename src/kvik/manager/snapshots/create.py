@@ -34,6 +34,7 @@ from kvik.errors import (
     ConfigUnsupported,
     InvalidArgument,
     OperationInvalid,
+    OperationUnsupported,
     ResourceBusy,
 )
 from kvik.host.reach import about, reach
@@ -43,7 +44,7 @@ from kvik.manager import volume_disks
 from kvik.manager.backup.busy import check_no_backup
 from kvik.manager.encrypted_images import Make, encryption_of, maker
 from kvik.manager.saved.managed import check_no_managed_save
-from kvik.manager.snapshots import apply, firmware, inside, live, memory
+from kvik.manager.snapshots import apply, background, firmware, inside, live, memory
 from kvik.manager.snapshots.files import format_of, kind_of
 from kvik.manager.snapshots.journal import Journal
 from kvik.manager.snapshots.redefine import redefine
@@ -330,22 +331,37 @@ async def _take(domain: DomainObject, snapshot: Snapshot, document: Domain, flag
     made = [*images, *copies, *(memory.made(file) if file else ())]
     journal = Journal(operation=f"create {snapshot.name}", phase="prepare", made=made)
     standstill = memory.Standstill(domain)
+    going: background.LiveMemory | None = None
+    stood: str | None = None
+
+    async def keep() -> None:
+        taken = await in_thread(firmware.keep, kept)
+        taken.memory = file if not flags & Flags.NO_METADATA else None
+        taken.stood = stood
+        snapshot.taken = taken if firmware.copies(taken) else None
+
     await apply.begin(domain, journal)
     try:
         if not reused:
             how = makers(domain.manager, document)
             await in_thread(make_overlays, new, below, how, tracked=not domain.is_active)
-        if file:
+        if file and background.wanted(domain, flags):
+            try:
+                going = await background.begin(domain, file)
+            except OperationUnsupported as error:
+                stood = str(error)
+        if file and going is None:
             await standstill.save(file, live=bool(flags & Flags.LIVE))
-        taken = await in_thread(firmware.keep, kept)
-        taken.memory = file if not flags & Flags.NO_METADATA else None
-        snapshot.taken = taken if firmware.copies(taken) else None
+        if going is None:
+            await keep()
         redo = apply.redo_of(domain)
         redo.originals = sorted(
             {*redo.originals, *(item.path for item in below.values() if item.path not in redo.made)}
         )
         redo.made = sorted({*redo.made, *images})
-        if not flags & Flags.NO_METADATA:
+        if going is not None and file:  # for the disks alone, until its memory is there
+            journal.unfinished = [*copies, *memory.made(file)]
+        elif not flags & Flags.NO_METADATA:
             redo.write[snapshot.name] = format_snapshot(snapshot, secure=True)
             redo.current = snapshot.name
         else:  # nobody will ask for these files to be removed again
@@ -355,9 +371,15 @@ async def _take(domain: DomainObject, snapshot: Snapshot, document: Domain, flag
         if domain.is_active:
             await live.get_ready(domain, journal, new)
     except BaseException:
+        if going is not None:
+            await going.give_up()
         await apply.abandon(domain)
         await standstill.go_on()
         raise
+    if going is not None:
+        await background.take(domain, journal, snapshot, flags, memory=going, keep=keep)
+        await volume_disks.refresh_pools(domain.manager, new.values())
+        return
     if not domain.is_active:
         await apply.commit(domain, journal)
         await volume_disks.refresh_pools(domain.manager, new.values())

@@ -2,7 +2,8 @@
 
     prepare   the files in `made` did not exist and are being created. Undone: they are removed.
     ready     they are whole, and the VMM is being told to write to them. Which of the two it is is the VMM's to say.
-    commit    everything in `redo` is to be true. Done again from the start, however far it came.
+    commit    everything in `redo` is to be true. Done again from the start, however far it came. What is in
+              `unfinished` then goes: of a snapshot whose memory was still being written.
 
 Every step of `redo` can be done twice: a document written, a document or file removed that may be gone already.
 """
@@ -41,6 +42,7 @@ class Journal(msgspec.Struct, kw_only=True):
     operation: str
     phase: str
     made: list[str] = []
+    unfinished: list[str] = []  # those of `made` that are worth nothing if the disks have changed over and no more
     inside: list[tuple[str, str]] = []  # (image, name) of snapshots that are being put inside
     redo: Redo = msgspec.field(default_factory=Redo)
 

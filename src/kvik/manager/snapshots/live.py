@@ -7,7 +7,7 @@ the snapshot. With `quiesce` the guest's agent writes its file systems out and h
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,14 @@ async def get_ready(domain: DomainObject, journal: Journal, new: dict[str, str])
     await apply.begin(domain, journal)
 
 
-async def take(domain: DomainObject, journal: Journal, snapshot: Snapshot, flags: int) -> None:
+async def take(
+    domain: DomainObject,
+    journal: Journal,
+    snapshot: Snapshot,
+    flags: int,
+    within: Callable[[], Awaitable[None]] | None = None,
+) -> int | None:
+    """For how many microseconds the guest was held up, if that is known. `within` is called while it stands still."""
     machine = domain.require_machine()
     assert domain.run is not None and snapshot.name is not None
     new = wanted(domain, journal.redo.live)
@@ -79,7 +86,7 @@ async def take(domain: DomainObject, journal: Journal, snapshot: Snapshot, flags
         async with _told_before(domain):
             with ExitStack() as lent:
                 secrets = open_secrets(domain.manager.secrets, new, lent)
-                held = await _step(machine, new, old, secrets, quiesce=bool(flags & Flags.QUIESCE))
+                held = await _step(machine, new, old, secrets, within, quiesce=bool(flags & Flags.QUIESCE))
     except KvikError as error:
         if not await _stands(domain, machine, journal, error):
             await apply.abandon(domain)
@@ -91,9 +98,10 @@ async def take(domain: DomainObject, journal: Journal, snapshot: Snapshot, flags
         snapshot.taken = snapshot.taken or SnapshotTaken()
         snapshot.taken.pause = held
         journal.redo.write[snapshot.name] = format_snapshot(snapshot, secure=True)
-    await apply.commit(domain, journal)
+    await (apply.commit_disks if journal.unfinished else apply.commit)(domain, journal)
     if flags & Flags.HALT:
         await lifecycle.destroy(domain, False)
+    return held
 
 
 @asynccontextmanager
@@ -116,11 +124,17 @@ async def _told_before(domain: DomainObject) -> AsyncIterator[None]:
 
 
 async def _step(
-    machine: Machine, new: list[Disk], old: dict[str, Disk], secrets: dict[str, int], *, quiesce: bool
+    machine: Machine,
+    new: list[Disk],
+    old: dict[str, Disk],
+    secrets: dict[str, int],
+    within: Callable[[], Awaitable[None]] | None,
+    *,
+    quiesce: bool,
 ) -> int:
     """Microseconds that the guest's requests waited at most."""
     if not quiesce:
-        return await machine.put_on_top(new, old, secrets)
+        return await machine.put_on_top(new, old, secrets, within)
     try:
         await machine.agent("guest-fsfreeze-freeze", timeout=FREEZE_DEADLINE)
         return await machine.put_on_top(new, old, secrets)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from kvik.vmm.blk.backups import Backups
     from kvik.vmm.blk.overlay import Overlays
+    from kvik.vmm.state.protection import Protection
     from kvik.vmm.virtio.blk import Blk
 
 __all__ = ["BlkHost"]
@@ -49,6 +50,7 @@ class BlkHost:
         self.overlays: Overlays | None = None  # of the device
         self.inflight_fd = -1  # memory for requests in flight: a VMM holds it longer than we may live
         self.backups: Backups | None = None
+        self.protection: Protection | None = None  # of the VMM's memory, which is being saved
         self.loop.on_error = self._failed
 
     # What a device and a monitor ask of a machine

@@ -1,9 +1,9 @@
 """kvik-blk's own monitor: of kvik-vmm's commands those that are about its one disk; those for a new image on it, for
-backups and block jobs of it."""
+backups and block jobs of it; those that keep it from writing to memory that is being saved."""
 
 from __future__ import annotations
 
-from kvik.vmm.blk import backup_commands, block_job_commands
+from kvik.vmm.blk import backup_commands, block_job_commands, protection_commands
 from kvik.vmm.monitor import block, block_jobs, fds, introspect, overlays, run_state
 from kvik.vmm.monitor.table import Command
 
@@ -22,7 +22,13 @@ _NAMES = {
     "quit",
 }
 
-_OWN = (*overlays.COMMANDS, *block_jobs.COMMANDS, *backup_commands.COMMANDS, *block_job_commands.COMMANDS)
+_OWN = (
+    *overlays.COMMANDS,
+    *block_jobs.COMMANDS,
+    *backup_commands.COMMANDS,
+    *block_job_commands.COMMANDS,
+    *protection_commands.COMMANDS,
+)
 COMMANDS: dict[str, Command] = {
     command.name: command
     for group in (block.COMMANDS, fds.COMMANDS, introspect.COMMANDS, run_state.COMMANDS, _OWN)

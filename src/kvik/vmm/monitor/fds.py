@@ -22,6 +22,14 @@ MAX_IN_SET = 64
 _PREFIX = "/dev/fdset/"
 
 
+def take_named(named: dict[str, int], *names: str) -> list[int]:
+    """Those descriptors that came by getfd: the caller's from now on. Raises `QmpError`, and then all stay."""
+    for name in names:
+        if name not in named:
+            raise QmpError(f"File descriptor named '{name}' not found")
+    return [named.pop(name) for name in names]
+
+
 class FdSets:
     """The sets of one machine: shared by its monitors, closed with it."""
 

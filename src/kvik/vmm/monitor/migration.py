@@ -78,6 +78,13 @@ COMMANDS: Sequence[Command] = (
     ),
     _command("x-kvik-snapshot-load", {"directory": TEXT}, summary="the whole machine out of a directory"),
     _command("x-kvik-save-stream", {"fdname": ID}, summary="the whole machine into a descriptor that came by getfd"),
+    _command(
+        "x-kvik-background-begin",
+        {"fdname": ID, "userfaultfd": ID, "served": List(ID)},
+        summary="get ready to be saved while the guest runs",
+    ),
+    _command("x-kvik-background-freeze", {}, summary="what is saved is the machine as it is now; it stands still"),
+    _command("x-kvik-background-cancel", {}, summary="save no more"),
     _command("x-kvik-checkpoint", {}, summary="mark this state, for x-kvik-reset-to-snapshot"),
     _command("x-kvik-reset-to-snapshot", {}, summary="back to the marked state: only what changed"),
     _command("calc-dirty-rate", {"calc-time": Int(1, 60), "*sample-pages": Int(), "*mode": ID}),

@@ -64,6 +64,7 @@ class MonitoredMock:
         self.holds = 0
         self.on_close: list[Callable[[], None]] = []
         self.migration: Any = None
+        self.background: Any = None
 
     def find(self, name: str) -> Any:
         if name not in self.devices:

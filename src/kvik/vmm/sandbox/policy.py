@@ -55,7 +55,7 @@ def _io(kind: int, number: int, size: int = 0, direction: int = 0) -> int:
     return direction << 30 | size << 16 | kind << 8 | number
 
 
-_KVM, _VHOST = 0xAE, 0xAF
+_KVM, _VHOST, _USERFAULTFD = 0xAE, 0xAF, 0xAA
 # What a vCPU thread asks of KVM while the guest runs: itself, interrupts, and what a BAR that moves needs.
 KVM_RUN = _io(_KVM, 0x80)
 _VCPU_KVM = (
@@ -148,7 +148,7 @@ _PRCTL = _one_of(0, 15, 22, 38)  # SET_NAME; SET_SECCOMP and SET_NO_NEW_PRIVS, w
 
 def _blk(pid: int) -> dict[str, Conditions]:
     return {
-        "ioctl": _ioctls(requests=(*_BLOCK, _FIONBIO, _FIOCLEX)),
+        "ioctl": _ioctls(_USERFAULTFD, requests=(*_BLOCK, _FIONBIO, _FIOCLEX)),
         **dict.fromkeys(_RUNTIME + _BLK, _FREELY),
         "newfstatat": [[Arg(3, _AT_EMPTY_PATH, _AT_EMPTY_PATH)]],
         "mmap": _NOT_EXECUTABLE,
@@ -182,7 +182,7 @@ def allowed(
     calls: dict[str, Conditions] = {
         "ioctl": _ioctls(_VHOST, requests=_VCPU_KVM + _VCPU_STATE + _TUN + ((_FIONBIO,) if sockets else ()))
         if vcpu
-        else _ioctls(_KVM, _VHOST, 0xAA, requests=_TTY + _TUN + _BLOCK),  # 0xAA: userfaultfd
+        else _ioctls(_KVM, _VHOST, _USERFAULTFD, requests=_TTY + _TUN + _BLOCK),
         **dict.fromkeys(_RUNTIME, _FREELY),
         "mmap": _NOT_EXECUTABLE,
         "mprotect": _NOT_EXECUTABLE,

@@ -97,6 +97,7 @@ class Migration:
         if self.machine.status == "postmigrate":
             raise OperationInvalid("the guest has left for another machine")
         self.machine.memory.require_whole("be sent elsewhere")
+        self.machine.memory.require_free("be sent elsewhere")
         self._told("setup")
         self.outgoing = Outgoing(
             self.machine,

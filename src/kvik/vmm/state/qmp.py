@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 
-from kvik.errors import HostError, InvalidArgument
+from kvik.errors import HostError, InvalidArgument, OperationInvalid
+from kvik.vmm.monitor.fds import take_named
+from kvik.vmm.state.background import Background
 from kvik.vmm.state.migration import migration_of
 from kvik.vmm.state.saved_stream import save_stream_steps
 from kvik.vmm.state.saving import save_steps
@@ -106,6 +108,25 @@ def save_stream(context: Context, arguments: Arguments) -> Generator[None, None,
         os.close(fd)
 
 
+def background_begin(context: Context, arguments: Arguments) -> None:
+    """`fdname` and `userfaultfd` came by getfd, and are taken."""
+    channel, device = take_named(context.server.named_fds, arguments["fdname"], arguments["userfaultfd"])
+    Background(context.machine, channel, device, arguments["served"])
+
+
+def background_freeze(context: Context, arguments: Arguments) -> None:
+    if context.machine.background is None:
+        raise OperationInvalid(
+            "the machine's memory is not being watched", remedy="x-kvik-background-begin comes first"
+        )
+    context.machine.background.freeze()
+
+
+def background_cancel(context: Context, arguments: Arguments) -> None:
+    if context.machine.background is not None:
+        context.machine.background.cancel()
+
+
 def snapshot_load(context: Context, arguments: Arguments) -> None:
     load(context.machine, arguments["directory"])
 
@@ -133,6 +154,9 @@ HANDLERS: dict[str, Handler] = {
     "x-kvik-snapshot-save": snapshot_save,
     "x-kvik-snapshot-load": snapshot_load,
     "x-kvik-save-stream": save_stream,
+    "x-kvik-background-begin": background_begin,
+    "x-kvik-background-freeze": background_freeze,
+    "x-kvik-background-cancel": background_cancel,
     "x-kvik-checkpoint": checkpoint,
     "x-kvik-reset-to-snapshot": reset_to_snapshot,
 }

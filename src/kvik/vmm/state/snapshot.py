@@ -83,6 +83,7 @@ class Snapshot:
                         memory_file.load(region, fd, offset)
                     else:
                         memory_file.map_file(region, fd, offset)
+                        machine.memory.mapped.append((region.start, region.size))
             else:
                 memory_file.read_compressed(machine.memory, fd, self.memory)
         finally:
@@ -144,6 +145,7 @@ def restore(given: MachineConfig, confinement: Confinement | None = None) -> Mac
 def load(machine: Machine, directory: str) -> None:
     """Put a machine that may be running into a saved state; it then goes on from there, if it ran."""
     machine.memory.require_whole("be replaced")
+    machine.memory.require_free("be replaced")
     snapshot = read(directory)
     cpu = Fields(snapshot.state, snapshot.where).object("cpu")
     with machine.paused():  # a vCPU that runs answers no ioctl

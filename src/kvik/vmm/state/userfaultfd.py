@@ -1,8 +1,10 @@
-"""userfaultfd: another process supplies the pages that are touched and not there (admin-guide/mm/userfaultfd.rst).
+"""userfaultfd: another process supplies the pages that are touched and not there, or lets those be written that are
+protected against it (admin-guide/mm/userfaultfd.rst).
 
-A range of this process's memory is registered; whoever touches a missing page of it, a thread, KVM or vhost, waits
-until somebody who holds the descriptor puts a page there. The descriptor belongs to the memory of the process that
-opened it, whichever process uses it: so a fork serves the faults, and none of its own threads can be in the way.
+A range of this process's memory is registered; whoever touches a missing page of it, or writes to a protected one, a
+thread, KVM or vhost, waits until somebody who holds the descriptor puts a page there, or takes its protection away. The
+descriptor belongs to the memory of the process that opened it, whichever process uses it: so another process serves the
+faults, and none of its own threads can be in the way. When the last of its holders has closed it nobody waits any more.
 
 Faults that the kernel takes on the process's behalf (KVM's are such) need a privilege: CAP_SYS_PTRACE, the device
 /dev/userfaultfd, or the sysctl vm.unprivileged_userfaultfd.
@@ -23,7 +25,11 @@ __all__ = ["Userfaultfd"]
 
 _API = 0xAA
 FEATURE_MISSING_SHMEM = 1 << 5
-_MODE_MISSING = 1 << 0
+# Protection of any memory, be it huge pages or a memfd (Linux 5.19); of private pages that are not there yet (6.4).
+FEATURE_WRITES, FEATURE_UNPOPULATED = 1 << 0 | 1 << 12, 1 << 13
+_MODE_MISSING, _MODE_WRITES = 1 << 0, 1 << 1
+_PROTECT = 1 << 0  # UFFDIO_WRITEPROTECT_MODE_WP
+_PROTECTS = 1 << 6  # UFFDIO_WRITEPROTECT on the range
 _EVENT_PAGEFAULT = 0x12
 _NEEDED = 1 << 2 | 1 << 3 | 1 << 4  # UFFDIO_WAKE, COPY, ZEROPAGE on the range
 _SYS_USERFAULTFD = 323  # x86_64
@@ -52,6 +58,10 @@ class _Zeropage(ctypes.Structure):
     _fields_ = [("range", _Range), ("mode", ctypes.c_uint64), ("zeropage", ctypes.c_int64)]
 
 
+class _Writeprotect(ctypes.Structure):
+    _fields_ = [("range", _Range), ("mode", ctypes.c_uint64)]
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
@@ -66,12 +76,13 @@ _UFFDIO_UNREGISTER = _request(1, ctypes.sizeof(_Range), 2)
 _UFFDIO_WAKE = _request(2, ctypes.sizeof(_Range), 2)
 _UFFDIO_COPY = _request(3, ctypes.sizeof(_Copy))
 _UFFDIO_ZEROPAGE = _request(4, ctypes.sizeof(_Zeropage))
+_UFFDIO_WRITEPROTECT = _request(6, ctypes.sizeof(_Writeprotect))
 
 
-def _new() -> int:
+def _new(passed: int) -> int:
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC) if passed < 0 else os.dup(passed)
     except OSError:  # before Linux 6.1, or not ours
         fd = _libc.syscall(ctypes.c_long(_SYS_USERFAULTFD), ctypes.c_int(flags))
         if fd >= 0:
@@ -91,25 +102,43 @@ def _new() -> int:
         os.close(device)
 
 
-class Userfaultfd:
-    """One, for missing pages of this process's memory. Addresses are this process's, sizes whole pages. HostError."""
+def _lacking(features: int) -> str:
+    if features & FEATURE_MISSING_SHMEM:
+        return "this kernel's userfaultfd knows no shared memory: it came with Linux 4.11"
+    return "this kernel's userfaultfd protects no memory against writing: it came with Linux 5.19"
 
-    def __init__(self) -> None:
-        self.fd = _new()
+
+class Userfaultfd:
+    """One, for this process's memory. Addresses are this process's, sizes whole pages. HostError.
+
+    `needed`: its features, missing pages unless said; `features` is what it has. `device`: /dev/userfaultfd, opened by
+    somebody who may; it stays the caller's.
+    """
+
+    def __init__(self, needed: int = FEATURE_MISSING_SHMEM, *, device: int = -1) -> None:
+        self.fd = _new(device)
         try:
-            self._features(0)
+            self.features = self._handshake(0)
+            if self.features & needed != needed:
+                raise HostError(_lacking(needed & ~self.features), errno=errno.EOPNOTSUPP)
             os.close(self.fd)  # the handshake is done once a descriptor: first to ask, then to choose
-            self.fd = _new()
-            self._features(FEATURE_MISSING_SHMEM)
+            self.fd = _new(device)
+            self._handshake(needed | self.features & FEATURE_UNPOPULATED if needed & 1 else needed)
         except BaseException:
             self.close()
             raise
 
-    def _features(self, wanted: int) -> None:
+    @classmethod
+    def of(cls, fd: int) -> Userfaultfd:
+        """One that another process opened: addresses are that one's. The descriptor is taken."""
+        made = cls.__new__(cls)
+        made.fd, made.features = fd, 0
+        return made
+
+    def _handshake(self, wanted: int) -> int:
         api = _Api(_API, wanted, 0)
         self._ioctl(_UFFDIO_API, api, "the handshake with userfaultfd")
-        if not api.features & FEATURE_MISSING_SHMEM:
-            raise HostError("this kernel's userfaultfd knows no shared memory", remedy="it came with Linux 4.11")
+        return int(api.features)
 
     def _ioctl(self, request: int, argument: ctypes.Structure, what: str) -> None:
         if _libc.ioctl(self.fd, request, ctypes.addressof(argument)) < 0:
@@ -123,6 +152,22 @@ class Userfaultfd:
         if argument.ioctls & _NEEDED != _NEEDED:
             self.unregister(address, size)
             raise HostError("this kind of memory cannot be filled page by page", remedy="use no huge pages")
+
+    def watch_writes(self, address: int, size: int) -> None:
+        """From now on a write there is a fault for us where `protect` said so."""
+        argument = _Register(_Range(address, size), _MODE_WRITES, 0)
+        self._ioctl(_UFFDIO_REGISTER, argument, f"watching {size >> 20} MiB of memory for writes")
+        if not argument.ioctls & _PROTECTS:
+            self.unregister(address, size)
+            raise HostError("this kind of memory cannot be protected page by page", errno=errno.EOPNOTSUPP)
+
+    def protect(self, address: int, size: int, *, on: bool = True) -> None:
+        """Let whoever writes there wait; or, with `on` false, write, who waits already as well."""
+        argument = _Writeprotect(_Range(address, size), _PROTECT if on else 0)
+        while _libc.ioctl(self.fd, _UFFDIO_WRITEPROTECT, ctypes.addressof(argument)) < 0:
+            number = ctypes.get_errno()
+            if number != errno.EAGAIN:  # the memory's map is being changed: again
+                raise HostError(f"memory cannot be protected against writing: {os.strerror(number)}", errno=number)
 
     def unregister(self, address: int, size: int) -> None:
         """The kernel fills pages by itself again; who waits goes on."""
@@ -165,7 +210,7 @@ class Userfaultfd:
         raise HostError(f"a page of memory cannot be filled: {os.strerror(number)}", errno=number)
 
     def faults(self) -> list[int]:
-        """Addresses of pages that somebody waits for since the last call; none is told twice."""
+        """Addresses of pages that somebody waits for since the last call, or waits to write to."""
         try:
             data = os.read(self.fd, _MESSAGE.size * _BATCH)
         except BlockingIOError:

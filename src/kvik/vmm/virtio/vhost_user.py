@@ -73,6 +73,7 @@ class VhostUserDevice(VirtioDevice):
     def attach(self, machine: Machine) -> None:
         super().attach(machine)
         assert self.back_end is not None
+        self.memory.require_free("be mapped by another process")
         self.back_end.set_memory(self.memory)
         self.memory.on_change.append(self._table_changed)
         self.loop.add_reader(self.back_end.fileno(), self._heard)
@@ -116,6 +117,7 @@ class VhostUserDevice(VirtioDevice):
     def _take_up(self, back_end: VhostUser) -> None:
         """A new one. Closed where it cannot serve what the driver chose. Raises `KvikError`."""
         try:
+            self.memory.require_free("be mapped by another process")
             if self._told_features & ~(back_end.features | VERSION_1):
                 raise InvalidArgument(f"{self.name}: the new back end lacks features of the one before")
             back_end.set_memory(self.memory)
