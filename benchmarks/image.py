@@ -83,9 +83,12 @@ Sides = dict[str, list[Spent]]
 
 
 def rounds(count: int, sides: dict[str, Callable[[], Spent]]) -> Sides:
+    """In another order each time: what comes every two seconds (a host that takes free pages of its guests back makes the
+    next gigabyte cost twice as much) must not always meet the same side."""
     found: Sides = {name: [] for name in sides}
-    for number in range(count):
-        for name in sides if number % 2 else reversed(sides):
+    chance = random.Random(count)
+    for _ in range(count):
+        for name in chance.sample(list(sides), len(sides)):
             found[name].append(sides[name]())
     return found
 

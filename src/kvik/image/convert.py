@@ -75,8 +75,8 @@ def convert(
         found = _whole_clusters(sources[0], found, job.unit)
     if not sparse:
         found = _all_written(found, job.window)
-    # How long a window takes differs more where it is compressed.
-    ahead = min(4 * workers, 2 * MOST_WORKERS) if compressed else 2 * workers
+    # With fewer windows under way the two wait for each other at every one.
+    ahead = min(4 * workers, 2 * MOST_WORKERS)
     for window, loaded in in_order(found, job.load, workers, ahead):
         try:
             written = job.store(window, loaded)
