@@ -83,8 +83,8 @@ Sides = dict[str, list[Spent]]
 
 
 def rounds(count: int, sides: dict[str, Callable[[], Spent]]) -> Sides:
-    """In another order each time: what comes every two seconds (a host that takes free pages of its guests back makes the
-    next gigabyte cost twice as much) must not always meet the same side."""
+    """In another order each time: what comes and goes (a host that takes free pages back makes the next gigabyte cost
+    twice as much) must not always meet the same side."""
     found: Sides = {name: [] for name in sides}
     chance = random.Random(count)
     for _ in range(count):
