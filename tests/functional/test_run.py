@@ -129,6 +129,14 @@ def test_ones_own_kernel_initramfs_and_arguments(root: Root) -> None:
     assert "mine=1" in done.stdout
 
 
+def test_a_disk_is_there_when_the_command_comes(root: Root) -> None:
+    disk = root.path / "data.raw"
+    disk.write_bytes(b"first" + bytes((4 << 20) - 5))
+    for _ in range(3):
+        done = root("run", "--rm", "--image", "tiny", "--disk", str(disk), "--", "head", "-c", "5", "/dev/vda")
+        assert (done.returncode, done.stdout) == (0, "first"), done.stderr
+
+
 def test_a_boot_that_breaks_says_where_and_why_at_once(root: Root) -> None:
     began = time.monotonic()
     done = root("run", "--rm", "--name", "broken", "--append", "rdinit=/nonexistent")

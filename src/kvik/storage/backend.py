@@ -62,6 +62,7 @@ class Backend:
     formats: ClassVar[tuple[str, ...]] = FILE_FORMATS  # of its volumes
     default_format: ClassVar[str] = "raw"
     names_formats: ClassVar[bool] = True  # whether people choose among them: a device of a group has none
+    takes_room: ClassVar[bool] = False  # whether bytes that are written to a volume may take room of the pool
 
     def __init__(self, document: StoragePool, secret: SecretReader = no_secrets) -> None:
         self.document = document

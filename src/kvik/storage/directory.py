@@ -48,6 +48,8 @@ POOL_MODE, VOLUME_MODE = 0o711, 0o600  # libvirt's own, where the document says 
 class DirectoryBackend(Backend):
     """Its volumes are files below the pool's target path."""
 
+    takes_room = True
+
     # the pool
 
     def check(self) -> bool:

@@ -205,10 +205,11 @@ class PoolObject:
         except KvikError as error:
             logger.info("volume %s of pool %s is shown as it was: %s", volume.name, self.name, error)
 
-    async def measure(self) -> None:
-        """The pool's figures anew, which change with every volume."""
+    async def measure(self, *, written: bool = False) -> None:
+        """The pool's figures anew, which change with every volume. Where one was `written` to, only of a pool that
+        gives room then: others are spared the question, which may be a login at a target."""
         backend = self.backend
-        if backend is None:
+        if backend is None or (written and not backend.takes_room):
             return
         try:
             figures = await self._glance(backend.measure)

@@ -182,7 +182,7 @@ async def wipe(pools: Pools, pool: PoolObject, name: str, algorithm: int) -> Non
             await in_thread(holder.wipe_volume, volume, passes)
         finally:
             await pool.look_again(volume)
-    await pool.measure()
+    await pool.measure(written=True)
 
 
 class Opened:
@@ -212,7 +212,7 @@ async def open_bytes(
         finally:
             if writable:
                 await pool.look_again(volume)
-                await pool.measure()
+                await pool.measure(written=True)
 
 
 @asynccontextmanager

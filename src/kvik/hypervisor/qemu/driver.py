@@ -47,7 +47,7 @@ from kvik.paths import Paths
 __all__ = ["QemuDriver"]
 
 _NATIVE_ARCH = os.uname().machine
-_FEATURES = frozenset(Feature) - {Feature.KVM, Feature.RENAME_RUNNING}
+_FEATURES = frozenset(Feature) - {Feature.KVM, Feature.RENAME_RUNNING, Feature.SAVES_AT_AN_INSTANT}
 
 
 class QemuDriver:

@@ -50,6 +50,7 @@ class _Files(MountedBackend):
 
 class Backend(Base):
     type = "gluster"
+    takes_room = True
     below: ClassVar[Path] = Path("/run/kvik/gluster")  # where volumes are mounted
 
     def __init__(self, document: StoragePool, secret: SecretReader = no_secrets) -> None:

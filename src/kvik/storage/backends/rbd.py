@@ -46,6 +46,7 @@ _NUMBERED = re.compile(r"\[errno (\d+)\]|: \((\d+)\) ")  # where ceph and rbd wr
 
 class Backend(ServedBackend):
     type = "rbd"
+    takes_room = True
     formats = ("raw",)
 
     @property

@@ -27,6 +27,7 @@ SIGNS = frozenset("_-.: ")  # what a component may hold beside letters and digit
 
 class Backend(DeviceBackend):
     type = "zfs"
+    takes_room = True
 
     @property
     def group(self) -> str:
